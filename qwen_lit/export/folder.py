@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: MIT
+"""Model folders: streamed reading and writing, atomic replacement, and the small files a server needs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+PRODUCER = "qwen_lit"
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+REMAP_BYTES = 2**30  # the mapping of a base shard is renewed after so many bytes, so that its pages leave the RSS
+DTYPES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+class ExportError(ValueError):
+    """An export that cannot be done; the message names the file or tensor at fault."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ExportError: the file is missing, is not JSON, or is not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ExportError(f"{path}: a JSON object is expected")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented UTF-8 JSON and fsync it; objects JSON has no form for are written as text."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the entries of a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_tensors(path: Path) -> Any:
+    """Open (map) a safetensors file on the CPU.
+
+    Raises:
+        ExportError: it is missing or broken.
+    """
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def _base_files(base_dir: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order; each is a plain name inside it."""
+    index = base_dir / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (base_dir / "model.safetensors").is_file():
+            raise ExportError(f"{base_dir}: neither model.safetensors nor {index.name}; a safetensors model is needed")
+        return [base_dir / "model.safetensors"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ExportError(f"{index}: has no weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or name in (".", "..") or re.search(r"[/\\\0]", name):
+            raise ExportError(f"{index}: shard name {name!r} is not a plain file name")
+    return [base_dir / name for name in sorted(set(weight_map.values()))]
+
+
+class BaseModel:
+    """Names, shapes and tensors of the original checkpoint; one shard is mapped at a time."""
+
+    def __init__(self, base_dir: Path) -> None:
+        self.where: dict[str, tuple[Path, str, list[int]]] = {}
+        for path in _base_files(base_dir):
+            with open_tensors(path) as handle:
+                for name in handle.keys():
+                    if name in self.where:
+                        raise ExportError(f"{path}: {name} is in another shard too")
+                    part = handle.get_slice(name)
+                    self.where[name] = (path, part.get_dtype(), list(part.get_shape()))
+        self._path: Path | None = None
+        self._handle: Any = None
+        self._read = 0
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor as stored, backed by the file's mapping."""
+        path = self.where[name][0]
+        if path != self._path or self._read > REMAP_BYTES:
+            self._handle, self._path, self._read = open_tensors(path), path, 0
+        tensor: torch.Tensor = self._handle.get_tensor(name)
+        self._read += tensor.nbytes
+        return tensor
+
+
+def nf4_roundtrip(weight: torch.Tensor, quantization: dict[str, Any]) -> torch.Tensor:
+    """bf16 (out, in) -> 4-bit -> bf16 (out, in), as the base was while the adapter was trained."""
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(
+        weight.to(torch.bfloat16).contiguous(),
+        blocksize=int(quantization.get("blocksize", 64)),
+        compress_statistics=bool(quantization.get("bnb_4bit_use_double_quant", True)),
+        quant_type=str(quantization.get("bnb_4bit_quant_type", "nf4")),
+    )
+    return bnb.dequantize_4bit(packed, state).to(torch.bfloat16)
+
+
+def plan_shards(base: BaseModel, names: dict[str, str], limit: int) -> list[list[tuple[str, torch.dtype, list[int]]]]:
+    """Group the output tensors into shards of at most ``limit`` bytes (one larger tensor is a shard by itself)."""
+    other = {text: dtype for dtype, text in DTYPES.items()}
+    shards: list[list[tuple[str, torch.dtype, list[int]]]] = [[]]
+    room = limit
+    for name, source in names.items():
+        _, text, shape = base.where[source]
+        if text not in FLOATS and text not in other:
+            raise ExportError(f"{source}: dtype {text} is not one of an unquantised model")
+        dtype = torch.bfloat16 if text in FLOATS else other[text]
+        size = math.prod(shape) * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append((name, dtype, shape))
+        room -= size
+    return shards
+
+
+class ShardWriter:
+    """Writes one safetensors file whose tensors arrive one by one, in the declared order.
+
+    Args:
+        path: the file to make.
+        entries: (name, dtype, shape) of each tensor.
+
+    Raises:
+        ExportError: a tensor differs from its declaration, or some are missing at the end.
+    """
+
+    def __init__(self, path: Path, entries: list[tuple[str, torch.dtype, list[int]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", "producer": PRODUCER}}
+        offset = 0
+        for name, dtype, shape in entries:
+            size = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._path, self._left = path, list(reversed(entries))
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one CPU tensor of the declared name, dtype and shape."""
+        if not self._left or self._left.pop() != (name, tensor.dtype, list(tensor.shape)):
+            raise ExportError(f"{self._path}: {name} is not the tensor declared next")
+        if tensor.numel():
+            data: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            self._file.write(memoryview(data))
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                if self._left:
+                    raise ExportError(f"{self._path}: {self._left[-1][0]} was not written")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+
+def check_replaceable(path: Path) -> None:
+    """Accept a path that is absent, empty, or an earlier export of ours.
+
+    Raises:
+        ExportError: it is a file, or a folder that this package did not write.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ExportError(f"{path}: is a file; the merged model needs a folder")
+    if not any(path.iterdir()):
+        return
+    if not (path / "config.json").is_file():
+        raise ExportError(f"{path}: not empty and not a model folder (no config.json); choose another output folder")
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                ours = (handle.metadata() or {}).get("producer") == PRODUCER
+        except (OSError, SafetensorError):
+            ours = False
+        if not ours:
+            raise ExportError(f"{path}: {file.name} was not written by {PRODUCER}; choose another output folder")
+
+
+def begin_folder(out_dir: Path, sources: list[Path]) -> Path:
+    """Make a fresh ``<out_dir>.tmp`` and return it.
+
+    Args:
+        out_dir: resolved path of the folder to be made.
+        sources: resolved folders that are read during the export.
+
+    Raises:
+        ExportError: the output would overwrite a source or a foreign folder.
+    """
+    tmp, old = out_dir.with_name(out_dir.name + ".tmp"), out_dir.with_name(out_dir.name + ".old")
+    for source in sources:
+        for path in (out_dir, tmp, old):
+            if source == path or path in source.parents:
+                raise ExportError(f"{out_dir}: would overwrite {source}, which is read; choose another output folder")
+    check_replaceable(old)
+    if old.exists() and not out_dir.exists():
+        old.rename(out_dir)  # a swap was cut between its two renames
+    check_replaceable(out_dir)
+    if tmp.is_symlink() or tmp.is_file():
+        raise ExportError(f"{tmp}: is in the way; remove it")
+    if tmp.exists():
+        shutil.rmtree(tmp)
+    tmp.mkdir(parents=True)
+    return tmp
+
+
+def commit_folder(tmp: Path, out_dir: Path) -> None:
+    """Put the finished ``tmp`` in the place of ``out_dir``; an earlier export there is removed afterwards."""
+    for file in tmp.iterdir():
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    fsync_dir(tmp)
+    old = out_dir.with_name(out_dir.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if out_dir.exists():
+        out_dir.rename(old)
+    tmp.rename(out_dir)
+    fsync_dir(out_dir.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def write_serving_files(out_dir: Path, base_dir: Path, tokenizer: Any, training_config: dict[str, Any]) -> None:
+    """Write tokenizer files with the chat template, ``generation_config.json`` and ``training_config.json``.
+
+    The generation config starts from the base model's, so its sampling settings stay. Its ``eos_token_id`` lists
+    ``<|im_end|>`` and ``<|endoftext|>``, those of them that the vocabulary has: a chat-tuned base model stops at
+    the end of its turn.
+
+    Args:
+        out_dir: existing folder that receives the files (``merge_adapter`` passes its temporary one to ``finish``).
+        base_dir: folder of the original model.
+        tokenizer: a transformers tokenizer.
+        training_config: the run's configuration; values that JSON has no form for are written as text.
+
+    Raises:
+        ExportError: the vocabulary has no end token at all, or the base's generation config is not JSON.
+    """
+    vocab = tokenizer.get_vocab()
+    ends = [int(vocab[token]) for token in STOP_TOKENS if token in vocab]
+    if not ends and tokenizer.eos_token_id is not None:
+        ends = [int(tokenizer.eos_token_id)]
+    if not ends:
+        raise ExportError(f"the tokenizer has none of {', '.join(STOP_TOKENS)}: the exported model would never stop")
+    source = base_dir / "generation_config.json"
+    generation = read_json(source) if source.is_file() else {}
+    generation.pop("_from_model_config", None)
+    generation["eos_token_id"] = ends
+    pad = tokenizer.pad_token_id
+    generation["pad_token_id"] = int(pad) if pad is not None else ends[-1]
+    tokenizer.save_pretrained(str(out_dir))
+    write_json(out_dir / "generation_config.json", generation)
+    write_json(out_dir / "training_config.json", training_config)

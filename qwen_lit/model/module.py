@@ -1,0 +1,185 @@
+"""The LightningModule: a 4-bit Qwen with LoRA, trained on the summed loss of supervised tokens."""
+
+import logging
+from typing import Any, cast
+
+import lightning as L
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qwen_lit.config import Lora, Quantization
+from qwen_lit.data.datamodule import Batch, QwenDataModule
+from qwen_lit.errors import UserError
+from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config
+from qwen_lit.model.loss import summed_loss
+from qwen_lit.model.optim import OptimizerName, ScheduleName, build_optimizer, parameter_groups, schedule
+
+log = logging.getLogger(__name__)
+
+
+class QwenModule(L.LightningModule):
+    """A frozen Qwen base with a trained LoRA adapter."""
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        lora_config: Lora,
+        quantization_config: Quantization | None = None,
+        learning_rate: float = 2e-4,
+        optimizer: OptimizerName = "paged_adamw_8bit",
+        lr_scheduler: ScheduleName = "cosine",
+        warmup_ratio: float = 0.03,
+        weight_decay: float = 0.0,
+        adam_beta1: float = 0.9,
+        adam_beta2: float = 0.999,
+        lora_plus_ratio: float = 1.0,
+        neftune_noise_alpha: float = 0.0,
+        gradient_checkpointing: bool = True,
+    ) -> None:
+        """Checks the settings; weights are read in ``configure_model``.
+
+        Args:
+            model_name_or_path: a local folder with the model's files, or a hub name.
+            lora_config: PEFT's LoraConfig.
+            quantization_config: transformers' BitsAndBytesConfig; null trains LoRA on a bf16 base.
+            learning_rate: peak learning rate.
+            optimizer: paged_adamw_8bit, paged_adamw_32bit or adamw.
+            lr_scheduler: cosine, linear or constant, after the warmup.
+            warmup_ratio: share of all optimizer steps over which the learning rate rises.
+            weight_decay: decoupled decay of matrices; never of biases and norms.
+            adam_beta1: decay of the first moment.
+            adam_beta2: decay of the second moment.
+            lora_plus_ratio: learning rate of LoRA's B over that of A; 1 is plain LoRA.
+            neftune_noise_alpha: NEFTune noise on the embeddings while training; 0 is off.
+            gradient_checkpointing: recompute activations in backward: less memory, about a third slower.
+
+        Raises:
+            UserError: the model or a setting cannot work.
+        """
+        super().__init__()
+        if learning_rate <= 0:
+            raise UserError(f"model.learning_rate is {learning_rate}; it must be above 0, for example 2.0e-4.")
+        if not 0 <= warmup_ratio < 1:
+            raise UserError(f"model.warmup_ratio is {warmup_ratio}; it must be at least 0 and below 1.")
+        if lora_config.r <= 0:
+            raise UserError(f"model.lora_config.r is {lora_config.r}; it must be above 0, for example 32.")
+        self.name = model_name_or_path
+        self.lora_config = lora_config
+        self.quantization_config = quantization_config
+        self.learning_rate = learning_rate
+        self.optimizer_name: OptimizerName = optimizer
+        self.schedule_name: ScheduleName = lr_scheduler
+        self.warmup_ratio = warmup_ratio
+        self.weight_decay = weight_decay
+        self.betas = (adam_beta1, adam_beta2)
+        self.lora_plus_ratio = lora_plus_ratio
+        self.neftune_noise_alpha = neftune_noise_alpha
+        self.gradient_checkpointing = gradient_checkpointing
+        self.model: PeftModel | None = None
+        self.config = load_config(model_name_or_path)
+        check_targets(self.config, lora_config)
+        # Sums since the last optimizer step, kept on the device so that no micro-batch waits for the host.
+        self.window_loss = torch.zeros(())
+        self.window_tokens = torch.zeros(())
+
+    def configure_model(self) -> None:
+        """Load the base on this rank's device and put the adapter on it."""
+        if self.model is not None:
+            return
+        base = load_base(self.name, self.quantization_config, self.trainer.strategy.root_device)
+        self.model = add_adapter(base, self.lora_config, self.gradient_checkpointing)
+        if self.neftune_noise_alpha > 0:
+            base.get_input_embeddings().register_forward_hook(self._add_noise)  # type: ignore[operator]
+        trained, total = self.model.get_nb_trainable_parameters()
+        log.info("training %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
+
+    def _add_noise(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """NEFTune (arXiv 2310.05914): uniform noise of magnitude alpha / sqrt(tokens * width)."""
+        if not self.training:
+            return output
+        magnitude = self.neftune_noise_alpha / (output.shape[1] * output.shape[2]) ** 0.5
+        return output + torch.empty_like(output).uniform_(-magnitude, magnitude)
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats."""
+        assert self.model is not None
+        causal = cast(Any, self.model.base_model).model
+        hidden = causal.model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).last_hidden_state
+        rows = hidden.flatten(0, 1).index_select(0, batch["target_index"])
+        return summed_loss(causal.lm_head, rows, batch["targets"])
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """The summed loss of one micro-batch; its gradient is divided once the whole step's tokens are known."""
+        loss = self.loss_sum(batch)
+        self.window_loss = self.window_loss.to(loss.device) + loss.detach()
+        self.window_tokens = self.window_tokens.to(loss.device) + batch["targets"].numel()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the summed gradient into the mean over the step's supervised tokens, over all ranks.
+
+        Lightning has divided each loss by ``accumulate_grad_batches`` and each gradient by the number of ranks; both
+        are undone here, so that a last window that is not full weighs its tokens like any other.
+        """
+        sums = torch.stack([self.window_loss, self.window_tokens])
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        tokens = sums[1].clamp(min=1)
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+        self.log("train/loss", sums[0] / tokens, prog_bar=True)
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("train/supervised_tokens", sums[1])
+        self.window_loss.zero_()
+        self.window_tokens.zero_()
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Validation loss, weighted by tokens so that the batch size never changes it."""
+        tokens = batch["targets"].numel()
+        loss = self.loss_sum(batch) / max(tokens, 1)
+        self.log("val/loss", loss, batch_size=tokens, on_epoch=True, prog_bar=True, sync_dist=True)
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        Counted from the data's length: ``trainer.estimated_stepping_batches`` builds the loaders early, and then
+        their restored position is lost.
+        """
+        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        return data.total_steps(self.trainer)
+
+    def configure_optimizers(self) -> Any:
+        """The named optimizer over the adapter's parameters, and its schedule, stepped at each optimizer step."""
+        groups = parameter_groups(self, self.learning_rate, self.weight_decay, self.lora_plus_ratio)
+        optimizer = build_optimizer(self.optimizer_name, groups, self.betas)
+        total = self.total_steps()
+        warmup = round(total * self.warmup_ratio)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(self.schedule_name, warmup, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The trained parameters alone: the frozen base is read again from its own folder."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Put trained parameters back, all of them and nothing else.
+
+        Raises:
+            UserError: names or shapes differ from the configured adapter's.
+        """
+        mine = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        wrong = sorted(set(mine) ^ set(state_dict))
+        wrong += sorted(n for n in set(mine) & set(state_dict) if mine[n].shape != state_dict[n].shape)
+        if wrong:
+            raise UserError(
+                f"the checkpoint's adapter differs from the configured one at {wrong[0]} and {len(wrong) - 1} more; "
+                "resume with the lora_config it was trained with, or give another output_dir."
+            )
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(state_dict[name])
+        return torch.nn.modules.module._IncompatibleKeys([], [])

@@ -1,0 +1,54 @@
+"""Optimizers and learning-rate schedules by name."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import bitsandbytes.optim
+import torch
+from torch import nn
+
+OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"]
+ScheduleName = Literal["cosine", "linear", "constant"]
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, lora_plus_ratio: float
+) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate and decay.
+
+    Biases, norms and other vectors are not decayed. LoRA+ (arXiv 2402.12354) gives every B ``lora_plus_ratio`` times
+    the learning rate of A.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = learning_rate * (lora_plus_ratio if "lora_B" in name else 1.0)
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+
+
+def build_optimizer(
+    name: OptimizerName, groups: list[dict[str, Any]], betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """AdamW over ``groups``: 8-bit or 32-bit states that can move to host memory, or torch's own."""
+    if name == "paged_adamw_8bit":
+        return bitsandbytes.optim.PagedAdamW8bit(groups, betas=betas)
+    if name == "paged_adamw_32bit":
+        return bitsandbytes.optim.PagedAdamW32bit(groups, betas=betas)
+    return torch.optim.AdamW(groups, betas=betas)
+
+
+def schedule(name: ScheduleName, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate at a step: a linear warmup, then ``name`` down to zero at ``total_steps``."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if name == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return 1.0 - done if name == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor

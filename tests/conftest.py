@@ -1,0 +1,91 @@
+"""A tiny Qwen2 with a ChatML tokenizer, built on the spot: no test needs a download."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(texts: list[str]):
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.normalizer = normalizers.NFC()
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    return [
+        {"instruction": f"What is {a} plus {b}?", "input": "", "output": f"It is {a + b}. 好"}
+        for a in range(5)
+        for b in range(5)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(rows):
+    return make_tokenizer([json.dumps(row, ensure_ascii=False) for row in rows])
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer, tmp_path_factory) -> Path:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(rows, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def arguments(model_folder, dataset, tmp_path) -> list[str]:
+    """``fit`` of the tiny model: 4-bit, dropout, accumulation 3, 9 batches an epoch."""
+    return [
+        "fit", "--config", "configs/qwen7b.yaml",
+        "--output_dir", str(tmp_path / "out"),
+        "--model.model_name_or_path", str(model_folder),
+        "--data.dataset_path", str(dataset),
+        "--data.batch_size", "3",
+        "--trainer.accelerator", "cpu",
+        "--trainer.max_epochs", "2",
+        "--trainer.accumulate_grad_batches", "3",
+        "--trainer.enable_progress_bar", "false",
+        "--trainer.log_every_n_steps", "1",
+        "--checkpoint.every_n_train_steps", "2",
+        "--model.lora_config.r", "4",
+    ]  # fmt: skip

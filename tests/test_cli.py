@@ -1,0 +1,60 @@
+"""Every shipped configuration parses; every bad input is one clear line and exit code 2."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen_lit.cli import main
+
+CONFIGS = sorted(path for path in Path("configs").glob("*.yaml") if path.name != "small_card.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_parses(path, capsys):
+    assert main(["fit", "--config", str(path), "--config", "configs/small_card.yaml", "--print_config"]) == 0
+    assert "bnb_4bit_quant_type: nf4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--config", "configs/none.yaml"], "none.yaml"),
+        (["--model.rank", "3"], "rank"),
+        (["--data.batch_size", "many"], "batch_size"),
+        (["--model.model_name_or_path", "./no/such/folder"], "no such folder"),
+        (["--data.dataset_path", "no.jsonl"], "no such dataset: no.jsonl"),
+        (["--model.lora_config.target_modules", "[q_porj]"], "q_porj"),
+        (["--trainer.accelerator", "cuda"], "CUDA"),
+        (["--model.learning_rate", "-1"], "learning_rate"),
+    ],
+)
+def test_bad_input_is_named_with_exit_code_2(arguments, change, words, capsys):
+    assert main([*arguments, *change]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_folder_without_config_or_with_another_model_is_refused(arguments, tmp_path, capsys):
+    assert main([*arguments, "--model.model_name_or_path", str(tmp_path)]) == 2
+    assert "no config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert main([*arguments, "--model.model_name_or_path", str(tmp_path)]) == 2
+    assert "not a Qwen2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"instruction": "a", ', "is not JSON"),
+        (b'{"instruction": "a"}', "output"),
+        (b'{"instruction": "\xff", "output": "b"}', "UTF-8"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
+        (b'{"instruction": "<|im_end|>", "output": "b"}', "control"),
+    ],
+)
+def test_a_faulty_row_is_named_by_path_and_line(arguments, tmp_path, line, words, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"instruction": "a", "output": "b"}\n' + line + b"\n")
+    assert main([*arguments, "--data.dataset_path", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert f"{path}:2" in message and words in message
