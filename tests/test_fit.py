@@ -92,3 +92,8 @@ def test_every_optimizer_trains(arguments, optimizer):
 )
 def test_every_variant_trains_and_exports(arguments, options):
     assert main([*arguments, *options, "--trainer.max_steps", "2"]) == 0
+
+
+def test_training_goes_on_after_validation_and_keeps_the_best(arguments, tmp_path):
+    assert main([*arguments, "--data.val_size", "5", "--model.gradient_checkpointing", "false"]) == 0
+    assert (tmp_path / "out" / "checkpoints" / "best.ckpt").is_file()

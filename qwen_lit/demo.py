@@ -1,0 +1,172 @@
+"""``python -m qwen_lit.demo``: the main job on a tiny Qwen2 that is built on the spot, from rows that ship with it."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' -%}"
+    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    "{%- endif -%}"
+    "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+INPUT = Path("output/demo_input")
+PROMPTS = (3, 40, 90)
+"""Numbers of the shipped rows whose questions are asked before and after."""
+
+
+def shipped_rows() -> list[dict[str, Any]]:
+    """The rows written for the demo, in Chinese and English."""
+    text = files("qwen_lit").joinpath("demo_rows.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if line]
+
+
+def build_tokenizer(texts: list[str]) -> Any:
+    """A small byte-level BPE with Qwen's normaliser, splitting rule, special tokens and ChatML."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.normalizer = normalizers.NFC()
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=3000, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def build_demo(folder: Path) -> None:
+    """Write ``model/`` and ``rows.jsonl`` into ``folder`` once; the marker written last says they are whole."""
+    marker = folder / "complete"
+    if marker.is_file():
+        return
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "model").mkdir(parents=True)
+    rows = shipped_rows()
+    texts = [value for row in rows for value in _texts(row)]
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    tokenizer = build_tokenizer(texts)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    _pretrain(model, tokenizer, texts)
+    model.to(torch.bfloat16).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    marker.write_text("complete\n")
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    turns = [turn["content"] for turn in row.get("messages", [])]
+    return [row[key] for key in ("system", "instruction", "input", "output") if row.get(key)] + turns
+
+
+def _pretrain(model: Any, tokenizer: Any, texts: list[str], steps: int = 250) -> None:
+    """Teach the language of the rows and the shape of ChatML, with questions and answers paired at random."""
+    draw = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pad = tokenizer.pad_token_id
+    model.train()
+    for _ in range(steps):
+        chats = [
+            [{"role": "user", "content": draw.choice(texts)}, {"role": "assistant", "content": draw.choice(texts)}]
+            for _ in range(16)
+        ]
+        rendered = tokenizer.apply_chat_template(chats, tokenize=False)
+        batch = tokenizer(rendered, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["input_ids"] == pad, -100)
+        loss = model(input_ids=batch["input_ids"], labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def answer(model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]]) -> list[tuple[str, bool]]:
+    """Greedy answers, and whether each stopped at ``<|im_end|>`` by itself within 96 tokens."""
+    answers = []
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for prompt in prompts:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=96,
+                eos_token_id=end, pad_token_id=tokenizer.pad_token_id,
+            )[0, ids.shape[1] :]  # fmt: skip
+        answers.append((tokenizer.decode(out, skip_special_tokens=True), end in out.tolist()))
+    return answers
+
+
+def _answer_from(folder: Path, prompts: list[list[dict[str, str]]]) -> list[tuple[str, bool]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return answer(model, AutoTokenizer.from_pretrained(folder), prompts)
+
+
+def main() -> int:
+    """Build, ask, train, ask again; 1 when an answer is not as taught."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    print("building a tiny Qwen2 ...", flush=True)
+    build_demo(INPUT)
+    taught = [shipped_rows()[number] for number in PROMPTS]
+    prompts = []
+    for row in taught:
+        question = row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        prompts.append([*system, {"role": "user", "content": question}])
+    before = _answer_from(INPUT / "model", prompts)
+    command = [sys.executable, "-m", "qwen_lit", "fit", "--config", "configs/demo.yaml"]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        return code
+    after = _answer_from(Path("output/demo/final_model"), prompts)
+    wrong = 0
+    for row, prompt, (old, _), (new, stopped) in zip(taught, prompts, before, after, strict=True):
+        good = new.strip() == row["output"].strip() and stopped
+        wrong += not good
+        print(f"\nprompt  {prompt[-1]['content']}\nbefore  {old[:80]!r}\nafter   {new!r}")
+        print("        as taught, and it stopped by itself" if good else f"        NOT as taught: {row['output']!r}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
