@@ -102,7 +102,7 @@ def load_base(name: str, quantization: BitsAndBytesConfig | None, device: torch.
     model.requires_grad_(False)
     model.config.use_cache = False
     for module in model.modules():
-        # In eval mode bitsandbytes would repack weights for the CPU in place; training on after a validation then fails.
+        # In eval mode bitsandbytes would repack CPU weights in place; training after a validation then fails.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
