@@ -89,7 +89,7 @@ def build_demo(folder: Path) -> None:
         )
     )
     _pretrain(model, tokenizer, texts)
-    model.to(torch.bfloat16).save_pretrained(folder / "model")
+    model.bfloat16().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     marker.write_text("complete\n")
 

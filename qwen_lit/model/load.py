@@ -104,7 +104,7 @@ def load_base(name: str, quantization: BitsAndBytesConfig | None, device: torch.
     for module in model.modules():
         # In eval mode bitsandbytes would repack CPU weights in place; training after a validation then fails.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return model
 
 
