@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
+
+from qwen_lit.data.chatml import encode
+from qwen_lit.data.datamodule import collate
+from qwen_lit.data.records import parse_row
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SPLIT = (
@@ -18,13 +23,14 @@ SPLIT = (
 )
 TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
-    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "{%- endif -%}"
     "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 INPUT = Path("output/demo_input")
-PROMPTS = (3, 40, 90)
+ORIGIN = "产自哪里？"
+PROMPTS = (1, 40, 90)
 """Numbers of the shipped rows whose questions are asked before and after."""
 
 
@@ -79,16 +85,17 @@ def build_demo(folder: Path) -> None:
             vocab_size=len(tokenizer),
             hidden_size=256,
             intermediate_size=704,
-            num_hidden_layers=4,
+            num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=2048,
             tie_word_embeddings=False,
+            initializer_range=0.06,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    _pretrain(model, tokenizer, texts)
+    _pretrain(model, tokenizer, rows)
     model.bfloat16().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     marker.write_text("complete\n")
@@ -99,25 +106,42 @@ def _texts(row: dict[str, Any]) -> list[str]:
     return [row[key] for key in ("system", "instruction", "input", "output") if row.get(key)] + turns
 
 
-def _pretrain(model: Any, tokenizer: Any, texts: list[str], steps: int = 250) -> None:
-    """Teach the language of the rows and the shape of ChatML, with questions and answers paired at random."""
+def _chat(row: dict[str, Any]) -> list[dict[str, str]]:
+    if "messages" in row:
+        return row["messages"]
+    question = row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+    return [{"role": "system", "content": row["system"]}, *chat] if row.get("system") else chat
+
+
+def _pretrain(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int = 200) -> None:
+    """Teach ChatML, and the rows with their facts mixed up: what is said of each tea is true of another.
+
+    So the base answers every question fluently and wrongly, and what the adapter teaches can be told apart.
+    """
+    names = [row["instruction"].removesuffix(ORIGIN) for row in rows if row.get("instruction", "").endswith(ORIGIN)]
+    per_tea = len(rows) // len(names)
+    examples = []
+    for number, row in enumerate(rows):
+        tea = number // per_tea
+        mixed = json.dumps(row, ensure_ascii=False).replace(names[tea], names[(tea + 7) % len(names)])
+        conversation = parse_row(json.loads(mixed), f"row {number}")
+        examples += encode(conversation, tokenizer, max_length=512)
+    examples.sort(key=lambda example: len(example.input_ids))
+    batches = [collate(examples[i : i + 32], tokenizer.pad_token_id) for i in range(0, len(examples), 32)]
     draw = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    pad = tokenizer.pad_token_id
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     model.train()
     for _ in range(steps):
-        chats = [
-            [{"role": "user", "content": draw.choice(texts)}, {"role": "assistant", "content": draw.choice(texts)}]
-            for _ in range(16)
-        ]
-        rendered = tokenizer.apply_chat_template(chats, tokenize=False)
-        batch = tokenizer(rendered, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
-        labels = batch["input_ids"].masked_fill(batch["input_ids"] == pad, -100)
-        loss = model(input_ids=batch["input_ids"], labels=labels).loss
+        batch = draw.choice(batches)
+        hidden = model.model(input_ids=batch["input_ids"]).last_hidden_state.flatten(0, 1)
+        loss = cross_entropy(model.lm_head(hidden[batch["target_index"]]), batch["targets"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        scheduler.step()
 
 
 def answer(model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]]) -> list[tuple[str, bool]]:
@@ -148,11 +172,7 @@ def main() -> int:
     print("building a tiny Qwen2 ...", flush=True)
     build_demo(INPUT)
     taught = [shipped_rows()[number] for number in PROMPTS]
-    prompts = []
-    for row in taught:
-        question = row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        prompts.append([*system, {"role": "user", "content": question}])
+    prompts = [_chat(row)[:-1] for row in taught]
     before = _answer_from(INPUT / "model", prompts)
     command = [sys.executable, "-m", "qwen_lit", "fit", "--config", "configs/demo.yaml"]
     code = subprocess.run(command, check=False).returncode
