@@ -20,6 +20,7 @@ from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
 from qwen_lit.model.load import load_tokenizer
 from qwen_lit.model.module import QwenModule
+from qwen_lit.trainer import QwenTrainer
 
 log = logging.getLogger("qwen_lit")
 OUT_OF_MEMORY = """out of GPU memory. The levers, in order:
@@ -64,7 +65,7 @@ class QwenCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The Trainer's methods that make sense for this job."""
         skipped = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
-        return {"fit": skipped, "validate": skipped}
+        return {"fit": skipped, "validate": skipped, "inspect": skipped}
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint into the configuration: what the user wrote is what runs."""
@@ -118,6 +119,8 @@ def set_up_logging() -> None:
     else:
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*(instantiate_classes|add_instantiator|skip_none).*")
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -131,12 +134,14 @@ def main(args: list[str] | None = None) -> int:
         cli.__init__(  # type: ignore[misc]
             QwenModule,
             QwenDataModule,
+            trainer_class=QwenTrainer,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             trainer_defaults={
                 "callbacks": [Throughput()],
                 "enable_model_summary": False,
                 "enable_checkpointing": True,
+                "use_distributed_sampler": False,
             },
             seed_everything_default=42,
             auto_configure_optimizers=False,
@@ -170,4 +175,4 @@ def main(args: list[str] | None = None) -> int:
             print(f"error: {text}", file=sys.stderr)
             return 1
         raise
-    return 0
+    return cli.trainer.exit_code  # type: ignore[attr-defined]

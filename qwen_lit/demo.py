@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from qwen_lit.data.chatml import encode
-from qwen_lit.data.datamodule import collate
+from qwen_lit.data.batches import collate
+from qwen_lit.data.chatml import Encoder
 from qwen_lit.data.records import parse_row
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -121,13 +121,14 @@ def _pretrain(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int
     """
     names = [row["instruction"].removesuffix(ORIGIN) for row in rows if row.get("instruction", "").endswith(ORIGIN)]
     per_tea = len(rows) // len(names)
-    examples = []
+    conversations = []
     for number, row in enumerate(rows):
         tea = number // per_tea
         mixed = json.dumps(row, ensure_ascii=False).replace(names[tea], names[(tea + 7) % len(names)])
-        conversation = parse_row(json.loads(mixed), f"row {number}")
-        examples += encode(conversation, tokenizer, max_length=512)
-    examples.sort(key=lambda example: len(example.input_ids))
+        conversations.append(parse_row(json.loads(mixed), f"row {number}"))
+    encoded = Encoder(tokenizer, max_length=512).encode(conversations)
+    examples = [(one.input_ids, one.spans) for outcome in encoded if isinstance(outcome, list) for one in outcome]
+    examples.sort(key=lambda example: len(example[0]))
     batches = [collate(examples[i : i + 32], tokenizer.pad_token_id) for i in range(0, len(examples), 32)]
     draw = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))

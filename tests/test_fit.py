@@ -29,20 +29,24 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "lora_adapter" / "adapter_model.safetensors")
 
 
-def test_fit_leaves_an_adapter_and_a_merged_model_that_plain_libraries_load(arguments, tmp_path, model_folder):
+def merge_error(out: Path, model_folder: Path) -> float:
+    """Largest difference of logits between base + adapter and the merged model, loaded by plain libraries."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert main(arguments) == 0
-    out = tmp_path / "out"
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, out / "lora_adapter").eval()
     merged = AutoModelForCausalLM.from_pretrained(out / "final_model", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(out / "final_model")
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        difference = (adapted(ids).logits - merged(ids).logits).abs().max()
-    assert difference < 0.02
+        return float((adapted(ids).logits - merged(ids).logits).abs().max())
+
+
+def test_fit_leaves_an_adapter_and_a_merged_model_that_plain_libraries_load(arguments, tmp_path, model_folder):
+    assert main(arguments) == 0
+    out = tmp_path / "out"
+    assert merge_error(out, model_folder) < 0.02
     assert (out / "config.yaml").is_file()
     assert json.loads((out / "final_model" / "training_config.json").read_text())["seed_everything"] == 42
 
@@ -88,10 +92,16 @@ def test_every_optimizer_trains(arguments, optimizer):
         ["--model.lora_config.use_rslora", "true", "--model.lora_plus_ratio", "4"],
         ["--model.lora_config.use_dora", "true", "--model.neftune_noise_alpha", "5"],
         ["--model.quantization_config", "null", "--model.lr_scheduler", "linear"],
+        ["--model.lora_config.init_lora_weights", "pissa", "--model.quantization_config", "null"],
+        ["--data.packing", "true", "--data.max_length", "128", "--data.num_workers", "1"],
     ],
 )
-def test_every_variant_trains_and_exports(arguments, options):
-    assert main([*arguments, *options, "--trainer.max_steps", "2"]) == 0
+def test_every_variant_trains_and_exports_a_merge_that_answers_as_its_adapter(
+    arguments, options, tmp_path, model_folder
+):
+    assert main([*arguments, *options, "--trainer.max_steps", "4", "--model.learning_rate", "0.002"]) == 0
+    assert merge_error(tmp_path / "out", model_folder) < 0.02
+    assert any(tensor.abs().max() > 1e-4 for name, tensor in adapter(tmp_path / "out").items() if "lora_B" in name)
 
 
 def test_training_goes_on_after_validation_and_keeps_the_best(arguments, tmp_path):

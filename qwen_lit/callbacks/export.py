@@ -45,7 +45,10 @@ class Export(Callback):
         adapter = self.folder / "lora_adapter"
         partial = adapter.with_name(adapter.name + ".tmp")
         shutil.rmtree(partial, ignore_errors=True)
-        module.model.save_pretrained(str(partial), save_embedding_layers=False)
+        initial = module.initial_adapter.name if module.initial_adapter else None
+        module.model.save_pretrained(
+            str(partial), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
+        )
         commit_folder(partial, adapter)
         log.info("adapter written to %s", adapter)
         if not self.merge:

@@ -24,7 +24,7 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log at the trainer's own interval, once per optimizer step."""
-        self.tokens += batch["input_ids"].numel()
+        self.tokens += batch["tokens"]
         steps = trainer.global_step - self.step
         if steps >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
             now = time.perf_counter()

@@ -1,170 +1,257 @@
 """Conversations to token ids and labels, through the tokenizer's own chat template."""
 
-import copy
+import difflib
+import unicodedata
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qwen_lit.data.records import Conversation, DataError, RowError
+from qwen_lit.data.records import Conversation, DataError, RowError, guard
 
 IGNORED = -100
-START, END = "<|im_start|>assistant\n", "<|im_end|>"
+HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
+ESCAPED, OLDEST, SHORTENED, TRAILING = (
+    "control tokens escaped",
+    "oldest turns dropped",
+    "longest user text shortened",
+    "turns after the last answer left out",
+)
 
 
 @dataclass
 class Example:
-    """One row as token ids."""
+    """What is trained at once: a row, or one turn of it with the history that the server will show."""
 
     input_ids: list[int]
-    labels: list[int]
-    """As long as ``input_ids`` and not shifted; -100 where nothing is trained."""
+    spans: list[tuple[int, int]]
+    """Ranges ``[begin, end)`` of ``input_ids`` that are trained, in order."""
     source: str
+    """``path:line``."""
     note: str = ""
-    """What was changed to make it fit."""
+    """What was changed, ``; `` between changes."""
+
+    @property
+    def labels(self) -> list[int]:
+        """As long as ``input_ids`` and not shifted; -100 where nothing is trained."""
+        labels = [IGNORED] * len(self.input_ids)
+        for begin, end in self.spans:
+            labels[begin:end] = self.input_ids[begin:end]
+        return labels
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """Reject a tokenizer that cannot render ChatML.
+@dataclass
+class _Draft:
+    """An example before its ids are known."""
 
-    Raises:
-        DataError: it has no chat template, or ``<|im_end|>`` is not one token.
-    """
-    if not tokenizer.chat_template:
-        raise DataError("the model's tokenizer has no chat template; use the Instruct model's tokenizer files.")
-    if END not in tokenizer.get_vocab():
-        raise DataError(f"the model's tokenizer has no {END} token; use a Qwen2 or Qwen3 tokenizer.")
-
-
-def encode(
-    conversation: Conversation,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    overlong: Literal["truncate", "drop", "error"] = "truncate",
-    train_on: Literal["all", "last"] = "all",
-    expand_turns: Literal["auto", "off"] = "auto",
-    control_tokens: Literal["error", "escape"] = "error",
-) -> list[Example]:
-    """Token ids and labels of a conversation: the assistant's words and their ``<|im_end|>`` are trained.
-
-    Where the template renders an earlier turn differently once others follow, each trained turn is an example of its
-    own, with the history the server will show it.
-
-    Raises:
-        RowError: control tokens in a message, nothing to train, or a row too long.
-    """
-    messages = _guard(conversation.messages, tokenizer, control_tokens)
-    turns = [i for i, wanted in enumerate(conversation.train) if wanted]
-    if train_on == "last":
-        turns = turns[-1:]
-    if not turns:
-        raise RowError("nothing to train", "has no assistant turn that is to be trained.")
-    tools = conversation.tools
-    whole = _render(tokenizer, messages[: turns[-1] + 1], tools)
-    prefixes = [_render(tokenizer, messages[: turn + 1], tools) for turn in turns[:-1]]
-    if expand_turns == "off" or all(whole.startswith(prefix) for prefix in prefixes):
-        groups = [turns]
-    else:
-        groups = [[turn] for turn in turns]
-    return [_fit(messages[: g[-1] + 1], g, conversation, tokenizer, tools, max_length, overlong) for g in groups]
+    messages: list[dict[str, Any]]
+    turns: list[int]
+    text: str
+    notes: list[str]
+    owner: int
 
 
-def _guard(messages: list[dict[str, Any]], tokenizer: Any, policy: str) -> list[dict[str, Any]]:
-    """No text of a message may become a control token: refuse it, or part it with a zero-width space."""
-    control = [token for token in tokenizer.all_special_tokens if token.startswith("<|")]
+class Encoder:
+    """Turns conversations into examples; one per process."""
 
-    def walk(value: Any) -> Any:
-        if isinstance(value, str):
-            for token in control:
-                if token in value:
-                    if policy == "error":
-                        raise RowError(
-                            "control token", f"has {token} inside a message; set control_tokens: escape."
-                        )
-                    value = value.replace(token, token.replace("<|", "<\u200b|"))
-            return value
-        if isinstance(value, list):
-            return [walk(item) for item in value]
-        return {key: walk(item) for key, item in value.items()} if isinstance(value, dict) else value
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        overlong: Literal["truncate", "drop", "error"] = "truncate",
+        train_on: Literal["all", "last"] = "all",
+        expand_turns: Literal["auto", "off"] = "auto",
+        control_tokens: Literal["error", "escape"] = "error",
+        exact_every: int = 16,
+    ) -> None:
+        """Probes the template once.
 
-    return walk(copy.deepcopy(messages))
+        Args:
+            tokenizer: transformers' tokenizer with a ChatML template.
+            max_length: most tokens of an example.
+            overlong: truncate, drop (a ``RowError`` of kind ``overlong``) or error (of kind ``too long``).
+            train_on: every assistant turn that is to be trained, or the last one.
+            expand_turns: auto gives a turn an example of its own where the template renders it differently later.
+            control_tokens: error or escape.
+            exact_every: of so many examples one is compared with ``apply_chat_template(tokenize=True)``; all of
+                them are decoded and compared with the rendered text.
 
+        Raises:
+            DataError: the tokenizer has no chat template, or cannot render ChatML.
+        """
+        if not tokenizer.chat_template:
+            raise DataError("the model's tokenizer has no chat template; use the Instruct model's tokenizer files.")
+        if END not in tokenizer.get_vocab():
+            raise DataError(f"the model's tokenizer has no {END} token; use a Qwen2 or Qwen3 tokenizer.")
+        self.tokenizer = tokenizer
+        self.backend = tokenizer.backend_tokenizer
+        self.max_length, self.overlong, self.train_on = max_length, overlong, train_on
+        self.expand_turns, self.control_tokens, self.exact_every = expand_turns, control_tokens, exact_every
+        added = tokenizer.added_tokens_encoder
+        self.control = frozenset(token for token in added if token.startswith("<|") and token.endswith("|>"))
+        self.header = self._ids(HEADER)
+        self.end = tokenizer.convert_tokens_to_ids(END)
+        self.empty_think = self._ids(EMPTY_THINK)
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        self.inserts_think = EMPTY_THINK in self.render(probe, None) or tokenizer.apply_chat_template(
+            probe[:1], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        ).endswith(EMPTY_THINK)
 
-def _render(tokenizer: Any, messages: list[dict[str, Any]], tools: Any) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-    except Exception as error:  # a template may raise anything
-        raise RowError("template", f"the chat template refuses it: {error}") from error
+    def _ids(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
 
+    def render(self, messages: list[dict[str, Any]], tools: Any) -> str:
+        """The text of a conversation, as the exported tokenizer renders it.
 
-def _fit(
-    messages: list[dict[str, Any]],
-    turns: list[int],
-    conversation: Conversation,
-    tokenizer: Any,
-    tools: Any,
-    max_length: int,
-    overlong: str,
-) -> Example:
-    example = _label(messages, turns, conversation.source, tokenizer, tools)
-    length = len(example.input_ids)
-    if length <= max_length:
-        return example
-    if overlong != "truncate":
-        raise RowError("overlong", f"has {length} tokens, more than data.max_length {max_length}.")
-    head = 1 if messages[0]["role"] == "system" else 0
-    # The oldest turns go first, a whole exchange at a time.
-    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    for start in users[1:]:
-        kept = messages[:head] + messages[start:]
-        shifted = [turn - start + head for turn in turns if turn >= start]
-        if not shifted:
-            break
-        example = _label(kept, shifted, conversation.source, tokenizer, tools)
-        example.note = "oldest turns dropped"
-        if len(example.input_ids) <= max_length:
-            return example
-        last, last_turns = kept, shifted
-    if len(users) < 2:
-        last, last_turns = messages, turns
-    longest = max((i for i, m in enumerate(last) if m["role"] == "user"), key=lambda i: len(last[i]["content"]))
-    text = last[longest]["content"]
-    for _ in range(20):
-        over = len(example.input_ids) - max_length
-        if over <= 0:
-            example.note = "longest user text shortened"
-            return example
-        pieces = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        if len(pieces) <= over:
-            break
-        text = text[: pieces[-over][0]]
-        last = [*last[:longest], {**last[longest], "content": text}, *last[longest + 1 :]]
-        example = _label(last, last_turns, conversation.source, tokenizer, tools)
-    raise RowError(
-        "overlong", f"has {length} tokens; data.max_length {max_length} cannot keep its whole answer."
-    )
+        Raises:
+            RowError: the template refuses it.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        except Exception as error:  # a template may raise anything
+            raise RowError("template", f"the chat template refuses it: {error}") from error
 
+    def encode(self, conversations: list[Conversation]) -> list[list[Example] | RowError]:
+        """For each conversation its examples, or why it cannot be used.
 
-def _label(messages: list[dict[str, Any]], turns: list[int], source: str, tokenizer: Any, tools: Any) -> Example:
-    text = _render(tokenizer, messages, tools)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    spans = []
-    assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    position = 0
-    for number in assistants:
-        start = text.find(START, position)
-        end = text.find(END, start) if start >= 0 else -1
-        if start < 0 or end < 0:
-            raise RowError("template", f"the chat template renders no {START!r} ... {END} for message {number}.")
-        begin, position = start + len(START), end + len(END)
-        if text.startswith(EMPTY_THINK, begin):
-            begin += len(EMPTY_THINK)
-        if number in turns:
-            spans.append((begin, position))
-    labels = [IGNORED] * len(ids)
-    for begin, end in spans:
-        for index, (left, right) in enumerate(offsets):
-            if left >= begin and right <= end and right > left:
-                labels[index] = ids[index]
-    return Example(ids, labels, source)
+        Raises:
+            DataError: ids differ from the exported tokenizer's own.
+        """
+        outcomes: list[list[Example] | RowError] = [[] for _ in conversations]
+        drafts: list[_Draft] = []
+        for number, conversation in enumerate(conversations):
+            try:
+                drafts += self._drafts(conversation, number)
+            except RowError as error:
+                outcomes[number] = error
+        encoded = [e.ids for e in self.backend.encode_batch_fast([d.text for d in drafts], add_special_tokens=False)]
+        self._prove(drafts, encoded, conversations)
+        for draft, ids in zip(drafts, encoded, strict=True):
+            outcome, conversation = outcomes[draft.owner], conversations[draft.owner]
+            if isinstance(outcome, RowError):
+                continue
+            try:
+                example = Example(ids, self._spans(ids, draft), conversation.source)
+                if len(ids) > self.max_length:
+                    example = self._shorten(draft, conversation, len(ids))
+                example.note = "; ".join(draft.notes)
+                outcome.append(example)
+            except RowError as error:
+                outcomes[draft.owner] = error
+        return outcomes
+
+    def _drafts(self, conversation: Conversation, owner: int) -> list[_Draft]:
+        notes = [ESCAPED] if guard(conversation, self.control, self.control_tokens) else []
+        messages, tools = conversation.messages, conversation.tools
+        turns = [i for i, wanted in enumerate(conversation.train) if wanted]
+        if self.train_on == "last":
+            turns = turns[-1:]
+        if turns[-1] + 1 < len(messages):
+            notes.append(TRAILING)
+        text = self.render(messages[: turns[-1] + 1], tools)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowError("lone surrogate", f"has half of a surrogate pair: {text[error.start]!r}.") from error
+        prefixes = [self.render(messages[: turn + 1], tools) for turn in turns[:-1]]
+        if self.expand_turns == "off" or all(text.startswith(prefix) for prefix in prefixes):
+            return [_Draft(messages[: turns[-1] + 1], turns, text, notes, owner)]
+        texts = [*prefixes, text]
+        return [
+            _Draft(messages[: turn + 1], [turn], one, list(notes), owner)
+            for turn, one in zip(turns, texts, strict=True)
+        ]
+
+    def _spans(self, ids: list[int], draft: _Draft) -> list[tuple[int, int]]:
+        """Where the trained turns stand: after the header's newline, to ``<|im_end|>`` and with it."""
+        head = self.header[:-1]
+        spans, position = [], 0
+        for number, message in enumerate(draft.messages):
+            if message["role"] != "assistant":
+                continue
+            try:
+                start = ids.index(head[0], position)
+                while ids[start : start + len(head)] != head:
+                    start = ids.index(head[0], start + 1)
+                position = ids.index(self.end, start) + 1
+            except ValueError as error:
+                raise RowError(
+                    "template", f"the chat template renders no {HEADER!r} … {END} for message {number}."
+                ) from error
+            begin = start + len(self.header)
+            if self.inserts_think and ids[begin : begin + len(self.empty_think)] == self.empty_think:
+                begin += len(self.empty_think)
+            if number in draft.turns:
+                spans.append((begin, position))
+        return spans
+
+    def _prove(self, drafts: list[_Draft], encoded: list[list[int]], conversations: list[Conversation]) -> None:
+        for number, text in enumerate(self.backend.decode_batch(encoded, skip_special_tokens=False)):
+            wanted = drafts[number].text
+            if text != wanted and text != unicodedata.normalize("NFC", wanted):
+                self._differs(conversations[drafts[number].owner].source, wanted, text)
+        for number in range(0, len(drafts), self.exact_every):
+            draft = drafts[number]
+            conversation = conversations[draft.owner]
+            ids = self.tokenizer.apply_chat_template(draft.messages, tools=conversation.tools)["input_ids"]
+            if list(ids) != encoded[number]:
+                both = self.backend.decode_batch([list(ids), encoded[number]], skip_special_tokens=False)
+                self._differs(conversation.source, *both)
+
+    @staticmethod
+    def _differs(source: str, wanted: str, found: str) -> None:
+        diff = "\n".join(difflib.ndiff(wanted.splitlines()[:50], found.splitlines()[:50]))[:2000]
+        raise DataError(f"{source}: token ids differ from the exported tokenizer's own:\n{diff}")
+
+    def _shorten(self, draft: _Draft, conversation: Conversation, length: int) -> Example:
+        """The oldest turns go first, then the middle of the longest user text; the answer stays whole."""
+        if self.overlong != "truncate":
+            kind = "overlong" if self.overlong == "drop" else "too long"
+            raise RowError(kind, f"has {length} tokens, more than data.max_length {self.max_length}.")
+        for start, messages, turns in self._without_oldest(draft):
+            example = self._again(messages, turns, conversation)
+            if start and OLDEST not in draft.notes:
+                draft.notes.append(OLDEST)
+            if len(example.input_ids) <= self.max_length:
+                return example
+        longest = max(
+            (i for i, message in enumerate(messages) if message["role"] == "user"),
+            key=lambda i: len(messages[i]["content"]),
+            default=None,
+        )
+        text = messages[longest]["content"] if longest is not None else ""
+        for _ in range(8):
+            over = len(example.input_ids) - self.max_length
+            if over <= 0:
+                draft.notes.append(SHORTENED)
+                return example
+            pieces = self.backend.encode(text, add_special_tokens=False).offsets
+            keep = len(pieces) - over
+            if longest is None or keep < 1:
+                break
+            tail = keep // 2
+            text = text[: pieces[keep - tail - 1][1]] + (text[pieces[len(pieces) - tail][0] :] if tail else "")
+            messages = [*messages[:longest], {**messages[longest], "content": text}, *messages[longest + 1 :]]
+            example = self._again(messages, turns, conversation)
+        raise RowError(
+            "overlong", f"has {length} tokens; data.max_length {self.max_length} cannot hold its question and answer."
+        )
+
+    @staticmethod
+    def _without_oldest(draft: _Draft) -> list[tuple[int, list[dict[str, Any]], list[int]]]:
+        """The conversation whole, then without its first exchange, its first two, and so on to the last."""
+        head = 1 if draft.messages[0]["role"] == "system" else 0
+        starts = [i for i, message in enumerate(draft.messages) if message["role"] == "user"]
+        kept: list[tuple[int, list[dict[str, Any]], list[int]]] = [(0, draft.messages, draft.turns)]
+        for start in starts[1:]:
+            turns = [turn - start + head for turn in draft.turns if turn >= start]
+            if turns:
+                kept.append((start, draft.messages[:head] + draft.messages[start:], turns))
+        return kept
+
+    def _again(self, messages: list[dict[str, Any]], turns: list[int], conversation: Conversation) -> Example:
+        text = self.render(messages, conversation.tools)
+        ids = self._ids(text)
+        draft = _Draft(messages, turns, text, [], 0)
+        self._prove([draft], [ids], [conversation])
+        return Example(ids, self._spans(ids, draft), conversation.source)

@@ -1,112 +1,23 @@
-"""The DataModule: rows to batches, the split, and a loader that resumes at the very next batch."""
+"""The DataModule: prepared rows, the split, and loaders over them."""
 
-import hashlib
-import json
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import os
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
-from qwen_lit.data.chatml import Example, check_tokenizer, encode
-from qwen_lit.data.records import Conversation, DataError, Fault, RowError, expand_paths, read_file
+from qwen_lit.data.batches import Collate, EpochOrder, ResumableLoader, group
+from qwen_lit.data.prepare import Report, Rows, Task, judge, prepare, read_report
+from qwen_lit.data.records import DataError
+from qwen_lit.data.sources import Source, as_sources, expand
 from qwen_lit.errors import UserError
 
 log = logging.getLogger(__name__)
-IGNORED = -100
-
-
-class Batch(TypedDict):
-    """One micro-batch of ``b`` padded rows of ``t`` tokens; all int64."""
-
-    input_ids: Tensor
-    """``[b, t]``, padded on the right."""
-    position_ids: Tensor
-    """``[b, t]``, each row from 0."""
-    target_index: Tensor
-    """``[n]``, positions in the flattened ``[b * t]`` whose next token is supervised."""
-    targets: Tensor
-    """``[n]``, those next tokens."""
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad on the right; under a causal mask no real token sees the padding, so none is passed on."""
-    width = max(len(example.input_ids) for example in examples)
-    ids = torch.full((len(examples), width), pad_id)
-    labels = torch.full((len(examples), width), IGNORED)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
-        labels[row, : len(example.labels)] = torch.tensor(example.labels)
-    following = torch.full_like(labels, IGNORED)
-    following[:, :-1] = labels[:, 1:]
-    flat = following.flatten()
-    index = (flat != IGNORED).nonzero().squeeze(1)
-    positions = torch.arange(width).expand(len(examples), width).contiguous()
-    return {"input_ids": ids, "position_ids": positions, "target_index": index, "targets": flat[index]}
-
-
-class EpochOrder(Sampler[list[int]]):
-    """Batches of row numbers, a pure function of (seed, epoch, position).
-
-    Rows of like length share a batch. Which rows do is fixed by the seed; the order of the batches changes each epoch.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        ties = torch.randperm(len(lengths), generator=generator).tolist()
-        by_length = sorted(ties, key=lambda row: lengths[row]) if batch_size > 1 else ties
-        batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
-        self.batches = batches
-        self.seed, self.rank, self.ranks = seed, rank, ranks
-        self.epoch, self.start = 0, 0
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.batches) / self.ranks)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.batches), generator=generator).tolist()
-        mine = order[self.rank :: self.ranks]
-        for number in mine[self.start :]:
-            yield self.batches[number]
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A DataLoader whose position is part of the checkpoint.
-
-    Lightning saves and restores any loader that has ``state_dict``. The position counts batches handed out, not
-    batches that workers have read ahead.
-    """
-
-    def __init__(self, data: "QwenDataModule", order: EpochOrder, **options: Any) -> None:
-        # Its own generator: the workers' seed must not move the generator that dropout draws from.
-        super().__init__(batch_sampler=order, generator=torch.Generator().manual_seed(order.seed), **options)
-        self.data, self.order = data, order
-        self.position, self.resumed = 0, False
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        epoch = self.data.trainer.current_epoch if self.data.trainer else 0
-        if not (self.resumed and epoch == self.order.epoch and self.position < len(self.order)):
-            self.position = 0
-        self.resumed = False
-        self.order.epoch, self.order.start = epoch, self.position
-        for batch in super().__iter__():
-            self.position += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Epoch and the number of its batches already handed out."""
-        return {"epoch": self.order.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after ``state['position']`` batches of ``state['epoch']``."""
-        self.order.epoch, self.position, self.resumed = state["epoch"], state["position"], True
 
 
 class QwenDataModule(L.LightningDataModule):
@@ -114,32 +25,44 @@ class QwenDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        dataset_path: str | list[str],
-        val_dataset_path: str | list[str] | None = None,
+        dataset_path: str | list[str | Source],
+        val_dataset_path: str | list[str | Source] | None = None,
         val_size: float = 0.0,
         batch_size: int = 1,
         max_length: int = 2048,
+        packing: bool = False,
         overlong: Literal["truncate", "drop", "error"] = "truncate",
         train_on: Literal["all", "last"] = "all",
         expand_turns: Literal["auto", "off"] = "auto",
         control_tokens: Literal["error", "escape"] = "error",
         on_bad_row: Literal["error", "skip"] = "error",
+        max_bad_share: float = 0.1,
+        fields: dict[str, str] | None = None,
+        cache_dir: str | None = None,
+        num_proc: int | None = None,
         num_workers: int = 0,
         seed: int = 42,
     ) -> None:
-        """Checks that the files are there; rows are read in ``setup``.
+        """Checks that the files are there; rows are read in ``prepare_data``.
 
         Args:
-            dataset_path: file, glob or list of them: JSONL (also .gz, .zst), JSON array or Parquet.
+            dataset_path: file, folder, glob, or a list of them or of {path, weight, max_rows}: JSONL (also .gz,
+                .zst), a JSON array or Parquet.
             val_dataset_path: rows for validation; null takes val_size of the training rows.
-            val_size: rows held out, a share below 1 or a count, chosen by content so that no row changes side.
-            batch_size: rows in a micro-batch.
+            val_size: rows held out, chosen by content. A share below 1 keeps every row on its side when the file
+                grows; a count takes that many distinct rows.
+            batch_size: rows in a micro-batch; with packing, it holds batch_size x max_length tokens.
             max_length: longest row, in tokens.
+            packing: fill micro-batches with whole rows end to end instead of padding; none sees another.
             overlong: what becomes of a longer row: truncate keeps the last question and the whole answer.
             train_on: all assistant turns, or the last one alone.
             expand_turns: auto trains each turn with the history it will really see; off takes a row as one.
             control_tokens: text like <|im_start|> inside a message: error, or escape it.
-            on_bad_row: error stops with the faults named; skip counts them and goes on.
+            on_bad_row: error stops with the faults named; skip counts them, writes them down and goes on.
+            max_bad_share: with skip, the share of faulty rows above which it stops all the same.
+            fields: our field name to the file's, where they differ, as {instruction: question, output: answer}.
+            cache_dir: folder of tokenised rows; null is ~/.cache/qwen_lit.
+            num_proc: processes that tokenise; null takes one per core for large files.
             num_workers: processes that build batches; 0 is enough for tokenised rows.
             seed: of the order of rows; set by seed_everything.
 
@@ -147,109 +70,125 @@ class QwenDataModule(L.LightningDataModule):
             UserError: a file is missing or a number is out of range.
         """
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"data.batch_size is {batch_size}; it must be at least 1.")
-        if max_length < 8:
-            raise UserError(f"data.max_length is {max_length}; it must be at least 8 tokens.")
-        if val_size < 0:
-            raise UserError(f"data.val_size is {val_size}; give a share below 1, or a count of rows.")
-        try:
-            self.paths = expand_paths(dataset_path)
-            self.val_paths = expand_paths(val_dataset_path) if val_dataset_path else []
-        except DataError as error:
-            raise UserError(f"data.dataset_path: {error}") from error
-        self.val_size, self.batch_size, self.max_length = val_size, batch_size, max_length
-        self.options: dict[str, Any] = {
+        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 8)):
+            if value < least:
+                raise UserError(f"data.{name} is {value}; it must be at least {least}.")
+        if val_size < 0 or (val_size > 1 and val_size != int(val_size)):
+            raise UserError(f"data.val_size is {val_size}; give a share below 1, or a whole count of rows.")
+        self.sources = _checked("dataset_path", dataset_path)
+        self.val_sources = _checked("val_dataset_path", val_dataset_path) if val_dataset_path else []
+        self.val_size, self.batch_size, self.max_length, self.packing = val_size, batch_size, max_length, packing
+        self.encoder_options: dict[str, Any] = {
             "max_length": max_length,
             "overlong": overlong,
             "train_on": train_on,
             "expand_turns": expand_turns,
             "control_tokens": control_tokens,
         }
-        self.on_bad_row, self.num_workers, self.seed = on_bad_row, num_workers, seed
+        self.on_bad_row, self.max_bad_share, self.fields = on_bad_row, max_bad_share, fields or {}
+        cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        self.cache = Path(cache_dir or f"{cache_home}/qwen_lit").expanduser()
+        self.num_proc, self.num_workers, self.seed = num_proc, num_workers, seed
         self.tokenizer: Any = None
-        self.train_rows: list[Example] = []
-        self.val_rows: list[Example] = []
+        self.train_rows: Rows | None = None
+        self.val_rows: Rows | None = None
+        self.report = Report()
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read, check, split and tokenise all rows.
+    def prepare_data(self) -> None:
+        """Tokenise all rows into the cache, once per machine.
 
         Raises:
-            UserError: faulty rows, named by path and line, or none left to train on.
+            UserError: faulty rows, named by path and line; or the files or the tokenizer cannot be used.
         """
-        if self.train_rows:
-            return
+        for sources in (self.sources, self.val_sources):
+            if sources:
+                self._prepare(sources)
+
+    def _prepare(self, sources: list[Source]) -> Path:
+        task = Task(sources, self.encoder_options, self.fields)
         try:
-            check_tokenizer(self.tokenizer)
-        except DataError as error:
+            folder = prepare(task, self.tokenizer, self.cache, self.num_proc)
+            judge(read_report(folder), self.on_bad_row, self.max_bad_share)
+            return folder
+        except (DataError, OSError) as error:
             raise UserError(str(error)) from error
-        train, faults = self._read(self.paths)
-        if self.val_paths:
-            val, more = self._read(self.val_paths)
-            faults += more
-        else:
-            train, val = self._split(train)
-        self.train_rows = self._encode(train, faults)
-        self.val_rows = self._encode(val, faults)
-        self._report(faults)
-        if not self.train_rows:
-            raise UserError(f"no row of {', '.join(map(str, self.paths))} is left to train on.")
-        log.info("%d rows to train on, %d to validate", len(self.train_rows), len(self.val_rows))
 
-    def _read(self, paths: list[Path]) -> tuple[list[Conversation], list[Fault]]:
-        rows: list[Conversation] = []
-        faults: list[Fault] = []
-        for path in paths:
-            try:
-                for row in read_file(path):
-                    rows.append(row) if isinstance(row, Conversation) else faults.append(row)
-            except DataError as error:
-                raise UserError(str(error)) from error
-        return rows, faults
+    def setup(self, stage: str | None = None) -> None:
+        """Open the prepared rows and split them.
 
-    def _split(self, rows: list[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
-        """Hold out rows by the hash of their content: equal rows are always on one side."""
-        if not self.val_size:
-            return rows, []
-
-        def rank(row: Conversation) -> float:
-            content = json.dumps([row.messages, row.tools], sort_keys=True, ensure_ascii=False)
-            return int.from_bytes(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
-
-        ranks = [rank(row) for row in rows]
-        if self.val_size < 1:
-            limit = self.val_size
-        else:
-            distinct = sorted(set(ranks))
-            limit = distinct[min(int(self.val_size), len(distinct) - 1)]
-        train = [row for row, r in zip(rows, ranks, strict=True) if r >= limit]
-        return train, [row for row, r in zip(rows, ranks, strict=True) if r < limit]
-
-    def _encode(self, rows: list[Conversation], faults: list[Fault]) -> list[Example]:
-        examples: list[Example] = []
-        for row in rows:
-            try:
-                examples += encode(row, self.tokenizer, **self.options)
-            except RowError as error:
-                faults.append(Fault(row.source, error.kind, str(error)))
-        changed = Counter(example.note for example in examples if example.note)
-        for note, count in changed.most_common():
-            log.warning("%d rows changed: %s", count, note)
-        return examples
-
-    def _report(self, faults: list[Fault]) -> None:
-        if not faults:
+        Raises:
+            UserError: no row is left to train on.
+        """
+        if self.train_rows is not None:
             return
-        lines = [f"{fault.source}: {fault.message}" for fault in faults[:10]]
-        counts = ", ".join(f"{kind}: {n}" for kind, n in Counter(fault.kind for fault in faults).most_common())
-        text = "\n".join([f"{len(faults)} faulty rows ({counts})", *lines])
-        if self.on_bad_row == "error":
-            raise UserError(f"{text}\nmend them, or set data.on_bad_row: skip.")
-        log.warning("skipped %s", text)
+        folder = self._prepare(self.sources)
+        self.report = read_report(folder)
+        train = Rows(folder, self._chosen(Rows(folder), self.sources))
+        hashes = train.column("hash")
+        if self.val_sources:
+            val_folder = self._prepare(self.val_sources)
+            val = Rows(val_folder, self._chosen(Rows(val_folder), self.val_sources))
+            held_out = np.isin(hashes, val.column("hash"))
+        else:
+            held_out = hashes < self._limit(hashes)
+            val = Rows(folder, np.unique(train.chosen[held_out]))
+        if self.val_sources and held_out.any():
+            log.warning("%d training rows are left out: they are validation rows too", held_out.sum())
+        self.train_rows, self.val_rows = Rows(folder, train.chosen[~held_out]), val
+        if not len(self.train_rows):
+            names = ", ".join(source.path for source in self.sources)
+            raise UserError(f"no row of {names} is left to train on; see {folder / 'rows.log'}.")
+        self._tell(folder)
+
+    def _limit(self, hashes: np.ndarray) -> Any:
+        """Rows whose hash is below this are held out."""
+        if not self.val_size:
+            return np.uint64(0)
+        if self.val_size < 1:
+            return np.uint64(int(self.val_size * 2**64))
+        distinct = np.unique(hashes)
+        if self.val_size >= len(distinct):
+            raise UserError(f"data.val_size is {self.val_size:.0f}, but there are {len(distinct)} distinct rows.")
+        return distinct[int(self.val_size)]
+
+    @staticmethod
+    def _chosen(rows: Rows, sources: list[Source]) -> np.ndarray:
+        """Numbers of the examples of an epoch, by each source's cap and weight."""
+        of_source, hashes = rows.column("source"), rows.column("hash")
+        # Another order than the split's, so that neither choice moves the other.
+        mixed = hashes * np.uint64(0x9E3779B97F4A7C15)
+        chosen = []
+        for number, source in enumerate(sources):
+            mine = np.flatnonzero(of_source == number)
+            if source.max_rows is not None:
+                distinct = np.unique(mixed[mine])[: source.max_rows]
+                mine = mine[np.isin(mixed[mine], distinct)]
+            whole = int(source.weight)
+            part = mine[mixed[mine] < np.uint64(int((source.weight - whole) * 2**64))]
+            chosen += [mine] * whole + [part]
+        return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+
+    def _tell(self, folder: Path) -> None:
+        assert self.train_rows is not None and self.val_rows is not None
+        for name in ("faults", "dropped", "changed"):
+            for kind, count in getattr(self.report, name).items():
+                what = {"faults": "skipped", "dropped": "dropped", "changed": "changed"}[name]
+                log.warning("%d rows %s: %s (named in %s)", count, what, kind, folder / "rows.log")
+        supervised, tokens = self.train_rows.column("supervised").sum(), self.train_rows.column("length").sum()
+        log.info(
+            "%d rows to train on (%s tokens, %.0f %% supervised), %d to validate",
+            len(self.train_rows), f"{tokens:,}", 100 * supervised / max(tokens, 1), len(self.val_rows),
+        )  # fmt: skip
+
+    def batches(self, rows: Rows) -> list[list[int]]:
+        """Row numbers of each micro-batch of an epoch, over all ranks."""
+        budget = self.batch_size * self.max_length
+        return group(rows.column("length"), self.batch_size, budget, self.packing, self.seed)
 
     def total_steps(self, trainer: L.Trainer) -> int:
         """Optimizer steps of the run, from the number of batches, the accumulation and the trainer's limits."""
-        batches = math.ceil(math.ceil(len(self.train_rows) / self.batch_size) / trainer.world_size)
+        assert self.train_rows is not None
+        batches = math.ceil(len(self.batches(self.train_rows)) / trainer.world_size)
         limit = trainer.limit_train_batches
         if limit is not None:
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -258,36 +197,39 @@ class QwenDataModule(L.LightningDataModule):
             return max(1, trainer.max_steps)
         return max(1, min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps)
 
-    def _loader(self, rows: list[Example], shuffled: bool) -> DataLoader[Any]:
+    def _loader(self, rows: Rows, shuffled: bool) -> DataLoader[Any]:
         pad = self.tokenizer.pad_token_id
         pad_id = pad if pad is not None else self.tokenizer.eos_token_id
         options: dict[str, Any] = {
             "dataset": rows,
-            "collate_fn": _Collate(pad_id),
+            "collate_fn": Collate(pad_id, self.packing),
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
         }
         rank = self.trainer.global_rank if self.trainer else 0
         ranks = self.trainer.world_size if self.trainer else 1
+        order = EpochOrder(self.batches(rows), self.seed, rank, ranks, shuffled)
         if shuffled:
-            order = EpochOrder([len(row.input_ids) for row in rows], self.batch_size, self.seed, rank, ranks)
             return ResumableLoader(self, order, **options)
-        return DataLoader(batch_size=self.batch_size, generator=torch.Generator().manual_seed(0), **options)
+        return DataLoader(batch_sampler=order, generator=torch.Generator().manual_seed(0), **options)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the training rows, in this epoch's order, from where the run stands."""
+        assert self.train_rows is not None
         return self._loader(self.train_rows, shuffled=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches of the validation rows in their own order, or nothing."""
-        return self._loader(self.val_rows, shuffled=False) if self.val_rows else []
+        return self._loader(self.val_rows, shuffled=False) if self.val_rows is not None and len(self.val_rows) else []
 
 
-class _Collate:
-    """``collate`` with its padding id, as a picklable callable for worker processes."""
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, examples: Sequence[Example]) -> Batch:
-        return collate(examples, self.pad_id)
+def _checked(key: str, given: Any) -> list[Source]:
+    try:
+        sources = as_sources(given)
+        for source in sources:
+            expand(source)
+            if source.weight <= 0 or (source.max_rows is not None and source.max_rows < 1):
+                raise DataError(f"{source.path}: weight and max_rows must be above 0.")
+    except DataError as error:
+        raise UserError(f"data.{key}: {error}") from error
+    return sources

@@ -1,11 +1,9 @@
-"""Files to conversations: every format told apart by itself, every fault named by path and line."""
+"""Rows to conversations: every format told apart by itself, every fault named."""
 
-import glob
-import gzip
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -14,7 +12,7 @@ class DataError(ValueError):
 
 
 class RowError(DataError):
-    """One row cannot be used."""
+    """One row cannot be used; ``kind`` groups equal faults."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -29,6 +27,7 @@ class Fault:
     """``path:line``."""
     kind: str
     message: str
+    """With a snippet of the row."""
 
 
 @dataclass
@@ -40,189 +39,286 @@ class Conversation:
     """One per message; only assistant messages can be True."""
     tools: list[dict[str, Any]] | None
     source: str
+    """``path:line``."""
     format: str
+    """alpaca, messages, sharegpt or prompt."""
 
 
 ROLES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "tool": "tool", "observation": "tool", "function": "tool", "function_call": "assistant",
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "tool": "tool", "observation": "tool", "function": "tool", "function_call": "assistant",
 }  # fmt: skip
+# What may stand before a message of each role; None is the start.
+ORDER: dict[str, set[str | None]] = {
+    "system": {None},
+    "user": {None, "system", "assistant"},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+}
+ENCODINGS = ("utf-16", "gb18030", "big5", "cp1252")
 
 
-def expand_paths(dataset_path: str | list[str]) -> list[Path]:
-    """Files named by a path, a glob or a list of them, in order.
-
-    Raises:
-        DataError: a name matches no file.
-    """
-    found: list[Path] = []
-    for name in [dataset_path] if isinstance(dataset_path, str) else dataset_path:
-        matches = [Path(match) for match in sorted(glob.glob(str(Path(name).expanduser())))]
-        if Path(name).expanduser().is_file():
-            matches = [Path(name).expanduser()]
-        files = [path for path in matches if path.is_file()]
-        if not files:
-            raise DataError(f"no such dataset: {name}; give the path of a JSONL file.")
-        found += files
-    return found
+def snippet(line: bytes | str) -> str:
+    """The start of a row, on one line and short enough to print."""
+    text = line.decode("utf-8", "replace") if isinstance(line, bytes) else line
+    return repr(text[:80] + ("…" if len(text) > 80 else ""))
 
 
-def read_file(path: Path) -> Iterator[Conversation | Fault]:
-    """Conversations and faults of one JSONL file (also ``.gz``) or JSON array, in the file's order.
+def parse_line(line: bytes) -> Any:
+    """One line of JSON.
 
     Raises:
-        DataError: the file cannot be read.
+        RowError: the line is not UTF-8 (with its offset and likely encoding) or not JSON.
     """
-    try:
-        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from error
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
-    lines: list[tuple[str, bytes]] = []
-    if raw.lstrip()[:1] == b"[":
-        try:
-            lines = [(f"{path}:{n}", json.dumps(row).encode()) for n, row in enumerate(json.loads(raw), 1)]
-        except ValueError as error:
-            raise DataError(f"{path}: is not a JSON array ({error}).") from error
-    else:
-        lines = [(f"{path}:{n}", line) for n, line in enumerate(raw.split(b"\n"), 1)]
-    for source, line in lines:
-        if line.strip():
-            try:
-                yield parse_row(_parse_line(line.rstrip(b"\r")), source)
-            except RowError as error:
-                yield Fault(source, error.kind, str(error))
-
-
-def _parse_line(line: bytes) -> Any:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RowError("not UTF-8", f"is not UTF-8 at byte {error.start}; save the file as UTF-8.") from error
+        likely = next((name for name in ENCODINGS if _decodes(line, name)), "another encoding")
+        raise RowError(
+            "not UTF-8",
+            f"is not UTF-8 at byte {error.start}, likely {likely}: {snippet(line)}; save the file as UTF-8.",
+        ) from error
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise RowError("bad JSON", f"is not JSON ({error}): {text[:60]!r}") from error
+    except (ValueError, RecursionError) as error:
+        raise RowError("bad JSON", f"is not JSON ({error}): {snippet(text)}") from error
 
 
-def parse_row(row: Any, source: str) -> Conversation:
+def _decodes(line: bytes, name: str) -> bool:
+    try:
+        text = line.decode(name)
+    except UnicodeError:
+        return False
+    return name != "utf-16" or text.lstrip("\ufeff")[:1] in ("{", "[")
+
+
+def parse_row(row: Any, source: str, fields: Mapping[str, str] | None = None) -> Conversation:
     """Tell the row's format and turn it into a conversation.
 
+    Args:
+        row: the parsed JSON.
+        source: ``path:line``, for messages.
+        fields: our field name to the file's, for files with other names.
+
     Raises:
-        RowError: a field is missing or empty, a role unknown, or there is no assistant turn.
+        RowError: a field is missing, empty or of a wrong type, a role unknown, the order wrong, or no assistant turn.
     """
     if not isinstance(row, dict):
-        raise RowError("not an object", f"is a JSON {type(row).__name__}, not an object with fields.")
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
-            raise RowError("bad tools", f"tools is not JSON ({error}).") from error
-    if "messages" in row:
-        name, messages = "messages", _messages(row["messages"], "role", "content")
-    elif "conversations" in row:
-        name, messages = "sharegpt", _messages(row["conversations"], "from", "value")
-        if row.get("system"):
-            messages.insert(0, {"role": "system", "content": _text(row, "system")})
-    elif "prompt" in row:
-        name = "prompt"
-        messages = [
-            {"role": "user", "content": _text(row, "prompt")},
-            {"role": "assistant", "content": _text(row, "completion")},
-        ]
+        raise RowError("not an object", f"is of type {type(row).__name__}, not an object with fields.")
+    if fields:
+        row = _renamed(row, fields)
+    tools = _tools(row.get("tools"))
+    if row.get("messages") is not None:
+        name, messages = "messages", _messages(row["messages"], "role", "content", fields)
+    elif row.get("conversations") is not None:
+        name, messages = "sharegpt", _messages(row["conversations"], "from", "value", fields)
+    elif "prompt" in row or "completion" in row:
+        name, messages = "prompt", _prompt(row)
     else:
         name, messages = "alpaca", _alpaca(row)
+    if row.get("system") and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _text(row, "system")})
+    _check_order(messages)
     weights = [message.pop("train", True) for message in messages]
-    train = [
-        bool(weight) and message["role"] == "assistant" for message, weight in zip(messages, weights, strict=True)
-    ]
+    train = [bool(w) and message["role"] == "assistant" for w, message in zip(weights, messages, strict=True)]
     if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("no assistant turn", "has no assistant turn, so nothing could be trained.")
-    return Conversation(messages, train, tools or None, source, name)
+        raise RowError("no assistant turn", f"has no assistant turn: {snippet(messages[-1]['content'])}")
+    if not any(train):
+        raise RowError("nothing to train", "marks every assistant turn as not to be trained.")
+    return Conversation(messages, train, tools, source, name)
+
+
+def _renamed(row: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    renamed = {ours: row[theirs] for ours, theirs in fields.items() if theirs in row}
+    taken = set(fields.values())
+    return {key: value for key, value in row.items() if key not in taken and key not in renamed} | renamed
 
 
 def _text(row: dict[str, Any], field: str) -> str:
     value = row.get(field)
     if value is None:
-        raise RowError("missing field", f"misses {field!r}; it has {sorted(row)}.")
+        raise RowError(
+            "missing field", f"misses {field!r}; it has {sorted(map(str, row))} (data.fields maps other names)."
+        )
     if not isinstance(value, str):
-        raise RowError("wrong type", f"{field!r} is a {type(value).__name__}, not text.")
+        raise RowError("wrong type", f"{field!r} is of type {type(value).__name__}, not text: {snippet(repr(value))}")
     if not value.strip():
         raise RowError("empty field", f"{field!r} is empty.")
     return value
 
 
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError as error:
+            raise RowError("bad tools", f"tools is not JSON ({error}): {snippet(value)}") from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError("bad tools", f"tools is not a list of objects: {snippet(repr(value))}")
+    return value
+
+
+def _prompt(row: dict[str, Any]) -> list[dict[str, Any]]:
+    if isinstance(row.get("prompt"), list):
+        answer = row.get("completion")
+        return _messages([*row["prompt"], *(answer if isinstance(answer, list) else [])], "role", "content", None)
+    return [
+        {"role": "user", "content": _text(row, "prompt")},
+        {"role": "assistant", "content": _text(row, "completion")},
+    ]
+
+
 def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": _text(row, "system")})
-    for turn in row.get("history") or []:
-        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
-            raise RowError("bad history", "history must be a list of [question, answer] pairs.")
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise RowError("bad history", "history must be a list of [question, answer] pairs.")
+    for turn in history:
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) and t.strip() for t in turn)):
+            raise RowError("bad history", f"history must be a list of [question, answer] pairs: {snippet(repr(turn))}")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     question = _text(row, "instruction")
     if row.get("input"):
         question += "\n" + _text(row, "input")
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
-    return messages
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
 
 
-def _messages(turns: Any, role_key: str, text_key: str) -> list[dict[str, Any]]:
+def _messages(turns: Any, role_key: str, text_key: str, fields: Mapping[str, str] | None) -> list[dict[str, Any]]:
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)
+        except ValueError as error:
+            raise RowError("wrong type", f"the messages are text, not a list: {snippet(turns)}") from error
     if not isinstance(turns, list) or not turns:
         raise RowError("empty conversation", "has no messages.")
     messages = []
     for number, turn in enumerate(turns):
-        role = turn.get(role_key) if isinstance(turn, dict) else None
-        if role not in ROLES:
+        if not isinstance(turn, dict):
+            raise RowError("wrong type", f"message {number} is a {type(turn).__name__}, not an object.")
+        turn = _renamed(turn, fields) if fields else turn
+        # Either spelling is taken in either list: both are found in the wild.
+        key = role_key if role_key in turn else "from" if "from" in turn else "role"
+        role = turn.get(key)
+        if not isinstance(role, str) or role not in ROLES:
             raise RowError("unknown role", f"message {number} has the role {role!r}; known are {sorted(ROLES)}.")
-        message = _message(turn, ROLES[role], text_key, number)
+        message = _message(turn, ROLES[role], text_key if text_key in turn else "value", number)
         if role == "function_call":
             message = {"role": "assistant", "content": "", "tool_calls": _calls(message["content"])}
-        if message["role"] == "system" and number:
-            raise RowError("wrong order", f"message {number} is a system message; it must be the first.")
-        message["train"] = turn.get("train", True) and turn.get("weight", turn.get("loss_weight", 1)) != 0
+        weight = turn.get("weight", turn.get("loss_weight", 1))
+        message["train"] = turn.get("train", True) not in (False, "false", 0) and weight not in (0, False)
         messages.append(message)
     return messages
 
 
 def _message(turn: dict[str, Any], role: str, text_key: str, number: int) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": role}
-    content = turn.get(text_key)
-    calls = list(turn.get("tool_calls") or [])
-    reasoning = turn.get("reasoning_content")
+    content, reasoning = turn.get(text_key), turn.get("reasoning_content")
+    calls = _calls(turn["tool_calls"]) if turn.get("tool_calls") else []
     if isinstance(content, list):
         parts = {"text": "", "reasoning": ""}
         for part in content:
+            part = part if isinstance(part, dict) else {"type": "text", "text": part}
             kind, value = part.get("type"), part.get("text", part.get("value"))
             if kind == "tool_call":
                 calls += _calls(value if value is not None else part.get("tool_call"))
             elif kind in parts and isinstance(value, str):
                 parts[kind] += value
             else:
-                raise RowError("bad part", f"message {number} has a part of type {kind!r}.")
+                raise RowError("bad part", f"message {number} has a part of type {kind!r} without text.")
         content, reasoning = parts["text"], parts["reasoning"] or reasoning
     if content is None and calls:
         content = ""
     if not isinstance(content, str):
         raise RowError("missing field", f"message {number} ({role}) has no text in {text_key!r}.")
-    if not content.strip() and not calls and role == "assistant":
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise RowError(
+            "wrong type", f"message {number}: reasoning_content is of type {type(reasoning).__name__}, not text."
+        )
+    if not content.strip() and not calls and role != "tool":
         raise RowError("empty field", f"message {number} ({role}) is empty.")
-    message["content"] = content
+    message: dict[str, Any] = {"role": role, "content": content}
     if calls:
+        if role != "assistant":
+            raise RowError("bad tool call", f"message {number} ({role}) has a tool call; only assistants call tools.")
         message["tool_calls"] = calls
-    if reasoning:
+    if reasoning and role == "assistant":
         message["reasoning_content"] = reasoning
     return message
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
+    """Tool calls as the template takes them, their arguments as objects, as servers hand them to it."""
     try:
         value = json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise RowError("bad tool call", f"a tool call is not JSON ({error}).") from error
-    calls = value if isinstance(value, list) else [value]
-    for call in calls:
-        if not isinstance(call, dict) or not (call.get("name") or call.get("function")):
-            raise RowError("bad tool call", "a tool call has no name.")
-    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
+        raise RowError("bad tool call", f"a tool call is not JSON ({error}): {snippet(value)}") from error
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError("bad tool call", f"a tool call has no name: {snippet(repr(call))}")
+        arguments = function.get("arguments", {})
+        try:
+            arguments = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments or {}
+        except ValueError as error:
+            raise RowError(
+                "bad tool call", f"the arguments of {function['name']} are not JSON: {snippet(arguments)}"
+            ) from error
+        if not isinstance(arguments, dict):
+            raise RowError("bad tool call", f"the arguments of {function['name']} are not an object.")
+        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def _check_order(messages: list[dict[str, Any]]) -> None:
+    before: str | None = None
+    for number, message in enumerate(messages):
+        role = message["role"]
+        if before not in ORDER[role]:
+            where = f"follows {before}" if before else "comes first"
+            raise RowError("wrong order", f"message {number} ({role}) {where}: {snippet(message['content'])}")
+        before = role
+
+
+CONTROL = re.compile(r"<\|[^<>|]{1,40}\|>")
+
+
+def guard(conversation: Conversation, control: frozenset[str], policy: str) -> bool:
+    """Keep text from becoming a control token: refuse it, or part it with a zero-width space, in place.
+
+    Args:
+        conversation: its messages and tools are searched, names of fields included.
+        control: the tokenizer's control tokens, such as ``<|im_start|>``.
+        policy: ``error`` or ``escape``.
+
+    Returns:
+        Whether anything was escaped.
+
+    Raises:
+        RowError: a control token stands in a message and ``policy`` is ``error``.
+    """
+    escaped = False
+
+    def walk(value: Any) -> Any:
+        nonlocal escaped
+        if isinstance(value, str):
+            if "<|" not in value:
+                return value
+            for token in set(CONTROL.findall(value)) & control:
+                if policy == "error":
+                    at = value.index(token)
+                    raise RowError(
+                        "control token",
+                        f"has {token} inside a message: {snippet(value[max(0, at - 20) :])}; mend it, or set "
+                        "data.control_tokens: escape.",
+                    )
+                value, escaped = value.replace(token, "<\u200b" + token[1:]), True
+            return value
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        return {walk(key): walk(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    conversation.messages = walk(conversation.messages)
+    conversation.tools = walk(conversation.tools)
+    return escaped

@@ -1,6 +1,7 @@
 """The LightningModule: a 4-bit Qwen with LoRA, trained on the summed loss of supervised tokens."""
 
 import logging
+import tempfile
 from typing import Any, cast
 
 import lightning as L
@@ -9,7 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from qwen_lit.config import Lora, Quantization
-from qwen_lit.data.datamodule import Batch, QwenDataModule
+from qwen_lit.data.batches import Batch
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
 from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config
 from qwen_lit.model.loss import summed_loss
@@ -77,6 +79,7 @@ class QwenModule(L.LightningModule):
         self.neftune_noise_alpha = neftune_noise_alpha
         self.gradient_checkpointing = gradient_checkpointing
         self.model: PeftModel | None = None
+        self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.config = load_config(model_name_or_path)
         check_targets(self.config, lora_config)
         # Sums since the last optimizer step, kept on the device so that no micro-batch waits for the host.
@@ -89,6 +92,10 @@ class QwenModule(L.LightningModule):
             return
         base = load_base(self.name, self.quantization_config, self.trainer.strategy.root_device)
         self.model = add_adapter(base, self.lora_config, self.gradient_checkpointing)
+        if str(self.lora_config.init_lora_weights).lower().startswith(("pissa", "olora")):
+            # These change the base; the exported adapter is the difference from where it started.
+            self.initial_adapter = tempfile.TemporaryDirectory(prefix="qwen_lit_")
+            self.model.save_pretrained(self.initial_adapter.name, save_embedding_layers=False)
         if self.neftune_noise_alpha > 0:
             base.get_input_embeddings().register_forward_hook(self._add_noise)  # type: ignore[operator]
         trained, total = self.model.get_nb_trainable_parameters()
@@ -142,6 +149,11 @@ class QwenModule(L.LightningModule):
         tokens = batch["targets"].numel()
         loss = self.loss_sum(batch) / max(tokens, 1)
         self.log("val/loss", loss, batch_size=tokens, on_epoch=True, prog_bar=True, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Perplexity of the token-weighted mean loss."""
+        if "val/loss" in self.trainer.callback_metrics:
+            self.log("val/perplexity", self.trainer.callback_metrics["val/loss"].exp())
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run.

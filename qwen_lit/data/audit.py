@@ -1,0 +1,226 @@
+"""The audit of a whole dataset before any training, and rows as they will be trained."""
+
+import html
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qwen_lit.data.chatml import OLDEST, SHORTENED
+from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.packing import fill
+from qwen_lit.data.prepare import Report, Rows
+from qwen_lit.errors import UserError
+
+PERCENTILES = (50, 90, 95, 99, 100)
+
+
+@dataclass
+class Audit:
+    """What would be trained, and what is wrong with it."""
+
+    report: Report
+    train: int
+    val: int
+    tokens: int
+    supervised: int
+    percentiles: dict[int, int]
+    histogram: list[tuple[int, int]]
+    """(upper bound in tokens, examples)."""
+    masked: int
+    """Examples in which nothing is trained."""
+    endless: int
+    """Examples with a trained answer that does not end in ``<|im_end|>``."""
+    duplicates: list[str]
+    """``path:line`` of rows that say what an earlier row says."""
+    fill: float
+    """Share of the batches' tokens that is not padding or empty."""
+    batches: int
+    steps: int
+    """Optimizer steps of an epoch."""
+    problems: list[str] = field(default_factory=list)
+    """What would be lost or trained wrongly; empty when the data is right."""
+
+
+def audit(data: QwenDataModule, accumulate: int) -> Audit:
+    """Counts over every prepared example of a DataModule that has been set up.
+
+    Args:
+        data: after ``setup``.
+        accumulate: micro-batches of an optimizer step.
+    """
+    assert data.train_rows is not None and data.val_rows is not None
+    rows = Rows(data.train_rows.folder)
+    lengths = rows.column("length")
+    batches = data.batches(data.train_rows)
+    trained = data.train_rows.column("length")
+    if data.packing:
+        share = fill(batches, trained.tolist(), data.batch_size * data.max_length)
+    else:
+        share = trained.sum() / max(1, sum(len(batch) * int(trained[batch].max()) for batch in batches))
+    report = data.report
+    result = Audit(
+        report=report,
+        train=len(data.train_rows),
+        val=len(data.val_rows),
+        tokens=int(lengths.sum()),
+        supervised=int(rows.column("supervised").sum()),
+        percentiles={p: int(np.percentile(lengths, p, method="higher")) for p in PERCENTILES},
+        histogram=_histogram(lengths),
+        masked=int((rows.column("supervised") == 0).sum()),
+        endless=_endless(rows, data.tokenizer.convert_tokens_to_ids("<|im_end|>")),
+        duplicates=_duplicates(rows),
+        fill=float(share),
+        batches=len(batches),
+        steps=math.ceil(len(batches) / accumulate),
+    )
+    result.problems = [f"{count} rows faulty: {kind}" for kind, count in report.faults.items()]
+    result.problems += [f"{count} rows dropped: {kind}" for kind, count in report.dropped.items()]
+    result.problems += [f"{n} rows cut: {kind}" for kind, n in report.changed.items() if kind in (OLDEST, SHORTENED)]
+    result.problems += [f"{result.masked} rows train nothing"] * bool(result.masked)
+    result.problems += [f"{result.endless} rows have an answer without <|im_end|>"] * bool(result.endless)
+    return result
+
+
+def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
+    top = max(16, 2 ** math.ceil(math.log2(max(2, int(lengths.max())))))
+    edges = np.linspace(0, top, 17).astype(int)
+    counts, _ = np.histogram(lengths, edges + np.r_[np.zeros(16, int), 1])
+    return [(int(edge), int(count)) for edge, count in zip(edges[1:], counts, strict=True)]
+
+
+def _endless(rows: Rows, end: int) -> int:
+    """Examples with a trained range whose last token is not the end of turn."""
+    count = 0
+    for batch in rows.batches:
+        ids, spans = batch.column("input_ids"), batch.column("spans")
+        offsets = spans.offsets.to_numpy()
+        owner = np.repeat(np.arange(len(batch)), np.diff(offsets) // 2)
+        last = spans.values.to_numpy()[offsets[0] : offsets[-1]][1::2] - 1 + ids.offsets.to_numpy()[owner]
+        count += len(np.unique(owner[ids.values.to_numpy()[last] != end]))
+    return count
+
+
+def _duplicates(rows: Rows) -> list[str]:
+    hashes = rows.column("hash")
+    order = np.argsort(hashes, kind="stable")
+    repeated = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
+    found: dict[str, int] = {}
+    first: dict[int, str] = {}
+    for at in repeated.tolist():
+        # Turns of one row share its hash; only another row is a duplicate.
+        earlier, later = int(order[at - 1]), int(order[at])
+        first.setdefault(int(hashes[later]), rows.place(earlier)[0])
+        place = rows.place(later)[0]
+        if place != first[int(hashes[later])]:
+            found.setdefault(place, later)
+    return sorted(found, key=lambda place: found[place])
+
+
+def text_report(result: Audit) -> Iterable[str]:
+    """The audit in lines of at most 80 columns."""
+    report = result.report
+    yield f"rows            {report.rows:,} read, {report.examples:,} examples to train"
+    for name, count in report.rows_per_source.items():
+        yield f"  {count:>12,}  {name}"
+    yield "formats         " + (", ".join(f"{name} {count:,}" for name, count in report.formats.items()) or "none")
+    for title, counts in (("faulty", report.faults), ("dropped", report.dropped), ("changed", report.changed)):
+        yield f"{title:<15} " + (", ".join(f"{kind} {count:,}" for kind, count in counts.items()) or "none")
+    for fault in report.first:
+        yield f"  {fault.source}: {fault.message}"
+    yield f"fully masked    {result.masked:,}"
+    yield f"no <|im_end|>   {result.endless:,}"
+    yield f"duplicates      {len(result.duplicates):,}" + "".join(f"\n  {place}" for place in result.duplicates[:5])
+    share = result.supervised / max(1, result.tokens)
+    yield f"tokens          {result.tokens:,}, {share:.1%} supervised"
+    lengths = ", ".join(f"{'max' if p == 100 else f'p{p}'} {n:,}" for p, n in result.percentiles.items())
+    yield f"tokens in a row {lengths}"
+    most = max(count for _, count in result.histogram)
+    for edge, count in result.histogram:
+        yield f"  ≤{edge:>8,} {'█' * round(48 * count / most):<48} {count:,}"
+    yield f"train / val     {result.train:,} / {result.val:,}"
+    yield f"batches         {result.batches:,} in an epoch, {result.fill:.1%} full, {result.steps:,} optimizer steps"
+    yield "verdict         " + ("nothing is lost" if not result.problems else "; ".join(result.problems))
+
+
+def pieces(rows: Rows, number: int, tokenizer: Any) -> list[tuple[str, bool]]:
+    """One example as (text, whether it is trained), in order."""
+    ids, spans = rows[number]
+    found, position = [], 0
+    for begin, end in spans.tolist():
+        found += [(position, begin, False), (begin, end, True)]
+        position = end
+    found.append((position, len(ids), False))
+    return [(tokenizer.decode(ids[a:b]), trained) for a, b, trained in found if b > a]
+
+
+def text_row(rows: Rows, number: int, tokenizer: Any, colour: bool) -> str:
+    """One example; trained text green on a terminal, between ⟦ and ⟧ elsewhere."""
+    start, stop = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
+    place, note = rows.place(number)
+    body = "".join(start + text + stop if trained else text for text, trained in pieces(rows, number, tokenizer))
+    return f"── {place}{f' ({note})' if note else ''} ──\n{body}"
+
+
+def find_rows(rows: Rows, wanted: str | None, count: int) -> list[int]:
+    """Numbers of the examples of one row, or of ``count`` spread over the data.
+
+    Raises:
+        UserError: no example comes from the row.
+    """
+    if wanted is None:
+        return sorted(set(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int).tolist()))
+    found = [
+        int(start) + at
+        for start, batch in zip(rows.starts, rows.batches, strict=False)
+        for at, place in enumerate(batch.column("place").to_pylist())
+        if place == wanted or place.endswith("/" + wanted)
+    ]
+    if not found:
+        raise UserError(f"--row: no row {wanted} is trained; give path:line as the audit names it.")
+    return found
+
+
+STYLE = """
+body{font:15px/1.6 system-ui,"PingFang SC","Microsoft YaHei",sans-serif;max-width:60rem;margin:2rem auto;
+padding:0 1rem;color:#1a1a1a;background:#fff}
+h1{font-size:1.5rem}table{border-collapse:collapse}td,th{padding:.2rem 1rem .2rem 0;
+text-align:left;vertical-align:top}.bar{background:#2a7ae2;height:.8rem;display:inline-block}pre{white-space:pre-wrap;
+overflow-wrap:anywhere;background:#f6f6f4;padding:.8rem;border-radius:6px}mark{background:#c8f0cd;color:inherit}
+.bad{color:#b00020}.good{color:#1b7f3b}summary{cursor:pointer}
+@media(prefers-color-scheme:dark){body{background:#161616;color:#e6e6e6}pre{background:#222}mark{background:#1f5a2c}}
+"""
+
+
+def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: Any) -> str:
+    """The audit and some rows as one page that needs nothing else."""
+    lines = [line.split("  ", 1) for line in text_report(result) if not line.startswith("  ")]
+    table = "".join(
+        f"<tr><th>{html.escape(name.strip())}<td>{html.escape(value.strip())}"
+        for name, value in ((part[0], part[1] if len(part) > 1 else "") for part in lines)
+    )
+    most = max(count for _, count in result.histogram)
+    bars = "".join(
+        f'<tr><td>≤ {edge:,}<td><span class="bar" style="width:{30 * count / most:.2f}rem"></span> {count:,}'
+        for edge, count in result.histogram
+    )
+    faults = "".join(f"<li>{html.escape(fault.source)}: {html.escape(fault.message)}" for fault in result.report.first)
+    shown = []
+    for number in numbers:
+        place, note = rows.place(number)
+        body = "".join(
+            f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text)
+            for text, trained in pieces(rows, number, tokenizer)
+        )
+        title = html.escape(f"{place} {note and f'({note})'}")
+        shown.append(f"<details open><summary>{title}</summary><pre>{body}</pre></details>")
+    verdict = "; ".join(result.problems) or "nothing is lost"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Dataset audit</title><style>{STYLE}</style>'
+        f'<h1>Dataset audit</h1><p class="{"bad" if result.problems else "good"}">{html.escape(verdict)}</p>'
+        f"<table>{table}</table><h2>Tokens in a row</h2><table>{bars}</table>"
+        + (f"<h2>First faults</h2><ul>{faults}</ul>" if faults else "")
+        + f"<h2>Rows</h2><p>Trained text is <mark>marked</mark>.</p>{''.join(shown)}</html>"
+    )

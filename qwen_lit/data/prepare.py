@@ -1,0 +1,343 @@
+"""Files to tokenised rows on disk: once for each content, tokenizer, template and set of options."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from qwen_lit.data.chatml import Encoder
+from qwen_lit.data.records import Conversation, DataError, Fault, RowError, parse_line, parse_row
+from qwen_lit.data.sources import RawRow, Source, digest, expand, read_rows
+
+log = logging.getLogger(__name__)
+VERSION = 1
+CHUNK_ROWS, CHUNK_BYTES = 1000, 2_000_000
+PARALLEL_BYTES = 8_000_000
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "spans": pa.list_(pa.int32()),
+        "supervised": pa.int32(),
+        "hash": pa.uint64(),
+        "source": pa.int32(),
+        "place": pa.string(),
+        "note": pa.string(),
+    }
+)
+
+
+@dataclass
+class Report:
+    """What became of every row."""
+
+    rows: int = 0
+    rows_per_source: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
+    """Rows that cannot be used, by kind."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Good rows that are too long to train, by kind."""
+    changed: dict[str, int] = field(default_factory=dict)
+    """Examples that differ from their row, by what was done."""
+    first: list[Fault] = field(default_factory=list)
+    """The first faults, in the order of the files."""
+    examples: int = 0
+
+    def add(self, other: "Report") -> None:
+        """Take in the counts of a later chunk."""
+        self.rows += other.rows
+        self.examples += other.examples
+        for name in ("rows_per_source", "formats", "faults", "dropped", "changed"):
+            mine = getattr(self, name)
+            for key, count in getattr(other, name).items():
+                mine[key] = mine.get(key, 0) + count
+        self.first += other.first[: max(0, 10 - len(self.first))]
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that the result depends on, besides the files' contents."""
+
+    sources: list[Source]
+    encoder: dict[str, Any]
+    fields: dict[str, str]
+
+
+def cache_key(task: Task, tokenizer: Any) -> str:
+    """A name for the result: it changes with the files' contents, the tokenizer, its template and every option.
+
+    Raises:
+        DataError: a file is missing or cannot be read.
+    """
+    parts: list[Any] = [VERSION, task.encoder, task.fields]
+    for source in task.sources:
+        parts.append([source.path, [[str(file), digest(file)] for file in expand(source)]])
+    parts += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, sorted(tokenizer.all_special_tokens)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def prepare(task: Task, tokenizer: Any, cache: Path, processes: int | None = None) -> Path:
+    """Tokenise every row of the task's sources into ``cache/KEY``, unless it is there already.
+
+    Returns:
+        The folder: ``rows.arrow`` (an Arrow IPC file), ``report.json`` and ``rows.log`` (a line for each row that
+        was left out or changed).
+
+    Raises:
+        DataError: a file cannot be read. Faulty rows are counted in the report; see ``judge``.
+    """
+    key = cache_key(task, tokenizer)
+    folder = cache / key
+    if (folder / "report.json").is_file():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with _lock(cache / f"{key}.lock"):
+        if (folder / "report.json").is_file():
+            return folder
+        partial = cache / f"{key}.tmp"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            report = _write(task, tokenizer, partial, processes)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        (partial / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    return folder
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a prepared folder."""
+    raw = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return Report(**{**raw, "first": [Fault(**fault) for fault in raw["first"]]})
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process prepares; others of the same machine wait for it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def judge(report: Report, on_bad_row: str, max_bad_share: float) -> None:
+    """Stop when there are more faulty rows than the configuration allows.
+
+    Args:
+        report: of the whole preparation.
+        on_bad_row: ``error`` allows none, ``skip`` a share of ``max_bad_share``.
+        max_bad_share: between 0 and 1.
+
+    Raises:
+        DataError: naming the first ten and the counts by kind.
+    """
+    bad = sum(report.faults.values())
+    if not bad:
+        return
+    counts = ", ".join(f"{kind}: {count}" for kind, count in Counter(report.faults).most_common())
+    lines = "\n".join(f"  {fault.source}: {fault.message}" for fault in report.first)
+    text = f"{bad} of {report.rows} rows are faulty ({counts}):\n{lines}"
+    if bad > len(report.first):
+        text += f"\n  … and {bad - len(report.first)} more"
+    if on_bad_row == "error":
+        raise DataError(f"{text}\nMend them, or set data.on_bad_row: skip.")
+    if bad > max_bad_share * report.rows:
+        raise DataError(
+            f"{text}\nThat is more than data.max_bad_share {max_bad_share}; mend them, or raise the share."
+        )
+
+
+def _chunks(task: Task) -> Iterator[tuple[int, str, list[RawRow]]]:
+    for number, source in enumerate(task.sources):
+        for path in expand(source):
+            rows: list[RawRow] = []
+            size = 0
+            for row in read_rows(path):
+                rows.append(row)
+                size += len(row.content) if isinstance(row.content, bytes) else 500
+                if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+                    yield number, source.path, rows
+                    rows, size = [], 0
+            if rows:
+                yield number, source.path, rows
+
+
+def _write(task: Task, tokenizer: Any, folder: Path, processes: int | None) -> Report:
+    report = Report()
+    with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        with (folder / "rows.log").open("w", encoding="utf-8") as lines:
+            for batch, part, named in _encoded(task, tokenizer, processes):
+                if batch is not None:
+                    writer.write_batch(batch)
+                lines.writelines(line + "\n" for line in named)
+                report.add(part)
+    return report
+
+
+def _encoded(task: Task, tokenizer: Any, processes: int | None) -> Iterator[tuple[Any, Report, list[str]]]:
+    size = sum(file.stat().st_size for source in task.sources for file in expand(source))
+    count = processes or min(16, len(os.sched_getaffinity(0)))
+    if count < 2 or (processes is None and size < PARALLEL_BYTES):
+        worker = _Worker(tokenizer, task)
+        for chunk in _chunks(task):
+            yield worker(chunk)
+        return
+    # Forked workers start at once and share the tokenizer; a process that has started CUDA must not be forked.
+    import torch
+
+    method = "spawn" if torch.cuda.is_initialized() else "fork"
+    with ProcessPoolExecutor(
+        count, mp_context=multiprocessing.get_context(method), initializer=_start, initargs=(tokenizer, task)
+    ) as pool:
+        waiting: deque[Future[Any]] = deque()
+        for chunk in _chunks(task):
+            waiting.append(pool.submit(_work, chunk))
+            if len(waiting) > 2 * count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_worker: "_Worker | None" = None
+
+
+def _start(tokenizer: Any, task: Task) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = _Worker(tokenizer, task)
+
+
+def _work(chunk: tuple[int, str, list[RawRow]]) -> tuple[Any, Report, list[str]]:
+    assert _worker is not None
+    return _worker(chunk)
+
+
+class _Worker:
+    """Raw rows of one source to an Arrow batch, their report and the lines of ``rows.log``."""
+
+    def __init__(self, tokenizer: Any, task: Task) -> None:
+        self.encoder = Encoder(tokenizer, **task.encoder)
+        self.fields: Mapping[str, str] = task.fields
+
+    def __call__(self, chunk: tuple[int, str, list[RawRow]]) -> tuple[Any, Report, list[str]]:
+        number, name, rows = chunk
+        report, named = Report(rows=len(rows), rows_per_source={name: len(rows)}), []
+        conversations: list[Conversation] = []
+        hashes: list[int] = []
+        wrong: dict[str, RowError] = {}
+        formats: Counter[str] = Counter()
+        for row in rows:
+            try:
+                content = parse_line(row.content) if isinstance(row.content, bytes) else row.content
+                conversation = parse_row(content, row.source, self.fields)
+                hashes.append(content_hash(conversation))
+            except RowError as error:
+                wrong[row.source] = error
+                continue
+            conversations.append(conversation)
+            formats[conversation.format] += 1
+        report.formats = dict(formats)
+        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        changed: Counter[str] = Counter()
+        for conversation, key, outcome in zip(conversations, hashes, self.encoder.encode(conversations), strict=True):
+            if isinstance(outcome, RowError):
+                wrong[conversation.source] = outcome
+                continue
+            for example in outcome:
+                columns["input_ids"].append(example.input_ids)
+                columns["spans"].append([place for span in example.spans for place in span])
+                columns["supervised"].append(sum(end - begin for begin, end in example.spans))
+                columns["hash"].append(key)
+                columns["source"].append(number)
+                columns["place"].append(example.source)
+                columns["note"].append(example.note)
+                if example.note:
+                    changed.update(example.note.split("; "))
+                    named.append(f"{example.source}: changed: {example.note}")
+        report.changed, report.examples = dict(changed), len(columns["hash"])
+        for row in rows:
+            fault = wrong.get(row.source)
+            if fault is not None:
+                group = report.dropped if fault.kind == "overlong" else report.faults
+                group[fault.kind] = group.get(fault.kind, 0) + 1
+                named.append(f"{row.source}: {fault.kind}: {fault}")
+                if group is report.faults and len(report.first) < 10:
+                    report.first.append(Fault(row.source, fault.kind, str(fault)))
+        batch = pa.record_batch([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
+        return (batch if report.examples else None), report, named
+
+
+def content_hash(conversation: Conversation) -> int:
+    """64 bits of what a conversation says, wherever it stands; equal for duplicates.
+
+    Raises:
+        RowError: it holds half of a surrogate pair, which no tokenizer takes.
+    """
+    content = json.dumps([conversation.messages, conversation.tools], sort_keys=True, ensure_ascii=False)
+    try:
+        return int.from_bytes(hashlib.blake2b(content.encode("utf-8"), digest_size=8).digest(), "big")
+    except UnicodeEncodeError as error:
+        raise RowError("lone surrogate", f"has half of a surrogate pair at {content[error.start]!r}.") from error
+
+
+class Rows:
+    """Prepared examples of a folder, read in place from disk; pickled as its path and the chosen numbers."""
+
+    def __init__(self, folder: Path, chosen: np.ndarray | None = None) -> None:
+        """Opens the folder.
+
+        Args:
+            folder: as ``prepare`` returns it.
+            chosen: int64 ``[n]``, numbers of the examples to show, in order; None shows all.
+        """
+        self.folder = folder
+        source = pa.memory_map(str(folder / "rows.arrow"))
+        reader = pa.ipc.open_file(source)
+        self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self.starts = np.cumsum([0, *(len(batch) for batch in self.batches)])
+        self.chosen = np.arange(self.starts[-1]) if chosen is None else chosen
+
+    def __reduce__(self) -> Any:
+        return Rows, (self.folder, self.chosen)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of numbers for the chosen examples; ``length`` is tokens of each."""
+        if name == "length":
+            parts = [np.diff(batch.column("input_ids").offsets.to_numpy()) for batch in self.batches]
+        else:
+            parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self.batches]
+        return np.concatenate(parts)[self.chosen] if parts else np.zeros(0, dtype=np.int64)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 ``[t]`` and trained ranges int32 ``[k, 2]`` of one example."""
+        batch, row = self._find(number)
+        ids = batch.column("input_ids")[row].values.to_numpy()
+        return ids, batch.column("spans")[row].values.to_numpy().reshape(-1, 2)
+
+    def place(self, number: int) -> tuple[str, str]:
+        """``path:line`` of one example, and what was changed in it."""
+        batch, row = self._find(number)
+        return batch.column("place")[row].as_py(), batch.column("note")[row].as_py()
+
+    def _find(self, number: int) -> tuple[Any, int]:
+        at = int(self.chosen[number])
+        index = int(np.searchsorted(self.starts, at, "right")) - 1
+        return self.batches[index], at - int(self.starts[index])

@@ -1,0 +1,45 @@
+"""Lightning's Trainer with the commands of this project beside ``fit`` and ``validate``."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from qwen_lit.data.audit import audit, find_rows, html_report, text_report, text_row
+from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.prepare import Rows
+
+
+class QwenTrainer(Trainer):
+    """Trainer whose methods are the subcommands; ``exit_code`` is what the command ends with."""
+
+    exit_code = 0
+
+    def inspect(
+        self, model: Any, datamodule: QwenDataModule, rows: int = 3, row: str | None = None, html: str | None = None
+    ) -> None:
+        """Audit the whole dataset and show rows as they will be trained; needs no GPU and loads no weights.
+
+        Args:
+            model: not used.
+            datamodule: the data to audit.
+            rows: number of rows to show.
+            row: show this one, as path:line.
+            html: also write the audit and the rows to this file.
+        """
+        datamodule.on_bad_row, datamodule.max_bad_share = "skip", 1.0
+        datamodule.prepare_data()
+        datamodule.setup()
+        assert datamodule.train_rows is not None
+        result = audit(datamodule, self.accumulate_grad_batches)
+        for line in text_report(result):
+            print(line)
+        everything = Rows(datamodule.train_rows.folder)
+        for number in find_rows(everything, row, rows):
+            print("\n" + text_row(everything, number, datamodule.tokenizer, sys.stdout.isatty()))
+        if html is not None:
+            numbers = find_rows(everything, row, max(rows, 100))
+            page = html_report(result, everything, numbers, datamodule.tokenizer)
+            Path(html).write_text(page, encoding="utf-8")
+        self.exit_code = 1 if result.problems else 0

@@ -1,0 +1,57 @@
+"""``inspect`` tells what would be trained, and fails when something would be lost."""
+
+import json
+
+import pytest
+
+from qwen_lit.cli import main
+
+
+@pytest.fixture
+def inspect(model_folder, tmp_path, capsys):
+    def run(rows, *options):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        code = main(
+            ["inspect", "--config", "configs/qwen7b.yaml", "--model.model_name_or_path", str(model_folder),
+             "--data.dataset_path", str(path), "--trainer.accelerator", "cpu", *options]
+        )  # fmt: skip
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def test_right_data_is_audited_and_shown(inspect, rows):
+    code, out = inspect(rows, "--rows", "2", "--data.packing", "true")
+    assert code == 0
+    assert "25 read, 25 examples" in out and "alpaca 25" in out and "nothing is lost" in out
+    assert out.count("── ") == 2 and "⟦It is 0. 好<|im_end|>⟧" in out
+    assert max(len(line) for line in out.splitlines() if line.startswith("  ≤")) <= 80
+
+
+def test_faults_drops_and_cuts_make_it_fail(inspect, rows):
+    code, out = inspect([*rows, "nonsense"])
+    assert code == 1 and "bad JSON 1" in out and "1 rows faulty: bad JSON" in out
+    code, out = inspect([*rows, {"instruction": "a", "output": "long " * 500}], "--data.max_length", "200")
+    assert code == 1 and "1 rows dropped: overlong" in out
+    code, out = inspect([*rows, {"instruction": "long " * 500, "output": "b"}], "--data.max_length", "200")
+    assert code == 1 and "1 rows cut: longest user text shortened" in out
+
+
+def test_duplicates_are_named(inspect, rows):
+    code, out = inspect([*rows, rows[3], rows[3]])
+    assert code == 0 and "duplicates      2" in out and "rows.jsonl:26" in out and "rows.jsonl:27" in out
+
+
+def test_one_row_is_found_by_its_place(inspect, rows):
+    code, out = inspect(rows, "--row", "rows.jsonl:4")
+    assert out.count("── ") == 1 and "What is 0 plus 3?" in out
+    assert inspect(rows, "--row", "rows.jsonl:400")[0] == 2
+
+
+def test_the_page_holds_the_audit_and_escaped_rows(inspect, tmp_path):
+    page = tmp_path / "report.html"
+    code, _ = inspect([{"instruction": "<script>", "output": "a & b"}], "--html", str(page))
+    text = page.read_text(encoding="utf-8")
+    assert code == 0 and "<mark>a &amp; b&lt;|im_end|&gt;</mark>" in text and "<script>" not in text
+    assert "http" not in text

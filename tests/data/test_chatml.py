@@ -1,0 +1,188 @@
+"""Exactly the right tokens are trained, by hand-written expectations and by TRL's training templates."""
+
+from importlib.resources import files
+
+import pytest
+
+from qwen_lit.data.chatml import EMPTY_THINK, Encoder
+from qwen_lit.data.records import DataError, RowError, parse_row
+
+TEMPLATES = ["qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink"]
+U, A = {"role": "user", "content": "Where is 龙井 from?"}, {"role": "assistant", "content": "From 杭州。\n\nReally!"}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"function": {"name": "find", "arguments": {"tea": "龙井"}}}],
+}
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
+RESULT = {"role": "tool", "content": "杭州 is the place"}
+THOUGHT = {**A, "reasoning_content": "It is a tea\nof the lake."}
+CONVERSATIONS = {
+    "one turn": {"messages": [U, A]},
+    "system prompt": {"messages": [{"role": "system", "content": "Be brief."}, U, A]},
+    "three turns": {"messages": [U, A, U, {**A, "content": "Yes."}, U, A]},
+    "reasoning": {"messages": [U, THOUGHT]},
+    "reasoning in two turns": {"messages": [U, THOUGHT, U, THOUGHT]},
+    "tools": {"messages": [U, CALL, RESULT, A], "tools": TOOLS},
+    "reasoning before a tool": {
+        "messages": [U, {**CALL, "reasoning_content": "Look it up."}, RESULT, THOUGHT],
+        "tools": TOOLS,
+    },
+    "text before a tool": {"messages": [U, {**CALL, "content": "I will look."}, RESULT, A], "tools": TOOLS},
+    "two results": {
+        "messages": [U, {**CALL, "tool_calls": CALL["tool_calls"] * 2}, RESULT, RESULT, A],
+        "tools": TOOLS,
+    },
+}
+
+
+def template(name):
+    return (files("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.fixture(params=TEMPLATES)
+def encoder(request, qwen_tokenizer):
+    qwen_tokenizer.chat_template = template(request.param)
+    made = Encoder(qwen_tokenizer, max_length=4096, exact_every=1)
+    made.name = request.param
+    return made
+
+
+def encode(encoder, row):
+    (outcome,) = encoder.encode([parse_row(row, "a:1")])
+    if isinstance(outcome, RowError):
+        raise outcome
+    return outcome
+
+
+def trained(encoder, example):
+    return [encoder.tokenizer.decode(example.input_ids[begin:end]) for begin, end in example.spans]
+
+
+@pytest.mark.parametrize("shape", CONVERSATIONS)
+def test_masks_equal_those_of_trl_but_for_what_the_server_inserts(encoder, shape):
+    row = CONVERSATIONS[shape]
+    tokenizer = encoder.tokenizer
+    for example, turns in zip(encode(encoder, row), expected_turns(encoder, row), strict=True):
+        mine = [token for token in example.labels if token != -100]
+        # TRL's templates render every turn with its thoughts, so each is compared where it is the last.
+        theirs = []
+        for turn in turns:
+            both = tokenizer.apply_chat_template(
+                row["messages"][: turn + 1],
+                tools=row.get("tools"),
+                chat_template=template(encoder.name + "_training"),
+                return_assistant_tokens_mask=True,
+                return_dict=True,
+            )
+            masks, ids = both["assistant_masks"], both["input_ids"]
+            last = max(i for i in range(len(ids)) if masks[i] and not (i and masks[i - 1]))
+            text = tokenizer.decode([i for i, m in zip(ids[last:], masks[last:], strict=True) if m])
+            # Theirs also trains the newline before (Qwen2.5) and after a turn, and the empty thought of the template.
+            text = text.removeprefix("\n").removesuffix("\n")
+            theirs += tokenizer(text.removeprefix(EMPTY_THINK) if encoder.inserts_think else text)["input_ids"]
+        assert tokenizer.decode(mine) == tokenizer.decode(theirs)
+        assert mine == theirs
+
+
+def expected_turns(encoder, row):
+    turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+    count = len(encode(encoder, row))
+    return [turns] if count == 1 else [[turn] for turn in turns]
+
+
+@pytest.mark.parametrize("shape", CONVERSATIONS)
+def test_labels_read_as_the_assistants_words(encoder, shape):
+    row = CONVERSATIONS[shape]
+    for example in encode(encoder, row):
+        for text in trained(encoder, example):
+            assert text.endswith("<|im_end|>") and text.count("<|im_end|>") == 1
+            assert "<|im_start|>" not in text and "tool_response" not in text
+            assert U["content"] not in text and not text.startswith((EMPTY_THINK, "\n"))
+
+
+@pytest.mark.parametrize("shape", CONVERSATIONS)
+def test_every_assistant_turn_is_trained_exactly_once(encoder, shape):
+    row = CONVERSATIONS[shape]
+    turns = sum(message["role"] == "assistant" for message in row["messages"])
+    assert sum(len(example.spans) for example in encode(encoder, row)) == turns
+
+
+def test_qwen3_trains_each_turn_with_the_history_the_server_shows(qwen_tokenizer):
+    qwen_tokenizer.chat_template = template("qwen3")
+    encoder = Encoder(qwen_tokenizer, max_length=4096)
+    first, second = encode(encoder, CONVERSATIONS["reasoning in two turns"])
+    assert "It is a tea" in trained(encoder, first)[0] and "It is a tea" in trained(encoder, second)[0]
+    assert qwen_tokenizer.decode(second.input_ids).count("It is a tea") == 1
+    prompt = qwen_tokenizer.apply_chat_template([U, A, U], add_generation_prompt=True)["input_ids"]
+    assert second.input_ids[: len(prompt)] == prompt
+
+
+def test_only_the_last_turn_is_trained_when_asked(encoder):
+    encoder.train_on = "last"
+    (example,) = encode(encoder, CONVERSATIONS["three turns"])
+    assert [text.removeprefix("<think>\n\n</think>\n\n") for text in trained(encoder, example)] == [
+        A["content"] + "<|im_end|>"
+    ]
+
+
+@pytest.fixture
+def plain(qwen_tokenizer):
+    qwen_tokenizer.chat_template = template("qwen2_5")
+    return Encoder(qwen_tokenizer, max_length=4096, exact_every=1)
+
+
+def test_text_never_becomes_a_control_token(plain):
+    row = {"messages": [{"role": "user", "content": "say <|im_end|>\n<|im_start|>system"}, A]}
+    with pytest.raises(RowError, match="control_tokens: escape"):
+        encode(plain, row)
+    plain.control_tokens = "escape"
+    (example,) = encode(plain, row)
+    assert example.input_ids.count(plain.end) == 3
+    assert "escaped" in example.note
+
+
+def test_a_long_row_loses_its_oldest_turns_first_and_never_its_answer(plain):
+    system = {"role": "system", "content": "Be brief."}
+    old = [{"role": "user", "content": "old " * 50}, {"role": "assistant", "content": "older " * 50}]
+    row = {"messages": [system, *old, *old, U, A]}
+    plain.max_length = 100
+    (example,) = encode(plain, row)
+    text = plain.tokenizer.decode(example.input_ids)
+    assert "Be brief." in text and U["content"] in text and "old" not in text
+    assert trained(plain, example) == [A["content"] + "<|im_end|>"]
+    assert example.note == "oldest turns dropped"
+
+
+def test_a_long_question_is_cut_in_its_middle_until_it_fits_exactly(plain):
+    words = " ".join(f"第{n}句" for n in range(400))
+    plain.max_length = 100
+    (example,) = encode(plain, {"messages": [{"role": "user", "content": f"FIRST {words} LAST"}, A]})
+    text = plain.tokenizer.decode(example.input_ids)
+    assert 90 <= len(example.input_ids) <= 100
+    assert "FIRST" in text and "LAST" in text and example.note == "longest user text shortened"
+    assert trained(plain, example) == [A["content"] + "<|im_end|>"]
+
+
+def test_a_row_whose_answer_cannot_stay_whole_is_dropped_and_named(plain):
+    plain.max_length = 64
+    with pytest.raises(RowError, match="cannot hold") as caught:
+        encode(plain, {"messages": [U, {"role": "assistant", "content": "long " * 200}]})
+    assert caught.value.kind == "overlong"
+    plain.overlong = "error"
+    with pytest.raises(RowError, match="more than data.max_length") as caught:
+        encode(plain, {"messages": [U, {"role": "assistant", "content": "long " * 200}]})
+    assert caught.value.kind == "too long"
+
+
+def test_a_tokenizer_that_changes_the_text_is_refused_with_the_difference(plain):
+    from tokenizers import normalizers
+
+    changed = plain.tokenizer.backend_tokenizer
+    kept = changed.normalizer
+    try:
+        changed.normalizer = normalizers.Lowercase()
+        with pytest.raises(DataError, match="token ids differ"):
+            encode(plain, {"messages": [U, A]})
+    finally:
+        changed.normalizer = kept

@@ -1,0 +1,122 @@
+"""The split is by content, the order a pure function, and no row is lost or shown twice."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qwen_lit.data.batches import EpochOrder
+from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.sources import Source
+from qwen_lit.errors import UserError
+
+
+def rows_of(count, start=0):
+    return [{"instruction": f"Question {n}?", "output": f"Answer {n}."} for n in range(start, start + count)]
+
+
+@pytest.fixture
+def module(tokenizer, tmp_path):
+    def make(rows, **options):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = QwenDataModule(options.pop("dataset_path", str(path)), cache_dir=str(tmp_path / "cache"), **options)
+        data.tokenizer = tokenizer
+        data.prepare_data()
+        data.setup()
+        return data
+
+    return make
+
+
+def texts(tokenizer, rows):
+    return [tokenizer.decode(rows[n][0]) for n in range(len(rows))]
+
+
+def test_no_row_changes_side_when_the_file_grows(module, tokenizer):
+    small = module(rows_of(200), val_size=0.2)
+    train, val = set(texts(tokenizer, small.train_rows)), set(texts(tokenizer, small.val_rows))
+    large = module(rows_of(300), val_size=0.2)
+    assert 20 < len(val) < 60
+    assert train <= set(texts(tokenizer, large.train_rows)) and val <= set(texts(tokenizer, large.val_rows))
+
+
+def test_duplicates_are_never_on_both_sides(module, tokenizer):
+    data = module(rows_of(50) * 3, val_size=20)
+    train, val = texts(tokenizer, data.train_rows), texts(tokenizer, data.val_rows)
+    assert not set(train) & set(val)
+    assert len(train) == 90 and len(set(val)) == 20
+
+
+def test_a_validation_file_takes_its_rows_out_of_training(module, tokenizer, tmp_path):
+    other = tmp_path / "val.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows_of(10, 45)))
+    data = module(rows_of(50), val_dataset_path=str(other))
+    assert len(data.val_rows) == 10 and len(data.train_rows) == 45
+
+
+def test_sources_have_weights_and_caps(module, tmp_path):
+    for name, start in (("a", 0), ("b", 1000), ("c", 2000)):
+        rows = "".join(json.dumps(row) + "\n" for row in rows_of(200, start))
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    data = module(
+        [],
+        dataset_path=[
+            str(tmp_path / "a.jsonl"),
+            Source(str(tmp_path / "b.jsonl"), weight=2.5),
+            Source(str(tmp_path / "c.jsonl"), max_rows=30),
+        ],
+    )
+    counts = np.bincount(data.train_rows.column("source"))
+    assert counts[0] == 200 and 440 < counts[1] < 560 and counts[2] == 30
+
+
+def test_the_order_is_a_function_of_seed_epoch_and_position():
+    batches = [[n] for n in range(101)]
+    order = EpochOrder(batches, seed=7)
+    first, again = list(order), list(EpochOrder(batches, seed=7))
+    assert first == again and sorted(first) == batches
+    order.epoch = 1
+    second = list(order)
+    assert second != first and sorted(second) == batches
+    order.start = 40
+    assert list(order) == second[40:]
+    assert list(EpochOrder(batches, seed=8)) != first
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_each_row_is_seen_once_over_all_ranks_and_each_rank_has_equally_many_batches(ranks):
+    batches = [[n] for n in range(101)]
+    orders = [list(EpochOrder(batches, 7, rank, ranks)) for rank in range(ranks)]
+    assert len({len(order) for order in orders}) == 1
+    assert sorted(batch for order in orders for batch in order if batch) == batches
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_loader_goes_on_at_the_very_next_batch(module, workers, packing):
+    data = module(rows_of(60), batch_size=4, max_length=64, packing=packing, num_workers=workers)
+    whole = [batch["input_ids"].tolist() for batch in data.train_dataloader()]
+    loader = data.train_dataloader()
+    batches = iter(loader)
+    begun = [next(batches)["input_ids"].tolist() for _ in range(3)]
+    state = loader.state_dict()
+    resumed = data.train_dataloader()
+    resumed.load_state_dict(state)
+    assert begun + [batch["input_ids"].tolist() for batch in resumed] == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size is 0"),
+        ({"max_length": 4}, "data.max_length is 4"),
+        ({"val_size": -1}, "data.val_size is -1"),
+        ({"val_size": 1.5}, "data.val_size is 1.5"),
+        ({"val_size": 500}, "there are 20 distinct rows"),
+        ({"dataset_path": "nowhere.jsonl"}, "data.dataset_path: no such dataset: nowhere.jsonl"),
+    ],
+)
+def test_a_wrong_option_is_named_with_its_value(module, options, message):
+    with pytest.raises(UserError, match=message):
+        module(rows_of(20), **options)
