@@ -119,9 +119,11 @@ class Encoder:
         """
         outcomes: list[list[Example] | RowError] = [[] for _ in conversations]
         drafts: list[_Draft] = []
-        for number, conversation in enumerate(conversations):
+        for number, whole in enumerate(self._whole(conversations)):
             try:
-                drafts += self._drafts(conversation, number)
+                if isinstance(whole, RowError):
+                    raise whole
+                drafts += self._by_turn(whole, conversations[number].tools)
             except RowError as error:
                 outcomes[number] = error
         encoded = [e.ids for e in self.backend.encode_batch_fast([d.text for d in drafts], add_special_tokens=False)]
@@ -140,26 +142,49 @@ class Encoder:
                 outcomes[draft.owner] = error
         return outcomes
 
-    def _drafts(self, conversation: Conversation, owner: int) -> list[_Draft]:
-        notes = [ESCAPED] if guard(conversation, self.control, self.control_tokens) else []
-        messages, tools = conversation.messages, conversation.tools
-        turns = [i for i, wanted in enumerate(conversation.train) if wanted]
-        if self.train_on == "last":
-            turns = turns[-1:]
-        if turns[-1] + 1 < len(messages):
-            notes.append(TRAILING)
-        text = self.render(messages[: turns[-1] + 1], tools)
+    def _whole(self, conversations: list[Conversation]) -> list["_Draft | RowError"]:
+        """Each conversation as one draft, up to its last trained turn."""
+        drafts: list[_Draft | RowError] = []
+        for number, conversation in enumerate(conversations):
+            try:
+                notes = [ESCAPED] if guard(conversation, self.control, self.control_tokens) else []
+            except RowError as error:
+                drafts.append(error)
+                continue
+            turns = [i for i, wanted in enumerate(conversation.train) if wanted]
+            if self.train_on == "last":
+                turns = turns[-1:]
+            if turns[-1] + 1 < len(conversation.messages):
+                notes.append(TRAILING)
+            drafts.append(_Draft(conversation.messages[: turns[-1] + 1], turns, "", notes, number))
+        # One call for all conversations without tools costs half of one call for each.
+        plain = [d for d in drafts if isinstance(d, _Draft) and conversations[d.owner].tools is None]
         try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError("lone surrogate", f"has half of a surrogate pair: {text[error.start]!r}.") from error
-        prefixes = [self.render(messages[: turn + 1], tools) for turn in turns[:-1]]
-        if self.expand_turns == "off" or all(text.startswith(prefix) for prefix in prefixes):
-            return [_Draft(messages[: turns[-1] + 1], turns, text, notes, owner)]
-        texts = [*prefixes, text]
+            texts = self.tokenizer.apply_chat_template([d.messages for d in plain], tokenize=False) if plain else []
+        except Exception:  # a template may raise anything; which row it refuses is found below
+            texts = []
+        for draft, text in zip(plain, texts, strict=False):
+            draft.text = text
+        for number, one in enumerate(drafts):
+            if isinstance(one, _Draft):
+                try:
+                    one.text = one.text or self.render(one.messages, conversations[number].tools)
+                    one.text.encode("utf-8")
+                except RowError as error:
+                    drafts[number] = error
+                except UnicodeEncodeError as error:
+                    where = one.text[error.start]
+                    drafts[number] = RowError("lone surrogate", f"has half of a surrogate pair: {where!r}.")
+        return drafts
+
+    def _by_turn(self, whole: "_Draft", tools: Any) -> list["_Draft"]:
+        """The draft itself, or one for each trained turn where the template renders turns differently later."""
+        prefixes = [self.render(whole.messages[: turn + 1], tools) for turn in whole.turns[:-1]]
+        if self.expand_turns == "off" or all(whole.text.startswith(prefix) for prefix in prefixes):
+            return [whole]
         return [
-            _Draft(messages[: turn + 1], [turn], one, list(notes), owner)
-            for turn, one in zip(turns, texts, strict=True)
+            _Draft(whole.messages[: turn + 1], [turn], text, list(whole.notes), whole.owner)
+            for turn, text in zip(whole.turns, [*prefixes, whole.text], strict=True)
         ]
 
     def _spans(self, ids: list[int], draft: _Draft) -> list[tuple[int, int]]:

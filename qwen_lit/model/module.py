@@ -15,7 +15,7 @@ from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
 from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config
 from qwen_lit.model.loss import summed_loss
-from qwen_lit.model.optim import OptimizerName, ScheduleName, build_optimizer, parameter_groups, schedule
+from qwen_lit.model.optim import OptimizerName, ScheduleName, build_optimizer, parameter_groups, repage, schedule
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,11 @@ class QwenModule(L.LightningModule):
             base.get_input_embeddings().register_forward_hook(self._add_noise)  # type: ignore[operator]
         trained, total = self.model.get_nb_trainable_parameters()
         log.info("training %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
+
+    def on_train_start(self) -> None:
+        """A resumed optimizer state goes back to paged memory, after Lightning has put it on the device."""
+        for optimizer in self.trainer.optimizers:
+            repage(optimizer)
 
     def _add_noise(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """NEFTune (arXiv 2310.05914): uniform noise of magnitude alpha / sqrt(tokens * width)."""

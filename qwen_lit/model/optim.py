@@ -6,10 +6,13 @@ from typing import Any, Literal
 
 import bitsandbytes.optim
 import torch
+from bitsandbytes.functional import get_paged
 from torch import nn
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"]
 ScheduleName = Literal["cosine", "linear", "constant"]
+PAGED_NUMEL = 100_000
+"""bitsandbytes pages states from this size on."""
 
 
 def parameter_groups(
@@ -38,6 +41,28 @@ def build_optimizer(
     if name == "paged_adamw_32bit":
         return bitsandbytes.optim.PagedAdamW32bit(groups, betas=betas)
     return torch.optim.AdamW(groups, betas=betas)
+
+
+def repage(optimizer: torch.optim.Optimizer) -> int:
+    """Put the states of a paged bitsandbytes optimizer back into paged memory, where loading them has taken them from.
+
+    Returns:
+        How many tensors were moved; 0 for other optimizers and on the CPU.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return 0
+    moved = 0
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            value = state.get(name)
+            if value is None or not parameter.is_cuda or value.numel() < PAGED_NUMEL or hasattr(value, "is_paged"):
+                continue
+            paged = get_paged(*value.shape, dtype=value.dtype, device=parameter.device)
+            paged.copy_(value)
+            optimizer.page_mng.paged_tensors.append(paged)  # type: ignore[attr-defined]
+            state[name] = paged
+            moved += 1
+    return moved
 
 
 def schedule(name: ScheduleName, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
