@@ -18,6 +18,7 @@ from qwen_lit.callbacks.export import Export
 from qwen_lit.callbacks.metrics import Throughput
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
+from qwen_lit.export import ExportError
 from qwen_lit.model.load import load_tokenizer
 from qwen_lit.model.module import QwenModule
 from qwen_lit.trainer import QwenTrainer
@@ -151,6 +152,9 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except SIGTERMException:
         return 143
     except KeyboardInterrupt:

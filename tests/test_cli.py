@@ -1,6 +1,7 @@
 """Every shipped configuration parses; every bad input is one clear line and exit code 2."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,25 @@ def test_a_faulty_row_is_named_by_path_and_line(arguments, tmp_path, line, words
     assert main([*arguments, "--data.dataset_path", str(path)]) == 2
     message = capsys.readouterr().err
     assert f"{path}:2" in message and words in message
+
+
+def test_help_explains_every_key_of_our_own(capsys):
+    from inspect import signature
+
+    from qwen_lit.callbacks.checkpoint import RunCheckpoint
+    from qwen_lit.callbacks.export import Export
+    from qwen_lit.data.datamodule import QwenDataModule
+    from qwen_lit.model.module import QwenModule
+
+    assert main(["fit", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    sections = {"model": QwenModule, "data": QwenDataModule, "checkpoint": RunCheckpoint, "export": Export}
+    linked = {"data.seed", "checkpoint.output_dir", "export.output_dir"}
+    for section, owner in sections.items():
+        for name in list(signature(owner.__init__).parameters)[1:]:
+            key = f"{section}.{name}"
+            if key in linked or name in ("lora_config", "quantization_config"):
+                continue
+            described = re.search(rf"^ +{name}: (.{{10,20}})", owner.__init__.__doc__, re.MULTILINE)
+            assert described, key
+            assert f"--{key}" in text and described[1] in text, key

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
 import logging
@@ -235,6 +236,20 @@ class _Worker:
         self.fields: Mapping[str, str] = task.fields
 
     def __call__(self, chunk: tuple[int, str, list[RawRow]]) -> tuple[Any, Report, list[str]]:
+        """Encode one chunk.
+
+        Millions of small objects come and go here without a cycle among them; the collector's walks over them would
+        take a quarter of the time.
+        """
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return self._encode(chunk)
+        finally:
+            if enabled:
+                gc.enable()
+
+    def _encode(self, chunk: tuple[int, str, list[RawRow]]) -> tuple[Any, Report, list[str]]:
         number, name, rows = chunk
         report, named = Report(rows=len(rows), rows_per_source={name: len(rows)}), []
         conversations: list[Conversation] = []
