@@ -99,22 +99,39 @@ class EpochOrder(Sampler[list[int]]):
     """
 
     def __init__(
-        self, batches: list[list[int]], seed: int, rank: int = 0, ranks: int = 1, shuffled: bool = True
+        self,
+        batches: list[list[int]],
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        shuffled: bool = True,
+        merge: int = 1,
     ) -> None:
+        """Nothing is drawn before the first batch.
+
+        Args:
+            batches: row numbers of each.
+            seed: of the order.
+            rank: of this process.
+            ranks: processes that share the batches.
+            shuffled: False keeps the given order in every epoch.
+            merge: so many consecutive batches of a rank are handed out as one.
+        """
         self.batches, self.seed, self.rank, self.ranks, self.shuffled = batches, seed, rank, ranks, shuffled
+        self.merge = merge
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
-        return math.ceil(len(self.batches) / self.ranks)
+        return math.ceil(math.ceil(len(self.batches) / self.ranks) / self.merge)
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         count = len(self.batches)
         order = torch.randperm(count, generator=generator).tolist() if self.shuffled else list(range(count))
         mine = order[self.rank :: self.ranks]
-        mine += [-1] * (len(self) - len(mine))
-        for number in mine[self.start :]:
-            yield self.batches[number] if number >= 0 else []
+        mine += [-1] * (math.ceil(count / self.ranks) - len(mine))
+        for at in range(self.start * self.merge, len(mine), self.merge):
+            yield [row for number in mine[at : at + self.merge] if number >= 0 for row in self.batches[number]]
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -142,8 +159,9 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and the number of its batches already handed out."""
-        return {"epoch": self.order.epoch, "position": self.position}
+        return {"epoch": self.order.epoch, "position": self.position * self.order.merge}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after ``state['position']`` batches of ``state['epoch']``."""
-        self.order.epoch, self.position, self.resumed = state["epoch"], state["position"], True
+        """Go on after ``state['position']`` batches of ``state['epoch']``, counted before merging."""
+        self.order.epoch, self.resumed = state["epoch"], True
+        self.position = math.ceil(state["position"] / self.order.merge)

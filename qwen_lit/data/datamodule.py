@@ -89,6 +89,7 @@ class QwenDataModule(L.LightningDataModule):
         cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.cache = Path(cache_dir or f"{cache_home}/qwen_lit").expanduser()
         self.num_proc, self.num_workers, self.seed = num_proc, num_workers, seed
+        self.merge, self.unpadded = 1, packing
         self.tokenizer: Any = None
         self.train_rows: Rows | None = None
         self.val_rows: Rows | None = None
@@ -185,10 +186,16 @@ class QwenDataModule(L.LightningDataModule):
         budget = self.batch_size * self.max_length
         return group(rows.column("length"), self.batch_size, budget, self.packing, self.seed)
 
+    def most_tokens(self) -> int:
+        """Tokens of the largest micro-batch of an epoch, without padding."""
+        assert self.train_rows is not None
+        lengths = self.train_rows.column("length")
+        return max(int(lengths[batch].sum()) for batch in self.batches(self.train_rows))
+
     def total_steps(self, trainer: L.Trainer) -> int:
         """Optimizer steps of the run, from the number of batches, the accumulation and the trainer's limits."""
         assert self.train_rows is not None
-        batches = math.ceil(len(self.batches(self.train_rows)) / trainer.world_size)
+        batches = math.ceil(math.ceil(len(self.batches(self.train_rows)) / trainer.world_size) / self.merge)
         limit = trainer.limit_train_batches
         if limit is not None:
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -202,13 +209,13 @@ class QwenDataModule(L.LightningDataModule):
         pad_id = pad if pad is not None else self.tokenizer.eos_token_id
         options: dict[str, Any] = {
             "dataset": rows,
-            "collate_fn": Collate(pad_id, self.packing),
+            "collate_fn": Collate(pad_id, self.unpadded),
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
         }
         rank = self.trainer.global_rank if self.trainer else 0
         ranks = self.trainer.world_size if self.trainer else 1
-        order = EpochOrder(self.batches(rows), self.seed, rank, ranks, shuffled)
+        order = EpochOrder(self.batches(rows), self.seed, rank, ranks, shuffled, self.merge)
         if shuffled:
             return ResumableLoader(self, order, **options)
         return DataLoader(batch_sampler=order, generator=torch.Generator().manual_seed(0), **options)

@@ -1,8 +1,9 @@
 """The LightningModule: a 4-bit Qwen with LoRA, trained on the summed loss of supervised tokens."""
 
 import logging
+import math
 import tempfile
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -13,6 +14,8 @@ from qwen_lit.config import Lora, Quantization
 from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
+from qwen_lit.kernels.engine import FastEngine, why_not
+from qwen_lit.kernels.plan import Plan, Shape, choose, free_memory, parse_bytes
 from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.optim import OptimizerName, ScheduleName, build_optimizer, parameter_groups, repage, schedule
@@ -38,6 +41,8 @@ class QwenModule(L.LightningModule):
         lora_plus_ratio: float = 1.0,
         neftune_noise_alpha: float = 0.0,
         gradient_checkpointing: bool = True,
+        engine: Literal["auto", "fast", "reference"] = "auto",
+        memory_budget: str | None = None,
     ) -> None:
         """Checks the settings; weights are read in ``configure_model``.
 
@@ -54,7 +59,11 @@ class QwenModule(L.LightningModule):
             adam_beta2: decay of the second moment.
             lora_plus_ratio: learning rate of LoRA's B over that of A; 1 is plain LoRA.
             neftune_noise_alpha: NEFTune noise on the embeddings while training; 0 is off.
-            gradient_checkpointing: recompute activations in backward: less memory, about a third slower.
+            gradient_checkpointing: recompute activations in backward: less memory, about a third slower. The fast
+                engine does so only for as many layers as the memory asks for.
+            engine: fast runs fused kernels and plans memory; reference runs PEFT's own path; auto is fast on CUDA
+                where the model allows it.
+            memory_budget: GPU memory the fast engine may use, as 8GiB; null is all that is free.
 
         Raises:
             UserError: the model or a setting cannot work.
@@ -78,6 +87,8 @@ class QwenModule(L.LightningModule):
         self.lora_plus_ratio = lora_plus_ratio
         self.neftune_noise_alpha = neftune_noise_alpha
         self.gradient_checkpointing = gradient_checkpointing
+        self.engine_name, self.fast = engine, cast("FastEngine | None", None)
+        self.memory_budget = parse_bytes(memory_budget) if memory_budget else None
         self.model: PeftModel | None = None
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.config = load_config(model_name_or_path)
@@ -100,6 +111,50 @@ class QwenModule(L.LightningModule):
             base.get_input_embeddings().register_forward_hook(self._add_noise)  # type: ignore[operator]
         trained, total = self.model.get_nb_trainable_parameters()
         log.info("training %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
+        self._choose_engine()
+
+    def _choose_engine(self) -> None:
+        """The fast engine with its memory plan where it can run, PEFT's own path elsewhere.
+
+        Raises:
+            UserError: ``engine`` is fast, and the model or the device does not allow it.
+        """
+        device = self.trainer.strategy.root_device
+        reason = why_not(self.model, device)
+        if self.engine_name == "auto" and device.type != "cuda":
+            reason = reason or "there is no CUDA device"
+        if self.engine_name == "fast" and reason:
+            raise UserError(f"model.engine is fast, but {reason}; set it to auto.")
+        if self.engine_name == "reference" or reason:
+            log.info("engine: reference%s", f" ({reason})" if reason and self.engine_name == "auto" else "")
+            return
+        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        # Documents lie end to end: nothing is computed for padding.
+        data.unpadded = True
+        if device.type != "cuda":
+            layers = cast(Any, self.model).base_model.model.config.num_hidden_layers
+            self.fast = FastEngine(self.model, layers if self.gradient_checkpointing else 0)
+            log.info("engine: fast, by the plain twins of its kernels")
+            return
+        plan = self._plan(data, device)
+        self.fast = FastEngine(self.model, plan.recompute_layers, plan.loss_chunk)
+        data.merge = plan.merge
+        trainer = cast(Any, self.trainer)
+        trainer.accumulate_grad_batches //= plan.merge
+        for name in ("limit_train_batches", "val_check_interval"):
+            if isinstance(getattr(trainer, name), int):
+                setattr(trainer, name, getattr(trainer, name) // plan.merge)
+        log.info("engine: fast, %s", plan)
+
+    def _plan(self, data: QwenDataModule, device: torch.device) -> Plan:
+        trainer = cast(Any, self.trainer)
+        limits = [trainer.limit_train_batches, trainer.val_check_interval]
+        common = math.gcd(trainer.accumulate_grad_batches, *(one for one in limits if isinstance(one, int)))
+        merges = [n for n in range(common, 0, -1) if common % n == 0]
+        free = free_memory(device)
+        budget = min(self.memory_budget or free, free)
+        shape = Shape.of(self.model, 8 if self.optimizer_name != "paged_adamw_8bit" else 2)
+        return choose(shape, torch.cuda.memory_allocated(device), budget, data.most_tokens(), merges)
 
     def on_train_start(self) -> None:
         """A resumed optimizer state goes back to paged memory, after Lightning has put it on the device."""
@@ -116,6 +171,8 @@ class QwenModule(L.LightningModule):
     def loss_sum(self, batch: Batch) -> Tensor:
         """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats."""
         assert self.model is not None
+        if self.fast is not None:
+            return self.fast.loss_sum(batch)
         causal = cast(Any, self.model.base_model).model
         hidden = causal.model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False

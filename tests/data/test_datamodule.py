@@ -120,3 +120,15 @@ def test_a_loader_goes_on_at_the_very_next_batch(module, workers, packing):
 def test_a_wrong_option_is_named_with_its_value(module, options, message):
     with pytest.raises(UserError, match=message):
         module(rows_of(20), **options)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_merged_batches_hold_the_rows_of_consecutive_ones_and_resume_among_them(ranks):
+    batches = [[n, n + 1000] for n in range(23)]
+    plain = list(EpochOrder(batches, 7, 0, ranks))
+    order = EpochOrder(batches, 7, 0, ranks, merge=4)
+    merged = list(order)
+    assert merged == [sum(plain[at : at + 4], []) for at in range(0, len(plain), 4)]
+    assert len(order) == len(merged)
+    order.start = 2
+    assert list(order) == merged[2:]

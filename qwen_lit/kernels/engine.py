@@ -1,0 +1,155 @@
+"""The fast engine: the decoder of a PEFT model run by fused functions over transformers' and PEFT's own modules."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qwen_lit.kernels.attention import attention
+from qwen_lit.kernels.launch import HAS_TRITON
+from qwen_lit.kernels.linear import Member, group_linear, read_member
+from qwen_lit.kernels.loss import head_loss
+from qwen_lit.kernels.norm import add_norm
+from qwen_lit.kernels.rope import rope
+from qwen_lit.kernels.swiglu import swiglu
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def why_not(model: Any, device: torch.device) -> str | None:
+    """Why the fast engine cannot run a model; None when it can.
+
+    Args:
+        model: a ``PeftModel`` around a Qwen2 or Qwen3 for causal language modelling.
+        device: where it stands.
+    """
+    if device.type == "cuda" and not HAS_TRITON:
+        return "Triton is not installed"
+    base = model.base_model.model
+    config = base.config
+    if config.model_type not in ("qwen2", "qwen3"):
+        return f"model_type {config.model_type} is not qwen2 or qwen3"
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
+        return "the model has sliding-window attention"
+    if config.hidden_act != "silu":
+        return f"hidden_act is {config.hidden_act}"
+    size = base.model.layers[0].self_attn.head_dim
+    if size & (size - 1):
+        return f"heads of {size} are not a power of two"
+    lora = next(iter(model.peft_config.values()))
+    for option in ("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias"):
+        if getattr(lora, option, None):
+            return f"lora_config.{option} is set"
+    if len(model.active_adapters) != 1:
+        return "not exactly one adapter is active"
+    known = {id(layer) for block in base.model.layers for layer in linears(block).values()}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and id(module) not in known:
+            return f"{name} has an adapter"
+    for block in base.model.layers:
+        found = linears(block)
+        for group in GROUPS:
+            rates = {m.dropout for m in (read_member(found[name], True) for name in group) if m.a is not None}
+            if len(rates) > 1:
+                return f"{', '.join(group)} have different dropout rates"
+        for name, layer in found.items():
+            kind = type(getattr(layer, "base_layer", layer)).__name__
+            if kind not in ("Linear", "Linear4bit"):
+                return f"{name} is a {kind}"
+    return None
+
+
+def linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The seven linears of a decoder layer by name, with their adapters around them."""
+    holders: Any = block
+    return {
+        name: getattr(holders.self_attn if name in ("q_proj", "k_proj", "v_proj", "o_proj") else holders.mlp, name)
+        for name in LINEARS
+    }
+
+
+class FastEngine:
+    """Computes the summed loss of a batch; gradients land in the model's own LoRA parameters."""
+
+    def __init__(self, model: Any, recompute_layers: int = 0, loss_chunk: int = 2048) -> None:
+        """Holds the model; nothing of it is changed.
+
+        Args:
+            model: a ``PeftModel`` for which ``why_not`` is None.
+            recompute_layers: of so many first layers only the input is kept, and the rest computed again in backward.
+            loss_chunk: rows of logits that exist at a time.
+        """
+        self.model = model
+        self.recompute_layers, self.loss_chunk = recompute_layers, loss_chunk
+
+    def loss_sum(self, batch: Any) -> Tensor:
+        """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats.
+
+        Args:
+            batch: ``qwen_lit.data.batches.Batch`` on the model's device.
+        """
+        base = self.model.base_model.model
+        decoder = base.model
+        hidden = decoder.embed_tokens(batch["input_ids"]).flatten(0, 1)
+        positions = batch["position_ids"].flatten()
+        cos, sin = decoder.rotary_emb(hidden, positions[None])
+        half = cos.shape[-1] // 2
+        cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        training = self.model.training and torch.is_grad_enabled()
+        # One draw from the host's generator, which a checkpoint restores; every mask of the batch derives from it.
+        seed = int(torch.randint(2**30, ())) if training else 0
+        residual, delta = hidden, None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for number, block in enumerate(decoder.layers):
+                again = training and number < self.recompute_layers
+                if again and delta is not None:
+                    # One tensor instead of two is kept.
+                    residual, delta = residual + delta, None
+                arguments = (residual, delta, block, cos, sin, batch, seed + 4 * number, training)
+                if again:
+                    # Recomputing stops at the last tensor that backward needs, which is before down_proj.
+                    residual, delta = checkpoint(
+                        self._layer, *arguments, use_reentrant=False, preserve_rng_state=False
+                    )
+                else:
+                    residual, delta = self._layer(*arguments)
+            assert delta is not None
+            rows = batch["target_index"]
+            last = residual.index_select(0, rows)
+            _, normed = add_norm(last, delta.index_select(0, rows), decoder.norm.weight, decoder.norm.variance_epsilon)
+            head: Any = base.get_output_embeddings()
+            return head_loss(normed, head.weight.to(normed.dtype), batch["targets"], self.loss_chunk)
+
+    @staticmethod
+    def _layer(
+        residual: Tensor,
+        delta: Tensor | None,
+        block: Any,
+        cos: Tensor,
+        sin: Tensor,
+        batch: Any,
+        seed: int,
+        training: bool,
+    ) -> tuple[Tensor, Tensor]:
+        attn = block.self_attn
+        members: dict[str, Member] = {name: read_member(one, training) for name, one in linears(block).items()}
+        size, tokens = attn.head_dim, residual.shape[0]
+        residual, x = add_norm(residual, delta, block.input_layernorm.weight, block.input_layernorm.variance_epsilon)
+        q, k, v = group_linear(x, [members["q_proj"], members["k_proj"], members["v_proj"]], seed)
+        q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+        q = rope(q.view(tokens, -1, size), cos, sin, *_norm(q_norm))
+        k = rope(k.view(tokens, -1, size), cos, sin, *_norm(k_norm))
+        mixed = attention(q, k, v.view(tokens, -1, size), batch["cu_seqlens"], batch["max_seqlen"])
+        (out,) = group_linear(mixed.reshape(tokens, -1), [members["o_proj"]], seed + 1)
+        residual, x = add_norm(
+            residual, out, block.post_attention_layernorm.weight, block.post_attention_layernorm.variance_epsilon
+        )
+        gate, up = group_linear(x, [members["gate_proj"], members["up_proj"]], seed + 2)
+        (down,) = group_linear(swiglu(gate, up), [members["down_proj"]], seed + 3)
+        return residual, down
+
+
+def _norm(module: Any) -> tuple[Tensor | None, float]:
+    return (None, 0.0) if module is None else (module.weight, module.variance_epsilon)

@@ -1,0 +1,201 @@
+"""Frozen linears with LoRA (Hu et al., 2021) over NF4 or plain weights, as one autograd function per shared input."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from qwen_lit.kernels.launch import jit, on_gpu, tl, triton
+
+BLOCK = 2048
+
+
+@dataclass
+class Member:
+    """One linear of a group, read from transformers' and PEFT's own modules."""
+
+    weight: Tensor
+    """``[out, in]``, or bitsandbytes' packed 4-bit weight."""
+    bias: Tensor | None
+    a: Tensor | None
+    """``[r, in]``, trained; None for a linear without an adapter."""
+    b: Tensor | None
+    """``[out, r]``, trained."""
+    scale: float
+    dropout: float
+
+    @property
+    def quant_state(self) -> Any:
+        """bitsandbytes' quantisation state; None for a plain weight."""
+        return getattr(self.weight, "quant_state", None)
+
+
+class _Workspace:
+    """One buffer per device and dtype for the weight that is in use; it grows to the largest."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def get(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key, count = (device, dtype), shape.numel()
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < count:
+            self.buffers.pop(key, None)
+            buffer = self.buffers[key] = torch.empty(count, dtype=dtype, device=device)
+        return buffer[:count].view(shape)
+
+
+WORKSPACE = _Workspace()
+
+
+def full_weight(member: Member, dtype: torch.dtype) -> Tensor:
+    """The weight ``[out, in]`` in ``dtype``; for 4-bit ones a buffer that the next call overwrites."""
+    state = member.quant_state
+    if state is None:
+        return member.weight if member.weight.dtype == dtype else member.weight.to(dtype)
+    if state.dtype != dtype or not member.weight.is_cuda:
+        return dequantize_4bit(member.weight, state).to(dtype)
+    out = WORKSPACE.get(state.shape, dtype, member.weight.device)
+    return dequantize_4bit(member.weight, state, out=out)
+
+
+def dropped_reference(x: Tensor, p: float, seed: int) -> Tensor:
+    """The plain twin of ``dropped``; it draws other numbers than the kernel, from the same seed always the same."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
+    return x * keep.to(x.dtype) / (1 - p)
+
+
+@jit
+def _dropout(x, out, add, count, p, seed, HAS_ADD: "tl.constexpr", BLOCK: "tl.constexpr"):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    value = tl.load(x + at, inside, 0.0).to(tl.float32)
+    value = tl.where(tl.rand(seed, at) >= p, value / (1.0 - p), 0.0)
+    if HAS_ADD:
+        value += tl.load(add + at, inside, 0.0).to(tl.float32)
+    tl.store(out + at, value, inside)
+
+
+def dropped(x: Tensor, p: float, seed: int, add: Tensor | None = None) -> Tensor:
+    """``dropout(x) + add`` by a mask that is a function of the seed and the position alone.
+
+    Args:
+        x: any shape, contiguous.
+        p: share of zeros; the rest is divided by ``1 - p``.
+        seed: below 2**31.
+        add: of the same shape; overwritten with the result where the kernel runs.
+    """
+    if not on_gpu(x):
+        masked = dropped_reference(x, p, seed)
+        return masked if add is None else masked + add
+    out = torch.empty_like(x) if add is None else add
+    _dropout[(triton.cdiv(x.numel(), BLOCK),)](
+        x, out, add, x.numel(), p, seed, HAS_ADD=add is not None, BLOCK=BLOCK, num_warps=8
+    )
+    return out
+
+
+def group_reference(x: Tensor, members: list[Member], seed: int) -> tuple[Tensor, ...]:
+    """The plain twin of ``group_linear``."""
+    outputs = []
+    for member in members:
+        y = linear(x, full_weight(member, x.dtype).clone(), member.bias)
+        if member.a is not None and member.b is not None:
+            inner = dropped(x, member.dropout, seed) if member.dropout else x
+            y = y + linear(linear(inner, member.a.to(x.dtype)), member.b.to(x.dtype)) * member.scale
+        outputs.append(y)
+    return tuple(outputs)
+
+
+class _GroupLinear(torch.autograd.Function):
+    """Saves the input alone, and not even that when no member has an adapter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, members: list[Member], seed: int, *trained: Tensor) -> Any:
+        adapted = [member for member in members if member.a is not None]
+        dropout = adapted[0].dropout if adapted else 0.0
+        inner: Tensor | None = None
+        if adapted:
+            inner = dropped(x, dropout, seed) if dropout else x
+        outputs = []
+        for member in members:
+            y = linear(x, full_weight(member, x.dtype), member.bias)
+            if member.a is not None and member.b is not None and inner is not None:
+                low = inner @ member.a.to(x.dtype).t()
+                y.addmm_(low, member.b.to(x.dtype).t(), alpha=member.scale)
+            outputs.append(y)
+        ctx.save_for_backward(*([x] if adapted else []), *trained)
+        ctx.members, ctx.seed, ctx.dropout, ctx.adapted = members, seed, dropout, bool(adapted)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        saved = ctx.saved_tensors
+        x = saved[0] if ctx.adapted else None
+        inner = None
+        if x is not None:
+            inner = dropped(x, ctx.dropout, ctx.seed) if ctx.dropout else x
+        dx = side = None
+        d_trained: list[Tensor | None] = []
+        wants_dx = ctx.needs_input_grad[0]
+        for member, dy in zip(ctx.members, grads, strict=True):
+            if wants_dx:
+                weight = full_weight(member, dy.dtype)
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            if member.a is None or member.b is None or inner is None:
+                continue
+            a, b = member.a.to(dy.dtype), member.b.to(dy.dtype)
+            d_low = (dy @ b) * member.scale
+            low = inner @ a.t()
+            d_trained += [(d_low.t() @ inner).to(member.a.dtype), (dy.t() @ low).mul_(member.scale).to(member.b.dtype)]
+            if wants_dx:
+                if ctx.dropout:
+                    side = d_low @ a if side is None else side.addmm_(d_low, a)
+                else:
+                    dx.addmm_(d_low, a)  # type: ignore[union-attr]
+        if side is not None:
+            # One mask for the group: the sum over members is masked once.
+            dx = dropped(side, ctx.dropout, ctx.seed, add=dx)
+        return dx, None, None, *d_trained
+
+
+def group_linear(x: Tensor, members: list[Member], seed: int = 0) -> tuple[Tensor, ...]:
+    """``x Wᵀ + bias + scale · dropout(x) Aᵀ Bᵀ`` for each member; they share the dropout mask.
+
+    Args:
+        x: ``[tokens, in]``, contiguous.
+        members: linears of the same input, with one dropout rate among those that have an adapter.
+        seed: of the dropout mask.
+
+    Returns:
+        ``[tokens, out]`` for each member, in the dtype of ``x``.
+    """
+    trained = [one for member in members for one in (member.a, member.b) if one is not None]
+    return _GroupLinear.apply(x, members, seed, *trained)  # type: ignore[no-any-return]
+
+
+def read_member(module: nn.Module, training: bool) -> Member:
+    """What a linear computes, from a plain linear, bitsandbytes' ``Linear4bit`` or PEFT's LoRA layer around either.
+
+    Args:
+        module: the layer as it stands in the model.
+        training: whether dropout is on.
+    """
+    base: Any = getattr(module, "base_layer", module)
+    plain = Member(base.weight, base.bias, None, None, 1.0, 0.0)
+    adapters: Any = getattr(module, "active_adapters", None)
+    if (
+        base is module
+        or not adapters
+        or getattr(module, "disable_adapters", False)
+        or getattr(module, "merged", False)
+    ):
+        return plain
+    layer: Any = module
+    name = adapters[0]
+    p = getattr(layer.lora_dropout[name], "p", 0.0) if training else 0.0
+    return Member(base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p)

@@ -1,0 +1,90 @@
+"""Cross-entropy fused with lm_head, a chunk of supervised rows at a time; its gradient is made in the forward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from qwen_lit.kernels.launch import jit, on_gpu, tl
+
+
+def head_loss_reference(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The plain twin of ``head_loss``: all logits at once."""
+    return cross_entropy((hidden @ head.t()).float(), targets, reduction="sum")
+
+
+@jit
+def _rows(logits, targets, losses, width, BLOCK: "tl.constexpr"):
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * width
+    target = tl.load(targets + row)
+    at = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        value = tl.load(base + start + at, start + at < width, float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, value)
+        # A lane that has seen nothing yet keeps a sum of zero.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(top - shift) + tl.exp(value - shift)
+        top = higher
+    most = tl.max(top)
+    norm = most + tl.log(tl.sum(tl.where(top == float("-inf"), 0.0, total * tl.exp(top - most))))
+    tl.store(losses + row, norm - tl.load(base + target).to(tl.float32))
+    tl.debug_barrier()
+    for start in range(0, width, BLOCK):
+        inside = start + at < width
+        value = tl.load(base + start + at, inside, float("-inf")).to(tl.float32)
+        grad = tl.exp(value - norm) - tl.where(start + at == target, 1.0, 0.0)
+        tl.store(base + start + at, grad, inside)
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed loss of ``[n, vocab]`` logits, which become their own gradient."""
+    if on_gpu(logits):
+        losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        _rows[(len(targets),)](logits, targets, losses, logits.shape[1], BLOCK=4096, num_warps=8)
+        return losses.sum()
+    wide = logits.float()
+    norm = torch.logsumexp(wide, -1, keepdim=True)
+    loss = (norm - wide.gather(1, targets[:, None])).sum()
+    grad = torch.exp(wide - norm)
+    grad[torch.arange(len(targets)), targets] -= 1
+    logits.copy_(grad)
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = hidden[rows] @ head.t()
+            total += _loss_and_gradient(logits, targets[rows])
+            if grads is not None:
+                torch.mm(logits, head, out=grads[rows])
+        ctx.save_for_backward(grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (saved,) = ctx.saved_tensors
+        return saved * grads[0].to(saved.dtype), None, None, None
+
+
+def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = 2048) -> Tensor:
+    """Summed negative log-likelihood of ``targets``.
+
+    Args:
+        hidden: ``[n, width]``, normed hidden states of the supervised positions.
+        head: ``[vocab, width]``, frozen, in the dtype of ``hidden``.
+        targets: int64 ``[n]``.
+        chunk: rows of logits that exist at a time.
+
+    Returns:
+        A float32 scalar, in nats; zero for no row.
+    """
+    return _HeadLoss.apply(hidden, head, targets, chunk)  # type: ignore[no-any-return]

@@ -1,0 +1,108 @@
+"""RMSNorm with the residual addition before it (Zhang and Sennrich, 2019, equation 4)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_lit.kernels.launch import jit, on_gpu, tl, triton
+
+
+def add_norm_reference(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The plain twin of ``add_norm``, as transformers computes it."""
+    total = residual if delta is None else residual + delta
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return total, weight * normed.to(total.dtype)
+
+
+@jit
+def _forward(
+    residual, delta, weight, total, normed, rstd, width, eps, HAS_DELTA: "tl.constexpr", BLOCK: "tl.constexpr"
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(residual + row * width + columns, inside, 0.0)
+    if HAS_DELTA:
+        x = (x.to(tl.float32) + tl.load(delta + row * width + columns, inside, 0.0).to(tl.float32)).to(x.dtype)
+        tl.store(total + row * width + columns, x, inside)
+    wide = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / width + eps)
+    tl.store(rstd + row, scale)
+    w = tl.load(weight + columns, inside, 0.0)
+    tl.store(normed + row * width + columns, (wide * scale).to(x.dtype) * w, inside)
+
+
+@jit
+def _backward(total, weight, rstd, d_normed, d_total, out, width, HAS_TOTAL: "tl.constexpr", BLOCK: "tl.constexpr"):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(total + row * width + columns, inside, 0.0).to(tl.float32)
+    w = tl.load(weight + columns, inside, 0.0).to(tl.float32)
+    g = tl.load(d_normed + row * width + columns, inside, 0.0).to(tl.float32) * w
+    scale = tl.load(rstd + row)
+    x_hat = x * scale
+    grad = scale * (g - x_hat * (tl.sum(g * x_hat) / width))
+    if HAS_TOTAL:
+        grad += tl.load(d_total + row * width + columns, inside, 0.0).to(tl.float32)
+    tl.store(out + row * width + columns, grad, inside)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        width = residual.shape[-1]
+        rows = residual.numel() // width
+        if on_gpu(residual):
+            total = residual if delta is None else torch.empty_like(residual)
+            normed = torch.empty_like(residual)
+            rstd = torch.empty(rows, dtype=torch.float32, device=residual.device)
+            _forward[(rows,)](
+                residual, delta, weight, total, normed, rstd, width, eps,
+                HAS_DELTA=delta is not None, BLOCK=triton.next_power_of_2(width), num_warps=8,
+            )  # fmt: skip
+        else:
+            total, normed = add_norm_reference(residual, delta, weight, eps)
+            rstd = torch.rsqrt(total.float().pow(2).mean(-1) + eps).flatten()
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.has_delta = delta is not None
+        if delta is None:
+            # An input that is returned as it came must be marked; a view of it keeps the graph right.
+            total = total.view_as(total)
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        d_total, d_normed = grads
+        total, weight, rstd = ctx.saved_tensors
+        width = total.shape[-1]
+        if on_gpu(total):
+            out = torch.empty_like(total)
+            _backward[(rstd.numel(),)](
+                total, weight, rstd, d_normed.contiguous(), d_total, out, width,
+                HAS_TOTAL=d_total is not None, BLOCK=triton.next_power_of_2(width), num_warps=8,
+            )  # fmt: skip
+        else:
+            scale = rstd.view(*total.shape[:-1], 1)
+            x_hat = total.float() * scale
+            g = d_normed.float() * weight.float()
+            wide = scale * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
+            out = (wide if d_total is None else wide + d_total.float()).to(total.dtype)
+        return out, out if ctx.has_delta else None, None, None
+
+
+def add_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``residual + delta`` and its RMSNorm.
+
+    Args:
+        residual: ``[tokens, width]``.
+        delta: the same shape, or None.
+        weight: ``[width]``, frozen.
+        eps: added to the mean square.
+
+    Returns:
+        The sum and the normed sum, both ``[tokens, width]`` in the dtype of ``residual``.
+    """
+    return _AddNorm.apply(residual, delta, weight, eps)  # type: ignore[no-any-return]

@@ -1,0 +1,202 @@
+"""The fast engine equals PEFT's own path: values, gradients, and whole loss curves."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from qwen_lit.cli import main
+from qwen_lit.data.batches import collate
+from qwen_lit.kernels.engine import FastEngine, why_not
+from qwen_lit.model.load import load_base
+from qwen_lit.model.loss import summed_loss
+
+CPU = torch.device("cpu")
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL = [*QKVO, "gate_proj", "up_proj", "down_proj"]
+
+
+def base(family: str):
+    torch.manual_seed(0)
+    kind, model = (Qwen2Config, Qwen2ForCausalLM) if family == "qwen2" else (Qwen3Config, Qwen3ForCausalLM)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 301}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    made = model(kind(**sizes, **heads, tie_word_embeddings=family == "qwen3"))
+    made.requires_grad_(False)
+    for name, parameter in made.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+def adapted(family: str, **options):
+    torch.manual_seed(1)
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": QKVO, "task_type": "CAUSAL_LM", **options}
+    model = get_peft_model(base(family), LoraConfig(**lora))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    return model.train()
+
+
+def batch(packed: bool, lengths=(7, 13, 1, 20), seed: int = 0):
+    draw = np.random.default_rng(seed)
+    return collate([(draw.integers(0, 301, n), np.array([[n // 2, n]])) for n in lengths], 0, packed)
+
+
+def reference(model, one) -> torch.Tensor:
+    causal = model.base_model.model
+    hidden = causal.model(input_ids=one["input_ids"], position_ids=one["position_ids"], use_cache=False)
+    rows = hidden.last_hidden_state.flatten(0, 1)[one["target_index"]]
+    return summed_loss(causal.lm_head, rows, one["targets"])
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+VARIANTS = {
+    "q, k, v, o": {},
+    "all linears": {"target_modules": ALL},
+    "some linears": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "ranks and alphas per module": {"rank_pattern": {"q_proj": 6, "o_proj": 1}, "alpha_pattern": {"v_proj": 3}},
+    "rsLoRA": {"use_rslora": True, "target_modules": ALL},
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradients_equal_pefts_whatever_is_recomputed(family, packed, variant):
+    model, one = adapted(family, **VARIANTS[variant]), batch(packed)
+    assert why_not(model, CPU) is None
+    loss = reference(model, one)
+    wanted = gradients(model, loss)
+    assert wanted
+    for recompute in (0, 1, 3):
+        found_loss = FastEngine(model, recompute, loss_chunk=5).loss_sum(one)
+        found = gradients(model, found_loss)
+        assert abs(float(found_loss - loss)) < 1e-5 * float(loss)
+        assert found.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("lengths", [(1,), (2, 2, 2), (3,) * 400])
+def test_odd_packs_work(lengths):
+    model, one = adapted("qwen2"), batch(True, lengths)
+    loss = reference(model, one)
+    assert torch.isclose(FastEngine(model).loss_sum(one), loss, rtol=1e-5)
+
+
+def test_a_batch_that_trains_nothing_leaves_zero_gradients():
+    model = adapted("qwen2")
+    one = collate([(np.arange(9), np.zeros((0, 2), dtype=int))], 0, True)
+    loss = FastEngine(model).loss_sum(one)
+    found = gradients(model, loss)
+    assert float(loss) == 0 and all(not gradient.any() for gradient in found.values())
+
+
+def test_dropout_is_the_same_in_backward_and_drawn_from_the_hosts_generator():
+    model, one = adapted("qwen2", lora_dropout=0.3), batch(True)
+    runs = []
+    for recompute in (0, 3, 0):
+        torch.manual_seed(5)
+        loss = FastEngine(model, recompute).loss_sum(one)
+        runs.append((float(loss), gradients(model, loss)))
+    torch.manual_seed(6)
+    assert float(FastEngine(model).loss_sum(one)) != runs[0][0]
+    for loss, found in runs[1:]:
+        assert loss == runs[0][0]
+        assert all(torch.equal(gradient, runs[0][1][name]) for name, gradient in found.items())
+    model.eval()
+    assert torch.isclose(FastEngine(model).loss_sum(one), reference(model, one), rtol=1e-5)
+
+
+def test_dropout_gradients_are_those_of_the_loss():
+    """Central differences along the gradient, in float64."""
+    model, one = adapted("qwen2", lora_dropout=0.3, target_modules=ALL).double(), batch(True)
+
+    def loss():
+        torch.manual_seed(5)
+        return FastEngine(model).loss_sum(one)
+
+    found = gradients(model, loss())
+    named = dict(model.named_parameters())
+    slope = sum(float((gradient**2).sum()) for gradient in found.values())
+    step = 1e-4
+    ends = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for name, gradient in found.items():
+                named[name] += sign * step * gradient
+        ends.append(float(loss()))
+    # The loss is a float32 sum, which bounds how well the difference is known.
+    assert abs((ends[0] - ends[1]) / (2 * step) - slope) < 0.01 * slope
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_fifty_steps_have_pefts_losses(family, dropout):
+    curves = []
+    for fast in (False, True):
+        model = adapted(family, lora_dropout=dropout)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        torch.manual_seed(2)
+        curve = []
+        for step in range(50):
+            one = batch(True, (40, 60, 30, 50), seed=step % 5)
+            loss = (FastEngine(model).loss_sum(one) if fast else reference(model, one)) / len(one["targets"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(float(loss.detach()))
+        curves.append(curve)
+    assert curves[0][-1] < curves[0][0]
+    # Masks of dropout are drawn differently, so those losses agree as closely as two draws do.
+    assert np.abs(np.subtract(*curves)).max() < (1e-2 if dropout == 0 else 5e-2)
+
+
+def test_a_4_bit_base_gives_pefts_losses_and_gradients(model_folder):
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    loaded = load_base(str(model_folder), quantization, CPU)
+    model = get_peft_model(loaded, LoraConfig(r=4, lora_alpha=8, target_modules=ALL, task_type="CAUSAL_LM")).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    one = batch(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = reference(model, one)
+    wanted = gradients(model, loss)
+    found_loss = FastEngine(model).loss_sum(one)
+    found = gradients(model, found_loss)
+    assert abs(float(found_loss - loss)) < 1e-2 * float(loss)
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() < 5e-2 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head has an adapter"),
+    ],
+)
+def test_what_it_cannot_do_is_said_in_a_line(options, reason):
+    assert reason in why_not(adapted("qwen2", **options), CPU)
+
+
+def test_fit_runs_on_it_and_says_why_when_it_cannot(arguments, capsys, caplog):
+    caplog.set_level("INFO")
+    assert main([*arguments, "--model.engine", "fast", "--trainer.max_steps", "2"]) == 0
+    assert "engine: fast" in caplog.text
+    dora = ["--model.engine", "fast", "--model.lora_config.use_dora", "true"]
+    assert main([*arguments, *dora]) == 2
+    assert "model.engine is fast, but lora_config.use_dora is set" in capsys.readouterr().err

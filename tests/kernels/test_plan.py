@@ -1,0 +1,49 @@
+"""The plan never exceeds its budget, and takes what makes it faster."""
+
+import pytest
+
+from qwen_lit.errors import UserError
+from qwen_lit.kernels.plan import GIB, Shape, choose, parse_bytes
+
+# The shape of Qwen2.5-7B with LoRA on q, k, v and o.
+SEVEN = Shape(
+    layers=28,
+    kept=2 * (3 * 3584 + 2 * 3584 + 2 * 512 + 2 * 18944) + 112,
+    input=7168,
+    working=2 * (3 * 18944 + 4 * 3584),
+    fixed=20_185_088 * 6 + 3584 * 18944 * 2,
+    vocabulary=304_128,
+)
+STATIC = int(5.25 * GIB)
+
+
+@pytest.mark.parametrize("budget", [7, 8, 12, 16, 24, 40, 80])
+def test_a_plan_stays_under_its_budget(budget):
+    plan = choose(SEVEN, STATIC, budget * GIB, 2048, [8, 4, 2, 1])
+    assert plan.estimate < budget * GIB
+
+
+def test_more_memory_never_gives_a_slower_plan():
+    plans = [choose(SEVEN, STATIC, budget * GIB, 2048, [8, 4, 2, 1]) for budget in (8, 12, 16, 24, 40, 80)]
+    costs = [(1 + 0.3 * p.recompute_layers / 28) * (1 + 320 / (2048 * p.merge)) for p in plans]
+    assert costs == sorted(costs, reverse=True)
+    assert plans[-1].merge == 8 and plans[-1].recompute_layers == 0
+    assert plans[0].recompute_layers == 28
+
+
+def test_too_little_memory_gives_the_smallest_plan():
+    plan = choose(SEVEN, STATIC, 5 * GIB, 2048, [8, 4, 2, 1])
+    assert (plan.merge, plan.recompute_layers, plan.loss_chunk) == (1, 28, 128)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 8 * GIB), ("24 GB", 24 * 10**9), ("1.5gib", 3 * GIB // 2), ("7", 7)]
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "8 cards", "-1GiB"])
+def test_what_is_not_a_size_is_refused(text):
+    with pytest.raises(UserError, match="model.memory_budget"):
+        parse_bytes(text)
