@@ -196,10 +196,10 @@ overflow-wrap:anywhere;background:#f6f6f4;padding:.8rem;border-radius:6px}mark{b
 
 def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: Any) -> str:
     """The audit and some rows as one page that needs nothing else."""
-    lines = [line.split("  ", 1) for line in text_report(result) if not line.startswith("  ")]
+    lines = [(line[:16], line[16:]) for line in text_report(result) if not line.startswith("  ")]
     table = "".join(
         f"<tr><th>{html.escape(name.strip())}<td>{html.escape(value.strip())}"
-        for name, value in ((part[0], part[1] if len(part) > 1 else "") for part in lines)
+        for name, value in lines
     )
     most = max(count for _, count in result.histogram)
     bars = "".join(
