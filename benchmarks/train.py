@@ -4,7 +4,8 @@
 
 MODEL is a folder with a checkpoint of the shape to measure and a tokenizer; random weights will do. Each case trains
 the same number of tokens a step: 16,384, every token supervised unless it says otherwise. A peer runs beside each case
-where it is installed. ``memory`` in a case limits the process to so many GiB.
+where it is installed; ``rows`` and ``peer_recompute`` are its hand tuning. ``memory`` in a case limits the process
+to so many GiB.
 """
 
 import argparse
@@ -19,9 +20,9 @@ QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*QKVO, "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {
     "shipped": {"dropout": 0.1},
-    "dropout 0": {},
+    "dropout 0": {"rows": 8, "peer_recompute": False},
     "dropout 0, 40 GiB": {"memory": 40},
-    "all linears": {"targets": ALL},
+    "all linears": {"targets": ALL, "rows": 4, "peer_recompute": False},
     "24 GiB": {"memory": 24},
     "8 GiB": {"memory": 8},
     "least memory": {"memory": 5.9, "tokens": 2048, "steps": 3},
@@ -52,8 +53,8 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
 
     from qwen_lit.data.batches import collate
     from qwen_lit.data.packing import best_fit
-    from qwen_lit.kernels.engine import FastEngine, why_not
-    from qwen_lit.kernels.plan import GIB, Shape, choose, free_memory
+    from qwen_lit.kernels.engine import why_not
+    from qwen_lit.kernels.plan import GIB, Shape, apply, choose, free_memory
     from qwen_lit.model.load import add_adapter, load_base
     from qwen_lit.model.optim import build_optimizer
 
@@ -70,6 +71,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
         r=32, lora_alpha=64, lora_dropout=case.get("dropout", 0.0), target_modules=case.get("targets", QKVO)
     )
     model = add_adapter(base, lora, False)
+    load_peak = torch.cuda.max_memory_allocated()
     reason = why_not(model, device)
     if reason:
         raise SystemExit(reason)
@@ -81,7 +83,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
         from dataclasses import replace
 
         plan = replace(plan, merge=case.get("merge", plan.merge), recompute_layers=case["recompute"])
-    engine = FastEngine(model, plan.recompute_layers, plan.loss_chunk)
+    engine = apply(plan, model)
     steps, per_step = case.get("steps", 6), step_tokens // longest
     docs = documents(case, 4096 if case.get("mix") else steps * per_step, longest)
     packs = best_fit([len(ids) for ids, _ in docs], longest) if case.get("mix") else [[n] for n in range(len(docs))]
@@ -110,6 +112,8 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
         losses.append(round(float(total_loss), 4))
         tokens.append(sum(batch["tokens"] for batch in part))
+        if step == 0:
+            torch.cuda.reset_peak_memory_stats()
         if case.get("profile") and step == steps - 2:
             profile(engine, moved)
     rates = sorted(n / s for n, s in zip(tokens[1:], seconds[1:], strict=True))
@@ -118,7 +122,8 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "estimate_gib": round(plan.estimate / GIB, 2), "merge": plan.merge, "recompute": plan.recompute_layers,
-        "chunk": plan.loss_chunk,
+        "chunk": plan.loss_chunk, "host_embedding": plan.host_embedding, "offload": plan.offload,
+        "load_gib": round(load_peak / GIB, 2),
     }  # fmt: skip
 
 
@@ -197,6 +202,8 @@ def _sft(model_path: str, case: dict[str, Any], peer: str) -> dict[str, Any]:
         def on_step_end(self, *args: Any, **options: Any) -> None:
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.started)
+            if len(seconds) == 1:
+                torch.cuda.reset_peak_memory_stats()
 
     def pad(batch: list[dict[str, list[int]]]) -> dict[str, Any]:
         width = max(len(one["input_ids"]) for one in batch)

@@ -1,9 +1,11 @@
 """The fast engine: the decoder of a PEFT model run by fused functions over transformers' and PEFT's own modules."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from qwen_lit.kernels.attention import attention
@@ -73,16 +75,17 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
 class FastEngine:
     """Computes the summed loss of a batch; gradients land in the model's own LoRA parameters."""
 
-    def __init__(self, model: Any, recompute_layers: int = 0, loss_chunk: int = 2048) -> None:
+    def __init__(self, model: Any, recompute_layers: int = 0, loss_chunk: int = 2048, offload: bool = False) -> None:
         """Holds the model; nothing of it is changed.
 
         Args:
-            model: a ``PeftModel`` for which ``why_not`` is None.
+            model: a ``PeftModel`` for which ``why_not`` is None. Its embedding may stand on the CPU.
             recompute_layers: of so many first layers only the input is kept, and the rest computed again in backward.
             loss_chunk: rows of logits that exist at a time.
+            offload: the kept inputs wait in pinned host memory.
         """
         self.model = model
-        self.recompute_layers, self.loss_chunk = recompute_layers, loss_chunk
+        self.recompute_layers, self.loss_chunk, self.offload = recompute_layers, loss_chunk, offload
 
     def loss_sum(self, batch: Any) -> Tensor:
         """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats.
@@ -92,7 +95,8 @@ class FastEngine:
         """
         base = self.model.base_model.model
         decoder = base.model
-        hidden = decoder.embed_tokens(batch["input_ids"]).flatten(0, 1)
+        ids = batch["input_ids"]
+        hidden = decoder.embed_tokens(ids.to(decoder.embed_tokens.weight.device)).flatten(0, 1).to(ids.device)
         positions = batch["position_ids"].flatten()
         cos, sin = decoder.rotary_emb(hidden, positions[None])
         half = cos.shape[-1] // 2
@@ -110,9 +114,10 @@ class FastEngine:
                 arguments = (residual, delta, block, cos, sin, batch, seed + 4 * number, training)
                 if again:
                     # Recomputing stops at the last tensor that backward needs, which is before down_proj.
-                    residual, delta = checkpoint(
-                        self._layer, *arguments, use_reentrant=False, preserve_rng_state=False
-                    )
+                    with save_on_cpu(pin_memory=hidden.is_cuda) if self.offload else nullcontext():
+                        residual, delta = checkpoint(
+                            self._layer, *arguments, use_reentrant=False, preserve_rng_state=False
+                        )
                 else:
                     residual, delta = self._layer(*arguments)
             assert delta is not None

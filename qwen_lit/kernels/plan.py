@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qwen_lit.errors import UserError
-from qwen_lit.kernels.engine import linears
+from qwen_lit.kernels.engine import FastEngine, linears
 from qwen_lit.kernels.linear import read_member
 
 GIB = 2**30
@@ -30,12 +30,18 @@ class Plan:
     """Bytes at the peak."""
     budget: int
     """Bytes that may be used."""
+    host_embedding: bool = False
+    """The embedding stands on the CPU."""
+    offload: bool = False
+    """Inputs of recomputed layers wait in host memory."""
 
     def __str__(self) -> str:
+        moved = [", embedding on the CPU"] * self.host_embedding + [", inputs offloaded"] * self.offload
         return (
-            f"micro-batches merged by {self.merge}, {self.recompute_layers} layers recomputed, "
+            f"micro-batches merged by {self.merge}, {self.recompute_layers} layers recomputed{''.join(moved)}, "
             f"estimated peak {self.estimate / GIB:.2f} of {self.budget / GIB:.2f} GiB"
         )
+
 
 
 def parse_bytes(text: str) -> int:
@@ -64,6 +70,9 @@ class Shape:
     fixed: int
     """Gradients, optimizer states and the buffer for a dequantised weight."""
     vocabulary: int
+    """Of one row of logits."""
+    embedding: int = 0
+    """What moving the embedding to the CPU frees; 0 when lm_head shares it."""
 
     @staticmethod
     def of(model: Any, state_bytes: int) -> "Shape":
@@ -92,11 +101,14 @@ class Shape:
             working=(3 * inner + 4 * hidden) * size,
             fixed=trained * (4 + state_bytes) + hidden * inner * size,
             vocabulary=config.vocab_size * size,
+            embedding=0 if config.tie_word_embeddings else config.vocab_size * hidden * size,
         )
 
-    def peak(self, static: int, tokens: int, recompute: int, chunk: int) -> int:
+    def peak(self, static: int, tokens: int, recompute: int, chunk: int, host: bool = False, off: bool = False) -> int:
         """Bytes at the peak of a micro-batch of ``tokens``, with ``static`` bytes allocated before."""
-        saved = tokens * ((self.layers - recompute) * self.kept + recompute * self.input)
+        static -= self.embedding if host else 0
+        # Of offloaded inputs, the one in use and the one on its way are on the device.
+        saved = tokens * ((self.layers - recompute) * self.kept + (2 if off else recompute) * self.input)
         layer = tokens * (self.working + (self.kept if recompute else 0))
         # The logits are gone when the layers' backward begins.
         loss = min(chunk, tokens) * self.vocabulary + 3 * tokens * self.input
@@ -131,7 +143,19 @@ def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int
             break
     if best is not None:
         return best[1]
-    return Plan(1, shape.layers, 128, shape.peak(static, tokens, shape.layers, 128), budget)
+    host = shape.embedding > 0
+    kept_on = shape.peak(static, tokens, shape.layers, 128, host)
+    if kept_on <= usable:
+        return Plan(1, shape.layers, 128, kept_on, budget, host)
+    return Plan(1, shape.layers, 128, shape.peak(static, tokens, shape.layers, 128, host, True), budget, host, True)
+
+
+def apply(plan: Plan, model: Any) -> FastEngine:
+    """The engine of a plan; moves the embedding to the CPU where the plan says so."""
+    if plan.host_embedding:
+        model.base_model.model.get_input_embeddings().to("cpu")
+        torch.cuda.empty_cache()
+    return FastEngine(model, plan.recompute_layers, plan.loss_chunk, plan.offload)
 
 
 def free_memory(device: torch.device) -> int:

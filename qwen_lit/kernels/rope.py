@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_lit.kernels.launch import jit, on_gpu, tl
+from qwen_lit.kernels.launch import jit, on_gpu, tl, triton
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -20,21 +20,24 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, e
 
 
 @jit
-def _rotate(x, cos, sin, weight, out, heads, eps, sign, HAS_NORM: "tl.constexpr", HALF: "tl.constexpr"):
+def _rotate(
+    x, cos, sin, weight, out, heads, eps, sign, HAS_NORM: "tl.constexpr", HALF: "tl.constexpr", HEADS: "tl.constexpr"
+):
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    at = tl.arange(0, HALF)
-    base = (token * heads + head) * (2 * HALF)
-    a = tl.load(x + base + at).to(tl.float32)
-    b = tl.load(x + base + HALF + at).to(tl.float32)
+    head = tl.arange(0, HEADS)[:, None]
+    inside = head < heads
+    lane = tl.arange(0, HALF)[None, :]
+    at = (token * heads + head) * (2 * HALF) + lane
+    a = tl.load(x + at, inside, 0.0).to(tl.float32)
+    b = tl.load(x + at + HALF, inside, 0.0).to(tl.float32)
     if HAS_NORM:
-        scale = 1.0 / tl.sqrt((tl.sum(a * a) + tl.sum(b * b)) / (2 * HALF) + eps)
-        a = a * scale * tl.load(weight + at).to(tl.float32)
-        b = b * scale * tl.load(weight + HALF + at).to(tl.float32)
-    c = tl.load(cos + token * HALF + at).to(tl.float32)
-    s = tl.load(sin + token * HALF + at).to(tl.float32) * sign
-    tl.store(out + base + at, a * c - b * s)
-    tl.store(out + base + HALF + at, b * c + a * s)
+        scale = 1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
+        a = a * scale[:, None] * tl.load(weight + lane).to(tl.float32)
+        b = b * scale[:, None] * tl.load(weight + HALF + lane).to(tl.float32)
+    c = tl.load(cos + token * HALF + lane).to(tl.float32)
+    s = tl.load(sin + token * HALF + lane).to(tl.float32) * sign
+    tl.store(out + at, a * c - b * s, inside)
+    tl.store(out + at + HALF, b * c + a * s, inside)
 
 
 @jit
@@ -53,9 +56,10 @@ def _unnorm(x, weight, grad, out, heads, eps, HALF: "tl.constexpr"):
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, sign: float) -> Tensor:
     tokens, heads, size = x.shape
     out = torch.empty_like(x)
-    _rotate[(tokens, heads)](
-        x, cos, sin, weight, out, heads, eps, sign, HAS_NORM=weight is not None, HALF=size // 2, num_warps=1
-    )
+    _rotate[(tokens,)](
+        x, cos, sin, weight, out, heads, eps, sign,
+        HAS_NORM=weight is not None, HALF=size // 2, HEADS=triton.next_power_of_2(heads), num_warps=4,
+    )  # fmt: skip
     return out
 
 

@@ -15,7 +15,7 @@ from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
 from qwen_lit.kernels.engine import FastEngine, why_not
-from qwen_lit.kernels.plan import Plan, Shape, choose, free_memory, parse_bytes
+from qwen_lit.kernels.plan import Plan, Shape, apply, choose, free_memory, parse_bytes
 from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.optim import OptimizerName, ScheduleName, build_optimizer, parameter_groups, repage, schedule
@@ -137,7 +137,7 @@ class QwenModule(L.LightningModule):
             log.info("engine: fast, by the plain twins of its kernels")
             return
         plan = self._plan(data, device)
-        self.fast = FastEngine(self.model, plan.recompute_layers, plan.loss_chunk)
+        self.fast = apply(plan, self.model)
         data.merge = plan.merge
         trainer = cast(Any, self.trainer)
         trainer.accumulate_grad_batches //= plan.merge

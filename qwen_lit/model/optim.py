@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import bitsandbytes.optim
 import torch
@@ -13,6 +13,45 @@ OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"]
 ScheduleName = Literal["cosine", "linear", "constant"]
 PAGED_NUMEL = 100_000
 """bitsandbytes pages states from this size on."""
+
+
+class _OneWait:
+    """bitsandbytes waits for the device after every parameter; its kernels run in order, so once a step is enough."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all parameters that have a gradient; returns the closure's result."""
+        optimizer = cast(Any, self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not optimizer.initialized:
+            optimizer.check_overrides()
+            optimizer.to_gpu()
+            optimizer.initialized = True
+        device = None
+        with torch.no_grad():
+            for group_index, group in enumerate(optimizer.param_groups):
+                for index, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not optimizer.state[parameter]:
+                        optimizer.init_state(group, parameter, group_index, index)
+                    optimizer.prefetch_state(parameter)
+                    optimizer.update_step(group, parameter, group_index, index)
+                    device = parameter.device
+        if device is not None and device.type == "cuda":
+            # Paged states may still be on their way.
+            torch.cuda.synchronize(device)
+        return loss
+
+
+class PagedAdamW8bit(_OneWait, bitsandbytes.optim.PagedAdamW8bit):  # type: ignore[misc]
+    """bitsandbytes' paged AdamW with 8-bit states."""
+
+
+class PagedAdamW32bit(_OneWait, bitsandbytes.optim.PagedAdamW32bit):  # type: ignore[misc]
+    """bitsandbytes' paged AdamW with 32-bit states."""
 
 
 def parameter_groups(
@@ -37,9 +76,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over ``groups``: 8-bit or 32-bit states that can move to host memory, or torch's own."""
     if name == "paged_adamw_8bit":
-        return bitsandbytes.optim.PagedAdamW8bit(groups, betas=betas)
+        return PagedAdamW8bit(groups, betas=betas)
     if name == "paged_adamw_32bit":
-        return bitsandbytes.optim.PagedAdamW32bit(groups, betas=betas)
+        return PagedAdamW32bit(groups, betas=betas)
     return torch.optim.AdamW(groups, betas=betas)
 
 

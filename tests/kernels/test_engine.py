@@ -76,8 +76,8 @@ def test_loss_and_gradients_equal_pefts_whatever_is_recomputed(family, packed, v
     loss = reference(model, one)
     wanted = gradients(model, loss)
     assert wanted
-    for recompute in (0, 1, 3):
-        found_loss = FastEngine(model, recompute, loss_chunk=5).loss_sum(one)
+    for recompute, offload in ((0, False), (1, False), (3, False), (3, True)):
+        found_loss = FastEngine(model, recompute, loss_chunk=5, offload=offload).loss_sum(one)
         found = gradients(model, found_loss)
         assert abs(float(found_loss - loss)) < 1e-5 * float(loss)
         assert found.keys() == wanted.keys()

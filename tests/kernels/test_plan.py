@@ -1,5 +1,7 @@
 """The plan never exceeds its budget, and takes what makes it faster."""
 
+from dataclasses import replace
+
 import pytest
 
 from qwen_lit.errors import UserError
@@ -31,9 +33,14 @@ def test_more_memory_never_gives_a_slower_plan():
     assert plans[0].recompute_layers == 28
 
 
-def test_too_little_memory_gives_the_smallest_plan():
-    plan = choose(SEVEN, STATIC, 5 * GIB, 2048, [8, 4, 2, 1])
-    assert (plan.merge, plan.recompute_layers, plan.loss_chunk) == (1, 28, 128)
+def test_little_memory_moves_the_embedding_to_the_cpu_and_then_the_inputs():
+    smaller = replace(SEVEN, embedding=304_128 * 3584)
+    plans = [choose(smaller, STATIC, int(budget * GIB), 2048, [8, 4, 2, 1]) for budget in (8, 6, 5.4)]
+    assert [(plan.host_embedding, plan.offload) for plan in plans] == [(False, False), (True, False), (True, True)]
+    assert all((plan.merge, plan.recompute_layers, plan.loss_chunk) == (1, 28, 128) for plan in plans[1:])
+    estimates = [plan.estimate for plan in plans]
+    assert estimates == sorted(estimates, reverse=True)
+    assert not choose(SEVEN, STATIC, 5 * GIB, 2048, [1]).host_embedding
 
 
 @pytest.mark.parametrize(
