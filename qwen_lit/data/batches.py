@@ -83,7 +83,9 @@ def group(lengths: np.ndarray, batch_size: int, budget: int, packing: bool, seed
         packing: pack, or pad.
         seed: chooses among rows of equal length.
     """
-    ties = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).numpy()
+    # While Lightning builds the model, new tensors go to the GPU unless they say otherwise.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ties = torch.randperm(len(lengths), generator=generator, device="cpu").numpy()
     if packing:
         packs = best_fit(lengths[ties].tolist(), budget)
         return [ties[pack].tolist() for pack in packs]
@@ -125,9 +127,11 @@ class EpochOrder(Sampler[list[int]]):
         return math.ceil(math.ceil(len(self.batches) / self.ranks) / self.merge)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + self.epoch)
         count = len(self.batches)
-        order = torch.randperm(count, generator=generator).tolist() if self.shuffled else list(range(count))
+        order = list(range(count))
+        if self.shuffled:
+            order = torch.randperm(count, generator=generator, device="cpu").tolist()
         mine = order[self.rank :: self.ranks]
         mine += [-1] * (math.ceil(count / self.ranks) - len(mine))
         for at in range(self.start * self.merge, len(mine), self.merge):

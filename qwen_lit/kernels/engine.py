@@ -86,6 +86,23 @@ class FastEngine:
         """
         self.model = model
         self.recompute_layers, self.loss_chunk, self.offload = recompute_layers, loss_chunk, offload
+        self.low: dict[int, Tensor] = {}
+
+    def _members(self, dtype: torch.dtype, training: bool) -> list[dict[str, Member]]:
+        """The linears of every layer, with copies of A and B in the dtype of the products, made at once."""
+        blocks = self.model.base_model.model.model.layers
+        found = [{name: read_member(one, training) for name, one in linears(block).items()} for block in blocks]
+        adapted = [member for members in found for member in members.values() if member.a is not None]
+        trained = [one for m in adapted for one in (m.a, m.b) if one is not None and one.dtype != dtype]
+        for one in trained:
+            if id(one) not in self.low:
+                self.low[id(one)] = torch.empty_like(one, dtype=dtype)
+        if trained:
+            with torch.no_grad():
+                torch._foreach_copy_([self.low[id(one)] for one in trained], trained)
+        for member in adapted:
+            member.a_low, member.b_low = self.low.get(id(member.a)), self.low.get(id(member.b))
+        return found
 
     def loss_sum(self, batch: Any) -> Tensor:
         """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats.
@@ -103,15 +120,16 @@ class FastEngine:
         cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
         training = self.model.training and torch.is_grad_enabled()
         # One draw from the host's generator, which a checkpoint restores; every mask of the batch derives from it.
-        seed = int(torch.randint(2**30, ())) if training else 0
+        seed = int(torch.randint(2**30, (), device="cpu")) if training else 0
         residual, delta = hidden, None
+        layers = self._members(hidden.dtype, training)
         with torch.autocast(hidden.device.type, enabled=False):
             for number, block in enumerate(decoder.layers):
                 again = training and number < self.recompute_layers
                 if again and delta is not None:
                     # One tensor instead of two is kept.
                     residual, delta = residual + delta, None
-                arguments = (residual, delta, block, cos, sin, batch, seed + 4 * number, training)
+                arguments = (residual, delta, block, layers[number], cos, sin, batch, seed + 4 * number)
                 if again:
                     # Recomputing stops at the last tensor that backward needs, which is before down_proj.
                     with save_on_cpu(pin_memory=hidden.is_cuda) if self.offload else nullcontext():
@@ -132,14 +150,13 @@ class FastEngine:
         residual: Tensor,
         delta: Tensor | None,
         block: Any,
+        members: dict[str, Member],
         cos: Tensor,
         sin: Tensor,
         batch: Any,
         seed: int,
-        training: bool,
     ) -> tuple[Tensor, Tensor]:
         attn = block.self_attn
-        members: dict[str, Member] = {name: read_member(one, training) for name, one in linears(block).items()}
         size, tokens = attn.head_dim, residual.shape[0]
         residual, x = add_norm(residual, delta, block.input_layernorm.weight, block.input_layernorm.variance_epsilon)
         q, k, v = group_linear(x, [members["q_proj"], members["k_proj"], members["v_proj"]], seed)

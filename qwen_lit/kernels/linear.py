@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from qwen_lit.kernels.launch import jit, on_gpu, tl, triton
+from qwen_lit.kernels.nf4 import can_dequantize, dequantize
 
 BLOCK = 4096
 
@@ -26,6 +27,16 @@ class Member:
     """``[out, r]``, trained."""
     scale: float
     dropout: float
+    a_low: Tensor | None = None
+    """``a`` in the dtype of the products, where a copy is kept."""
+    b_low: Tensor | None = None
+
+    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B in the dtype of the products."""
+        assert self.a is not None and self.b is not None
+        if self.a_low is not None and self.b_low is not None:
+            return self.a_low, self.b_low
+        return self.a.detach().to(dtype), self.b.detach().to(dtype)
 
     @property
     def quant_state(self) -> Any:
@@ -59,6 +70,8 @@ def full_weight(member: Member, dtype: torch.dtype) -> Tensor:
     if state.dtype != dtype or not member.weight.is_cuda:
         return dequantize_4bit(member.weight, state).to(dtype)
     out = WORKSPACE.get(state.shape, dtype, member.weight.device)
+    if can_dequantize(member.weight, state):
+        return dequantize(member.weight, state, out)
     return dequantize_4bit(member.weight, state, out=out)
 
 
@@ -131,8 +144,8 @@ class _GroupLinear(torch.autograd.Function):
         for member in members:
             y = linear(x, full_weight(member, x.dtype), member.bias)
             if member.a is not None and member.b is not None and inner is not None:
-                low = inner @ member.a.to(x.dtype).t()
-                y.addmm_(low, member.b.to(x.dtype).t(), alpha=member.scale)
+                a, b = member.pair(x.dtype)
+                y.addmm_(inner @ a.t(), b.t(), alpha=member.scale)
             outputs.append(y)
         ctx.save_for_backward(*([x] if adapted else []), *trained)
         ctx.members, ctx.seed, ctx.dropout, ctx.adapted = members, seed, dropout, bool(adapted)
@@ -154,7 +167,7 @@ class _GroupLinear(torch.autograd.Function):
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             if member.a is None or member.b is None or inner is None:
                 continue
-            a, b = member.a.to(dy.dtype), member.b.to(dy.dtype)
+            a, b = member.pair(dy.dtype)
             d_low = (dy @ b) * member.scale
             low = inner @ a.t()
             d_trained += [(d_low.t() @ inner).to(member.a.dtype), (dy.t() @ low).mul_(member.scale).to(member.b.dtype)]

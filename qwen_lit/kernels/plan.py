@@ -43,7 +43,6 @@ class Plan:
         )
 
 
-
 def parse_bytes(text: str) -> int:
     """Bytes of ``8GiB``, ``24GB`` or a plain number.
 

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from qwen_lit.data.batches import EpochOrder
+from qwen_lit.data.batches import EpochOrder, group
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.sources import Source
 from qwen_lit.errors import UserError
@@ -82,6 +83,14 @@ def test_the_order_is_a_function_of_seed_epoch_and_position():
     order.start = 40
     assert list(order) == second[40:]
     assert list(EpochOrder(batches, seed=8)) != first
+
+
+def test_the_order_does_not_depend_on_the_device_new_tensors_go_to():
+    lengths = np.array([5, 3, 9, 3])
+    wanted = group(lengths, 2, 16, True, 7), group(lengths, 2, 16, False, 7), list(EpochOrder([[0], [1], [2]], 7))
+    with torch.device("meta"):
+        found = group(lengths, 2, 16, True, 7), group(lengths, 2, 16, False, 7), list(EpochOrder([[0], [1], [2]], 7))
+    assert found == wanted
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

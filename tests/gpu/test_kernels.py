@@ -6,6 +6,7 @@ import torch
 from qwen_lit.kernels.attention import attention, attention_reference
 from qwen_lit.kernels.linear import Member, dropped, full_weight, group_linear
 from qwen_lit.kernels.loss import head_loss, head_loss_reference
+from qwen_lit.kernels.nf4 import can_dequantize, dequantize
 from qwen_lit.kernels.norm import add_norm
 from qwen_lit.kernels.rope import rope, rope_reference
 from qwen_lit.kernels.swiglu import swiglu, swiglu_reference
@@ -109,6 +110,18 @@ def test_attention_equals_its_twin_and_never_crosses_a_document(lengths):
         lambda q, k, v: attention(q, k, v, ends, max(lengths)),
         lambda q, k, v: attention_reference(q, k, v, ends), [q, k, v], dtype,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(64, 1), (96, 66), (3584, 512), (1000, 3584)])
+def test_dequantisation_equals_bitsandbytes_to_the_bit(shape, nested):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = random(*shape, dtype=torch.bfloat16)
+    packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
+    out = torch.full(shape, float("nan"), device="cuda", dtype=torch.bfloat16)
+    assert can_dequantize(packed, state)
+    assert torch.equal(dequantize(packed, state, out), dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "plain"])

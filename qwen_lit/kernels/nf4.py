@@ -1,0 +1,67 @@
+"""Dequantisation of bitsandbytes' NF4 weights (Dettmers et al., 2023), nested scales included, in one launch."""
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import Tensor
+
+from qwen_lit.kernels.launch import jit, on_gpu, tl, triton
+
+ROWS = 64
+"""Quantisation blocks of one program."""
+
+
+def dequantize_reference(packed: Tensor, state: Any) -> Tensor:
+    """The plain twin of ``dequantize``: bitsandbytes' own."""
+    return dequantize_4bit(packed, state)
+
+
+@jit
+def _dequantize(
+    packed, absmax, code, outer, offset, table, out, blocks,
+    NESTED: "tl.constexpr", OUTER: "tl.constexpr", BYTES: "tl.constexpr", ROWS: "tl.constexpr",
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < blocks
+    if NESTED:
+        level = tl.load(absmax + row, inside, 0).to(tl.int32)
+        scale = tl.load(code + level) * tl.load(outer + row // OUTER, inside, 0.0) + tl.load(offset)
+    else:
+        scale = tl.load(absmax + row, inside, 0.0)
+    lane = tl.arange(0, BYTES)
+    byte = tl.load(packed + row[:, None] * BYTES + lane[None, :], inside[:, None], 0).to(tl.int32)
+    high = tl.load(table + (byte >> 4)) * scale[:, None]
+    low = tl.load(table + (byte & 15)) * scale[:, None]
+    both = tl.interleave(high, low)
+    lane = tl.arange(0, 2 * BYTES)
+    tl.store(out + row[:, None] * (2 * BYTES) + lane[None, :], both, inside[:, None])
+
+
+def can_dequantize(packed: Tensor, state: Any) -> bool:
+    """Whether the kernel reads this layout: NF4 on CUDA, whole blocks, scales in float32 or nested in 8 bits."""
+    count = state.shape.numel()
+    return (
+        on_gpu(packed)
+        and state.quant_type == "nf4"
+        and count % state.blocksize == 0
+        and (not state.nested or state.state2.absmax.dtype == torch.float32)
+    )
+
+
+def dequantize(packed: Tensor, state: Any, out: Tensor) -> Tensor:
+    """The weight of a 4-bit linear.
+
+    Args:
+        packed: uint8, two values a byte, the first in its high half.
+        state: bitsandbytes' quantisation state, for which ``can_dequantize`` is true.
+        out: contiguous, of the weight's shape; overwritten and returned.
+    """
+    blocks = state.shape.numel() // state.blocksize
+    outer, offset = (state.state2, state.offset) if state.nested else (None, None)
+    code, scales, size = (outer.code, outer.absmax, outer.blocksize) if outer is not None else (None, None, 1)
+    _dequantize[(triton.cdiv(blocks, ROWS),)](
+        packed, state.absmax, code, scales, offset, state.code, out, blocks,
+        NESTED=state.nested, OUTER=size, BYTES=state.blocksize // 2, ROWS=ROWS, num_warps=4,
+    )  # fmt: skip
+    return out
