@@ -1,32 +1,39 @@
 """The command line: LightningCLI's sections and links, and its exit codes."""
 
+import fcntl
+import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from qwen_lit.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint, last_checkpoint
+from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.export import Export
+from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput
+from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, manifest_of
 from qwen_lit.data.datamodule import QwenDataModule
-from qwen_lit.errors import UserError
+from qwen_lit.errors import RunError, UserError
 from qwen_lit.export import ExportError
 from qwen_lit.model.load import load_tokenizer
 from qwen_lit.model.module import QwenModule
+from qwen_lit.signals import Stopped, watched
 from qwen_lit.trainer import QwenTrainer
 
 log = logging.getLogger("qwen_lit")
+ALIASES = {"verify-resume": "verify_resume"}
 OUT_OF_MEMORY = """out of GPU memory. The levers, in order:
   data.batch_size {batch_size} (lower it, raise trainer.accumulate_grad_batches {accumulate} by as much)
   model.gradient_checkpointing {checkpointing} (true keeps only layer inputs)
+  model.memory_budget {budget} (for the fast engine: a size below what the card has free, such as 7GiB)
   data.max_length {max_length} (rows that are longer are shortened)
   model.lora_config.r {r} (fewer trained parameters)
   model.quantization_config (nf4 with bnb_4bit_use_double_quant: true is the smallest)"""
@@ -41,12 +48,17 @@ class SaveConfig(SaveConfigCallback):
         folder = Path(self.config["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
-        if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.experiment.add_text("config", "```yaml\n" + text + "\n```", trainer.global_step)
+        if isinstance(trainer.logger, RunLogger):
+            trainer.logger.add_text("config", "```yaml\n" + text + "\n```", trainer.logger.first_step)
 
 
 class QwenCLI(LightningCLI):
-    """``fit`` and ``validate`` from one YAML."""
+    """``fit`` and the other subcommands from one YAML."""
+
+    checkpoint: Path | None = None
+    """What the run goes on from."""
+    wanted: str | None = None
+    """The subcommand, where it is known before parsing."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The top-level keys, the sections of our own callbacks, and the links between them."""
@@ -66,7 +78,13 @@ class QwenCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The Trainer's methods that make sense for this job."""
         skipped = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
-        return {"fit": skipped, "validate": skipped, "inspect": skipped}
+        return {"fit": skipped, "validate": skipped, "inspect": skipped, "verify_resume": skipped}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Only the subcommand that is asked for needs its keys: reading all their docstrings takes a while."""
+        if self.wanted not in (None, subcommand):
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint into the configuration: what the user wrote is what runs."""
@@ -80,12 +98,16 @@ class QwenCLI(LightningCLI):
 
             if not torch.cuda.is_available():
                 raise UserError(f"trainer.accelerator is {accelerator}, but no CUDA device is seen; set it to auto.")
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
+            self.lock = hold(Path(config.output_dir))
+        self.checkpoint = find_checkpoint(config.get("ckpt_path"), Path(config.output_dir))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with TensorBoard in ``output_dir/logs`` and checkpoints that are whole or absent."""
         config = self.config[self.subcommand]
         if config.trainer.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(config.output_dir, name="logs", version="")
+            step = step_of(self.checkpoint) if self.subcommand == "fit" and self.checkpoint else None
+            kwargs["logger"] = RunLogger.at(config.output_dir, step)
         plugins = config.trainer.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
@@ -93,6 +115,11 @@ class QwenCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Hand the tokenizer to the data, and the written configuration to the export."""
         self.datamodule.tokenizer = load_tokenizer(self.model.name)
+        name = str(self.subcommand)
+        keys = {"ckpt_path", *self._subcommand_method_arguments.get(name, [])}
+        config = Namespace({key: value for key, value in self.config[name].items() if key not in keys})
+        parser = self._subcommand_parsers[name]
+        self.trainer.fit_config = parser.dump(config, skip_none=False, skip_validation=True)  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Export):
                 self._dump_config()
@@ -100,14 +127,61 @@ class QwenCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if kwargs.get("ckpt_path") == "last":
-            folder = Path(self.config[subcommand].output_dir) / "checkpoints"
-            found = last_checkpoint(folder)
-            log.info("resuming from %s", found) if found else log.info("no checkpoint in %s: starting fresh", folder)
-            kwargs["ckpt_path"] = str(found) if found else None
-        elif kwargs.get("ckpt_path") and not Path(kwargs["ckpt_path"]).is_file():
-            raise UserError(f"ckpt_path: no such file: {kwargs['ckpt_path']}; give a file, or last.")
+        if "ckpt_path" in kwargs:
+            kwargs["ckpt_path"] = str(self.checkpoint) if self.checkpoint else None
         return kwargs
+
+
+def find_checkpoint(given: str | None, output_dir: Path) -> Path | None:
+    """The file that ``--ckpt_path`` means: the newest whole one for ``last``, else the one that is named.
+
+    Raises:
+        UserError: there is no such file, or none that is whole.
+    """
+    if given == "last":
+        folder = output_dir / "checkpoints"
+        found = last_checkpoint(folder)
+        log.info("resuming from %s", found) if found else log.info("no checkpoint in %s: starting fresh", folder)
+        return found
+    if given and not Path(given).is_file():
+        raise UserError(f"ckpt_path: no such file: {given}; give a file, or last.")
+    return Path(given) if given else None
+
+
+def step_of(path: Path) -> int | None:
+    """Optimizer steps done at a checkpoint, from its manifest."""
+    manifest = manifest_of(path)
+    return int(json.loads(manifest.read_text(encoding="utf-8"))["step"]) if manifest.is_file() else None
+
+
+def hold(output_dir: Path) -> Any:
+    """Lock the output folder for this process; the file returned holds the lock while it is open.
+
+    Raises:
+        UserError: another process writes there, or nobody can.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = (output_dir / ".lock").open("a+")
+        file.seek(0)
+        owner = file.read().strip()
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"output_dir: cannot write to {output_dir} ({reason}); give another folder.") from error
+    try:
+        # Of the process, not of the open file: the workers it forks do not keep it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"output_dir: process {owner} already trains into {output_dir}; wait for it, or give another folder."
+        ) from None
+    except OSError as error:
+        log.warning("output_dir: %s cannot be locked (%s); let no second process write there", output_dir, error)
+        return file
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def set_up_logging() -> None:
@@ -129,9 +203,15 @@ def main(args: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     set_up_logging()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    cli: QwenCLI | None = None
+    cli = QwenCLI.__new__(QwenCLI)
+    args = [ALIASES.get(one, one) for one in (sys.argv[1:] if args is None else args)]
+    cli.wanted = args[0] if args and args[0] in QwenCLI.subcommands() else None
+    with watched():
+        return _run(cli, args)
+
+
+def _run(cli: QwenCLI, args: list[str]) -> int:
     try:
-        cli = QwenCLI.__new__(QwenCLI)
         cli.__init__(  # type: ignore[misc]
             QwenModule,
             QwenDataModule,
@@ -152,31 +232,34 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except ExportError as error:
+    except (ExportError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except SIGTERMException:
-        return 143
-    except KeyboardInterrupt:
-        return 130
+    except Stopped as stop:
+        return stop.exit_code
     except SystemExit as stop:
-        trainer = getattr(cli, "trainer", None)
-        if trainer is not None and trainer.interrupted:
-            return 130
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except Exception as error:
-        import torch
-
-        if isinstance(error, torch.OutOfMemoryError) and cli is not None:
-            config = cli.config[cli.subcommand]
-            text = OUT_OF_MEMORY.format(
-                batch_size=config.data.batch_size,
-                accumulate=config.trainer.accumulate_grad_batches,
-                checkpointing=config.model.gradient_checkpointing,
-                max_length=config.data.max_length,
-                r=config.model.lora_config.r,
-            )
-            print(f"error: {text}", file=sys.stderr)
-            return 1
-        raise
+        return failed(error, cli)
     return cli.trainer.exit_code  # type: ignore[attr-defined]
+
+
+def failed(error: Exception, cli: QwenCLI) -> int:
+    """Say what an unexpected error means for the run; returns the exit code."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        config = cli.config[cli.subcommand]
+        text = OUT_OF_MEMORY.format(
+            batch_size=config.data.batch_size,
+            accumulate=config.trainer.accumulate_grad_batches,
+            checkpointing=config.model.gradient_checkpointing,
+            budget=config.model.memory_budget,
+            max_length=config.data.max_length,
+            r=config.model.lora_config.r,
+        )
+        print(f"error: {text}", file=sys.stderr)
+        return 1
+    traceback.print_exception(error)
+    print("error: the run broke off; what it has saved is whole, go on with --ckpt_path last", file=sys.stderr)
+    return 1

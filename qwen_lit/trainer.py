@@ -4,17 +4,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
 
 from qwen_lit.data.audit import audit, find_rows, html_report, text_report, text_row
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.prepare import Rows
+from qwen_lit.errors import UserError
+from qwen_lit.verify import verify
 
 
 class QwenTrainer(Trainer):
     """Trainer whose methods are the subcommands; ``exit_code`` is what the command ends with."""
 
     exit_code = 0
+    fit_config = ""
+    """The configuration of ``fit`` as YAML."""
 
     def inspect(
         self, model: Any, datamodule: QwenDataModule, rows: int = 3, row: str | None = None, html: str | None = None
@@ -43,3 +48,21 @@ class QwenTrainer(Trainer):
             page = html_report(result, everything, numbers, datamodule.tokenizer)
             Path(html).write_text(page, encoding="utf-8")
         self.exit_code = 1 if result.problems else 0
+
+    def verify_resume(self, model: Any, datamodule: QwenDataModule, steps: int = 6) -> None:
+        """Train a few steps, kill, resume, and compare with a run that was left alone, in output_dir/verify_resume.
+
+        Args:
+            model: not used.
+            datamodule: the data to train on.
+            steps: optimizer steps of each run.
+        """
+        datamodule.prepare_data()
+        datamodule.setup()
+        steps = min(steps, datamodule.total_steps(self))
+        if steps < 2:
+            raise UserError("verify-resume: the run has a single optimizer step; give more rows or epochs.")
+        output_dir = Path(yaml.safe_load(self.fit_config)["output_dir"])
+        verdict = verify(self.fit_config, output_dir / "verify_resume", steps)
+        print(verdict)
+        self.exit_code = 0 if verdict.good else 1

@@ -117,3 +117,26 @@ def arguments(model_folder, dataset, tmp_path) -> list[str]:
         "--checkpoint.every_n_train_steps", "2",
         "--model.lora_config.r", "4",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def command(model_folder, tmp_path_factory):
+    """A fit with dropout, accumulation 3, two workers, an odd number of packed batches, and validation."""
+    said = [{"instruction": f"Say {n} " * (1 + n % 5), "output": f"It is {n}. " * (1 + n % 7)} for n in range(59)]
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in said))
+
+    def make(out: Path, *options: str) -> list[str]:
+        return [
+            "fit", "--config", "configs/qwen7b.yaml", "--output_dir", str(out),
+            "--model.model_name_or_path", str(model_folder), "--model.lora_config.r", "4",
+            "--data.dataset_path", str(path), "--data.val_size", "6", "--data.packing", "true",
+            "--data.max_length", "352", "--data.num_workers", "2",
+            "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "3",
+            "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1",
+            "--export.merge", "false", "--checkpoint.every_n_train_steps", "3",
+            "--trainer.callbacks+=qwen_lit.callbacks.trace.Trace",
+            f"--trainer.callbacks.path={out / 'trace.jsonl'}", *options,
+        ]  # fmt: skip
+
+    return make

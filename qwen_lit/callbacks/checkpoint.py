@@ -1,82 +1,21 @@
-"""Checkpoints: whole or absent, rolling by steps, best by validation loss, and one at the end."""
+"""When the run is saved: rolling by steps, best by validation loss, on a signal, and at the end."""
 
 import logging
-import os
 import random
-import re
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from qwen_lit.errors import UserError
+from qwen_lit.callbacks.store import AtomicCheckpointIO, clear_partial, remove, step_files
+from qwen_lit.errors import RunError, UserError
+from qwen_lit.model.resume import settings
+from qwen_lit.signals import INTERRUPTS
 
 log = logging.getLogger(__name__)
-STEP_FILE = re.compile(r"step=(\d+)\.ckpt$")
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk, renames; reads without executing anything."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``; a kill at any moment leaves the old file or the new one."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of tensors and plain values; pickled code in it is refused, never run."""
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-
-
-def is_whole(path: Path) -> bool:
-    """Whether every member of the checkpoint's archive is there and has its checksum."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError):
-        return False
-
-
-def step_files(folder: Path) -> list[Path]:
-    """Step checkpoints in ``folder``, newest step first."""
-    found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := STEP_FILE.search(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint by step; damaged ones are named and set aside as ``.corrupt``.
-
-    Raises:
-        UserError: there are checkpoints, but none is whole.
-    """
-    files = step_files(folder)
-    for path in files:
-        if is_whole(path):
-            return path
-        log.warning("%s is damaged; it is set aside as %s.corrupt", path, path.name)
-        path.rename(path.with_name(path.name + ".corrupt"))
-    if files:
-        raise UserError(f"no checkpoint in {folder} is whole; to start afresh, give another output_dir.")
-    return None
 
 
 class RunCheckpoint(Checkpoint):
@@ -86,7 +25,7 @@ class RunCheckpoint(Checkpoint):
         """Checks the numbers.
 
         Args:
-            every_n_train_steps: optimizer steps between two checkpoints.
+            every_n_train_steps: optimizer steps between two checkpoints; one is also saved before each validation.
             keep: newest checkpoints that stay; at least 2, as the newest can be in the making.
             output_dir: set by the top-level output_dir.
 
@@ -99,23 +38,86 @@ class RunCheckpoint(Checkpoint):
             raise UserError(f"checkpoint.keep is {keep}; keep at least 2, as the newest can be in the making.")
         self.every_n_train_steps, self.keep = every_n_train_steps, keep
         self.folder = Path(output_dir) / "checkpoints"
-        self.saved_step = 0
+        self.saved_step = self.seen_step = 0
         self.best = float("inf")
-        self.rng: dict[str, Any] | None = None
+        self.validation_due = False
+        self.rng: list[dict[str, Any]] = []
+        self.stalled = 0.0
+        """Seconds that training has waited for saving."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Clear away what a killed run has left half-written."""
+        if stage == "fit" and trainer.is_global_zero:
+            clear_partial(self.folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the random generators last, when nothing before the first batch draws from them any more."""
-        if self.rng is not None:
-            _set_rng(self.rng)
-            self.rng = None
+        """Run the validation that the checkpoint's run did not come to; restore the random generators last."""
+        self.seen_step = trainer.global_step
+        INTERRUPTS.defer()
+        if self.validation_due:
+            self.validation_due = False
+            self._validate(trainer)
+        if self.rng:
+            _set_rng(self.rng[trainer.global_rank])
+            self.rng = []
+
+    @staticmethod
+    def _validate(trainer: Any) -> None:
+        connector = trainer._logger_connector
+        first = connector._first_loop_iter
+        trainer.validating = True
+        # The step that was validated is the one before the next.
+        loop = trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped -= 1
+        loop.val_loop.restarting = False
+        loop.val_loop.run()
+        loop._batches_that_stepped += 1
+        trainer.training = True
+        connector._first_loop_iter = first
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when the step count says so and no accumulation is under way."""
+        """After an optimizer step: save when it is time, or when a signal asks to stop."""
         step = trainer.global_step
-        if step != self.saved_step and step % self.every_n_train_steps == 0:
-            self._save(trainer)
+        if step == self.seen_step:
+            return
+        self.seen_step = step
+        stop = trainer.strategy.reduce_boolean_decision(INTERRUPTS.received is not None, all=False)
+        due = self._validation_is_due(trainer)
+        # A failed write is tried again before the next one is due.
+        retry = self._io(trainer).failure is not None and step % max(1, self.every_n_train_steps // 10) == 0
+        if step != self.saved_step or retry:
+            if stop or due or retry or step % self.every_n_train_steps == 0:
+                self.validation_due = due
+                self._save(trainer, pl_module)
+                self.validation_due = False
+        if stop:
+            self._stop(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A signal ends a validation at once: its step is saved already."""
+        if trainer.state.fn == "fit" and trainer.strategy.reduce_boolean_decision(
+            INTERRUPTS.received is not None, all=False
+        ):
+            self._stop(trainer)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        import signal
+
+        if INTERRUPTS.received is None:  # another rank was asked
+            INTERRUPTS.received = signal.SIGTERM
+        self._io(trainer).wait()
+        log.info("stopped after step %d; go on with --ckpt_path last", self.saved_step)
+        INTERRUPTS.check()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the best checkpoint by validation loss."""
@@ -124,34 +126,102 @@ class RunCheckpoint(Checkpoint):
             return
         if float(loss) < self.best:
             self.best = float(loss)
-            trainer.save_checkpoint(self.folder / "best.ckpt")
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                trainer.save_checkpoint(self.folder / "best.ckpt", storage_options={"manifest": _manifest(trainer)})
             log.info("best validation loss %.4f at step %d", self.best, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end of the run, wherever it falls between two periodic saves."""
-        if trainer.global_step != self.saved_step:
-            self._save(trainer)
+        if trainer.global_step != self.saved_step or self._io(trainer).failure is not None:
+            self._save(trainer, pl_module)
+        self._io(trainer).wait()
+        INTERRUPTS.deferred = False
+        INTERRUPTS.check()
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Runs after the export, which needs no checkpoint.
+
+        Raises:
+            RunError: the last checkpoint could not be written.
+        """
+        failure = self._io(trainer).failure
+        if failure is not None:
+            raise RunError(
+                f"the last checkpoint, step {trainer.global_step}, could not be written to {self.folder} ({failure}); "
+                "free the disk and run again with --ckpt_path last: it goes on from the one before."
+            )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let a write under way end."""
+        INTERRUPTS.deferred = False
+        self._io(trainer).wait()
+
+    @staticmethod
+    def _io(trainer: Any) -> AtomicCheckpointIO:
+        io: AtomicCheckpointIO = trainer.strategy.checkpoint_io
+        return io
+
+    @staticmethod
+    def _validation_is_due(trainer: Any) -> bool:
+        if not trainer.enable_validation:
+            return False
+        loop = trainer.fit_loop
+        return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         started = time.perf_counter()
+        trained = [p for p in pl_module.parameters() if p.requires_grad]
+        if not bool(torch.stack([p.detach().isfinite().all() for p in trained]).all()):
+            raise RunError(
+                f"the adapter is not finite at step {trainer.global_step}, so it is not saved; go on from the "
+                "checkpoint before it with --ckpt_path last and a lower model.learning_rate."
+            )
         path = self.folder / f"step={trainer.global_step:08d}.ckpt"
         self.saved_step = trainer.global_step
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero:
+        self.rng = _gather(trainer, _get_rng())
+
+        def then(seconds: float) -> None:
             size = path.stat().st_size / 1e6
-            log.info("checkpoint %s (%.1f MB, %.2f s)", path, size, time.perf_counter() - started)
+            log.info("checkpoint %s (%.1f MB, written in %.2f s, stalled %.3f s)", path, size, seconds, stall[0])
             for old in step_files(self.folder)[self.keep :]:
-                old.unlink(missing_ok=True)
+                remove(old)
+
+        stall = [0.0]
+        trainer.save_checkpoint(path, storage_options={"manifest": _manifest(trainer), "then": then})
+        stall[0] = time.perf_counter() - started
+        self.stalled += stall[0]
+        self.rng = []
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that reading never runs code."""
-        return {"saved_step": self.saved_step, "best": self.best, "rng": _get_rng()}
+        return {
+            "saved_step": self.saved_step,
+            "best": self.best,
+            "rng": self.rng or [_get_rng()],
+            "validation_due": self.validation_due,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the counters; the generators follow in ``on_train_start``."""
         self.saved_step, self.best, self.rng = state_dict["saved_step"], state_dict["best"], state_dict["rng"]
+        self.validation_due = state_dict["validation_due"]
+
+
+def _manifest(trainer: Any) -> dict[str, Any]:
+    config = settings(trainer.lightning_module)
+    told = {"data": trainer.datamodule.state_dict(), "config": {**config["frozen"], **config["free"]}}
+    return {"step": trainer.global_step, "epoch": trainer.current_epoch, **told}
+
+
+def _gather(trainer: L.Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of every rank, in order."""
+    if trainer.world_size == 1:
+        return [mine]
+    found: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(found, mine)
+    return found
 
 
 def _get_rng() -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The DataModule: prepared rows, the split, and loaders over them."""
 
+import hashlib
+import itertools
 import logging
 import math
 import os
@@ -15,7 +17,7 @@ from qwen_lit.data.batches import Collate, EpochOrder, ResumableLoader, group
 from qwen_lit.data.prepare import Report, Rows, Task, judge, prepare, read_report
 from qwen_lit.data.records import DataError
 from qwen_lit.data.sources import Source, as_sources, expand
-from qwen_lit.errors import UserError
+from qwen_lit.errors import UserError, refuse_changes
 
 log = logging.getLogger(__name__)
 
@@ -186,16 +188,60 @@ class QwenDataModule(L.LightningDataModule):
         budget = self.batch_size * self.max_length
         return group(rows.column("length"), self.batch_size, budget, self.packing, self.seed)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of rows depends on; a run is resumed only where all of it is the same."""
+        if self.train_rows is None or self.trainer is None:
+            return {}
+        return {
+            "data.dataset_path": self._rows_digest(),
+            "seed_everything": self.seed,
+            "data.batch_size": self.batch_size,
+            "data.max_length": self.max_length,
+            "data.packing": self.packing,
+            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches * self.merge,
+            "trainer.devices x trainer.num_nodes": self.trainer.world_size,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the run that is resumed with this one.
+
+        Raises:
+            UserError: the order of rows would be another, with each difference.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        mine = self.state_dict()
+        refuse_changes({key: (value, mine.get(key)) for key, value in state_dict.items() if value != mine.get(key)})
+
+    def _rows_digest(self) -> str:
+        assert self.train_rows is not None
+        digest = hashlib.sha256()
+        for name in ("hash", "length", "supervised"):
+            digest.update(np.ascontiguousarray(self.train_rows.column(name)).tobytes())
+        return f"{len(self.train_rows)} rows, {digest.hexdigest()[:16]}"
+
+    def places(self, epoch: int, first: int, last: int) -> list[list[str]]:
+        """``path:line`` of the rows in the merged micro-batches ``first`` to ``last`` of an epoch on this rank."""
+        assert self.train_rows is not None and self.trainer is not None
+        order = self._order(self.train_rows, shuffled=True)
+        order.epoch, order.start = epoch, first
+        batches = itertools.islice(order, last - first + 1)
+        return [[self.train_rows.place(row)[0] for row in batch] for batch in batches]
+
     def most_tokens(self) -> int:
         """Tokens of the largest micro-batch of an epoch, without padding."""
         assert self.train_rows is not None
         lengths = self.train_rows.column("length")
         return max(int(lengths[batch].sum()) for batch in self.batches(self.train_rows))
 
+    def micro_batches(self, ranks: int) -> int:
+        """Micro-batches of an epoch on each rank, before merging."""
+        assert self.train_rows is not None
+        return math.ceil(len(self.batches(self.train_rows)) / ranks)
+
     def total_steps(self, trainer: L.Trainer) -> int:
         """Optimizer steps of the run, from the number of batches, the accumulation and the trainer's limits."""
-        assert self.train_rows is not None
-        batches = math.ceil(math.ceil(len(self.batches(self.train_rows)) / trainer.world_size) / self.merge)
+        batches = math.ceil(self.micro_batches(trainer.world_size) / self.merge)
         limit = trainer.limit_train_batches
         if limit is not None:
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -203,6 +249,11 @@ class QwenDataModule(L.LightningDataModule):
         if trainer.max_epochs is None or trainer.max_epochs < 0:
             return max(1, trainer.max_steps)
         return max(1, min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps)
+
+    def _order(self, rows: Rows, shuffled: bool) -> EpochOrder:
+        rank = self.trainer.global_rank if self.trainer else 0
+        ranks = self.trainer.world_size if self.trainer else 1
+        return EpochOrder(self.batches(rows), self.seed, rank, ranks, shuffled, self.merge)
 
     def _loader(self, rows: Rows, shuffled: bool) -> DataLoader[Any]:
         pad = self.tokenizer.pad_token_id
@@ -213,9 +264,7 @@ class QwenDataModule(L.LightningDataModule):
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
         }
-        rank = self.trainer.global_rank if self.trainer else 0
-        ranks = self.trainer.world_size if self.trainer else 1
-        order = EpochOrder(self.batches(rows), self.seed, rank, ranks, shuffled, self.merge)
+        order = self._order(rows, shuffled)
         if shuffled:
             return ResumableLoader(self, order, **options)
         return DataLoader(batch_sampler=order, generator=torch.Generator().manual_seed(0), **options)

@@ -1,5 +1,6 @@
 """Finding, checking and loading the base model, and putting the adapter on it."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,32 @@ def check_model_path(name: str) -> None:
             raise UserError(
                 f"model_name_or_path: {name} has no config.json; give the folder that holds the model's files."
             )
+        check_shards(folder)
     elif not HUB_NAME.match(name) or folder.parent.is_dir():
         raise UserError(
             f"model_name_or_path: no such folder: {name}; give a folder with config.json, or a hub name like "
             "Qwen/Qwen2.5-7B-Instruct."
         )
+
+
+def check_shards(folder: Path) -> None:
+    """Reject an index of shards that names a file outside the folder, or one that is missing.
+
+    Raises:
+        UserError: it does, or it is not an index.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"model_name_or_path: {index} is not an index of shards ({error}); fetch it again.") from error
+    for name in sorted(map(str, names)):
+        if Path(name).name != name:
+            raise UserError(f"model_name_or_path: {index} names {name!r}, outside its folder; nothing of it is read.")
+        if not (folder / name).is_file():
+            raise UserError(f"model_name_or_path: {folder} lacks {name}, which its index names; fetch it again.")
 
 
 def load_config(name: str) -> Any:

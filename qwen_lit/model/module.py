@@ -13,12 +13,21 @@ from torch import Tensor
 from qwen_lit.config import Lora, Quantization
 from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import QwenDataModule
-from qwen_lit.errors import UserError
+from qwen_lit.errors import RunError, UserError
 from qwen_lit.kernels.engine import FastEngine, why_not
 from qwen_lit.kernels.plan import Plan, Shape, apply, choose, free_memory, parse_bytes
 from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config
 from qwen_lit.model.loss import summed_loss
-from qwen_lit.model.optim import OptimizerName, ScheduleName, build_optimizer, parameter_groups, repage, schedule
+from qwen_lit.model.optim import (
+    OptimizerName,
+    ScheduleName,
+    build_optimizer,
+    configure_groups,
+    parameter_groups,
+    repage,
+    schedule,
+)
+from qwen_lit.model.resume import compare, recount, settings
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +52,7 @@ class QwenModule(L.LightningModule):
         gradient_checkpointing: bool = True,
         engine: Literal["auto", "fast", "reference"] = "auto",
         memory_budget: str | None = None,
+        max_skipped_steps: int = 10,
     ) -> None:
         """Checks the settings; weights are read in ``configure_model``.
 
@@ -64,6 +74,8 @@ class QwenModule(L.LightningModule):
             engine: fast runs fused kernels and plans memory; reference runs PEFT's own path; auto is fast on CUDA
                 where the model allows it.
             memory_budget: GPU memory the fast engine may use, as 8GiB; null is all that is free.
+            max_skipped_steps: optimizer steps in a row whose loss or gradient is not finite, each skipped and its
+                rows named, after which the run stops.
 
         Raises:
             UserError: the model or a setting cannot work.
@@ -93,9 +105,11 @@ class QwenModule(L.LightningModule):
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.config = load_config(model_name_or_path)
         check_targets(self.config, lora_config)
-        # Sums since the last optimizer step, kept on the device so that no micro-batch waits for the host.
-        self.window_loss = torch.zeros(())
-        self.window_tokens = torch.zeros(())
+        self.max_skipped_steps, self.skipped_steps, self.skipped_in_a_row = max_skipped_steps, 0, 0
+        # Losses since the last optimizer step, kept on the device so that no micro-batch waits for the host.
+        self.window: list[Tensor] = []
+        self.window_tokens = 0
+        self.last_batch = 0
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""
@@ -157,9 +171,32 @@ class QwenModule(L.LightningModule):
         return choose(shape, torch.cuda.memory_allocated(device), budget, data.most_tokens(), merges)
 
     def on_train_start(self) -> None:
-        """A resumed optimizer state goes back to paged memory, after Lightning has put it on the device."""
-        for optimizer in self.trainer.optimizers:
+        """What a resumed optimizer needs: paged memory, and the settings of this configuration, which may differ.
+
+        Lightning has put its states on the device by now, and its learning rates back to those of the checkpoint.
+        """
+        for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             repage(optimizer)
+            configure_groups(optimizer, cast(Any, config.scheduler), self.group_settings)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the configuration."""
+        checkpoint["settings"] = settings(self) | {"skipped_steps": self.skipped_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the configuration of the checkpoint with this one.
+
+        Raises:
+            UserError: the adapter or the optimizer is another.
+        """
+        if self.trainer.state.fn != "fit":
+            return
+        then, now = checkpoint["settings"], settings(self)
+        compare(then, now)
+        self.skipped_steps = then["skipped_steps"]
+        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        recount(progress, then["merge"], now["merge"], data.micro_batches(self.trainer.world_size))
 
     def _add_noise(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """NEFTune (arXiv 2310.05914): uniform noise of magnitude alpha / sqrt(tokens * width)."""
@@ -183,28 +220,61 @@ class QwenModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The summed loss of one micro-batch; its gradient is divided once the whole step's tokens are known."""
         loss = self.loss_sum(batch)
-        self.window_loss = self.window_loss.to(loss.device) + loss.detach()
-        self.window_tokens = self.window_tokens.to(loss.device) + batch["targets"].numel()
+        self.window.append(loss.detach())
+        self.window_tokens += batch["targets"].numel()
+        self.last_batch = batch_index
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the summed gradient into the mean over the step's supervised tokens, over all ranks.
 
         Lightning has divided each loss by ``accumulate_grad_batches`` and each gradient by the number of ranks; both
-        are undone here, so that a last window that is not full weighs its tokens like any other.
+        are undone here, so that a last window that is not full weighs its tokens like any other. A step whose loss
+        or gradient is not finite changes nothing: parameters without a gradient are left alone by every optimizer.
         """
-        sums = torch.stack([self.window_loss, self.window_tokens])
+        sums = torch.stack([torch.stack(self.window).sum(), self.window[0].new_tensor(self.window_tokens)])
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
-        tokens = sums[1].clamp(min=1)
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / sums[1].clamp(min=1)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [cast(Tensor, p.grad) for p in parameters]
         torch._foreach_mul_(gradients, factor)
-        self.log("train/loss", sums[0] / tokens, prog_bar=True)
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-        self.log("train/supervised_tokens", sums[1])
-        self.window_loss.zero_()
-        self.window_tokens.zero_()
+        # The one wait for the device in a step: whether it may be taken is known only now.
+        loss, tokens, norm = torch.stack([*sums, torch.nn.utils.get_total_norm(gradients)]).tolist()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            self.log("train/loss", loss / max(tokens, 1), prog_bar=True)
+            self.log("train/grad_norm", norm)
+            self.log("train/supervised_tokens", tokens)
+        else:
+            self._skip_step(optimizer, loss)
+        self.log("train/skipped_steps", float(self.skipped_steps))
+        self.window, self.window_tokens = [], 0
+
+    def _skip_step(self, optimizer: torch.optim.Optimizer, loss: float) -> None:
+        """Leave the parameters as they are, and say which rows were to blame.
+
+        Raises:
+            RunError: ``max_skipped_steps`` in a row.
+        """
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        places = data.places(self.trainer.current_epoch, self.last_batch + 1 - len(self.window), self.last_batch)
+        finite = torch.stack(self.window).isfinite().tolist()
+        blamed = [row for rows, good in zip(places, finite, strict=False) if not good or all(finite) for row in rows]
+        shown = ", ".join(blamed[:8]) + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "")
+        what = "gradient" if math.isfinite(loss) else "loss"
+        log.warning("step %d: the %s is not finite; the step is skipped (%s)", self.trainer.global_step, what, shown)
+        if self.skipped_in_a_row >= self.max_skipped_steps:
+            raise RunError(
+                f"{self.skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite, the "
+                f"last with {shown}; look at these rows, or lower model.learning_rate {self.learning_rate}. The "
+                "checkpoints hold the last good state."
+            )
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Validation loss, weighted by tokens so that the batch size never changes it."""
@@ -230,6 +300,7 @@ class QwenModule(L.LightningModule):
         """The named optimizer over the adapter's parameters, and its schedule, stepped at each optimizer step."""
         groups = parameter_groups(self, self.learning_rate, self.weight_decay, self.lora_plus_ratio)
         optimizer = build_optimizer(self.optimizer_name, groups, self.betas)
+        self.group_settings = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in groups]
         total = self.total_steps()
         warmup = round(total * self.warmup_ratio)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(self.schedule_name, warmup, total))

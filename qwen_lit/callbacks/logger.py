@@ -1,0 +1,70 @@
+"""TensorBoard that never ends a run: one curve across resumes, and a full disk is a warning."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+
+log = logging.getLogger(__name__)
+LOST = "TensorBoard cannot write to %s (%s); training goes on without it"
+
+
+class RunLogger(TensorBoardLogger):
+    """Lightning's logger into ``output_dir/logs``, which goes on without a disk."""
+
+    def __init__(self, output_dir: str, resumed_step: int | None = None) -> None:
+        """Nothing is written before the first line.
+
+        Args:
+            output_dir: of the run.
+            resumed_step: what an earlier run wrote from this step on is hidden, as it is trained again.
+        """
+        super().__init__(output_dir, name="logs", version="", purge_step=resumed_step)
+        self.first_step, self.silent = resumed_step or 0, False
+
+    @classmethod
+    def at(cls, output_dir: str, resumed_step: int | None = None) -> "RunLogger | bool":
+        """The logger, or False where nothing can be written."""
+        logger = cls(output_dir, resumed_step)
+        try:
+            Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
+            _ = logger.experiment
+        except OSError as error:
+            log.warning(LOST, logger.log_dir, error)
+            return False
+        return logger
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if not self.silent:
+                log.warning(LOST, self.log_dir, error)
+            self.silent = True
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Write scalars, unless writing has failed before."""
+        if not self.silent:
+            with self._guarded():
+                super().log_metrics(metrics, step)
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Write a text, unless writing has failed before."""
+        if not self.silent:
+            with self._guarded():
+                self.experiment.add_text(tag, text, step)
+
+    def save(self) -> None:
+        """Flush, unless writing has failed before."""
+        if not self.silent:
+            with self._guarded():
+                super().save()
+
+    def finalize(self, status: str) -> None:
+        """Close; what cannot be written any more is given up."""
+        with self._guarded():
+            super().finalize(status)

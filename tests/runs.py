@@ -1,0 +1,92 @@
+"""Runs of the tiny model, their traces, and callbacks that disturb them."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import lightning as L
+import torch
+from safetensors.torch import load_file
+
+
+class StopAt(L.Callback):
+    """Sends this process a signal while the micro-batches of a step are under way."""
+
+    def __init__(self, step: int, signum: int = signal.SIGTERM) -> None:
+        self.step, self.signum = step, signum
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step - 1 and batch_idx % 3 == 0:
+            os.kill(os.getpid(), self.signum)
+
+
+def trace(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "lora_adapter" / "adapter_model.safetensors")
+
+
+def same(first: Path, second: Path) -> bool:
+    left, right = adapter(first), adapter(second)
+    return trace(first) == trace(second) and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def stopping(step: int, name: str = "SIGTERM") -> list[str]:
+    number = int(signal.Signals[name])
+    return ["--trainer.callbacks+=tests.runs.StopAt", f"--trainer.callbacks.step={step}",
+            f"--trainer.callbacks.signum={number}"]  # fmt: skip
+
+
+class Poison(L.Callback):
+    """Makes the loss or a gradient of chosen steps not finite."""
+
+    def __init__(self, steps: list[int], what: str = "loss") -> None:
+        self.steps, self.what = steps, what
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not hasattr(self, "plain"):
+            self.plain = pl_module.loss_sum
+        bad = trainer.global_step + 1 in self.steps and batch_idx % 3 == 1
+        pl_module.loss_sum = (lambda b: self.plain(b) * float("nan")) if bad and self.what == "loss" else self.plain
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step + 1 in self.steps and self.what == "gradient":
+            next(p for p in pl_module.parameters() if p.requires_grad).grad[0, 0] = float("inf")
+
+
+class Do(L.Callback):
+    """Calls a function of this module when a step begins."""
+
+    def __init__(self, step: int, name: str, argument: str = "") -> None:
+        self.step, self.name, self.argument, self.done = step, name, argument, False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step - 1 and not self.done:
+            self.done = True
+            globals()[self.name](trainer, self.argument)
+
+
+def kill_worker(trainer, argument):
+    import multiprocessing
+
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+def remove_file(trainer, path):
+    Path(path).unlink()
+
+
+def doing(step: int, name: str, argument: str = "") -> list[str]:
+    return ["--trainer.callbacks+=tests.runs.Do", f"--trainer.callbacks.step={step}",
+            f"--trainer.callbacks.name={name}", f"--trainer.callbacks.argument={argument}"]  # fmt: skip
+
+
+def spoil_adapter(trainer, argument):
+    next(p for p in trainer.lightning_module.parameters() if p.requires_grad).data.fill_(float("nan"))
+    trainer.lightning_module.on_before_optimizer_step = lambda optimizer: trainer.lightning_module.window.clear()

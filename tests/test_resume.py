@@ -1,0 +1,107 @@
+"""A run that is stopped and resumed is the run that was not: losses, rows and adapter, bit for bit on the CPU."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_lit.callbacks import checkpoint as checkpoint_module
+from qwen_lit.cli import main
+from tests.runs import adapter, same, stopping, trace
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main(command(out)) == 0
+    assert len(trace(out)) == STEPS and len({row for line in trace(out) for row in line["rows"]}) > 50
+    return out
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_stop_at_any_step_leaves_no_trace_in_the_result(command, whole, tmp_path, step):
+    out = tmp_path / "out"
+    assert main(command(out, *stopping(step))) == 143
+    assert len(trace(out)) == step
+    assert main(command(out, "--ckpt_path", "last")) == 0
+    assert same(whole, out)
+    best = [torch.load(one / "checkpoints" / "best.ckpt", weights_only=True) for one in (whole, out)]
+    assert best[0]["global_step"] == best[1]["global_step"]
+
+
+def test_three_stops_in_one_epoch_and_one_in_the_next_leave_no_trace(command, whole, tmp_path):
+    out = tmp_path / "out"
+    for step, name, code in ((1, "SIGTERM", 143), (2, "SIGINT", 130), (3, "SIGUSR1", 143), (5, "SIGTERM", 143)):
+        assert main(command(out, "--ckpt_path", "last", *stopping(step, name))) == code
+    assert main(command(out, "--ckpt_path", "last")) == 0
+    assert same(whole, out)
+
+
+@pytest.mark.parametrize("lost", ["rng", "position"])
+def test_without_the_generators_or_the_position_the_result_is_another(command, whole, tmp_path, lost, monkeypatch):
+    from qwen_lit.data.batches import ResumableLoader
+
+    out = tmp_path / "out"
+    assert main(command(out, *stopping(2))) == 143
+    if lost == "rng":
+        monkeypatch.setattr(checkpoint_module, "_set_rng", lambda state: torch.manual_seed(0))
+    else:
+        monkeypatch.setattr(ResumableLoader, "load_state_dict", lambda self, state: None)
+    assert main(command(out, "--ckpt_path", "last")) == 0
+    assert not same(whole, out)
+
+
+def test_tensorboard_shows_each_step_once_across_resumes(command, whole, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    assert main(command(out)) == 0
+    for path in (out / "checkpoints").glob("step=00000010.*"):
+        path.unlink()
+    newest = sorted((out / "checkpoints").glob("step=*.ckpt"))[-1]
+    assert main(command(out, "--ckpt_path", "last")) == 0
+    found = []
+    for folder in (whole, out):
+        events = EventAccumulator(str(folder / "logs"))
+        events.Reload()
+        found.append([(e.step, e.value) for tag in ("train/loss", "val/loss") for e in events.Scalars(tag)])
+    assert newest.name == "step=00000009.ckpt"
+    assert found[0] == found[1]
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_epochs(command, tmp_path):
+    steady = ["--model.lr_scheduler", "constant", "--model.warmup_ratio", "0"]
+    long, short = tmp_path / "long", tmp_path / "short"
+    assert main(command(long, *steady)) == 0
+    assert main(command(short, *steady, "--trainer.max_epochs", "1")) == 0
+    shutil.rmtree(short / "lora_adapter")
+    assert main(command(short, *steady, "--ckpt_path", "last")) == 0
+    assert same(long, short)
+
+
+def test_a_changed_learning_rate_is_taken_and_told(command, tmp_path, caplog):
+    out = tmp_path / "out"
+    assert main(command(out, *stopping(2))) == 143
+    state = torch.load(out / "checkpoints" / "step=00000002.ckpt", weights_only=True)["state_dict"]
+    assert main(command(out, "--ckpt_path", "last", "--model.learning_rate", "1e-30")) == 0
+    assert "model.learning_rate was 0.0002 until here, and is 1e-30 from here on" in caplog.text
+    kept = {name.removeprefix("model.").replace(".default", ""): tensor for name, tensor in state.items()}
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in adapter(out).items())
+
+
+def test_verify_resume_says_that_a_killed_run_is_the_same_run(command, tmp_path, capfd):
+    arguments = command(tmp_path / "out")
+    assert main(["verify-resume", *arguments[1:], "--steps", "4"]) == 0
+    assert "a resumed run is the same run" in capfd.readouterr().out
+
+
+def test_verify_resume_says_when_it_is_another_run(command, whole, tmp_path):
+    from qwen_lit.verify import compare
+
+    other = tmp_path / "other"
+    assert main(command(other, "--seed_everything", "7")) == 0
+    verdict = compare(whole, other, 5)
+    assert not verdict.good and not verdict.same_rows and "ANOTHER" in str(verdict)
