@@ -30,6 +30,7 @@ from qwen_lit.trainer import QwenTrainer
 
 log = logging.getLogger("qwen_lit")
 ALIASES = {"verify-resume": "verify_resume"}
+SKIPPED = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
 OUT_OF_MEMORY = """out of GPU memory. The levers, in order:
   data.batch_size {batch_size} (lower it, raise trainer.accumulate_grad_batches {accumulate} by as much)
   model.gradient_checkpointing {checkpointing} (true keeps only layer inputs)
@@ -77,14 +78,17 @@ class QwenCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The Trainer's methods that make sense for this job."""
-        skipped = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
-        return {"fit": skipped, "validate": skipped, "inspect": skipped, "verify_resume": skipped}
+        return dict.fromkeys(("fit", "validate", "inspect", "verify_resume", "export"), SKIPPED)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Only the subcommand that is asked for needs its keys: reading all their docstrings takes a while."""
-        if self.wanted not in (None, subcommand):
-            return self.init_parser(**kwargs)
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = self.init_parser(**kwargs)
+        if self.wanted in (None, subcommand):
+            self._add_arguments(parser)
+            # Not as a group: ``export`` is also the name of a section.
+            added = parser.add_method_arguments(klass, subcommand, skip=set(SKIPPED), as_group=False)
+            self._subcommand_method_arguments[subcommand] = added
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint into the configuration: what the user wrote is what runs."""
@@ -98,7 +102,8 @@ class QwenCLI(LightningCLI):
 
             if not torch.cuda.is_available():
                 raise UserError(f"trainer.accelerator is {accelerator}, but no CUDA device is seen; set it to auto.")
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
+        writes = self.subcommand in ("fit", "export") and not config.trainer.fast_dev_run
+        if writes and getattr(rank_zero_only, "rank", 0) == 0:
             self.lock = hold(Path(config.output_dir))
         self.checkpoint = find_checkpoint(config.get("ckpt_path"), Path(config.output_dir))
 
@@ -143,7 +148,7 @@ def find_checkpoint(given: str | None, output_dir: Path) -> Path | None:
         found = last_checkpoint(folder)
         log.info("resuming from %s", found) if found else log.info("no checkpoint in %s: starting fresh", folder)
         return found
-    if given and not Path(given).is_file():
+    if given and not Path(given).is_file() and not (Path(given) / "adapter_config.json").is_file():
         raise UserError(f"ckpt_path: no such file: {given}; give a file, or last.")
     return Path(given) if given else None
 

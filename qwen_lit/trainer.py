@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
+from qwen_lit.callbacks.export import Export
 from qwen_lit.data.audit import audit, find_rows, html_report, text_report, text_row
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.prepare import Rows
@@ -66,3 +67,31 @@ class QwenTrainer(Trainer):
         verdict = verify(self.fit_config, output_dir / "verify_resume", steps)
         print(verdict)
         self.exit_code = 0 if verdict.good else 1
+
+    def export(
+        self,
+        model: Any,
+        datamodule: QwenDataModule,
+        ckpt_path: str | None = None,
+        push_to_hub: str | None = None,
+    ) -> None:
+        """Write lora_adapter/ and final_model/ again, from a checkpoint or an adapter folder; trains nothing.
+
+        Args:
+            model: names the base and the adapter's settings.
+            datamodule: rows for the verdict.
+            ckpt_path: last, a checkpoint file, or an adapter folder; without it output_dir/lora_adapter.
+            push_to_hub: repository to upload final_model/ to, as NAME/MODEL.
+        """
+        callback = next(one for one in self.callbacks if isinstance(one, Export))  # type: ignore[attr-defined]
+        datamodule.prepare_data()
+        datamodule.setup()
+        self._data_connector.attach_datamodule(model, datamodule)
+        source = Path(ckpt_path) if ckpt_path else callback.folder / "lora_adapter"
+        callback.from_checkpoint(self, source, model.lora_config, model.name, model.quantization_config)
+        if push_to_hub:
+            from huggingface_hub import HfApi
+
+            api = HfApi()
+            api.create_repo(push_to_hub, exist_ok=True)
+            api.upload_folder(repo_id=push_to_hub, folder_path=str(callback.folder / "final_model"))

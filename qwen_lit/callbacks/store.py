@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from qwen_lit.errors import UserError
+from qwen_lit.files import file_digest, fsync_dir
 
 log = logging.getLogger(__name__)
 STEP_FILE = re.compile(r"^step=(\d+)\.ckpt$")
@@ -142,17 +143,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, manifest: dict[str,
     finally:
         partial.unlink(missing_ok=True)
         partial_manifest.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    fsync_dir(path.parent)
 
 
 def manifest_of(path: Path) -> Path:

@@ -188,6 +188,24 @@ class QwenDataModule(L.LightningDataModule):
         budget = self.batch_size * self.max_length
         return group(rows.column("length"), self.batch_size, budget, self.packing, self.seed)
 
+    def facts(self) -> dict[str, Any]:
+        """What a reader wants to know of the data."""
+        assert self.train_rows is not None and self.val_rows is not None
+        tokens, supervised = self.train_rows.column("length").sum(), self.train_rows.column("supervised").sum()
+        return {
+            "files": ", ".join(source.path for source in self.sources),
+            "rows read": self.report.rows,
+            "examples trained": len(self.train_rows),
+            "examples held out": len(self.val_rows),
+            "tokens in an epoch": int(tokens),
+            "supervised tokens": int(supervised),
+            "share supervised": f"{supervised / max(1, tokens):.1%}",
+            "faulty, skipped": sum(self.report.faults.values()),
+            "dropped": sum(self.report.dropped.values()),
+            "changed": sum(self.report.changed.values()),
+            "fingerprint": self._rows_digest(),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """What the order of rows depends on; a run is resumed only where all of it is the same."""
         if self.train_rows is None or self.trainer is None:

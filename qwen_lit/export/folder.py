@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qwen_lit.files import fsync_dir
+
 FLOATS = {"F64", "F32", "F16", "BF16"}
 PRODUCER = "qwen_lit"
-STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+MARK = ".unfinished"
 REMAP_BYTES = 2**30  # the mapping of a base shard is renewed after so many bytes, so that its pages leave the RSS
 DTYPES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
@@ -51,15 +53,6 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def fsync_dir(path: Path) -> None:
-    """Make the entries of a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def open_tensors(path: Path) -> Any:
@@ -169,7 +162,8 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._path, self._left = path, list(reversed(entries))
-        self._file = path.open("wb")
+        self._partial = path.with_name(path.name + ".part")
+        self._file = self._partial.open("wb")
         self._file.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -192,6 +186,9 @@ class ShardWriter:
                     raise ExportError(f"{self._path}: {self._left[-1][0]} was not written")
                 self._file.flush()
                 os.fsync(self._file.fileno())
+        if kind is None:
+            # A shard that has its name is whole.
+            self._partial.rename(self._path)
 
 
 def check_replaceable(path: Path) -> None:
@@ -218,12 +215,13 @@ def check_replaceable(path: Path) -> None:
             raise ExportError(f"{path}: {file.name} was not written by {PRODUCER}; choose another output folder")
 
 
-def begin_folder(out_dir: Path, sources: list[Path]) -> Path:
-    """Make a fresh ``<out_dir>.tmp`` and return it.
+def begin_folder(out_dir: Path, sources: list[Path], fingerprint: str) -> Path:
+    """Make ``<out_dir>.tmp`` and return it; the whole shards of a killed export like this one stay in it.
 
     Args:
         out_dir: resolved path of the folder to be made.
         sources: resolved folders that are read during the export.
+        fingerprint: what the export depends on.
 
     Raises:
         ExportError: the output would overwrite a source or a foreign folder.
@@ -239,14 +237,32 @@ def begin_folder(out_dir: Path, sources: list[Path]) -> Path:
     check_replaceable(out_dir)
     if tmp.is_symlink() or tmp.is_file():
         raise ExportError(f"{tmp}: is in the way; remove it")
-    if tmp.exists():
+    mark = tmp / MARK
+    if tmp.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint):
         shutil.rmtree(tmp)
-    tmp.mkdir(parents=True)
+    tmp.mkdir(parents=True, exist_ok=True)
+    for path in tmp.iterdir():
+        if path.suffix != ".safetensors":
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    mark.write_text(fingerprint, encoding="utf-8")
     return tmp
+
+
+def shard_name(number: int, count: int) -> str:
+    """The file name of a shard, counted from 1."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+
+
+def is_quantized(name: str, dimensions: int, quantization: dict[str, Any]) -> bool:
+    """Whether bitsandbytes holds a weight in 4 bits: the linears, but not the head, embedding and norms."""
+    skip = quantization.get("llm_int8_skip_modules") or ["lm_head"]
+    plain = ("model.embed_tokens.weight", "lm_head.weight")
+    return dimensions == 2 and name not in plain and not any(part in name for part in skip)
 
 
 def commit_folder(tmp: Path, out_dir: Path) -> None:
     """Put the finished ``tmp`` in the place of ``out_dir``; an earlier export there is removed afterwards."""
+    (tmp / MARK).unlink(missing_ok=True)
     for file in tmp.iterdir():
         if file.is_file():
             with file.open("rb") as handle:
@@ -261,36 +277,3 @@ def commit_folder(tmp: Path, out_dir: Path) -> None:
     fsync_dir(out_dir.parent)
     if old.exists():
         shutil.rmtree(old)
-
-
-def write_serving_files(out_dir: Path, base_dir: Path, tokenizer: Any, training_config: dict[str, Any]) -> None:
-    """Write tokenizer files with the chat template, ``generation_config.json`` and ``training_config.json``.
-
-    The generation config starts from the base model's, so its sampling settings stay. Its ``eos_token_id`` lists
-    ``<|im_end|>`` and ``<|endoftext|>``, those of them that the vocabulary has: a chat-tuned base model stops at
-    the end of its turn.
-
-    Args:
-        out_dir: existing folder that receives the files (``merge_adapter`` passes its temporary one to ``finish``).
-        base_dir: folder of the original model.
-        tokenizer: a transformers tokenizer.
-        training_config: the run's configuration; values that JSON has no form for are written as text.
-
-    Raises:
-        ExportError: the vocabulary has no end token at all, or the base's generation config is not JSON.
-    """
-    vocab = tokenizer.get_vocab()
-    ends = [int(vocab[token]) for token in STOP_TOKENS if token in vocab]
-    if not ends and tokenizer.eos_token_id is not None:
-        ends = [int(tokenizer.eos_token_id)]
-    if not ends:
-        raise ExportError(f"the tokenizer has none of {', '.join(STOP_TOKENS)}: the exported model would never stop")
-    source = base_dir / "generation_config.json"
-    generation = read_json(source) if source.is_file() else {}
-    generation.pop("_from_model_config", None)
-    generation["eos_token_id"] = ends
-    pad = tokenizer.pad_token_id
-    generation["pad_token_id"] = int(pad) if pad is not None else ends[-1]
-    tokenizer.save_pretrained(str(out_dir))
-    write_json(out_dir / "generation_config.json", generation)
-    write_json(out_dir / "training_config.json", training_config)

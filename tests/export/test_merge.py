@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from qwen_lit.export import CONVERTED_MARKER, ExportError, merge_adapter, write_serving_files
+from qwen_lit.export import CONVERTED_MARKER, ExportError, merge_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and PEFT deprecations
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -266,9 +266,16 @@ def test_kill_in_the_middle_leaves_no_folder(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": root}
     code = subprocess.run([sys.executable, "-c", script, *paths], env=environment, timeout=60).returncode
     assert code == -signal.SIGKILL
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.tmp").exists()
-    merge_adapter(adapter, base_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    whole = sorted(path.name for path in (tmp_path / "out.tmp").glob("*.safetensors"))
+    assert whole
+    kept = (tmp_path / "out.tmp" / whole[0]).stat().st_ino
+    merge_adapter(adapter, base_dir, tmp_path / "out", max_shard_bytes=100_000)
+    assert (tmp_path / "out" / whole[0]).stat().st_ino == kept
     compare(base_dir, adapter, tmp_path / "out")
+    merge_adapter(adapter, base_dir, tmp_path / "again", max_shard_bytes=100_000)
+    first, second = tensors(tmp_path / "out"), tensors(tmp_path / "again")
+    assert all(torch.equal(first[name], second[name]) for name in second)
 
 
 def test_broken_adapters_are_named(tmp_path: Path) -> None:
@@ -297,28 +304,3 @@ def test_broken_adapters_are_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="cannot be read"):
         merge_adapter(adapter, base_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_serving_files(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    base_dir = make_base(tmp_path / "base", "qwen2")
-    (base_dir / "generation_config.json").write_text('{"top_p": 0.8, "do_sample": true, "eos_token_id": 7}')
-    adapter = make_adapter(base_dir, tmp_path / "adapter")
-    words = Tokenizer(
-        models.WordLevel({"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}, unk_token="<|endoftext|>")
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template="{{ messages }}"
-    )
-    training = {"seed": 1, "path": Path("x"), "text": "你好"}
-    out = tmp_path / "out"
-    merge_adapter(
-        adapter, base_dir, out, finish=lambda folder: write_serving_files(folder, base_dir, tokenizer, training)
-    )
-    generation = json.loads((out / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [2, 0] and generation["pad_token_id"] == 0 and generation["top_p"] == 0.8
-    assert json.loads((out / "training_config.json").read_text("utf-8")) == {**training, "path": "x"}
-    assert AutoTokenizer.from_pretrained(out, local_files_only=True).chat_template == "{{ messages }}"
-    assert load(out).generation_config.eos_token_id == [2, 0]

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""A saved LoRA adapter, and what it does to a weight."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_lit.export.folder import ExportError, open_tensors, read_json
+
+CONVERTED_MARKER = "residual_converted"
+"""An empty file of this name in an adapter folder says that its weights already count from the original base."""
+
+EMBED, HEAD, PREFIX = "model.embed_tokens.weight", "lm_head.weight", "base_model.model."
+CHUNK_ELEMENTS = 2**25  # fp32 work is done on row blocks of at most this size
+RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+UNSUPPORTED = ("fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "use_qalora", "arrow_config",
+               "trainable_token_indices", "megatron_config")  # fmt: skip
+
+
+@dataclass
+class Pair:
+    """One LoRA target: A (r, in), B (out, r), DoRA magnitude (out,), all fp32."""
+
+    module: str
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+    embedding: bool = False
+    scaling: float = 1.0
+
+
+@dataclass
+class Adapter:
+    config: dict[str, Any]
+    pairs: dict[str, Pair] = field(default_factory=dict)  # by the name of the base weight
+    full: dict[str, torch.Tensor] = field(default_factory=dict)  # modules_to_save, trained biases
+    bias: dict[str, torch.Tensor] = field(default_factory=dict)  # lora_bias: already scaled
+
+
+def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
+    """PEFT's scaling of one module; the rank is that of its weights, so rank_pattern is met as saved."""
+    alpha = config.get("lora_alpha", 8)
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            alpha = value
+            break
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def read_adapter(adapter_dir: Path) -> Adapter:
+    """Read adapter_config.json and adapter_model.safetensors; every key is understood or named in an error."""
+    config = read_json(adapter_dir / "adapter_config.json")
+    if str(config.get("peft_type")).upper() != "LORA":
+        raise ExportError(f"{adapter_dir}: peft_type {config.get('peft_type')!r}; only LORA adapters can be merged")
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise ExportError(f"{adapter_dir}: adapters with {key} cannot be merged")
+    init = str(config.get("init_lora_weights", "")).lower()
+    if init.startswith(RESIDUAL_INITS) and not (adapter_dir / CONVERTED_MARKER).exists():
+        raise ExportError(
+            f"{adapter_dir}: init_lora_weights={init} changed the base weights; save the adapter with "
+            f"save_pretrained(path_initial_model_for_weight_conversion=...) before merging it"
+        )
+    adapter, biases = Adapter(config), dict[str, torch.Tensor]()
+    path = adapter_dir / "adapter_model.safetensors"
+    pattern = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.weight|\.bias)?$")
+    with open_tensors(path) as handle:
+        for key in handle.keys():
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            tensor = handle.get_tensor(key)
+            match = pattern.match(name)
+            if not key.startswith(PREFIX) or (match is None and not name.endswith((".weight", ".bias"))):
+                raise ExportError(f"{path}: {key} is not a key that can be merged")
+            if match is None:
+                adapter.full[name] = tensor
+                continue
+            module, kind, suffix = match[1], match[2], match[3]
+            if suffix == ".bias":
+                biases[module] = tensor.float()
+                continue
+            pair = adapter.pairs.setdefault(module + ".weight", Pair(module))
+            slot = {"A": "a", "B": "b", "m": "magnitude"}[kind.removeprefix("embedding_")[0]]
+            if getattr(pair, slot) is not None:
+                raise ExportError(f"{path}: {key} is there twice")
+            setattr(pair, slot, tensor.float())
+            pair.embedding |= kind.startswith("embedding_")
+    for pair in adapter.pairs.values():
+        if pair.a is None or pair.b is None:
+            raise ExportError(f"{path}: {pair.module} has only one of lora_A and lora_B")
+        pair.scaling = _scaling(config, pair.module, pair.a.shape[0])
+    if config.get("use_dora") and any(pair.magnitude is None for pair in adapter.pairs.values()):
+        raise ExportError(f"{path}: use_dora is set but a lora_magnitude_vector is missing")
+    adapter.bias = {f"{m}.bias": b * adapter.pairs[f"{m}.weight"].scaling for m, b in biases.items()}
+    if not adapter.pairs and not adapter.full:
+        raise ExportError(f"{path}: holds no LoRA weights")
+    return adapter
+
+
+def apply_pair(weight: torch.Tensor, pair: Pair, device: torch.device | None = None) -> tuple[torch.Tensor, float]:
+    """Merge one pair in fp32, a block of rows at a time.
+
+    Args:
+        weight: (out, in), as stored.
+        pair: the adapter's share in it.
+        device: where the products run; default the CPU.
+
+    Returns:
+        The bf16 (out, in) weight on the CPU, and the largest ``|scaling·B·A|``.
+
+    Raises:
+        ExportError: the result is not finite.
+    """
+    assert pair.a is not None and pair.b is not None
+    device = device or torch.device("cpu")
+    left, right = (pair.a.T, pair.b.T) if pair.embedding else (pair.b, pair.a)
+    left, right = left.to(device), right.to(device)
+    result = torch.empty(weight.shape, dtype=torch.bfloat16)
+    rows, largest = max(1, CHUNK_ELEMENTS // weight.shape[1]), 0.0
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        delta = (left[block] @ right) * pair.scaling
+        largest = max(largest, float(delta.abs().max()))
+        merged = weight[block].to(device).float() + delta
+        if pair.magnitude is not None:
+            norm = torch.linalg.norm(merged, dim=1, keepdim=True)
+            merged = merged * (pair.magnitude.view(-1, 1)[block].to(device) / norm)
+        if not bool(torch.isfinite(merged).all()):
+            raise ExportError(f"{pair.module}: the merged weight is not finite; the adapter is broken")
+        result[block] = merged.to(torch.bfloat16)
+    return result, largest
+
+

@@ -1,0 +1,156 @@
+"""A trained adapter to a folder that serves: the verdict, the merge, the files around it, and a try."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from qwen_lit.export.adapter import RESIDUAL_INITS
+from qwen_lit.export.folder import ExportError, commit_folder
+from qwen_lit.export.gguf import GgufType, write_gguf
+from qwen_lit.export.merge import merge_adapter
+from qwen_lit.export.serving import Told, end_tokens, model_card, untrained_end, write_serving_files
+from qwen_lit.export.verdict import Verdict, measure
+
+log = logging.getLogger(__name__)
+MergeBase = Literal["auto", "original", "dequantized"]
+Example = tuple[Any, Any]
+"""Token ids ``[t]`` and trained ranges ``[k, 2]``."""
+
+
+@dataclass
+class Job:
+    """What is exported, from folders alone."""
+
+    adapter_dir: Path
+    base_dir: Path
+    out_dir: Path
+    tokenizer: Any
+    told: Told
+    quantization: dict[str, Any] | None = None
+    """BitsAndBytesConfig keys of the base as trained; None for a bf16 base."""
+    merge_base: MergeBase = "auto"
+    gguf: GgufType | None = None
+    held_out: Sequence[Example] = ()
+    """Rows for the verdict."""
+    kind: str = "held-out"
+    """What these rows are."""
+    taught: Sequence[Example] = ()
+    """Rows whose prompts the merged model is tried on."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def run(job: Job, tell: Callable[[Verdict], None] = lambda verdict: None) -> Told:
+    """Measure, merge, write, try.
+
+    Args:
+        job: what to export.
+        tell: called with the verdict, where there is one.
+
+    Returns:
+        What the model card tells.
+
+    Raises:
+        ExportError: see ``merge_adapter`` and ``write_gguf``.
+    """
+    told = job.told
+    told.merge_base = "original" if job.merge_base == "auto" or job.quantization is None else job.merge_base
+    if job.held_out:
+        verdict = measure(job.adapter_dir, job.base_dir, job.held_out, job.quantization, job.device)
+        if job.merge_base == "auto":
+            told.merge_base = verdict.best
+        told.verdict = verdict.as_dict() | {"kind": job.kind}
+        log.info("does the merged model answer as trained? %d %s rows:", verdict.rows, job.kind)
+        for line in verdict.lines():
+            log.info("  %s", line)
+        log.info("  merged into the %s weights", told.merge_base)
+        if warning := verdict.warning(told.merge_base):
+            log.warning(warning)
+        tell(verdict)
+    if warning := untrained_end(job.base_dir, job.tokenizer):
+        log.warning(warning)
+
+    def finish(folder: Path) -> None:
+        write_serving_files(folder, job.base_dir, job.tokenizer, told)
+
+    base: Literal["original", "dequantized"] = "dequantized" if told.merge_base == "dequantized" else "original"
+    report = merge_adapter(
+        job.adapter_dir, job.base_dir, job.out_dir, merge_base=base, quantization=job.quantization, finish=finish,
+        device=job.device,
+    )  # fmt: skip
+    speed = report.bytes / 1e9 / report.seconds
+    log.info("merged model written to %s (%.2f GB, %.2f GB/s)", job.out_dir, report.bytes / 1e9, speed)
+    if job.gguf is not None:
+        write_gguf(job.out_dir, job.out_dir / f"model-{job.gguf}.gguf", job.gguf, job.tokenizer)
+    if job.taught and fits(report.bytes, job.device):
+        told.stopped = try_prompts(job)
+        said = "%d of %d trained prompts ended by themselves"
+        (log.info if told.stopped[0] == told.stopped[1] else log.warning)(said, *told.stopped)
+        card = job.out_dir / "README.md"
+        card.with_suffix(".tmp").write_text(model_card(told), encoding="utf-8")
+        os.replace(card.with_suffix(".tmp"), card)
+    return told
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether a model of ``size`` bytes can be tried where it is: on a card with room for it, or small on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] > 1.15 * size + 2**30
+    return size < 2**31
+
+
+def try_prompts(job: Job) -> tuple[int, int]:
+    """Answer prompts of trained rows with plain transformers; returns how many ended by themselves, of how many."""
+    from transformers import AutoModelForCausalLM
+
+    where = {"": str(job.device)}
+    model: Any = AutoModelForCausalLM.from_pretrained(job.out_dir, dtype=torch.bfloat16, device_map=where)
+    ends, stopped = end_tokens(job.tokenizer), 0
+    for ids, spans in job.taught:
+        begin, end = (int(one) for one in spans[-1])
+        prompt = torch.as_tensor(ids[:begin], dtype=torch.int64, device=job.device)[None]
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                max_new_tokens=2 * (end - begin) + 64,
+            )  # fmt: skip
+        stopped += bool(set(out[0, begin:].tolist()) & set(ends))
+    return stopped, len(job.taught)
+
+
+def adapter_from_checkpoint(path: Path, lora: Any, base_name: str, out_dir: Path) -> None:
+    """Write ``lora_adapter/`` from the trained weights in a checkpoint, as PEFT would.
+
+    Args:
+        path: of ``fit``, read without executing anything.
+        lora: PEFT's LoraConfig of the run.
+        base_name: the base model's folder or hub name.
+        out_dir: the adapter's folder.
+
+    Raises:
+        ExportError: the adapter counts from a base that its initialisation has changed.
+    """
+    if str(lora.init_lora_weights).lower().startswith(RESIDUAL_INITS):
+        raise ExportError(
+            f"init_lora_weights {lora.init_lora_weights} changes the base: run fit --ckpt_path last, which exports it."
+        )
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    tensors = {}
+    for name, tensor in state.items():
+        saved = name.removeprefix("model.").replace(".modules_to_save.default", "").replace(".default", "")
+        tensors[saved.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = tensor.contiguous()
+    partial = out_dir.with_name(out_dir.name + ".tmp")
+    partial.mkdir(parents=True, exist_ok=True)
+    config = copy.copy(lora)
+    config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base_name, True
+    config.save_pretrained(str(partial))
+    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    commit_folder(partial, out_dir)

@@ -1,0 +1,218 @@
+"""Which merge answers as trained: the adapter on the 4-bit base against each, on held-out rows, layer by layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qwen_lit.export.adapter import EMBED, HEAD, Adapter, Pair, apply_pair, read_adapter
+from qwen_lit.export.folder import BaseModel, is_quantized, nf4_roundtrip
+
+log = logging.getLogger(__name__)
+LOUD_LOSS = 0.05
+"""A merge whose loss is this much above the adapter's, in nats a token, is warned of."""
+NEAR = 0.01
+"""Losses that differ by less, in nats a token, are taken as equal."""
+CHUNK = 1024
+"""Rows of logits that exist at a time."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How a merge answers beside the adapter on its base."""
+
+    loss: float
+    """Nats a supervised token."""
+    kl: float
+    """Kullback-Leibler divergence from the adapter's answer to the merge's, nats a token."""
+    same_top: float
+    """Share of tokens whose most likely choice is the same."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The adapter's own loss, and the figures of each merge."""
+
+    adapter_loss: float
+    tokens: int
+    rows: int
+    merges: dict[str, Figures]
+
+    @property
+    def best(self) -> str:
+        """The merge with the lower loss; where their losses are near, the one nearer to the adapter."""
+        lowest = min(one.loss for one in self.merges.values())
+        near = [name for name, one in self.merges.items() if one.loss - lowest <= NEAR]
+        return min(near, key=lambda name: self.merges[name].kl)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"best": self.best}
+
+    def lines(self) -> list[str]:
+        """A table of at most 80 columns."""
+        head = f"{'':<24}{'loss':>9}{'KL':>10}{'same top token':>16}"
+        rows = [f"{'adapter on its base':<24}{self.adapter_loss:>9.4f}"]
+        rows += [
+            f"{'merge, ' + name:<24}{one.loss:>9.4f}{one.kl:>10.5f}{one.same_top:>15.2%}"
+            for name, one in self.merges.items()
+        ]
+        return [head, *rows]
+
+    def warning(self, name: str) -> str | None:
+        """What is wrong with a merge, if it answers worse than the adapter."""
+        worse = self.merges[name].loss - self.adapter_loss
+        if worse <= LOUD_LOSS:
+            return None
+        return (
+            f"THE MERGED MODEL ANSWERS WORSE THAN WAS TRAINED: its loss is {worse:.3f} nats a token above the "
+            f"adapter's; serve the base with lora_adapter/ instead, or merge with export.merge_base: {self.best}."
+        )
+
+
+def measure(
+    adapter_dir: Path,
+    base_dir: Path,
+    examples: Sequence[tuple[Any, Any]],
+    quantization: dict[str, Any] | None,
+    device: torch.device,
+) -> Verdict:
+    """Run the rows through the adapter on its base and through each merge, one decoder layer in memory at a time.
+
+    Args:
+        adapter_dir: PEFT folder.
+        base_dir: original model folder.
+        examples: token ids ``[t]`` and trained ranges ``[k, 2]`` of each row.
+        quantization: BitsAndBytesConfig keys of the base as trained; None for a bf16 base.
+        device: where it runs, in bf16.
+
+    Returns:
+        Figures of the merges ``original`` and, for a quantised base, ``dequantized``.
+    """
+    adapter, base = read_adapter(adapter_dir), BaseModel(base_dir)
+    variants = ["adapter", "original", *(["dequantized"] if quantization else [])]
+    config = AutoConfig.from_pretrained(base_dir)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    weights = _Weights(adapter, base, quantization, bool(config.tie_word_embeddings), device)
+    rotary = type(model.model.rotary_emb)(config).to(device)
+    rows = [torch.as_tensor(ids, dtype=torch.int64, device=device)[None] for ids, _ in examples]
+    with torch.no_grad():
+        embed = weights.of(EMBED, "original")
+        hidden = {name: [embed[row] for row in rows] for name in variants}
+        del embed
+        for number, layer in enumerate(model.model.layers):
+            layer.to_empty(device=device)
+            for name in variants:
+                hooks = weights.load(layer, f"model.layers.{number}.", name)
+                for index, row in enumerate(rows):
+                    positions = torch.arange(row.shape[1], device=device)[None]
+                    around = rotary(hidden[name][index], positions)
+                    out = layer(
+                        hidden[name][index], attention_mask=None, position_ids=positions, position_embeddings=around
+                    )
+                    hidden[name][index] = out[0] if isinstance(out, tuple) else out
+                for hook in hooks:
+                    hook.remove()
+            layer.to("meta")
+        return _compare(model, weights, hidden, examples)
+
+
+class _Weights:
+    """The weights of a module in the adapter's or a merge's version, read from the base's files."""
+
+    def __init__(
+        self, adapter: Adapter, base: BaseModel, quantization: dict[str, Any] | None, tied: bool, device: torch.device
+    ) -> None:
+        self.adapter, self.base, self.quantization = adapter, base, quantization
+        self.tied, self.device = tied, device
+
+    def _trained_on(self, name: str, weight: Tensor) -> Tensor:
+        if self.quantization is None or not is_quantized(name, weight.dim(), self.quantization):
+            return weight
+        return nf4_roundtrip(weight.to(self.device), self.quantization)
+
+    def of(self, name: str, variant: str) -> Tensor:
+        """One weight in bf16 on the device; for the adapter's version, without what its hook adds."""
+        source = EMBED if name == HEAD and self.tied and HEAD not in self.base.where else name
+        weight = self.adapter.full.get(name, self.base.get(source))
+        if variant != "original":
+            weight = self._trained_on(name, weight)
+        if name in self.adapter.bias:
+            weight = weight.float() + self.adapter.bias[name].to(weight.device)
+        pair = self.adapter.pairs.get(name)
+        if pair is not None and (variant != "adapter" or pair.magnitude is not None or pair.embedding):
+            weight, _ = apply_pair(weight, pair, self.device)
+        return weight.to(self.device, torch.bfloat16)
+
+    def load(self, module: nn.Module, prefix: str, variant: str) -> list[Any]:
+        """Fill a module; returns the hooks that add the adapter's share, where it is not merged."""
+        hooks: list[Any] = []
+        for name, parameter in module.named_parameters():
+            parameter.data.copy_(self.of(prefix + name, variant))
+        if variant == "adapter":
+            for name, one in module.named_modules():
+                pair = self.adapter.pairs.get(f"{prefix}{name}.weight")
+                if pair is not None and pair.magnitude is None and not pair.embedding:
+                    hooks.append(one.register_forward_hook(_Added(pair, self.device)))
+        return hooks
+
+
+class _Added:
+    """``scaling · B A x`` beside a linear, in bf16 as trained."""
+
+    def __init__(self, pair: Pair, device: torch.device) -> None:
+        assert pair.a is not None and pair.b is not None
+        self.a, self.b = (one.to(device, torch.bfloat16) for one in (pair.a, pair.b))
+        self.scaling = pair.scaling
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output + (inputs[0] @ self.a.T @ self.b.T) * self.scaling
+
+
+def _compare(
+    model: Any, weights: _Weights, hidden: dict[str, list[Tensor]], examples: Sequence[tuple[Any, Any]]
+) -> Verdict:
+    norm = model.model.norm.to_empty(device=weights.device)
+    variants = list(hidden)
+    wanted = [_supervised(spans).to(weights.device) for _, spans in examples]
+    targets = torch.cat([
+        torch.as_tensor(ids, dtype=torch.int64, device=weights.device)[where + 1]
+        for (ids, _), where in zip(examples, wanted, strict=True)
+    ])  # fmt: skip
+    heads: dict[str, Tensor] = {}
+    final: dict[str, Tensor] = {}
+    for name in variants:
+        norm.weight.data.copy_(weights.of("model.norm.weight", name))
+        final[name] = torch.cat([norm(one)[0][where] for one, where in zip(hidden[name], wanted, strict=True)])
+        # The head is not quantised: it differs only where the adapter holds it.
+        heads[name] = heads["adapter"] if heads and HEAD not in weights.adapter.pairs else weights.of(HEAD, name)
+    losses, kls, tops = ({name: 0.0 for name in variants} for _ in range(3))
+    for start in range(0, len(targets), CHUNK):
+        part = slice(start, start + CHUNK)
+        logits = {name: (final[name][part] @ heads[name].T).float() for name in variants}
+        own = log_softmax(logits["adapter"], dim=-1)
+        for name in variants:
+            losses[name] += float(cross_entropy(logits[name], targets[part], reduction="sum"))
+            theirs = log_softmax(logits[name], dim=-1)
+            kls[name] += float(kl_div(theirs, own, log_target=True, reduction="sum"))
+            tops[name] += float((logits[name].argmax(-1) == own.argmax(-1)).sum())
+    count = max(1, len(targets))
+    merges = {
+        name: Figures(losses[name] / count, kls[name] / count, tops[name] / count) for name in variants[1:]
+    }
+    return Verdict(losses["adapter"] / count, len(targets), len(examples), merges)
+
+
+def _supervised(spans: Any) -> Tensor:
+    """Positions whose next token is trained."""
+    ranges = [torch.arange(max(int(begin), 1) - 1, int(end) - 1) for begin, end in spans]
+    return torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
