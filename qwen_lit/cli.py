@@ -19,7 +19,9 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.export import Export
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput
+from qwen_lit.callbacks.samples import Samples
 from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, manifest_of
+from qwen_lit.chat import main as chat
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.export import ExportError
@@ -71,14 +73,16 @@ class QwenCLI(LightningCLI):
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Export, "export")
+        parser.add_lightning_class_args(Samples, "samples")
         parser.link_arguments("output_dir", "checkpoint.output_dir")
         parser.link_arguments("output_dir", "export.output_dir")
+        parser.link_arguments("output_dir", "samples.output_dir")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The Trainer's methods that make sense for this job."""
-        return dict.fromkeys(("fit", "validate", "inspect", "verify_resume", "export"), SKIPPED)
+        return dict.fromkeys(("fit", "validate", "inspect", "verify_resume", "export", "predict"), SKIPPED)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Only the subcommand that is asked for needs its keys: reading all their docstrings takes a while."""
@@ -209,7 +213,11 @@ def main(args: list[str] | None = None) -> int:
     set_up_logging()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     cli = QwenCLI.__new__(QwenCLI)
-    args = [ALIASES.get(one, one) for one in (sys.argv[1:] if args is None else args)]
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["chat"]:
+        with watched():
+            return chat(given[1:])
+    args = [ALIASES.get(one, one) for one in given]
     cli.wanted = args[0] if args and args[0] in QwenCLI.subcommands() else None
     with watched():
         return _run(cli, args)

@@ -1,18 +1,25 @@
 """Lightning's Trainer with the commands of this project beside ``fit`` and ``validate``."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
+from peft import PeftModel
 
 from qwen_lit.callbacks.export import Export
 from qwen_lit.data.audit import audit, find_rows, html_report, text_report, text_row
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.prepare import Rows
 from qwen_lit.errors import UserError
+from qwen_lit.export.pipeline import adapter_from_checkpoint
+from qwen_lit.model.load import load_base
+from qwen_lit.predict import predict
 from qwen_lit.verify import verify
+
+log = logging.getLogger(__name__)
 
 
 class QwenTrainer(Trainer):
@@ -95,3 +102,39 @@ class QwenTrainer(Trainer):
             api = HfApi()
             api.create_repo(push_to_hub, exist_ok=True)
             api.upload_folder(repo_id=push_to_hub, folder_path=str(callback.folder / "final_model"))
+
+    def predict(  # type: ignore[override]
+        self,
+        model: Any,
+        datamodule: QwenDataModule,
+        source: str = "",
+        target: str = "predictions.jsonl",
+        ckpt_path: str | None = None,
+        batch_size: int = 8,
+        max_new_tokens: int = 512,
+    ) -> None:
+        """Answer the rows of a JSONL into another, in batches; run again, it goes on where it stopped.
+
+        Args:
+            model: names the base.
+            datamodule: not used but for its tokenizer.
+            source: JSONL in any of the formats of training.
+            target: JSONL that gets each row with its prediction.
+            ckpt_path: last, a checkpoint file, or an adapter folder; without it output_dir/lora_adapter.
+            batch_size: rows that are answered at a time.
+            max_new_tokens: most tokens of an answer.
+        """
+        if not Path(source).is_file():
+            raise UserError(f"source: no such file: {source}; give a JSONL of questions.")
+        callback = next(one for one in self.callbacks if isinstance(one, Export))  # type: ignore[attr-defined]
+        adapter = Path(ckpt_path) if ckpt_path else callback.folder / "lora_adapter"
+        if adapter.is_file():
+            adapter_from_checkpoint(adapter, model.lora_config, model.name, callback.folder / "lora_adapter")
+            adapter = callback.folder / "lora_adapter"
+        if not (adapter / "adapter_config.json").is_file():
+            raise UserError(f"no adapter in {adapter}; run fit first, or give --ckpt_path.")
+        base: Any = load_base(model.name, model.quantization_config, self.strategy.root_device)
+        base.config.use_cache = True
+        adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
+        now, before = predict(adapted, datamodule.tokenizer, Path(source), Path(target), batch_size, max_new_tokens)
+        log.info("%d rows answered into %s, %d were there already", now, target, before)

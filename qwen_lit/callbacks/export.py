@@ -29,7 +29,7 @@ class Export(Callback):
     def __init__(
         self,
         merge: bool = True,
-        merge_base: MergeBase = "auto",
+        merge_base: MergeBase = "original",
         gguf: GgufType | None = None,
         verdict_rows: int = 32,
         smoke_rows: int = 3,

@@ -9,7 +9,7 @@ import pickle
 import re
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,13 +90,42 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def to_host(value: Any) -> Any:
-    """A copy of nested dicts, lists and tensors that shares no memory with the original, tensors on the CPU."""
+    """A copy of nested dicts, lists and tensors that shares no memory with the original, tensors on the CPU.
+
+    Tensors on a GPU are copied all at once into pinned memory; those in bitsandbytes' paged memory are called to the
+    host first, as touching them page by page is slow.
+    """
+    tensors = list(_tensors(value))
+    on_gpu = [one for one in tensors if one.is_cuda]
+    paged = [one for one in tensors if getattr(one, "is_paged", False)]
+    if paged:
+        from bitsandbytes.functional import prefetch_tensor
+
+        for one in paged:
+            prefetch_tensor(one, to_cpu=True)
+    copies = {id(one): torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in on_gpu}
+    for one in on_gpu:
+        copies[id(one)].copy_(one.detach(), non_blocking=True)
+    if on_gpu or paged:
+        torch.cuda.synchronize()
+    return _replaced(value, copies)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
+def _replaced(value: Any, copies: dict[int, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return copies[id(value)] if id(value) in copies else value.detach().clone()
     if isinstance(value, dict):
-        return {key: to_host(one) for key, one in value.items()}
+        return {key: _replaced(one, copies) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(to_host(one) for one in value)
+        return type(value)(_replaced(one, copies) for one in value)
     return value
 
 

@@ -102,7 +102,7 @@ def _tensors(
     for name, source in names.items():
         weight = adapter.full.pop(name) if name in adapter.full else base.get(source)
         if quantization is not None and is_quantized(name, weight.dim(), quantization):
-            weight = nf4_roundtrip(weight, quantization)
+            weight = nf4_roundtrip(weight if device is None else weight.to(device), quantization)
         if name in adapter.bias:
             weight = weight.float() + adapter.bias.pop(name)
         pair = adapter.pairs.pop(name, None)
@@ -110,6 +110,7 @@ def _tensors(
             merged, delta = apply_pair(weight, pair, device)
             yield name, merged, delta
         else:
+            weight = weight.cpu()
             yield name, weight.to(torch.bfloat16) if weight.is_floating_point() else weight, None
 
 

@@ -37,7 +37,7 @@ class Job:
     told: Told
     quantization: dict[str, Any] | None = None
     """BitsAndBytesConfig keys of the base as trained; None for a bf16 base."""
-    merge_base: MergeBase = "auto"
+    merge_base: MergeBase = "original"
     gguf: GgufType | None = None
     held_out: Sequence[Example] = ()
     """Rows for the verdict."""
@@ -71,7 +71,8 @@ def run(job: Job, tell: Callable[[Verdict], None] = lambda verdict: None) -> Tol
         log.info("does the merged model answer as trained? %d %s rows:", verdict.rows, job.kind)
         for line in verdict.lines():
             log.info("  %s", line)
-        log.info("  merged into the %s weights", told.merge_base)
+        hint = "" if told.merge_base == verdict.best else f"; export.merge_base: {verdict.best} would answer nearer"
+        log.info("  merged into the %s weights%s", told.merge_base, hint)
         if warning := verdict.warning(told.merge_base):
             log.warning(warning)
         tell(verdict)
@@ -116,7 +117,7 @@ def try_prompts(job: Job) -> tuple[int, int]:
     ends, stopped = end_tokens(job.tokenizer), 0
     for ids, spans in job.taught:
         begin, end = (int(one) for one in spans[-1])
-        prompt = torch.as_tensor(ids[:begin], dtype=torch.int64, device=job.device)[None]
+        prompt = torch.tensor(ids[:begin], dtype=torch.int64, device=job.device)[None]
         with torch.no_grad():
             out = model.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False,

@@ -104,7 +104,7 @@ def measure(
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     weights = _Weights(adapter, base, quantization, bool(config.tie_word_embeddings), device)
     rotary = type(model.model.rotary_emb)(config).to(device)
-    rows = [torch.as_tensor(ids, dtype=torch.int64, device=device)[None] for ids, _ in examples]
+    rows = [torch.tensor(ids, dtype=torch.int64, device=device)[None] for ids, _ in examples]
     with torch.no_grad():
         embed = weights.of(EMBED, "original")
         hidden = {name: [embed[row] for row in rows] for name in variants}
@@ -185,7 +185,7 @@ def _compare(
     variants = list(hidden)
     wanted = [_supervised(spans).to(weights.device) for _, spans in examples]
     targets = torch.cat([
-        torch.as_tensor(ids, dtype=torch.int64, device=weights.device)[where + 1]
+        torch.tensor(ids, dtype=torch.int64, device=weights.device)[where + 1]
         for (ids, _), where in zip(examples, wanted, strict=True)
     ])  # fmt: skip
     heads: dict[str, Tensor] = {}

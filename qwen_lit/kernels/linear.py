@@ -130,56 +130,66 @@ def group_reference(x: Tensor, members: list[Member], seed: int) -> tuple[Tensor
     return tuple(outputs)
 
 
+def _stacked(adapted: list[Member], dtype: torch.dtype) -> Tensor:
+    """The members' A ``[r of all, in]``: one product reads their input once."""
+    parts = [member.pair(dtype)[0] for member in adapted]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 class _GroupLinear(torch.autograd.Function):
-    """Saves the input alone, and not even that when no member has an adapter."""
+    """Saves the input and its image under A alone, and neither when no member has an adapter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, members: list[Member], seed: int, *trained: Tensor) -> Any:
         adapted = [member for member in members if member.a is not None]
         dropout = adapted[0].dropout if adapted else 0.0
-        inner: Tensor | None = None
+        low: Tensor | None = None
         if adapted:
-            inner = dropped(x, dropout, seed) if dropout else x
-        outputs = []
+            low = (dropped(x, dropout, seed) if dropout else x) @ _stacked(adapted, x.dtype).t()
+        outputs, start = [], 0
         for member in members:
             y = linear(x, full_weight(member, x.dtype), member.bias)
-            if member.a is not None and member.b is not None and inner is not None:
-                a, b = member.pair(x.dtype)
-                y.addmm_(inner @ a.t(), b.t(), alpha=member.scale)
+            if member.b is not None and low is not None:
+                rank = member.b.shape[1]
+                y.addmm_(low[:, start : start + rank], member.pair(x.dtype)[1].t(), alpha=member.scale)
+                start += rank
             outputs.append(y)
-        ctx.save_for_backward(*([x] if adapted else []), *trained)
-        ctx.members, ctx.seed, ctx.dropout, ctx.adapted = members, seed, dropout, bool(adapted)
+        ctx.save_for_backward(*([x, low] if adapted else []), *trained)
+        ctx.members, ctx.seed, ctx.dropout, ctx.adapted = members, seed, dropout, adapted
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         saved = ctx.saved_tensors
-        x = saved[0] if ctx.adapted else None
-        inner = None
-        if x is not None:
-            inner = dropped(x, ctx.dropout, ctx.seed) if ctx.dropout else x
-        dx = side = None
-        d_trained: list[Tensor | None] = []
+        x, low = saved[:2] if ctx.adapted else (None, None)
         wants_dx = ctx.needs_input_grad[0]
+        d_low = None if low is None else torch.empty_like(low)
+        dx: Any = None
+        d_b: list[Tensor] = []
+        start = 0
         for member, dy in zip(ctx.members, grads, strict=True):
             if wants_dx:
                 weight = full_weight(member, dy.dtype)
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-            if member.a is None or member.b is None or inner is None:
-                continue
-            a, b = member.pair(dy.dtype)
-            d_low = (dy @ b) * member.scale
-            low = inner @ a.t()
-            d_trained += [(d_low.t() @ inner).to(member.a.dtype), (dy.t() @ low).mul_(member.scale).to(member.b.dtype)]
-            if wants_dx:
-                if ctx.dropout:
-                    side = d_low @ a if side is None else side.addmm_(d_low, a)
-                else:
-                    dx.addmm_(d_low, a)  # type: ignore[union-attr]
-        if side is not None:
-            # One mask for the group: the sum over members is masked once.
-            dx = dropped(side, ctx.dropout, ctx.seed, add=dx)
-        return dx, None, None, *d_trained
+            if member.b is not None and low is not None and d_low is not None:
+                mine = slice(start, start + member.b.shape[1])
+                start = mine.stop
+                b = member.pair(dy.dtype)[1]
+                d_low[:, mine].addmm_(dy, b, beta=0, alpha=member.scale)
+                d_b.append(torch.empty_like(b).addmm_(dy.t(), low[:, mine], beta=0, alpha=member.scale))
+        if x is None or d_low is None:
+            return dx, None, None
+        inner = dropped(x, ctx.dropout, ctx.seed) if ctx.dropout else x
+        d_a = (d_low.t() @ inner).split([member.a.shape[0] for member in ctx.adapted])
+        if wants_dx:
+            stacked = _stacked(ctx.adapted, d_low.dtype)
+            if ctx.dropout:
+                # One mask for the group: the sum over members is masked once.
+                dx = dropped(d_low @ stacked, ctx.dropout, ctx.seed, add=dx)
+            else:
+                dx.addmm_(d_low, stacked)
+        pairs = zip(ctx.adapted, d_a, d_b, strict=True)
+        return dx, None, None, *(one for member, a, b in pairs for one in (a.to(member.a.dtype), b.to(member.b.dtype)))
 
 
 def group_linear(x: Tensor, members: list[Member], seed: int = 0) -> tuple[Tensor, ...]:

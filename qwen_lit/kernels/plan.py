@@ -84,13 +84,14 @@ class Shape:
         base = model.base_model.model
         block, config = base.model.layers[0], base.config
         found = linears(block)
-        adapted = {name: read_member(one, True).a is not None for name, one in found.items()}
+        ranks = {name: 0 if (a := read_member(one, True).a) is None else len(a) for name, one in found.items()}
+        adapted = {name: rank > 0 for name, rank in ranks.items()}
         hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
         query, key = heads * block.self_attn.head_dim, config.num_key_value_heads * block.self_attn.head_dim
         kept = 2 * hidden + query + 2 * key + query + 2 * inner
         kept += hidden * any(adapted[name] for name in ("q_proj", "k_proj", "v_proj"))
         kept += hidden * (adapted["gate_proj"] or adapted["up_proj"]) + inner * adapted["down_proj"]
-        kept += (query + key) * hasattr(block.self_attn, "q_norm")
+        kept += (query + key) * hasattr(block.self_attn, "q_norm") + sum(ranks.values())
         size = base.get_input_embeddings().weight.element_size()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return Shape(

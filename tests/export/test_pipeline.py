@@ -19,6 +19,7 @@ from qwen_lit.cli import main
 def test_an_export_from_a_checkpoint_is_the_one_of_the_run(arguments, tmp_path, options, caplog):
     out = tmp_path / "out"
     run = [*arguments, *options, "--data.val_size", "5", "--export.gguf", "f16", "--model.learning_rate", "0.005"]
+    run += ["--export.merge_base", "auto"]
     assert main(run) == 0
     assert "does the merged model answer as trained? 5 held-out rows" in caplog.text
     first = {path.name: path.read_bytes() for path in (out / "final_model").iterdir()}
@@ -31,6 +32,7 @@ def test_an_export_from_a_checkpoint_is_the_one_of_the_run(arguments, tmp_path, 
     from_checkpoint = load_file(out / "lora_adapter" / "adapter_model.safetensors")
     assert sorted(adapter) == sorted(from_checkpoint)
     assert all(torch.equal(adapter[name], from_checkpoint[name]) for name in adapter)
+    assert "weights as they were trained on" in (out / "final_model" / "README.md").read_text()
     assert main(["export", *run[1:], "--export.merge_base", "original"]) == 0
     assert "weights as they were trained on" not in (out / "final_model" / "README.md").read_text()
 

@@ -1,0 +1,112 @@
+"""Fixed prompts, answered at each validation: what the model says while it learns."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from qwen_lit.callbacks.logger import RunLogger
+from qwen_lit.export.serving import end_tokens
+
+log = logging.getLogger(__name__)
+
+
+class Samples(Callback):
+    """Answers to the log, to TensorBoard and to ``output_dir/samples.jsonl``."""
+
+    def __init__(
+        self,
+        prompts: list[str] | None = None,
+        rows: int = 2,
+        max_new_tokens: int = 64,
+        output_dir: str = "output",
+    ) -> None:
+        """Asks nothing yet.
+
+        Args:
+            prompts: questions to ask; null takes those of the first validation rows.
+            rows: validation rows to take them from; 0 asks nothing.
+            max_new_tokens: most tokens of an answer.
+            output_dir: set by the top-level output_dir.
+        """
+        self.prompts, self.rows, self.max_new_tokens = prompts, rows, max_new_tokens
+        self.path = Path(output_dir) / "samples.jsonl"
+        self.asked: list[tuple[list[int], str | None]] = []
+        """Prompt ids and the answer of the row, where it is known."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before the first step: what the base says."""
+        self.asked = self._questions(trainer)
+        if trainer.global_step == 0:
+            self.path.unlink(missing_ok=True)
+            self._answer(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What it says by now."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._answer(trainer, pl_module)
+
+    def _questions(self, trainer: Any) -> list[tuple[list[int], str | None]]:
+        data = trainer.datamodule
+        if self.prompts is not None:
+            chats = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
+            ids = [data.tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"] for one in chats]
+            return [(list(one), None) for one in ids]
+        found: list[tuple[list[int], str | None]] = []
+        for number in range(min(self.rows, len(data.val_rows))):
+            ids, spans = data.val_rows[number]
+            begin, end = (int(one) for one in spans[-1])
+            found.append((ids[:begin].tolist(), data.tokenizer.decode(ids[begin:end], skip_special_tokens=True)))
+        return found
+
+    def _answer(self, trainer: Any, module: Any) -> None:
+        if not self.asked or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        embedding = module.model.get_input_embeddings().weight
+        if embedding.device != trainer.strategy.root_device:
+            log.info("no samples: the embedding stands on the CPU, to save GPU memory")
+            self.asked = []
+            return
+        tokenizer = trainer.datamodule.tokenizer
+        ends = end_tokens(tokenizer)
+        training = module.model.training
+        module.model.eval()
+        lines = []
+        for prompt, wanted in self.asked:
+            ids = torch.tensor([prompt], device=embedding.device)
+            with torch.no_grad(), torch.autocast(ids.device.type, dtype=torch.bfloat16):
+                out = module.model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
+                    max_new_tokens=self.max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
+                )[0, len(prompt) :].tolist()  # fmt: skip
+            lines.append(
+                {
+                    "step": trainer.global_step,
+                    "prompt": tokenizer.decode(prompt),
+                    "answer": tokenizer.decode(out, skip_special_tokens=True),
+                    "stopped": bool(set(out) & set(ends)),
+                    "wanted": wanted,
+                }
+            )
+        module.model.train(training)
+        self._tell(trainer, lines)
+
+    def _tell(self, trainer: Any, lines: list[dict[str, Any]]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            for number, line in enumerate(lines):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                log.info("sample %d at step %d: %s", number + 1, line["step"], _short(line["answer"]))
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                for number, line in enumerate(lines):
+                    text = f"```\n{line['prompt']}\n```\n\n{line['answer']}"
+                    logger.add_text(f"sample/{number + 1}", text, line["step"])
+
+
+def _short(text: str, most: int = 72) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= most else flat[: most - 1] + "…"

@@ -1,0 +1,178 @@
+"""``python -m qwen_lit chat PATH``: talk to an adapter on its 4-bit base, or to a merged model."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+from qwen_lit.errors import UserError
+from qwen_lit.export.serving import end_tokens
+
+HELP = """/system TEXT  begin anew under a system prompt        /reset  begin anew
+/think        switch thinking on or off (Qwen3)       /save FILE.jsonl  keep the conversation as a row
+/help         this                                    /quit   end"""
+
+
+class Chat:
+    """A conversation with a model."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int = 1024, sample: bool = True) -> None:
+        """Begins with no message.
+
+        Args:
+            model: a transformers or PEFT model for generation.
+            tokenizer: its tokenizer.
+            max_new_tokens: most tokens of an answer.
+            sample: draw by the generation config's settings; False takes the likeliest token.
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.sample = max_new_tokens, sample
+        self.messages: list[dict[str, str]] = []
+        self.think: bool | None = None
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer, piece by piece; both are part of the conversation once it has ended."""
+        from transformers import TextIteratorStreamer
+
+        self.messages.append({"role": "user", "content": question})
+        options = {} if self.think is None else {"enable_thinking": self.think}
+        inputs = self.tokenizer.apply_chat_template(
+            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **options
+        ).to(self.model.device)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        settings = {
+            **inputs, "streamer": streamer, "max_new_tokens": self.max_new_tokens,
+            "eos_token_id": end_tokens(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id,
+            **({} if self.sample else {"do_sample": False}),
+        }  # fmt: skip
+        worker = Thread(target=self._generate, args=(settings, streamer), daemon=True)
+        worker.start()
+        pieces = []
+        for piece in streamer:
+            pieces.append(piece)
+            yield piece
+        worker.join()
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _generate(self, settings: dict[str, Any], streamer: Any) -> None:
+        try:
+            with torch.no_grad():
+                self.model.generate(**settings)
+        finally:
+            streamer.end()
+
+    def command(self, line: str) -> str | None:
+        """Obey a line that begins with a slash; returns what to say, None to end."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/quit":
+            return None
+        if name == "/reset":
+            self.messages = [one for one in self.messages[:1] if one["role"] == "system"]
+            return "a new conversation"
+        if name == "/system":
+            self.messages = [{"role": "system", "content": rest}] if rest else []
+            return "a new conversation under this system prompt" if rest else "a new conversation without one"
+        if name == "/think":
+            self.think = not self.think
+            return f"thinking is {'on' if self.think else 'off'}"
+        if name == "/save" and rest:
+            if not any(one["role"] == "assistant" for one in self.messages):
+                return "there is no answer to save yet"
+            with Path(rest).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+            return f"saved to {rest}"
+        return HELP
+
+
+def load(path: str, quantize: bool) -> tuple[Any, Any]:
+    """The model and the tokenizer of an adapter folder or a model folder.
+
+    Args:
+        path: ``lora_adapter/``, ``final_model/``, or the output folder that holds them.
+        quantize: hold the base in 4 bits.
+
+    Raises:
+        UserError: it is none of these, or its base is not there.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    folder = Path(path).expanduser()
+    for name in ("final_model", "lora_adapter"):
+        if not (folder / "config.json").is_file() and (folder / name).is_dir():
+            folder = folder / name
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"chat: {path} holds neither an adapter nor a model; give lora_adapter/ or final_model/.")
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else folder
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.bfloat16, device_map={"": device}, quantization_config=config if quantize else None
+        )
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise UserError(f"chat: cannot load {base} ({str(error).splitlines()[0]})") from error
+    if adapter.is_file():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder))
+    return model.eval(), tokenizer
+
+
+def main(args: list[str]) -> int:
+    """One answer with ``--prompt``, a conversation without."""
+    parser = argparse.ArgumentParser(prog="python -m qwen_lit chat", description=__doc__, epilog=HELP,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("path", help="lora_adapter/, final_model/, or the output folder that holds them")
+    parser.add_argument("--prompt", help="answer this and end")
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--think", action=argparse.BooleanOptionalAction, help="let a Qwen3 think first, or not")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="most tokens of an answer")
+    parser.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=None,
+                        help="hold the base in 4 bits; default for an adapter")  # fmt: skip
+    given = parser.parse_args(args)
+    quantize = given.load_in_4bit
+    if quantize is None:
+        quantize = any((Path(given.path).expanduser() / one).is_file() for one in ("adapter_config.json",))
+    try:
+        model, tokenizer = load(given.path, quantize)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    chat = Chat(model, tokenizer, given.max_new_tokens, not given.greedy)
+    chat.think = given.think
+    if given.system:
+        chat.command("/system " + given.system)
+    if given.prompt is not None:
+        _say(chat, given.prompt)
+        return 0
+    print(HELP)
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except EOFError:
+            return 0
+        if line.startswith("/"):
+            said = chat.command(line)
+            if said is None:
+                return 0
+            print(said)
+        elif line:
+            _say(chat, line)
+
+
+def _say(chat: Chat, question: str) -> None:
+    for piece in chat.ask(question):
+        print(piece, end="", flush=True)
+    print()

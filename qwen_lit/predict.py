@@ -1,0 +1,106 @@
+"""Answer the rows of a JSONL into another, in batches, going on where an earlier run has stopped."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_lit.data.records import RowError, parse_line, parse_row
+from qwen_lit.errors import UserError
+from qwen_lit.export.serving import end_tokens
+
+log = logging.getLogger(__name__)
+
+
+def done_lines(path: Path) -> int:
+    """Whole lines of an output; a torn last one is cut off."""
+    if not path.is_file():
+        return 0
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return content[:whole].count(b"\n")
+
+
+def questions(path: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]], Any]]:
+    """Each row with its messages up to the last user or tool turn, and its tools.
+
+    Raises:
+        UserError: a row asks nothing.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            source = f"{path}:{number}"
+            try:
+                row: Any = parse_line(line)
+                messages, tools = _question(row, source)
+            except RowError as error:
+                raise UserError(f"{source}: {error}") from error
+            yield row, messages, tools
+
+
+def _question(row: Any, source: str) -> tuple[list[dict[str, Any]], Any]:
+    """A row may come with an answer, which is left out, or without."""
+    asked = dict(row) if isinstance(row, dict) else row
+    if isinstance(asked, dict):
+        if isinstance(asked.get("messages"), list) and asked["messages"]:
+            if asked["messages"][-1].get("role") != "assistant":
+                asked["messages"] = [*asked["messages"], {"role": "assistant", "content": "-"}]
+        else:
+            for question, answer in (("instruction", "output"), ("prompt", "completion")):
+                if question in asked and not asked.get(answer):
+                    asked[answer] = "-"
+    conversation = parse_row(asked, source)
+    last = max(number for number, one in enumerate(conversation.messages) if one["role"] == "assistant")
+    return conversation.messages[:last], conversation.tools
+
+
+def predict(
+    model: Any, tokenizer: Any, source: Path, target: Path, batch_size: int, max_new_tokens: int
+) -> tuple[int, int]:
+    """Append to ``target`` each row of ``source`` with the model's likeliest ``prediction``.
+
+    Args:
+        model: for generation, on its device.
+        tokenizer: with a chat template.
+        source: JSONL in any of the formats of training; answers in it are not shown to the model.
+        target: JSONL; the rows it has are not answered again.
+        batch_size: rows that are answered at a time.
+        max_new_tokens: most tokens of an answer.
+
+    Returns:
+        Rows answered now, and rows that were there already.
+    """
+    rows = list(questions(source))
+    there = done_lines(target)
+    ends, device = end_tokens(tokenizer), model.device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[-1]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("a", encoding="utf-8") as file:
+        for start in range(there, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            prompts = [
+                tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"]
+                for _, messages, tools in batch
+            ]
+            width = max(map(len, prompts))
+            ids = torch.tensor([[pad] * (width - len(one)) + list(one) for one in prompts], device=device)
+            mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
+                    eos_token_id=ends, pad_token_id=pad,
+                )[:, width:]  # fmt: skip
+            for (row, _, _), answer in zip(batch, out, strict=True):
+                text = tokenizer.decode(answer, skip_special_tokens=True)
+                file.write(json.dumps({**row, "prediction": text}, ensure_ascii=False) + "\n")
+            file.flush()
+            log.info("%d of %d rows answered", start + len(batch), len(rows))
+    return len(rows) - there, there

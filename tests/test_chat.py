@@ -1,0 +1,72 @@
+"""Talking to what a run has left, and answering files with it."""
+
+import json
+
+import pytest
+
+from qwen_lit.chat import Chat, load
+from qwen_lit.cli import main
+from qwen_lit.predict import done_lines
+
+
+@pytest.fixture(scope="module")
+def run(model_folder, dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    arguments = [
+        "fit", "--config", "configs/qwen7b.yaml", "--output_dir", str(out), "--data.val_size", "3",
+        "--model.model_name_or_path", str(model_folder), "--data.dataset_path", str(dataset),
+        "--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false",
+        "--trainer.val_check_interval", "8", "--model.lora_config.r", "4",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    return out, arguments
+
+
+@pytest.mark.parametrize("name", ["lora_adapter", "final_model", "."])
+def test_one_answer_from_an_adapter_a_merged_model_and_an_output_folder(run, name, capsys):
+    assert main(["chat", str(run[0] / name), "--prompt", "Hi", "--greedy", "--max_new_tokens", "4"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_a_conversation_has_turns_a_system_prompt_and_is_saved_as_a_row(run, tmp_path):
+    chat = Chat(*load(str(run[0]), False), max_new_tokens=3, sample=False)
+    assert "under this system prompt" in chat.command("/system Be brief.")
+    first = "".join(chat.ask("你好"))
+    list(chat.ask("again"))
+    assert [one["role"] for one in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert chat.messages[2]["content"] == first
+    path = tmp_path / "kept.jsonl"
+    chat.command(f"/save {path}")
+    assert json.loads(path.read_text())["messages"] == chat.messages
+    chat.command("/reset")
+    assert [one["role"] for one in chat.messages] == ["system"]
+    assert chat.command("/think") == "thinking is on" and chat.command("/think") == "thinking is off"
+    assert chat.command("/quit") is None and "/save" in chat.command("/unknown")
+
+
+def test_what_is_neither_adapter_nor_model_is_refused(tmp_path, capsys):
+    assert main(["chat", str(tmp_path), "--prompt", "Hi"]) == 2
+    assert "neither an adapter nor a model" in capsys.readouterr().err
+
+
+def test_predictions_stand_beside_their_rows_and_go_on_after_a_torn_line(run, tmp_path):
+    rows = [{"instruction": "What is 1 plus 2?"}, {"messages": [{"role": "user", "content": "Hi"}], "id": 7}]
+    rows += [{"instruction": f"Say {n}", "output": "not shown"} for n in range(3)]
+    source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["predict", *run[1][1:], "--source", str(source), "--target", str(target), "--batch_size", "2",
+               "--max_new_tokens", "4"]  # fmt: skip
+    assert main(command) == 0
+    whole = target.read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [{**row, "prediction": line["prediction"]} for row, line in zip(rows, lines, strict=True)] == lines
+    target.write_bytes(whole[: whole.index(b"\n") + 9])
+    assert done_lines(target) == 1 and main(command) == 0
+    assert [json.loads(line)["id"] for line in target.read_bytes().splitlines() if b'"id"' in line] == [7]
+    assert len(target.read_bytes().splitlines()) == len(rows)
+
+
+def test_samples_are_answered_before_and_at_each_validation(run):
+    lines = [json.loads(line) for line in (run[0] / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 0, 1, 1, 2, 2]
+    assert lines[0]["prompt"].endswith("<|im_start|>assistant\n") and lines[0]["wanted"].startswith("It is ")
