@@ -24,7 +24,7 @@ TEMPLATE """{{{{ range $i, $m := .Messages }}}}{default}<|im_start|>{{{{ $m.Role
 """
 {parameters}
 '''
-DEFAULT_SYSTEM = '{{ if and (eq $i 0) (ne $m.Role "system") }}<|im_start|>system\n%s<|im_end|>\n{{ end }}'
+DEFAULT_SYSTEM = '{{ if and (eq $i 0) (ne $m.Role "system") }}%s{{ end }}'
 
 
 @dataclass
@@ -87,11 +87,10 @@ def write_serving_files(out_dir: Path, base_dir: Path, tokenizer: Any, told: Tol
     (out_dir / "README.md").write_text(model_card(told), encoding="utf-8")
 
 
-def default_system(tokenizer: Any) -> str | None:
-    """The system prompt that the chat template adds when a conversation has none."""
+def default_system(tokenizer: Any) -> str:
+    """What the chat template puts before a conversation that has no system prompt."""
     text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    head = "<|im_start|>system\n"
-    return text[len(head) : text.index("<|im_end|>")] if text.startswith(head) else None
+    return text[: text.index("<|im_start|>user")]
 
 
 def modelfile(tokenizer: Any, generation: dict[str, Any], source: str = ".") -> str:
@@ -103,7 +102,7 @@ def modelfile(tokenizer: Any, generation: dict[str, Any], source: str = ".") -> 
         source: the folder or GGUF file that ``FROM`` names.
     """
     system = default_system(tokenizer)
-    default = DEFAULT_SYSTEM % system if system is not None else ""
+    default = DEFAULT_SYSTEM % system if system else ""
     parameters = [f'PARAMETER stop "{token}"' for token in STOP_TOKENS if token in tokenizer.get_vocab()]
     for name, ours in (("temperature", "temperature"), ("top_p", "top_p"), ("top_k", "top_k"),
                        ("repetition_penalty", "repeat_penalty")):  # fmt: skip

@@ -50,7 +50,7 @@ def test_a_template_without_a_default_system_prompt_gets_none(qwen_tokenizer):
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     qwen_tokenizer.chat_template = template
-    assert default_system(qwen_tokenizer) is None
+    assert default_system(qwen_tokenizer) == ""
     wanted = qwen_tokenizer.apply_chat_template(CHAT[1:], tokenize=False, add_generation_prompt=True)
     assert ollama_renders(modelfile(qwen_tokenizer, {}), CHAT[1:]) == wanted
 
