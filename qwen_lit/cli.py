@@ -14,11 +14,14 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from transformers.utils import logging as transformers_logging
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.export import Export
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput
+from qwen_lit.callbacks.progress import RunProgress
+from qwen_lit.callbacks.report import RunReport
 from qwen_lit.callbacks.samples import Samples
 from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, manifest_of
 from qwen_lit.chat import main as chat
@@ -82,7 +85,7 @@ class QwenCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The Trainer's methods that make sense for this job."""
-        return dict.fromkeys(("fit", "validate", "inspect", "verify_resume", "export", "predict"), SKIPPED)
+        return dict.fromkeys(("fit", "validate", "inspect", "plan", "verify_resume", "export", "predict"), SKIPPED)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Only the subcommand that is asked for needs its keys: reading all their docstrings takes a while."""
@@ -114,9 +117,15 @@ class QwenCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with TensorBoard in ``output_dir/logs`` and checkpoints that are whole or absent."""
         config = self.config[self.subcommand]
-        if config.trainer.logger in (None, True):
+        if config.trainer.logger in (None, True) and self.subcommand not in ("fit", "validate", "export"):
+            kwargs["logger"] = False
+        elif config.trainer.logger in (None, True):
             step = step_of(self.checkpoint) if self.subcommand == "fit" and self.checkpoint else None
             kwargs["logger"] = RunLogger.at(config.output_dir, step)
+        if config.trainer.enable_progress_bar is not False:
+            given = config.trainer.callbacks
+            ours = [] if given and any("ProgressBar" in one.class_path for one in given) else [RunProgress()]
+            self.trainer_defaults["callbacks"] += ours
         plugins = config.trainer.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
@@ -198,6 +207,8 @@ def set_up_logging() -> None:
     level = os.environ.get("QWEN_LIT_LOG", "INFO").upper()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     log.setLevel(level)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     if level == "DEBUG":
         logging.getLogger().setLevel(level)
     else:
@@ -232,7 +243,7 @@ def _run(cli: QwenCLI, args: list[str]) -> int:
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             trainer_defaults={
-                "callbacks": [Throughput()],
+                "callbacks": [Throughput(), RunReport()],
                 "enable_model_summary": False,
                 "enable_checkpointing": True,
                 "use_distributed_sampler": False,

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from qwen_lit.callbacks.export import Export
 from qwen_lit.data.audit import audit, find_rows, html_report, text_report, text_row
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.prepare import Rows
+from qwen_lit.dry_run import arithmetic, lines, measure
 from qwen_lit.errors import UserError
 from qwen_lit.export.pipeline import adapter_from_checkpoint
+from qwen_lit.kernels.plan import parse_bytes
 from qwen_lit.model.load import load_base
 from qwen_lit.predict import predict
 from qwen_lit.verify import verify
@@ -56,6 +59,32 @@ class QwenTrainer(Trainer):
             page = html_report(result, everything, numbers, datamodule.tokenizer)
             Path(html).write_text(page, encoding="utf-8")
         self.exit_code = 1 if result.problems else 0
+
+    def plan(
+        self, model: Any, datamodule: QwenDataModule, memory_budget: str | None = None, json: bool = False
+    ) -> None:
+        """Run the heaviest real batch through every part of a run, and tell memory, speed, time and disk.
+
+        Args:
+            model: the module that would be trained.
+            datamodule: the data it would be trained on.
+            memory_budget: answer for a card of this size, such as 8GiB.
+            json: print JSON instead of lines.
+        """
+        datamodule.prepare_data()
+        datamodule.setup()
+        self._data_connector.attach_datamodule(model, datamodule)
+        model.trainer = self
+        if memory_budget:
+            model.memory_budget = parse_bytes(memory_budget)
+        if self.strategy.root_device.type == "cuda":
+            result = measure(self, model, datamodule)
+        else:
+            result = arithmetic(self, model, datamodule, model.memory_budget)
+        for line in [dumps(result, indent=1)] if json else lines(result):
+            print(line)
+        unfit = result["measured"] is False and not any(plan["fits"] for plan in result["plans"])
+        self.exit_code = 1 if unfit else 0
 
     def verify_resume(self, model: Any, datamodule: QwenDataModule, steps: int = 6) -> None:
         """Train a few steps, kill, resume, and compare with a run that was left alone, in output_dir/verify_resume.

@@ -1,6 +1,7 @@
 """Rows to batches: padded or packed, in an order that resumes at the very next batch."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
@@ -150,6 +151,8 @@ class ResumableLoader(DataLoader[Any]):
         super().__init__(batch_sampler=order, generator=torch.Generator().manual_seed(order.seed), **options)
         self.data, self.order = data, order
         self.position, self.resumed = 0, False
+        self.waited = 0.0
+        """Seconds that training has waited for batches."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         epoch = self.data.trainer.current_epoch if self.data.trainer else 0
@@ -157,7 +160,13 @@ class ResumableLoader(DataLoader[Any]):
             self.position = 0
         self.resumed = False
         self.order.epoch, self.order.start = epoch, self.position
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
             self.position += 1
             yield batch
 

@@ -91,7 +91,7 @@ class QwenDataModule(L.LightningDataModule):
         cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.cache = Path(cache_dir or f"{cache_home}/qwen_lit").expanduser()
         self.num_proc, self.num_workers, self.seed = num_proc, num_workers, seed
-        self.merge, self.unpadded = 1, packing
+        self.merge, self.unpadded, self.heaviest_first = 1, packing, False
         self.tokenizer: Any = None
         self.train_rows: Rows | None = None
         self.val_rows: Rows | None = None
@@ -271,7 +271,11 @@ class QwenDataModule(L.LightningDataModule):
     def _order(self, rows: Rows, shuffled: bool) -> EpochOrder:
         rank = self.trainer.global_rank if self.trainer else 0
         ranks = self.trainer.world_size if self.trainer else 1
-        return EpochOrder(self.batches(rows), self.seed, rank, ranks, shuffled, self.merge)
+        batches = self.batches(rows)
+        if self.heaviest_first:
+            lengths = rows.column("length")
+            batches, shuffled = sorted(batches, key=lambda batch: -int(lengths[batch].sum())), False
+        return EpochOrder(batches, self.seed, rank, ranks, shuffled, self.merge)
 
     def _loader(self, rows: Rows, shuffled: bool) -> DataLoader[Any]:
         pad = self.tokenizer.pad_token_id

@@ -115,6 +115,23 @@ class Shape:
         return static + self.fixed + saved + max(layer, loss)
 
 
+def relative_time(recomputed: float, tokens: int) -> float:
+    """Time of a token, over that of one that keeps everything in an endless micro-batch.
+
+    Recomputing a layer costs a third of it; a dequantisation as much as 320 tokens' products.
+
+    Args:
+        recomputed: share of the layers.
+        tokens: of a micro-batch.
+    """
+    return (1 + 0.3 * recomputed) * (1 + 320 / tokens)
+
+
+def needed(estimate: int) -> int:
+    """The smallest budget under which a plan with this estimate is chosen."""
+    return int((estimate + LIBRARIES) / (1 - MARGIN)) + 1
+
+
 def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int]) -> Plan:
     """The fastest plan that fits.
 
@@ -136,8 +153,7 @@ def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int
             estimate = shape.peak(static, tokens * merge, recompute, chunk)
             if estimate > usable:
                 continue
-            # Recomputing a layer costs a third of it; a dequantisation as much as 320 tokens' products.
-            cost = (1 + 0.3 * recompute / shape.layers) * (1 + 320 / (tokens * merge))
+            cost = relative_time(recompute / shape.layers, tokens * merge)
             if best is None or cost < best[0]:
                 best = cost, Plan(merge, recompute, chunk, estimate, budget)
             break

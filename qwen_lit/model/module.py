@@ -99,7 +99,8 @@ class QwenModule(L.LightningModule):
         self.lora_plus_ratio = lora_plus_ratio
         self.neftune_noise_alpha = neftune_noise_alpha
         self.gradient_checkpointing = gradient_checkpointing
-        self.engine_name, self.fast = engine, cast("FastEngine | None", None)
+        self.engine_name, self.fast, self.engine_told = engine, cast("FastEngine | None", None), ""
+        self.plan: Plan | None = None
         self.memory_budget = parse_bytes(memory_budget) if memory_budget else None
         self.model: PeftModel | None = None
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
@@ -123,8 +124,6 @@ class QwenModule(L.LightningModule):
             self.model.save_pretrained(self.initial_adapter.name, save_embedding_layers=False)
         if self.neftune_noise_alpha > 0:
             base.get_input_embeddings().register_forward_hook(self._add_noise)  # type: ignore[operator]
-        trained, total = self.model.get_nb_trainable_parameters()
-        log.info("training %s of %s parameters (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
         self._choose_engine()
 
     def _choose_engine(self) -> None:
@@ -140,7 +139,7 @@ class QwenModule(L.LightningModule):
         if self.engine_name == "fast" and reason:
             raise UserError(f"model.engine is fast, but {reason}; set it to auto.")
         if self.engine_name == "reference" or reason:
-            log.info("engine: reference%s", f" ({reason})" if reason and self.engine_name == "auto" else "")
+            self.engine_told = "reference" + (f" ({reason})" if reason and self.engine_name == "auto" else "")
             return
         data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         # Documents lie end to end: nothing is computed for padding.
@@ -148,7 +147,7 @@ class QwenModule(L.LightningModule):
         if device.type != "cuda":
             layers = cast(Any, self.model).base_model.model.config.num_hidden_layers
             self.fast = FastEngine(self.model, layers if self.gradient_checkpointing else 0)
-            log.info("engine: fast, by the plain twins of its kernels")
+            self.engine_told = "fast, by the plain twins of its kernels"
             return
         plan = self._plan(data, device)
         self.fast = apply(plan, self.model)
@@ -158,7 +157,7 @@ class QwenModule(L.LightningModule):
         for name in ("limit_train_batches", "val_check_interval"):
             if isinstance(getattr(trainer, name), int):
                 setattr(trainer, name, getattr(trainer, name) // plan.merge)
-        log.info("engine: fast, %s", plan)
+        self.engine_told, self.plan = f"fast, {plan}", plan
 
     def _plan(self, data: QwenDataModule, device: torch.device) -> Plan:
         trainer = cast(Any, self.trainer)
@@ -167,8 +166,13 @@ class QwenModule(L.LightningModule):
         merges = [n for n in range(common, 0, -1) if common % n == 0]
         free = free_memory(device)
         budget = min(self.memory_budget or free, free)
-        shape = Shape.of(self.model, 8 if self.optimizer_name != "paged_adamw_8bit" else 2)
+        shape = Shape.of(self.model, self.state_bytes)
         return choose(shape, torch.cuda.memory_allocated(device), budget, data.most_tokens(), merges)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of optimizer state for a trained number."""
+        return 2 if self.optimizer_name == "paged_adamw_8bit" else 8
 
     def on_train_start(self) -> None:
         """What a resumed optimizer needs: paged memory, and the settings of this configuration, which may differ.

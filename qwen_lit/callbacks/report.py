@@ -1,0 +1,185 @@
+"""What will be trained, in ten lines; and what came of it, as summary.json and a page to send to each other."""
+
+import json
+import logging
+import os
+import textwrap
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from qwen_lit.callbacks.export import Export
+from qwen_lit.callbacks.metrics import Throughput
+from qwen_lit.export.serving import LIBRARIES
+from qwen_lit.report import page
+
+log = logging.getLogger(__name__)
+KEPT = {
+    "train/loss": "loss", "train/lr": "lr", "train/grad_norm": "grad_norm",
+    "train/tokens_per_second": "tokens_per_second", "val/loss": "val_loss",
+}  # fmt: skip
+LINE = 66
+"""Columns of a line after the time and the level, of 80 in all."""
+MOST_POINTS = 4000
+"""Of a curve; beyond, every second point is dropped."""
+
+
+class RunReport(Callback):
+    """Prints the start and writes the end of a run; its curves are part of the checkpoint."""
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self.history: dict[str, list[list[float]]] = {}
+        self.step = -1
+        self.resumed: list[int] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what will be trained."""
+        self.step = trainer.global_step
+        if trainer.global_step:
+            self.resumed.append(trainer.global_step)
+        if trainer.is_global_zero:
+            for name, text in start_lines(trainer, pl_module).items():
+                for line in textwrap.wrap(f"{name:<10} {text}", LINE, subsequent_indent=" " * 11):
+                    log.info(line)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep what is logged."""
+        step = trainer.global_step
+        if step == self.step:
+            return
+        self.step = step
+        if step % trainer.log_every_n_steps == 0 or step <= 1:  # type: ignore[attr-defined]
+            for name in KEPT:
+                if name != "val/loss" and name in trainer.callback_metrics:
+                    self._keep(name, step, float(trainer.callback_metrics[name]))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the validation loss."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
+            self._keep("val/loss", trainer.global_step, float(trainer.callback_metrics["val/loss"]))
+
+    def _keep(self, name: str, step: int, value: float) -> None:
+        curve = self.history.setdefault(KEPT[name], [])
+        if not curve or curve[-1][0] < step:
+            curve.append([step, value])
+        if len(curve) > MOST_POINTS:
+            del curve[1:-1:2]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists."""
+        return {"history": self.history, "resumed": self.resumed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves."""
+        self.history, self.resumed = state_dict["history"], state_dict["resumed"]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The panel of the whole run, while the device still knows."""
+        if trainer.is_global_zero:
+            self.panel = _throughput(trainer).whole(trainer)
+            for line in panel_lines(self.panel, getattr(pl_module, "skipped_steps", 0)):
+                log.info(line)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the summary and the page, after the export."""
+        run: Any = trainer
+        if trainer.is_global_zero and not run.fast_dev_run and not trainer.interrupted:
+            for export in run.callbacks:
+                if isinstance(export, Export):
+                    write(export.folder, self.summary(trainer, pl_module, export))
+
+    def summary(self, trainer: Any, module: Any, export: Export) -> dict[str, Any]:
+        """All of it as plain values."""
+        samples = export.folder / "samples.jsonl"
+        lines = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
+        verdict = export.told.verdict if export.told else None
+        panel = getattr(self, "panel", {})
+        return {
+            "run": start_lines(trainer, module),
+            "steps": trainer.global_step,
+            "resumed_at": self.resumed,
+            "skipped_steps": module.skipped_steps,
+            "losses": {name: curve[-1][1] for name, curve in self.history.items() if name.endswith("loss")},
+            "throughput": {name: round(value, 4) for name, value in panel.items()},
+            "data": trainer.datamodule.facts(),
+            "verdict": verdict,
+            "stopped": export.told.stopped if export.told else None,
+            "history": self.history,
+            "samples": [json.loads(line) for line in lines],
+            "versions": {name: version(name) for name in LIBRARIES},
+            "config": export.training_config,
+        }
+
+
+def write(folder: Path, summary: dict[str, Any]) -> None:
+    """``summary.json`` and ``report.html``, each whole or absent."""
+    text = json.dumps(summary, indent=1, ensure_ascii=False, default=str)
+    for name, content in (("summary.json", text), ("report.html", page(summary))):
+        partial = folder / f"{name}.tmp"
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, folder / name)
+    log.info("report written to %s", folder / "report.html")
+
+
+def _throughput(trainer: Any) -> Throughput:
+    return next(one for one in trainer.callbacks if isinstance(one, Throughput))
+
+
+def start_lines(trainer: Any, module: Any) -> dict[str, str]:
+    """What is trained, and on what."""
+    data = trainer.datamodule
+    trained, total = module.model.get_nb_trainable_parameters()
+    rows = data.train_rows
+    tokens, supervised = int(rows.column("length").sum()), int(rows.column("supervised").sum())
+    accumulate = trainer.accumulate_grad_batches * data.merge
+    per_step = accumulate * trainer.world_size
+    batches = data.micro_batches(trainer.world_size)
+    steps = data.total_steps(trainer)
+    config = module.quantization_config
+    bits = "none, bf16"
+    if config is not None:
+        double = ", double" if getattr(config, "bnb_4bit_use_double_quant", False) else ""
+        bits = f"{getattr(config, 'bnb_4bit_quant_type', '8 bits')}{double}" if config.load_in_4bit else "8 bits"
+    lora = module.lora_config
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules))
+    return {
+        "model": f"{module.name} ({_count(total)} parameters)",
+        "trained": f"{trained:,} ({trained / total:.2%}): r={lora.r}, alpha={lora.lora_alpha} on {targets}",
+        "base": f"quantisation {bits}",
+        "engine": module.engine_told,
+        "data": f"{len(rows):,} rows, {tokens:,} tokens, {supervised / max(1, tokens):.0%} supervised; "
+        f"{len(data.val_rows):,} rows held out",
+        "step": f"{per_step} micro-batches of {data.batch_size} x {data.max_length} tokens"
+        + (", packed" if data.packing else " at most")
+        + f", about {tokens // max(1, batches * trainer.world_size) * per_step:,} tokens",
+        "run": f"{steps:,} optimizer steps, {trainer.max_epochs} epochs, learning rate {module.learning_rate:g} "
+        f"({module.schedule_name}), {module.optimizer_name}",
+        "device": f"{trainer.world_size} x {trainer.strategy.root_device.type}, precision {trainer.precision}",
+        "output": str(next((one.folder for one in trainer.callbacks if isinstance(one, Export)), "")),
+        "begins at": f"step {trainer.global_step}" + (" (resumed)" if trainer.global_step else ""),
+    }
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.1f} million"
+
+
+def panel_lines(panel: dict[str, float], skipped: int) -> list[str]:
+    """The panel of a run, in lines of at most 80 columns."""
+    use = f", {panel['flop_use']:.0%} of the card's peak" if "flop_use" in panel else ""
+    lines = [
+        f"throughput   {panel['tokens_per_second']:,.0f} tokens/s, "
+        f"{panel['supervised_tokens_per_second']:,.0f} supervised, {panel['fill']:.1%} full",
+        f"work         {panel['model_tflops']:.2f} TFLOP/s{use}, {panel['recompute_tflops']:.2f} recomputed",
+        f"time         {panel['share_waiting_for_data']:.1%} waiting for data, {panel['share_saving']:.1%} saving, "
+        f"{panel['share_validating']:.1%} validating",
+    ]
+    if "peak_memory_gib" in panel:
+        lines.append(f"memory       {panel['memory_gib']:.2f} GiB now, {panel['peak_memory_gib']:.2f} GiB at the peak")
+    return [*lines, f"skipped      {skipped} steps"]

@@ -1,0 +1,281 @@
+"""See before you spend: the heaviest real batch through every part of a run, or the arithmetic where no GPU is."""
+
+import tempfile
+import textwrap
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qwen_lit.callbacks.checkpoint import RunCheckpoint
+from qwen_lit.callbacks.store import step_files
+from qwen_lit.export.adapter import CHUNK_ELEMENTS
+from qwen_lit.flops import measured_flops, token_flops
+from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, needed, relative_time
+
+STEPS = 4
+"""Optimizer steps that are measured; the first one warms up and is left out."""
+CARDS = (8, 16, 24, 40, 80)
+"""GiB for which the arithmetic answers when no budget is given."""
+
+
+class Probe(Callback):
+    """Times each optimizer step and one validation batch, and takes the peak of memory."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.tokens: list[int] = []
+        self.step_tokens = 0
+        self.validation = 0.0
+        self.peak = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """A step begins with its first micro-batch."""
+        if not self.step_tokens:
+            torch.cuda.synchronize()
+            self.began, self.step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """And ends with the update."""
+        self.step_tokens += batch["tokens"]
+        if trainer.global_step > self.step:
+            torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - self.began)
+            self.tokens.append(self.step_tokens)
+            self.step_tokens = 0
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The heaviest validation batch, without gradients."""
+        module: Any = pl_module
+        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        for batch in loader:
+            moved = {k: v.to(module.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            module.eval()
+            started = time.perf_counter()
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                module.loss_sum(moved)
+            torch.cuda.synchronize()
+            self.validation = (time.perf_counter() - started) * len(loader)
+            break
+        self.peak = torch.cuda.max_memory_allocated()
+
+
+def arithmetic_model(module: Any) -> Any:
+    """The PEFT model without weights, on the meta device."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(module.config, dtype=torch.bfloat16)
+        return get_peft_model(base, module.lora_config)
+
+
+def static_bytes(model: Any, quantization: Any) -> int:
+    """Bytes of the weights as they will stand on the device.
+
+    NF4 takes half a byte a number, a byte a block of 64 and, with double quantisation, four bytes a 256 of these;
+    without it four bytes a block.
+    """
+    total = 0
+    for name, parameter in model.named_parameters():
+        count = parameter.numel()
+        if "lora_" in name:
+            total += 4 * count
+        elif quantization is not None and "proj" in name and parameter.ndim == 2:
+            double = getattr(quantization, "bnb_4bit_use_double_quant", False)
+            total += count // 2 + count // 64 * (1 if double else 4) + (count // 64 // 64 if double else 0)
+        else:
+            total += 2 * count
+    return total
+
+
+def common(trainer: Any, module: Any, data: Any, model: Any) -> dict[str, Any]:
+    """What is known without a GPU: steps, tokens, disk and memory for the export."""
+    rows = data.train_rows
+    lengths, supervised = rows.column("length"), rows.column("supervised")
+    tokens, steps = int(lengths.sum()), data.total_steps(trainer)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    checkpoint = trained * (4 + module.state_bytes)
+    weights = 2 * sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    largest = max(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    keep = next((one.keep for one in trainer.callbacks if isinstance(one, RunCheckpoint)), 2)
+    share = float(supervised.sum() / max(1, tokens))
+    length = float((lengths.astype(float) ** 2).sum() / max(1, tokens))
+    return {
+        "rows": len(rows),
+        "tokens_per_epoch": tokens,
+        "supervised_share": round(share, 4),
+        "steps": steps,
+        "epochs": trainer.max_epochs,
+        "tokens_per_step": round(tokens * (trainer.max_epochs or 1) / max(1, steps)),
+        "heaviest_micro_batch_tokens": data.most_tokens(),
+        "flops_per_token": token_flops(model, length, share)[0],
+        "checkpoint_mb": round(checkpoint / 1e6, 1),
+        "disk_gb": round((checkpoint * (keep + 1) + 4 * trained + weights) / 1e9, 2),
+        "export_gb": round(weights / 1e9, 2),
+        # The tensor in the making, one block of it in float32, and the adapter.
+        "export_ram_gib": round((2 * largest + 8 * min(largest, CHUNK_ELEMENTS) + 4 * trained) / GIB + 0.6, 2),
+    }
+
+
+def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict[str, Any]:
+    """Plans from the shapes alone, for one budget or for usual cards."""
+    model = arithmetic_model(module)
+    shape, static = Shape.of(model, module.state_bytes), static_bytes(model, module.quantization_config)
+    accumulate = trainer.accumulate_grad_batches
+    merges = [n for n in range(accumulate, 0, -1) if accumulate % n == 0]
+    tokens = data.most_tokens()
+    result = common(trainer, module, data, model) | {"measured": False, "weights_gib": round(static / GIB, 2)}
+    plans = []
+    for size in [budget] if budget else [card * GIB for card in CARDS]:
+        plan = choose(shape, static, size, tokens, merges)
+        fits = needed(plan.estimate) <= size
+        plans.append(_told(plan) | {"fits": fits, "relative_time": _relative(plan, shape, tokens)})
+    return result | {"plans": plans, "advice": advice(shape, static, choose(
+        shape, static, budget or CARDS[-1] * GIB, tokens, merges), module, data, model)}  # fmt: skip
+
+
+def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
+    """Forward, backward, update, validation and a checkpoint on the heaviest real batches, on the GPU.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit, in the first minute instead of the fifth hour.
+    """
+    device = trainer.strategy.root_device
+    model = arithmetic_model(module)
+    result = common(trainer, module, data, model)
+    limit = measured_flops(device)
+    probe, data.heaviest_first = Probe(), True
+    checkpoint = next(one for one in trainer.callbacks if isinstance(one, RunCheckpoint))
+    trainer.callbacks = [probe, checkpoint]
+    trainer.fit_loop.epoch_loop.max_steps = min(STEPS, result["steps"])
+    trainer.limit_val_batches = 0
+    trainer.num_sanity_val_steps = 0
+    trainer.loggers = []
+    checkpoint.folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="qwen_lit_plan_", dir=checkpoint.folder.parent) as folder:
+        checkpoint.folder, checkpoint.every_n_train_steps = Path(folder), 10**9
+        torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
+        trainer.fit(module, data)
+        result["minutes_to_plan"] = round((time.perf_counter() - started) / 60, 2)
+        result["checkpoint_mb"] = round(step_files(Path(folder))[0].stat().st_size / 1e6, 1)
+    steady = sorted(n / s for n, s in list(zip(probe.tokens, probe.seconds, strict=True))[1:] or
+                    zip(probe.tokens, probe.seconds, strict=True))  # fmt: skip
+    speed = steady[len(steady) // 2]
+    bound = limit / result["flops_per_token"]
+    epochs = trainer.max_epochs or 1
+    seconds = result["tokens_per_epoch"] * epochs / speed
+    plan = module.plan
+    result |= {
+        "measured": True,
+        "device": torch.cuda.get_device_name(device),
+        "engine": module.engine_told,
+        "measured_peak_gib": round(probe.peak / GIB, 2),
+        "tokens_per_second": round(speed),
+        "card_tflops": round(limit / 1e12),
+        "limit_tokens_per_second": round(bound),
+        "share_of_limit": round(speed / bound, 3),
+        "first_step_seconds": round(probe.seconds[0], 2),
+        "validation_seconds": round(probe.validation, 2),
+        "checkpoint_stall_seconds": round(checkpoint.stalled, 3),
+        "epoch_seconds": round(seconds / epochs),
+        "run_seconds": round(seconds),
+        "advice": [],
+    }
+    if plan is not None:
+        shape = Shape.of(module.model, module.state_bytes)
+        static = static_bytes(model, module.quantization_config)
+        result |= _told(plan) | {"advice": advice(shape, static, plan, module, data, model)}
+    return result
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    return {
+        "budget_gib": round(plan.budget / GIB, 2),
+        "estimated_peak_gib": round(plan.estimate / GIB, 2),
+        "merged_micro_batches": plan.merge,
+        "recomputed_layers": plan.recompute_layers,
+        "embedding_on_cpu": plan.host_embedding,
+        "inputs_offloaded": plan.offload,
+    }
+
+
+def _relative(plan: Plan, shape: Shape, tokens: int) -> float:
+    return round(relative_time(plan.recompute_layers / shape.layers, tokens * plan.merge), 3)
+
+
+def advice(shape: Shape, static: int, plan: Plan, module: Any, data: Any, model: Any) -> list[str]:
+    """What would make it faster or smaller, with the gain of each by the planner's own arithmetic."""
+    tokens, found = data.most_tokens(), []
+    own = _relative(plan, shape, tokens)
+    if plan.recompute_layers:
+        whole = needed(shape.peak(static, tokens * plan.merge, 0, plan.loss_chunk))
+        gain = own / relative_time(0.0, tokens * plan.merge) - 1
+        found.append(f"faster: with {whole / GIB:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
+    if not data.packing:
+        lengths = data.train_rows.column("length")
+        mean = float(lengths.sum()) / max(1, len(data.batches(data.train_rows)))
+        full = data.batch_size * data.max_length
+        gain = relative_time(0.0, max(1, int(mean * plan.merge))) / relative_time(0.0, full * plan.merge) - 1
+        if gain > 0.02:
+            found.append(
+                f"faster: data.packing: true fills micro-batches of {mean:,.0f} tokens up to {full:,}: about "
+                f"{gain:.0%} faster (lower trainer.accumulate_grad_batches to keep the rows of a step)"
+            )
+    half = shape.peak(static, tokens // 2 * plan.merge, plan.recompute_layers, plan.loss_chunk)
+    if plan.estimate - half > GIB // 8:
+        found.append(f"smaller: data.max_length {tokens // 2} takes {(plan.estimate - half) / GIB:.1f} GiB less")
+    lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved = lora // 2 * (8 + module.state_bytes)
+    found.append(f"smaller: lora_config.r {module.lora_config.r // 2} takes {saved / GIB:.2f} GiB less")
+    config = module.quantization_config
+    if config is None or not getattr(config, "load_in_4bit", False):
+        found.append("smaller: quantization_config nf4 takes about a quarter of the weights' memory")
+    elif not config.bnb_4bit_use_double_quant:
+        count = sum(p.numel() for name, p in model.named_parameters() if "proj" in name and "lora_" not in name)
+        found.append(f"smaller: bnb_4bit_use_double_quant: true takes {count / 64 * 3 / GIB:.2f} GiB less")
+    return found
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The answer in lines of at most 80 columns."""
+    out = [
+        f"data        {result['rows']:,} rows, {result['tokens_per_epoch']:,} tokens an epoch, "
+        f"{result['supervised_share']:.0%} supervised",
+        f"run         {result['steps']:,} optimizer steps, about {result['tokens_per_step']:,} tokens each",
+    ]
+    if result["measured"]:
+        out.append(f"card        {result['device']}, {result['card_tflops']} TFLOP/s in a large product")
+        out.append(f"engine      {result['engine']}")
+        if "budget_gib" in result:
+            out.append(f"memory      estimated {result['estimated_peak_gib']:.2f} GiB, measured "
+                       f"{result['measured_peak_gib']:.2f}, of {result['budget_gib']:.2f} GiB")  # fmt: skip
+        else:
+            out.append(f"memory      measured {result['measured_peak_gib']:.2f} GiB")
+        out += [
+            f"speed       {result['tokens_per_second']:,} tokens/s, {result['share_of_limit']:.0%} of the "
+            f"{result['limit_tokens_per_second']:,} this card can do",
+            f"time        an epoch {_time(result['epoch_seconds'])}, the run {_time(result['run_seconds'])}, "
+            f"a validation {_time(result['validation_seconds'])}",
+            f"checkpoint  {result['checkpoint_mb']} MB, training waits {result['checkpoint_stall_seconds']:.3f} s",
+        ]
+    else:
+        out.append("no GPU is seen: this is arithmetic from the shapes, not a measurement")
+        for plan in result["plans"]:
+            how = f"{plan['merged_micro_batches']} merged, {plan['recomputed_layers']} layers recomputed"
+            how += ", embedding on the CPU" * plan["embedding_on_cpu"]
+            how += ", inputs offloaded" * plan["inputs_offloaded"]
+            fits = how if plan["fits"] else "does not fit"
+            out.append(f"{plan['budget_gib']:>7.2f} GiB  peak {plan['estimated_peak_gib']:>6.2f}  {fits}")
+    out.append(f"disk        {result['disk_gb']} GB for checkpoints and export, of it {result['export_gb']} GB merged")
+    out.append(f"export      about {result['export_ram_gib']} GiB of RAM")
+    out += result["advice"]
+    return [part for line in out for part in textwrap.wrap(line, 80, subsequent_indent=" " * 12)]
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds))) if seconds >= 1 else f"{seconds:.2f} s"

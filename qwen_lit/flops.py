@@ -1,0 +1,71 @@
+"""Work a token asks for, and what a card can do."""
+
+import time
+from typing import Any
+
+import torch
+
+PEAKS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "GH200": 989e12,
+    "B200": 2250e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A30": 165e12, "A10": 125e12, "L40S": 362e12,
+    "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12, "5090": 210e12, "4090": 165e12,
+    "4080": 97e12, "4070": 58e12, "4060": 30e12, "3090": 71e12, "3080": 60e12, "3060": 26e12,
+}  # fmt: skip
+"""Dense bf16 operations a second with fp32 accumulation, from the makers' sheets, by a part of the name."""
+
+
+def peak_flops(name: str) -> float | None:
+    """The sheet's peak of a card; None for one that is not known. The longest name that fits is taken."""
+    found = [part for part in PEAKS if part in name]
+    return PEAKS[max(found, key=len)] if found else None
+
+
+def token_flops(model: Any, length: float, supervised: float) -> tuple[float, float]:
+    """Floating-point operations of a trained token on frozen weights.
+
+    A frozen weight costs 4 a parameter: forward, and the gradient of its input; its own gradient is not computed. A
+    LoRA weight costs 6. lm_head works on supervised tokens alone.
+
+    Args:
+        model: a PEFT model; its weights may stand on the meta device.
+        length: mean tokens of a document.
+        supervised: share of the tokens.
+
+    Returns:
+        Of a token, and of a token's forward pass through the decoder, which recomputing adds.
+    """
+    base = model.base_model.model
+    config = base.config
+    linear = sum(_numel(module.weight) for name, module in base.model.named_modules() if _is_base_linear(name, module))
+    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.ndim == 2)
+    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or
+                                          config.hidden_size // config.num_attention_heads)  # fmt: skip
+    # A causal token sees half of its document; two products forward, four backward.
+    attention = 2 * length * heads * config.num_hidden_layers
+    head = config.vocab_size * config.hidden_size * supervised
+    return 4 * (linear + head) + 6 * lora + 3 * attention, 2 * (linear + lora) + attention
+
+
+def _is_base_linear(name: str, module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(module, torch.nn.Linear) and weight is not None and "lora_" not in name and "embed" not in name
+    )
+
+
+def _numel(weight: Any) -> int:
+    state = getattr(weight, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else int(weight.numel())
+
+
+def measured_flops(device: torch.device, size: int = 8192) -> float:
+    """What a large bf16 product really reaches on a device, in operations a second."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = 0.0
+    for _ in range(6):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
