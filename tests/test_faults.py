@@ -165,7 +165,7 @@ def test_sigterm_before_training_has_begun_exits_143(command, tmp_path, monkeypa
 
 
 def test_a_signal_during_the_export_loses_nothing(command, whole, tmp_path, monkeypatch):
-    from qwen_lit.callbacks import export
+    from qwen_lit.export import pipeline as export
 
     out, plain = tmp_path / "out", export.merge_adapter
     monkeypatch.setattr(export, "merge_adapter", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))

@@ -92,21 +92,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def to_host(value: Any) -> Any:
     """A copy of nested dicts, lists and tensors that shares no memory with the original, tensors on the CPU.
 
-    Tensors on a GPU are copied all at once into pinned memory; those in bitsandbytes' paged memory are called to the
-    host first, as touching them page by page is slow.
+    Tensors on a GPU are copied all at once into pinned memory.
     """
-    tensors = list(_tensors(value))
-    on_gpu = [one for one in tensors if one.is_cuda]
-    paged = [one for one in tensors if getattr(one, "is_paged", False)]
-    if paged:
-        from bitsandbytes.functional import prefetch_tensor
-
-        for one in paged:
-            prefetch_tensor(one, to_cpu=True)
+    on_gpu = [one for one in _tensors(value) if one.is_cuda]
     copies = {id(one): torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in on_gpu}
     for one in on_gpu:
         copies[id(one)].copy_(one.detach(), non_blocking=True)
-    if on_gpu or paged:
+    if on_gpu:
         torch.cuda.synchronize()
     return _replaced(value, copies)
 

@@ -63,5 +63,7 @@ def dequantize(packed: Tensor, state: Any, out: Tensor) -> Tensor:
     _dequantize[(triton.cdiv(blocks, ROWS),)](
         packed, state.absmax, code, scales, offset, state.code, out, blocks,
         NESTED=state.nested, OUTER=size, BYTES=state.blocksize // 2, ROWS=ROWS, num_warps=4,
+        # A fused multiply-add would round once where bitsandbytes rounds twice.
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out
