@@ -16,7 +16,7 @@ class Trace(Callback):
         """Opens nothing yet.
 
         Args:
-            path: the JSONL file; a resumed run appends to it.
+            path: the JSONL file; a resumed run appends to it. Ranks but the first add their number to its name.
         """
         self.path = Path(path)
         self.rows: list[str] = []
@@ -25,6 +25,8 @@ class Trace(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Steps count from where the run stands."""
         self.step, self.rows = trainer.global_step, []
+        if trainer.global_rank:
+            self.path = self.path.with_name(f"{self.path.name}.{trainer.global_rank}")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

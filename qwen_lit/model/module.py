@@ -179,6 +179,9 @@ class QwenModule(L.LightningModule):
 
         Lightning has put its states on the device by now, and its learning rates back to those of the checkpoint.
         """
+        if self.trainer.world_size > 1 and not self.trainer.global_step:
+            # Ranks train other rows, and so drop out other numbers.
+            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             repage(optimizer)
             configure_groups(optimizer, cast(Any, config.scheduler), self.group_settings)
@@ -269,7 +272,9 @@ class QwenModule(L.LightningModule):
         data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         places = data.places(self.trainer.current_epoch, self.last_batch + 1 - len(self.window), self.last_batch)
         finite = torch.stack(self.window).isfinite().tolist()
-        blamed = [row for rows, good in zip(places, finite, strict=False) if not good or all(finite) for row in rows]
+        # A rank whose own losses are good has nothing to blame.
+        every = all(finite) and (self.trainer.world_size == 1 or math.isfinite(loss))
+        blamed = [row for rows, good in zip(places, finite, strict=False) if not good or every for row in rows]
         shown = ", ".join(blamed[:8]) + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "")
         what = "gradient" if math.isfinite(loss) else "loss"
         log.warning("step %d: the %s is not finite; the step is skipped (%s)", self.trainer.global_step, what, shown)
