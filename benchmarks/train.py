@@ -26,6 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
     "24 GiB": {"memory": 24},
     "8 GiB": {"memory": 8},
     "least memory": {"memory": 5.6, "tokens": 2048, "steps": 3},
+    "longest row, 8 GiB": {"memory": 8, "longest": 11_000, "tokens": 11_000, "steps": 2},
+    "longest row, 24 GiB": {"memory": 24, "longest": 66_000, "tokens": 66_000, "steps": 2},
+    "longest row, 80 GiB": {"longest": 256_000, "tokens": 256_000, "steps": 2},
     "length mix": {"mix": True},
     "length mix, 24 GiB": {"mix": True, "memory": 24},
 }
@@ -75,7 +78,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     reason = why_not(model, device)
     if reason:
         raise SystemExit(reason)
-    longest, step_tokens = 2048, case.get("tokens", 16_384)
+    longest, step_tokens = case.get("longest", 2048), case.get("tokens", 16_384)
     budget = min(free_memory(device), int(case["memory"] * GIB) if "memory" in case else 2**62)
     merges = [n for n in range(step_tokens // longest, 0, -1) if (step_tokens // longest) % n == 0]
     plan = choose(Shape.of(model, 2), torch.cuda.memory_allocated(), budget, longest, merges)

@@ -26,6 +26,7 @@ from qwen_lit.callbacks.samples import Samples
 from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, manifest_of
 from qwen_lit.chat import main as chat
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.distributed import watch_parent
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.export import ExportError
 from qwen_lit.model.load import load_tokenizer
@@ -110,7 +111,8 @@ class QwenCLI(LightningCLI):
             if not torch.cuda.is_available():
                 raise UserError(f"trainer.accelerator is {accelerator}, but no CUDA device is seen; set it to auto.")
         writes = self.subcommand in ("fit", "export") and not config.trainer.fast_dev_run
-        if writes and getattr(rank_zero_only, "rank", 0) == 0:
+        first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+        if writes and first:
             self.lock = hold(Path(config.output_dir))
         self.checkpoint = find_checkpoint(config.get("ckpt_path"), Path(config.output_dir))
 
@@ -222,6 +224,7 @@ def set_up_logging() -> None:
 def main(args: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     set_up_logging()
+    watch_parent()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     cli = QwenCLI.__new__(QwenCLI)
     given = sys.argv[1:] if args is None else args

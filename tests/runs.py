@@ -90,3 +90,15 @@ def doing(step: int, name: str, argument: str = "") -> list[str]:
 def spoil_adapter(trainer, argument):
     next(p for p in trainer.lightning_module.parameters() if p.requires_grad).data.fill_(float("nan"))
     trainer.lightning_module.on_before_optimizer_step = lambda optimizer: trainer.lightning_module.window.clear()
+
+
+def poison_rank(trainer, rank):
+    module = trainer.lightning_module
+    plain = module.loss_sum
+    if trainer.global_rank == int(rank):
+
+        def poisoned(batch):
+            module.loss_sum = plain
+            return plain(batch) * float("nan")
+
+        module.loss_sum = poisoned

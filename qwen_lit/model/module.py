@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen_lit.config import Lora, Quantization
 from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.distributed import agree, least, watch_children
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.kernels.engine import FastEngine, why_not
 from qwen_lit.kernels.plan import Plan, Shape, apply, choose, free_memory, parse_bytes
@@ -111,6 +112,19 @@ class QwenModule(L.LightningModule):
         self.window: list[Tensor] = []
         self.window_tokens = 0
         self.last_batch = 0
+        self.validated = torch.zeros(2)
+
+    def setup(self, stage: str) -> None:
+        """Make sure that all ranks are about to train the same.
+
+        Raises:
+            UserError: they are not.
+        """
+        if stage == "fit":
+            data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+            told = settings(self)
+            agree(self.trainer, {**data.state_dict(), **told["frozen"], **told["free"]})
+            watch_children(self.trainer)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""
@@ -165,9 +179,10 @@ class QwenModule(L.LightningModule):
         common = math.gcd(trainer.accumulate_grad_batches, *(one for one in limits if isinstance(one, int)))
         merges = [n for n in range(common, 0, -1) if common % n == 0]
         free = free_memory(device)
-        budget = min(self.memory_budget or free, free)
+        budget = least(trainer, min(self.memory_budget or free, free))
         shape = Shape.of(self.model, self.state_bytes)
-        return choose(shape, torch.cuda.memory_allocated(device), budget, data.most_tokens(), merges)
+        static = -least(trainer, -torch.cuda.memory_allocated(device))
+        return choose(shape, static, budget, data.most_tokens(), merges)
 
     @property
     def state_bytes(self) -> int:
@@ -285,16 +300,21 @@ class QwenModule(L.LightningModule):
                 "checkpoints hold the last good state."
             )
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin the sums anew."""
+        self.validated = torch.zeros(2, dtype=torch.float64, device=self.device)
+
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Validation loss, weighted by tokens so that the batch size never changes it."""
-        tokens = batch["targets"].numel()
-        loss = self.loss_sum(batch) / max(tokens, 1)
-        self.log("val/loss", loss, batch_size=tokens, on_epoch=True, prog_bar=True, sync_dist=True)
+        """Add up loss and tokens, so that neither the batch size nor the number of ranks changes the mean."""
+        self.validated += torch.stack([self.loss_sum(batch), torch.tensor(batch["targets"].numel()).to(self.device)])
 
     def on_validation_epoch_end(self) -> None:
-        """Perplexity of the token-weighted mean loss."""
-        if "val/loss" in self.trainer.callback_metrics:
-            self.log("val/perplexity", self.trainer.callback_metrics["val/loss"].exp())
+        """Mean loss over all supervised tokens of all ranks, and its perplexity."""
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(self.validated)
+        loss = (self.validated[0] / self.validated[1].clamp(min=1)).float()
+        self.log("val/loss", loss, prog_bar=True)
+        self.log("val/perplexity", loss.exp())
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run.

@@ -1,0 +1,169 @@
+"""Two processes train what one of them would, survive each other's faults, and go on together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_lit.callbacks.store import last_checkpoint
+from qwen_lit.cli import main
+from tests.runs import adapter, doing, same, trace
+
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+ALIKE = ["--model.lora_config.lora_dropout", "0", "--data.num_workers", "0"]
+PADDED = ["--data.packing", "false", "--data.batch_size", "2", "--data.max_length", "128"]
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "qwen_lit", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+    try:
+        text = process.communicate(timeout=seconds)[1]
+    finally:
+        process.kill()
+    return process.returncode, text
+
+
+def run(command: list[str]) -> tuple[int, str]:
+    return finish(start(command))
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(one) for one in path.read_text().split()]
+
+
+def until(condition, seconds: float = 60) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def steps_done(out: Path) -> int:
+    return len(trace(out)) if (out / "trace.jsonl").is_file() else 0
+
+
+@pytest.fixture(scope="module")
+def two(command, tmp_path_factory) -> Path:
+    """Two ranks with dropout, and two workers each, never stopped."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    code, text = run(command(out, *TWO))
+    assert code == 0, text
+    return out
+
+
+@pytest.mark.parametrize("layout", [[], PADDED], ids=["packed", "padded"])
+def test_two_ranks_learn_what_one_with_twice_the_accumulation_learns(command, tmp_path, layout):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(command(one, *ALIKE, *layout, "--trainer.accumulate_grad_batches", "6")) == 0
+    code, text = run(command(two, *ALIKE, *layout, *TWO))
+    assert code == 0, text
+    expected, found = trace(one), trace(two)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, other in zip(expected, found, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    left, right = adapter(one), adapter(two)
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-5
+    best = [torch.load(out / "checkpoints" / "best.ckpt", weights_only=True) for out in (one, two)]
+    losses = [state["callbacks"]["RunCheckpoint"]["best"] for state in best]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_each_row_is_trained_once_an_epoch_over_all_ranks(two):
+    other = [json.loads(line) for line in (two / "trace.jsonl.1").read_text().splitlines()]
+    for epoch in (0, 1):
+        seen = Counter(row for line in [*trace(two), *other] if line["epoch"] == epoch for row in line["rows"])
+        assert len(seen) > 50 and set(seen.values()) == {1}
+    assert not {row for line in trace(two) if line["epoch"] == 0 for row in line["rows"]} & {
+        row for line in other if line["epoch"] == 0 for row in line["rows"]
+    }
+
+
+@pytest.mark.parametrize("asked", ["the first rank", "the other rank", "both"])
+def test_a_signal_to_any_rank_stops_all_and_the_resumed_run_is_the_whole_one(command, two, tmp_path, asked):
+    out = tmp_path / "out"
+    process = start(command(out, *TWO))
+    until(lambda: steps_done(out) >= 1)
+    pids = {"the first rank": [process.pid], "the other rank": children(process)[:1]}
+    for pid in pids.get(asked, [process.pid, *children(process)[:1]]):
+        os.kill(pid, signal.SIGTERM)
+    code, text = finish(process)
+    assert code == 143, text
+    assert 1 <= steps_done(out) < len(trace(two))
+    code, text = run(command(out, *TWO, "--ckpt_path", "last"))
+    assert code == 0, text
+    assert same(two, out)
+
+
+def test_another_number_of_ranks_is_refused(command, two, tmp_path, capsys):
+    assert main(command(two, "--ckpt_path", "last")) == 2
+    assert "trainer.devices x trainer.num_nodes: 2 in the checkpoint, 1 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["the other rank", "the first rank"])
+def test_when_a_rank_dies_the_others_end_and_the_last_checkpoint_is_whole(command, two, tmp_path, lost):
+    out = tmp_path / "out"
+    process = start(command(out, *TWO, "--checkpoint.every_n_train_steps", "1"))
+    until(lambda: steps_done(out) >= 2)
+    (other,) = children(process)[:1]
+    os.kill(other if lost == "the other rank" else process.pid, signal.SIGKILL)
+    code, text = finish(process, 60)
+    assert code not in (0, 143), text
+    until(lambda: not Path(f"/proc/{other}").exists())
+    assert last_checkpoint(out / "checkpoints") is not None
+    code, text = run(command(out, *TWO, "--ckpt_path", "last"))
+    assert code == 0, text
+    left, right = adapter(two), adapter(out)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all_and_named_by_that_one(command, tmp_path):
+    out = tmp_path / "out"
+    code, text = run(command(out, *TWO, *doing(2, "poison_rank", "1")))
+    assert code == 0, text
+    assert text.count("the loss is not finite; the step is skipped (") == 2
+    assert text.count("the step is skipped ()") == 1
+    assert all(one.isfinite().all() for one in adapter(out).values())
+    assert [line["loss"] is not None for line in trace(out)].count(True) >= 1
+
+
+def test_machines_with_different_rows_are_refused_on_both(command, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"instruction": f"Ask {n}", "output": f"It is {n}."}) + "\n" for n in range(59)))
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    machines = []
+    for rank in ("0", "1"):
+        rows = ["--data.dataset_path", str(other)] if rank == "1" else []
+        options = ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "ddp"]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": rank}
+        machines.append(start(command(tmp_path / rank, *options, *rows), **place))
+    for code, text in map(finish, machines):
+        assert code == 2, text
+        assert "the ranks of this run would train different things" in text
+        assert "data.dataset_path: " in text and "on rank 1" in text
+
+
+def test_torchrun_starts_the_ranks_as_well(command, two, tmp_path):
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [*launcher, "qwen_lit", *command(out, *TWO)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert same(two, out)
