@@ -83,6 +83,16 @@ def test_two_ranks_learn_what_one_with_twice_the_accumulation_learns(command, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_base_that_is_sharded_over_two_ranks_learns_what_a_whole_one_learns(command, two, tmp_path):
+    storage = ["--model.quantization_config.bnb_4bit_quant_storage", "bfloat16"]
+    options = [*ALIKE, *storage, "--trainer.max_epochs", "1", "--samples.rows", "0", *TWO]
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    for out, more in ((whole, []), (sharded, ["--model.shard_base", "true"])):
+        code, text = run(command(out, *options, *more))
+        assert code == 0, text
+    assert same(whole, sharded)
+
+
 def test_each_row_is_trained_once_an_epoch_over_all_ranks(two):
     other = [json.loads(line) for line in (two / "trace.jsonl.1").read_text().splitlines()]
     for epoch in (0, 1):
@@ -93,13 +103,13 @@ def test_each_row_is_trained_once_an_epoch_over_all_ranks(two):
     }
 
 
-@pytest.mark.parametrize("asked", ["the first rank", "the other rank", "both"])
+@pytest.mark.parametrize("asked", ["the other rank", "both"])
 def test_a_signal_to_any_rank_stops_all_and_the_resumed_run_is_the_whole_one(command, two, tmp_path, asked):
     out = tmp_path / "out"
     process = start(command(out, *TWO))
     until(lambda: steps_done(out) >= 1)
-    pids = {"the first rank": [process.pid], "the other rank": children(process)[:1]}
-    for pid in pids.get(asked, [process.pid, *children(process)[:1]]):
+    others = children(process)[:1]
+    for pid in others if asked == "the other rank" else [process.pid, *others]:
         os.kill(pid, signal.SIGTERM)
     code, text = finish(process)
     assert code == 143, text
@@ -125,6 +135,8 @@ def test_when_a_rank_dies_the_others_end_and_the_last_checkpoint_is_whole(comman
     assert code not in (0, 143), text
     until(lambda: not Path(f"/proc/{other}").exists())
     assert last_checkpoint(out / "checkpoints") is not None
+    if lost == "the first rank":
+        return
     code, text = run(command(out, *TWO, "--ckpt_path", "last"))
     assert code == 0, text
     left, right = adapter(two), adapter(out)
@@ -143,7 +155,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all_and_named_by_th
 
 def test_machines_with_different_rows_are_refused_on_both(command, tmp_path):
     other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({"instruction": f"Ask {n}", "output": f"It is {n}."}) + "\n" for n in range(59)))
+    asked = [{"instruction": f"Ask {n}", "output": f"It is {n}."} for n in range(59)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in asked))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])

@@ -35,6 +35,7 @@ class RunReport(Callback):
         self.history: dict[str, list[list[float]]] = {}
         self.step = -1
         self.resumed: list[int] = []
+        self.begun: dict[str, str] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what will be trained."""
@@ -42,7 +43,8 @@ class RunReport(Callback):
         if trainer.global_step:
             self.resumed.append(trainer.global_step)
         if trainer.is_global_zero:
-            for name, text in start_lines(trainer, pl_module).items():
+            self.begun = start_lines(trainer, pl_module)
+            for name, text in self.begun.items():
                 for line in textwrap.wrap(f"{name:<10} {text}", LINE, subsequent_indent=" " * 11):
                     log.info(line)
 
@@ -101,7 +103,7 @@ class RunReport(Callback):
         verdict = export.told.verdict if export.told else None
         panel = getattr(self, "panel", {})
         return {
-            "run": start_lines(trainer, module),
+            "run": self.begun or start_lines(trainer, module),
             "steps": trainer.global_step,
             "resumed_at": self.resumed,
             "skipped_steps": module.skipped_steps,

@@ -64,7 +64,7 @@ class Samples(Callback):
         return found
 
     def _answer(self, trainer: Any, module: Any) -> None:
-        if not self.asked or not trainer.is_global_zero or trainer.fast_dev_run:
+        if not self.asked or not trainer.is_global_zero or trainer.fast_dev_run or module.shard_base:
             return
         embedding = module.model.get_input_embeddings().weight
         if embedding.device != trainer.strategy.root_device:

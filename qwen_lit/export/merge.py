@@ -127,7 +127,10 @@ def _fingerprint(adapter_dir: Path, base: BaseModel, *settings: Any) -> str:
     """What an export depends on; a folder that a killed one has left is continued where it is the same."""
     files = sorted({path for path, _, _ in base.where.values()})
     stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    adapter = [file_digest(adapter_dir / name) for name in ("adapter_config.json", "adapter_model.safetensors")]
+    config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    # PEFT writes these sets in any order.
+    lists = {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}
+    adapter = [sorted(lists.items()), file_digest(adapter_dir / "adapter_model.safetensors")]
     return hashlib.sha256(json.dumps([stats, adapter, settings], default=str).encode()).hexdigest()
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qwen_lit.errors import UserError
@@ -128,6 +130,19 @@ def load_base(name: str, quantization: BitsAndBytesConfig | None, device: torch.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return model
+
+
+def shard_layers(model: PeftModel, device: torch.device) -> None:
+    """Shard the frozen weights of every decoder layer over all ranks by FSDP2; the adapter stays whole on each.
+
+    Args:
+        model: the base with its adapter, in host memory; every rank has the same.
+        device: of this rank; the shards and all else are moved there, a layer at a time.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    base: Any = model.base_model.model
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
 
 
 def add_adapter(base: nn.Module, lora: LoraConfig, checkpointing: bool) -> PeftModel:

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from qwen_lit.config import Lora, Quantization
 from qwen_lit.data.batches import Batch
@@ -17,7 +18,7 @@ from qwen_lit.distributed import agree, least, watch_children
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.kernels.engine import FastEngine, why_not
 from qwen_lit.kernels.plan import Plan, Shape, apply, choose, free_memory, parse_bytes
-from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config
+from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config, shard_layers
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.optim import (
     OptimizerName,
@@ -54,6 +55,7 @@ class QwenModule(L.LightningModule):
         engine: Literal["auto", "fast", "reference"] = "auto",
         memory_budget: str | None = None,
         max_skipped_steps: int = 10,
+        shard_base: bool = False,
     ) -> None:
         """Checks the settings; weights are read in ``configure_model``.
 
@@ -77,6 +79,8 @@ class QwenModule(L.LightningModule):
             memory_budget: GPU memory the fast engine may use, as 8GiB; null is all that is free.
             max_skipped_steps: optimizer steps in a row whose loss or gradient is not finite, each skipped and its
                 rows named, after which the run stops.
+            shard_base: shard the frozen layers over the ranks, for a base that does not fit one card; needs
+                trainer.strategy ddp and bnb_4bit_quant_storage bfloat16.
 
         Raises:
             UserError: the model or a setting cannot work.
@@ -88,6 +92,12 @@ class QwenModule(L.LightningModule):
             raise UserError(f"model.warmup_ratio is {warmup_ratio}; it must be at least 0 and below 1.")
         if lora_config.r <= 0:
             raise UserError(f"model.lora_config.r is {lora_config.r}; it must be above 0, for example 32.")
+        if shard_base and quantization_config and quantization_config.bnb_4bit_quant_storage != torch.bfloat16:
+            raise UserError(
+                "model.shard_base needs weights that shard; set "
+                "model.quantization_config.bnb_4bit_quant_storage to bfloat16."
+            )
+        self.shard_base = shard_base
         self.name = model_name_or_path
         self.lora_config = lora_config
         self.quantization_config = quantization_config
@@ -130,8 +140,16 @@ class QwenModule(L.LightningModule):
         """Load the base on this rank's device and put the adapter on it."""
         if self.model is not None:
             return
-        base = load_base(self.name, self.quantization_config, self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device
+        sharded = self.shard_base and self.trainer.world_size > 1
+        base = load_base(self.name, self.quantization_config, torch.device("cpu") if sharded else device)
         self.model = add_adapter(base, self.lora_config, self.gradient_checkpointing)
+        if sharded:
+            shard_layers(self.model, device)
+            # DDP reduces the adapter alone: the shards differ from rank to rank.
+            frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+            frozen += [name for name, _ in self.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
         if str(self.lora_config.init_lora_weights).lower().startswith(("pissa", "olora")):
             # These change the base; the exported adapter is the difference from where it started.
             self.initial_adapter = tempfile.TemporaryDirectory(prefix="qwen_lit_")
@@ -147,7 +165,7 @@ class QwenModule(L.LightningModule):
             UserError: ``engine`` is fast, and the model or the device does not allow it.
         """
         device = self.trainer.strategy.root_device
-        reason = why_not(self.model, device)
+        reason = "the base is sharded" if self.shard_base else why_not(self.model, device)
         if self.engine_name == "auto" and device.type != "cuda":
             reason = reason or "there is no CUDA device"
         if self.engine_name == "fast" and reason:
