@@ -90,7 +90,7 @@ class Chat:
         return HELP
 
 
-def load(path: str, quantize: bool) -> tuple[Any, Any]:
+def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
     """The model and the tokenizer of an adapter folder or a model folder.
 
     Args:
@@ -109,6 +109,7 @@ def load(path: str, quantize: bool) -> tuple[Any, Any]:
     adapter = folder / "adapter_config.json"
     if not adapter.is_file() and not (folder / "config.json").is_file():
         raise UserError(f"chat: {path} holds neither an adapter nor a model; give lora_adapter/ or final_model/.")
+    quantize = adapter.is_file() if quantize is None else quantize
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else folder
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     config = BitsAndBytesConfig(
@@ -143,8 +144,6 @@ def main(args: list[str]) -> int:
                         help="hold the base in 4 bits; default for an adapter")  # fmt: skip
     given = parser.parse_args(args)
     quantize = given.load_in_4bit
-    if quantize is None:
-        quantize = any((Path(given.path).expanduser() / one).is_file() for one in ("adapter_config.json",))
     try:
         model, tokenizer = load(given.path, quantize)
     except UserError as error:

@@ -115,6 +115,8 @@ class QwenCLI(LightningCLI):
         if writes and first:
             self.lock = hold(Path(config.output_dir))
         self.checkpoint = find_checkpoint(config.get("ckpt_path"), Path(config.output_dir))
+        if config.get("ckpt_path") == "last" and self.checkpoint is None and self.subcommand != "fit":
+            raise UserError(f"ckpt_path: there is no checkpoint in {config.output_dir}; run fit first or give a file.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with TensorBoard in ``output_dir/logs`` and checkpoints that are whole or absent."""

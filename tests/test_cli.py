@@ -81,3 +81,8 @@ def test_help_explains_every_key_of_our_own(capsys):
             described = re.search(rf"^ +{name}: (.{{10,20}})", owner.__init__.__doc__, re.MULTILINE)
             assert described, key
             assert f"--{key}" in text and described[1] in text, key
+
+
+def test_an_export_of_the_last_checkpoint_where_there_is_none_is_refused(arguments, capsys):
+    assert main(["export", *arguments[1:], "--ckpt_path", "last"]) == 2
+    assert "there is no checkpoint in" in capsys.readouterr().err

@@ -1,23 +1,24 @@
 """The fast engine: the decoder of a PEFT model run by fused functions over transformers' and PEFT's own modules."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from qwen_lit.kernels.attention import attention
 from qwen_lit.kernels.launch import HAS_TRITON
-from qwen_lit.kernels.linear import Member, group_linear, read_member
+from qwen_lit.kernels.linear import Member, frame, group_linear, read_member, room
 from qwen_lit.kernels.loss import head_loss
+from qwen_lit.kernels.mlp import mlp, mlp_in_pieces
 from qwen_lit.kernels.norm import add_norm
+from qwen_lit.kernels.offload import HostInputs
 from qwen_lit.kernels.rope import rope
-from qwen_lit.kernels.swiglu import swiglu
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 def why_not(model: Any, device: torch.device) -> str | None:
@@ -75,7 +76,15 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
 class FastEngine:
     """Computes the summed loss of a batch; gradients land in the model's own LoRA parameters."""
 
-    def __init__(self, model: Any, recompute_layers: int = 0, loss_chunk: int = 2048, offload: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        recompute_layers: int = 0,
+        loss_chunk: int = 2048,
+        offload: bool = False,
+        piece: int = 0,
+        resident_layers: int = 0,
+    ) -> None:
         """Holds the model; nothing of it is changed.
 
         Args:
@@ -83,25 +92,41 @@ class FastEngine:
             recompute_layers: of so many first layers only the input is kept, and the rest computed again in backward.
             loss_chunk: rows of logits that exist at a time.
             offload: the kept inputs wait in pinned host memory.
+            piece: tokens of which a recomputed layer's MLP holds the activations at a time; 0 for all.
+            resident_layers: of so many first layers the 4-bit weights are held dequantised too.
         """
         self.model = model
-        self.recompute_layers, self.loss_chunk, self.offload = recompute_layers, loss_chunk, offload
+        self.recompute_layers, self.loss_chunk, self.offload, self.piece = recompute_layers, loss_chunk, offload, piece
+        self.trained = [p for name, p in model.named_parameters() if ".lora_" in name]
         self.low: dict[int, Tensor] = {}
+        self.resident: dict[int, Tensor] = {}
+        self.again = False
+        for block in model.base_model.model.model.layers[:resident_layers]:
+            members = self._members(block, False)
+            for group in GROUPS:
+                extra = room([members[name] for name in group])
+                for member in (members[name] for name in group):
+                    if member.quant_state is not None:
+                        dtype = member.quant_state.dtype
+                        self.resident[id(member.weight)] = frame(member, dtype, extra, held=True)
 
-    def _members(self, dtype: torch.dtype, training: bool) -> list[dict[str, Member]]:
-        """The linears of every layer, with copies of A and B in the dtype of the products, made at once."""
-        blocks = self.model.base_model.model.model.layers
-        found = [{name: read_member(one, training) for name, one in linears(block).items()} for block in blocks]
-        adapted = [member for members in found for member in members.values() if member.a is not None]
-        trained = [one for m in adapted for one in (m.a, m.b) if one is not None and one.dtype != dtype]
-        for one in trained:
-            if id(one) not in self.low:
-                self.low[id(one)] = torch.empty_like(one, dtype=dtype)
-        if trained:
-            with torch.no_grad():
-                torch._foreach_copy_([self.low[id(one)] for one in trained], trained)
-        for member in adapted:
+    def _lower(self, dtype: torch.dtype) -> None:
+        """Make copies of A and B in the dtype of the products, all at once."""
+        wanted = [one for one in self.trained if one.dtype != dtype]
+        if not wanted:
+            self.low = {}
+            return
+        if any(id(one) not in self.low or self.low[id(one)].dtype != dtype for one in wanted):
+            self.low = {id(one): torch.empty_like(one, dtype=dtype, requires_grad=False) for one in wanted}
+        with torch.no_grad():
+            torch._foreach_copy_([self.low[id(one)] for one in wanted], wanted)
+
+    def _members(self, block: nn.Module, training: bool) -> dict[str, Member]:
+        """The linears of a layer, with what is held for them."""
+        found = {name: read_member(one, training) for name, one in linears(block).items()}
+        for member in found.values():
             member.a_low, member.b_low = self.low.get(id(member.a)), self.low.get(id(member.b))
+            member.resident = self.resident.get(id(member.weight))
         return found
 
     def loss_sum(self, batch: Any) -> Tensor:
@@ -113,28 +138,33 @@ class FastEngine:
         base = self.model.base_model.model
         decoder = base.model
         ids = batch["input_ids"]
-        hidden = decoder.embed_tokens(ids.to(decoder.embed_tokens.weight.device)).flatten(0, 1).to(ids.device)
+        residual = decoder.embed_tokens(ids.to(decoder.embed_tokens.weight.device)).flatten(0, 1).to(ids.device)
         positions = batch["position_ids"].flatten()
-        cos, sin = decoder.rotary_emb(hidden, positions[None])
+        cos, sin = decoder.rotary_emb(residual, positions[None])
         half = cos.shape[-1] // 2
         cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
         training = self.model.training and torch.is_grad_enabled()
         # One draw from the host's generator, which a checkpoint restores; every mask of the batch derives from it.
         seed = int(torch.randint(2**30, (), device="cpu")) if training else 0
-        residual, delta = hidden, None
-        layers = self._members(hidden.dtype, training)
-        with torch.autocast(hidden.device.type, enabled=False):
+        delta: Tensor | None = None
+        self._lower(residual.dtype)
+        with torch.autocast(residual.device.type, enabled=False):
             for number, block in enumerate(decoder.layers):
                 again = training and number < self.recompute_layers
                 if again and delta is not None:
                     # One tensor instead of two is kept.
                     residual, delta = residual + delta, None
-                arguments = (residual, delta, block, layers[number], cos, sin, batch, seed + 4 * number)
+                members = self._members(block, training)
+                arguments = (residual, delta, block, members, cos, sin, batch, seed + 4 * number)
                 if again:
                     # Recomputing stops at the last tensor that backward needs, which is before down_proj.
-                    with save_on_cpu(pin_memory=hidden.is_cuda) if self.offload else nullcontext():
+                    with HostInputs(residual.shape) if self.offload else nullcontext():
                         residual, delta = checkpoint(
-                            self._layer, *arguments, use_reentrant=False, preserve_rng_state=False
+                            self._layer,
+                            *arguments,
+                            use_reentrant=False,
+                            preserve_rng_state=False,
+                            context_fn=self._phases,
                         )
                 else:
                     residual, delta = self._layer(*arguments)
@@ -145,8 +175,19 @@ class FastEngine:
             head: Any = base.get_output_embeddings()
             return head_loss(normed, head.weight.to(normed.dtype), batch["targets"], self.loss_chunk)
 
-    @staticmethod
+    def _phases(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), self._recomputing()
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        self.again = True
+        try:
+            yield
+        finally:
+            self.again = False
+
     def _layer(
+        self,
         residual: Tensor,
         delta: Tensor | None,
         block: Any,
@@ -158,19 +199,20 @@ class FastEngine:
     ) -> tuple[Tensor, Tensor]:
         attn = block.self_attn
         size, tokens = attn.head_dim, residual.shape[0]
-        residual, x = add_norm(residual, delta, block.input_layernorm.weight, block.input_layernorm.variance_epsilon)
-        q, k, v = group_linear(x, [members["q_proj"], members["k_proj"], members["v_proj"]], seed)
+        first, _, third, _ = ([members[name] for name in names] for names in GROUPS)
+        norm = block.input_layernorm
+        residual, x = add_norm(residual, delta, norm.weight, norm.variance_epsilon, room(first))
+        q, k, v = group_linear(x, first, seed, roomy=True)
         q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
         q = rope(q.view(tokens, -1, size), cos, sin, *_norm(q_norm))
         k = rope(k.view(tokens, -1, size), cos, sin, *_norm(k_norm))
         mixed = attention(q, k, v.view(tokens, -1, size), batch["cu_seqlens"], batch["max_seqlen"])
         (out,) = group_linear(mixed.reshape(tokens, -1), [members["o_proj"]], seed + 1)
-        residual, x = add_norm(
-            residual, out, block.post_attention_layernorm.weight, block.post_attention_layernorm.variance_epsilon
-        )
-        gate, up = group_linear(x, [members["gate_proj"], members["up_proj"]], seed + 2)
-        (down,) = group_linear(swiglu(gate, up), [members["down_proj"]], seed + 3)
-        return residual, down
+        norm = block.post_attention_layernorm
+        residual, x = add_norm(residual, out, norm.weight, norm.variance_epsilon, room(third))
+        if self.piece and tokens > self.piece and torch.is_grad_enabled():
+            return residual, mlp_in_pieces(x, members, seed + 2, self.piece, True, self.again)
+        return residual, mlp(x, members, seed + 2, roomy=True)
 
 
 def _norm(module: Any) -> tuple[Tensor | None, float]:

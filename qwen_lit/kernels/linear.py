@@ -1,4 +1,12 @@
-"""Frozen linears with LoRA (Hu et al., 2021) over NF4 or plain weights, as one autograd function per shared input."""
+"""Frozen linears with LoRA (Hu et al., 2021) over NF4 or plain weights, as one autograd function per shared input.
+
+Where the weight is dequantised it lands in a frame that has room for the adapter on its right and below it::
+
+    [ W   sB ]      forward   [x | xAᵀ] · [W | sB]ᵀ
+    [ A      ]      backward  [dy | s dy B] · [W ; A]
+
+so that one product computes the linear and its adapter, and no result is read again to add to it.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +16,8 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from qwen_lit.kernels.launch import jit, on_gpu, tl, triton
+from qwen_lit.kernels.dropout import dropped
 from qwen_lit.kernels.nf4 import can_dequantize, dequantize
-
-BLOCK = 4096
 
 
 @dataclass
@@ -30,6 +36,8 @@ class Member:
     a_low: Tensor | None = None
     """``a`` in the dtype of the products, where a copy is kept."""
     b_low: Tensor | None = None
+    resident: Tensor | None = None
+    """The weight's frame with the weight in it, where it is held."""
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in the dtype of the products."""
@@ -43,6 +51,26 @@ class Member:
         """bitsandbytes' quantisation state; None for a plain weight."""
         return getattr(self.weight, "quant_state", None)
 
+    @property
+    def rank(self) -> int:
+        """0 without an adapter."""
+        return 0 if self.a is None else self.a.shape[0]
+
+    @property
+    def out(self) -> int:
+        """Width of the output."""
+        return int((self.weight if self.quant_state is None else self.quant_state).shape[0])
+
+
+def room(members: list[Member]) -> int:
+    """Columns beside a group's input for its image under every A: whole multiples of 16 bytes."""
+    return -(-sum(member.rank for member in members) // 8) * 8
+
+
+def width_of(member: Member) -> int:
+    """Width of the input."""
+    return int((member.weight if member.quant_state is None else member.quant_state).shape[1])
+
 
 class _Workspace:
     """One buffer per device and dtype for the weight that is in use; it grows to the largest."""
@@ -50,8 +78,8 @@ class _Workspace:
     def __init__(self) -> None:
         self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def get(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        key, count = (device, dtype), shape.numel()
+    def get(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        key, count = (device, dtype), torch.Size(shape).numel()
         buffer = self.buffers.get(key)
         if buffer is None or buffer.numel() < count:
             self.buffers.pop(key, None)
@@ -62,60 +90,34 @@ class _Workspace:
 WORKSPACE = _Workspace()
 
 
-def full_weight(member: Member, dtype: torch.dtype) -> Tensor:
-    """The weight ``[out, in]`` in ``dtype``; for 4-bit ones a buffer that the next call overwrites."""
-    state = member.quant_state
-    if state is None:
-        return member.weight if member.weight.dtype == dtype else member.weight.to(dtype)
-    if state.dtype != dtype or not member.weight.is_cuda:
-        return dequantize_4bit(member.weight, state).to(dtype)
-    out = WORKSPACE.get(state.shape, dtype, member.weight.device)
-    if can_dequantize(member.weight, state):
-        return dequantize(member.weight, state, out)
-    return dequantize_4bit(member.weight, state, out=out)
-
-
-def dropped_reference(x: Tensor, p: float, seed: int) -> Tensor:
-    """The plain twin of ``dropped``; it draws other numbers than the kernel, from the same seed always the same."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
-    return x * keep.to(x.dtype) / (1 - p)
-
-
-@jit
-def _dropout(x, out, add, count, p, seed, HAS_ADD: "tl.constexpr", BLOCK: "tl.constexpr"):
-    # One draw gives four numbers, one for each quarter of the block.
-    lanes = tl.arange(0, BLOCK // 4)
-    draws = tl.rand4x(seed, (tl.program_id(0) * (BLOCK // 4) + lanes).to(tl.int32))
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    scale = 1.0 / (1.0 - p)
-    for quarter in tl.static_range(4):
-        at = start + quarter * (BLOCK // 4) + lanes
-        inside = at < count
-        value = tl.load(x + at, inside, 0.0).to(tl.float32)
-        value = tl.where(draws[quarter] >= p, value * scale, 0.0)
-        if HAS_ADD:
-            value += tl.load(add + at, inside, 0.0).to(tl.float32)
-        tl.store(out + at, value, inside)
-
-
-def dropped(x: Tensor, p: float, seed: int, add: Tensor | None = None) -> Tensor:
-    """``dropout(x) + add`` by a mask that is a function of the seed and the position alone.
+def frame(member: Member, dtype: torch.dtype, extra: int, held: bool = False) -> Tensor:
+    """``[out + extra, in + extra]`` with the weight at its top left; the rest is whatever was there.
 
     Args:
-        x: any shape, contiguous.
-        p: share of zeros; the rest is divided by ``1 - p``.
-        seed: below 2**31.
-        add: of the same shape; overwritten with the result where the kernel runs.
+        member: with a 4-bit weight.
+        dtype: of the products.
+        extra: the group's ``room``.
+        held: in memory of its own; otherwise in a buffer that the next call overwrites.
     """
-    if not on_gpu(x):
-        masked = dropped_reference(x, p, seed)
-        return masked if add is None else masked + add
-    out = torch.empty_like(x) if add is None else add
-    _dropout[(triton.cdiv(x.numel(), BLOCK),)](
-        x, out, add, x.numel(), p, seed, HAS_ADD=add is not None, BLOCK=BLOCK, num_warps=8
-    )
-    return out
+    if member.resident is not None and member.resident.dtype == dtype:
+        return member.resident
+    state, device = member.quant_state, member.weight.device
+    out, width = state.shape
+    shape = (out + extra, width + extra)
+    whole = torch.empty(shape, dtype=dtype, device=device) if held else WORKSPACE.get(shape, dtype, device)
+    corner = whole[:out, :width]
+    if can_dequantize(member.weight, state) and state.dtype == dtype and (not extra or width % state.blocksize == 0):
+        dequantize(member.weight, state, corner)
+    else:
+        corner.copy_(dequantize_4bit(member.weight, state))
+    return whole
+
+
+def full_weight(member: Member, dtype: torch.dtype) -> Tensor:
+    """The weight ``[out, in]`` in ``dtype``; for 4-bit ones a buffer that the next call overwrites."""
+    if member.quant_state is None:
+        return member.weight if member.weight.dtype == dtype else member.weight.to(dtype)
+    return frame(member, dtype, 0)[: member.out, : member.quant_state.shape[1]]
 
 
 def group_reference(x: Tensor, members: list[Member], seed: int) -> tuple[Tensor, ...]:
@@ -130,81 +132,197 @@ def group_reference(x: Tensor, members: list[Member], seed: int) -> tuple[Tensor
     return tuple(outputs)
 
 
-def _stacked(adapted: list[Member], dtype: torch.dtype) -> Tensor:
+def _stacked(members: list[Member], dtype: torch.dtype) -> Tensor:
     """The members' A ``[r of all, in]``: one product reads their input once."""
-    parts = [member.pair(dtype)[0] for member in adapted]
+    parts = [member.pair(dtype)[0] for member in members if member.rank]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Group:
+    """Linears of one input with their adapters, and the products of both passes."""
+
+    def __init__(self, members: list[Member], seed: int, roomy: bool) -> None:
+        """Reads nothing of the tensors.
+
+        Args:
+            members: as for ``group_linear``.
+            seed: the same.
+            roomy: the same.
+        """
+        self.members, self.seed, self.roomy = members, seed, roomy
+        self.width = width_of(members[0])
+        self.rank = sum(member.rank for member in members)
+        self.extra = room(members)
+        self.dropout = next((member.dropout for member in members if member.rank), 0.0)
+        # A plain weight is used where it stands, so there is no frame around it.
+        self.framed = self.rank > 0 and all(member.quant_state is not None for member in members)
+
+    def image(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input with the room on its right, where products take it from there, and its image under A.
+
+        Args:
+            x: ``[tokens, in]``.
+
+        Returns:
+            ``[tokens, in + room]`` or ``x`` itself, and ``[tokens, r of all]``; both are saved for backward.
+        """
+        if not self.rank:
+            return x, None
+        inner = dropped(x, self.dropout, self.seed) if self.dropout else x
+        stacked = _stacked(self.members, x.dtype)
+        width = self.width
+        if not self.framed or not (self.roomy or sum(member.out for member in self.members) > width):
+            return x, inner @ stacked.t()
+        if self.roomy:
+            wide = x.data.as_strided((x.shape[0], width + self.extra), x.stride())
+        else:
+            # Copying the narrow input costs less than reading the wide outputs again.
+            wide = torch.empty(x.shape[0], width + self.extra, dtype=x.dtype, device=x.device)
+            wide[:, :width] = x
+        low = wide[:, width : width + self.rank]
+        torch.mm(inner, stacked.t(), out=low)
+        wide[:, width + self.rank :] = 0
+        return wide, low
+
+    def forward(self, wide: Tensor, low: Tensor | None, outs: list[Tensor] | None = None) -> list[Tensor]:
+        """Every member's output ``[tokens, out]``, in ``outs`` where they are given and no member has a bias.
+
+        Args:
+            wide: as ``image`` gives it.
+            low: the same.
+            outs: one for each member; their rows may lie apart.
+        """
+        outputs, start = [], 0
+        dtype = wide.dtype
+        for number, member in enumerate(self.members):
+            out = outs[number] if outs is not None else None
+            mine = slice(start, start + member.rank)
+            start = mine.stop
+            if wide.shape[1] > self.width:
+                whole = frame(member, dtype, self.extra)[: member.out]
+                tail = whole[:, self.width :]
+                tail.zero_()
+                if member.rank:
+                    torch.mul(member.pair(dtype)[1], member.scale, out=tail[:, mine])
+                y = linear(wide, whole, member.bias) if out is None else torch.mm(wide, whole.t(), out=out)
+            else:
+                weight = full_weight(member, dtype)
+                y = linear(wide, weight, member.bias) if out is None else torch.mm(wide, weight.t(), out=out)
+                if member.rank and low is not None:
+                    y.addmm_(low[:, mine], member.pair(dtype)[1].t(), alpha=member.scale)
+            outputs.append(y)
+        return outputs
+
+    def backward(
+        self, wide: Tensor, low: Tensor | None, grads: list[Tensor], wants_dx: bool, last: Tensor | None = None
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradient of the input and of every A and B.
+
+        Args:
+            wide: as ``image`` gave it.
+            low: the same.
+            grads: of every output.
+            wants_dx: whether the input has a gradient.
+            last: ``[tokens, out + room]`` that begins with the last of ``grads``, where there is one.
+
+        Returns:
+            ``[tokens, in]``, and A's and B's gradient of each member that has them, in the dtype of the products.
+        """
+        dtype, tokens = wide.dtype, wide.shape[0]
+        width, end = self.width, self.members[-1].out
+        folded = low is not None and wants_dx and self.framed and not self.dropout
+        folded = folded and (last is not None or end < width)
+        if folded and last is None:
+            # Copying the narrow gradient costs less than reading the wide result again.
+            last = torch.empty(tokens, end + self.extra, dtype=dtype, device=wide.device)
+            last[:, :end] = grads[-1]
+        d_low: Tensor | None = None
+        d_b: list[Tensor] = []
+        if low is not None:
+            d_low = last[:, end : end + self.rank] if folded and last is not None else torch.empty_like(low)
+            start = 0
+            for member, dy in zip(self.members, grads, strict=True):
+                if member.rank:
+                    mine = slice(start, start + member.rank)
+                    start = mine.stop
+                    b = member.pair(dtype)[1]
+                    d_low[:, mine].addmm_(dy, b, beta=0, alpha=member.scale)
+                    d_b.append(torch.empty_like(b).addmm_(dy.t(), low[:, mine], beta=0, alpha=member.scale))
+        dx: Tensor | None = None
+        for member, dy in zip(self.members, grads, strict=True):
+            if not wants_dx:
+                break
+            if folded and member is self.members[-1] and last is not None:
+                last[:, end + self.rank :] = 0
+                whole = frame(member, dtype, self.extra)[:, :width]
+                whole[end : end + self.rank] = _stacked(self.members, dtype)
+                whole[end + self.rank :] = 0
+                dy, weight = last, whole
+            else:
+                weight = full_weight(member, dtype)
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        if low is None or d_low is None:
+            return dx, []
+        x = wide[:, :width]
+        d_a = d_low.t() @ (dropped(x, self.dropout, self.seed) if self.dropout else x)
+        if dx is not None and self.dropout:
+            # One mask for the group: the sum over members is masked once.
+            dx = dropped(d_low @ _stacked(self.members, dtype), self.dropout, self.seed, add=dx)
+        elif dx is not None and not folded:
+            dx.addmm_(d_low, _stacked(self.members, dtype))
+        parts = d_a.split([member.rank for member in self.members if member.rank])
+        return dx, [one for pair in zip(parts, d_b, strict=True) for one in pair]
+
+
+def trained(members: list[Member]) -> list[Tensor]:
+    """A and B of every member that has them, as autograd takes them."""
+    return [one for member in members for one in (member.a, member.b) if one is not None]
 
 
 class _GroupLinear(torch.autograd.Function):
     """Saves the input and its image under A alone, and neither when no member has an adapter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, members: list[Member], seed: int, *trained: Tensor) -> Any:
-        adapted = [member for member in members if member.a is not None]
-        dropout = adapted[0].dropout if adapted else 0.0
-        low: Tensor | None = None
-        if adapted:
-            low = (dropped(x, dropout, seed) if dropout else x) @ _stacked(adapted, x.dtype).t()
-        outputs, start = [], 0
-        for member in members:
-            y = linear(x, full_weight(member, x.dtype), member.bias)
-            if member.b is not None and low is not None:
-                rank = member.b.shape[1]
-                y.addmm_(low[:, start : start + rank], member.pair(x.dtype)[1].t(), alpha=member.scale)
-                start += rank
-            outputs.append(y)
-        ctx.save_for_backward(*([x, low] if adapted else []), *trained)
-        ctx.members, ctx.seed, ctx.dropout, ctx.adapted = members, seed, dropout, adapted
-        return tuple(outputs)
+    def forward(
+        ctx: Any, x: Tensor, members: list[Member], seed: int, roomy: bool, dead: bool, *parameters: Tensor
+    ) -> Any:
+        group = ctx.group = Group(members, seed, roomy)
+        wide, low = group.image(x)
+        ctx.save_for_backward(*([] if low is None else [wide, low]))
+        ctx.shape = x.shape
+        if dead:
+            return tuple(x.new_empty(x.shape[0], member.out) for member in members)
+        return tuple(group.forward(wide, low))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved = ctx.saved_tensors
-        x, low = saved[:2] if ctx.adapted else (None, None)
-        wants_dx = ctx.needs_input_grad[0]
-        d_low = None if low is None else torch.empty_like(low)
-        dx: Any = None
-        d_b: list[Tensor] = []
-        start = 0
-        for member, dy in zip(ctx.members, grads, strict=True):
-            if wants_dx:
-                weight = full_weight(member, dy.dtype)
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-            if member.b is not None and low is not None and d_low is not None:
-                mine = slice(start, start + member.b.shape[1])
-                start = mine.stop
-                b = member.pair(dy.dtype)[1]
-                d_low[:, mine].addmm_(dy, b, beta=0, alpha=member.scale)
-                d_b.append(torch.empty_like(b).addmm_(dy.t(), low[:, mine], beta=0, alpha=member.scale))
-        if x is None or d_low is None:
-            return dx, None, None
-        inner = dropped(x, ctx.dropout, ctx.seed) if ctx.dropout else x
-        d_a = (d_low.t() @ inner).split([member.a.shape[0] for member in ctx.adapted])
-        if wants_dx:
-            stacked = _stacked(ctx.adapted, d_low.dtype)
-            if ctx.dropout:
-                # One mask for the group: the sum over members is masked once.
-                dx = dropped(d_low @ stacked, ctx.dropout, ctx.seed, add=dx)
-            else:
-                dx.addmm_(d_low, stacked)
-        pairs = zip(ctx.adapted, d_a, d_b, strict=True)
-        return dx, None, None, *(one for member, a, b in pairs for one in (a.to(member.a.dtype), b.to(member.b.dtype)))
+        group = ctx.group
+        wide, low = ctx.saved_tensors or (grads[0].new_empty(ctx.shape[0], 0), None)
+        dx, found = group.backward(wide, low, list(grads), ctx.needs_input_grad[0])
+        return dx, None, None, None, None, *as_trained(found, group.members)
 
 
-def group_linear(x: Tensor, members: list[Member], seed: int = 0) -> tuple[Tensor, ...]:
+def as_trained(found: list[Tensor], members: list[Member]) -> list[Tensor]:
+    """Gradients in the dtypes of what they belong to, in the order of ``trained``."""
+    return [one.to(like.dtype) for one, like in zip(found, trained(members), strict=True)]
+
+
+def group_linear(
+    x: Tensor, members: list[Member], seed: int = 0, roomy: bool = False, dead: bool = False
+) -> tuple[Tensor, ...]:
     """``x Wᵀ + bias + scale · dropout(x) Aᵀ Bᵀ`` for each member; they share the dropout mask.
 
     Args:
-        x: ``[tokens, in]``, contiguous.
+        x: ``[tokens, in]``.
         members: linears of the same input, with one dropout rate among those that have an adapter.
         seed: of the dropout mask.
+        roomy: after each row of ``x`` there are ``room(members)`` columns to write to.
+        dead: the outputs are of no use to anyone, and are not computed.
 
     Returns:
         ``[tokens, out]`` for each member, in the dtype of ``x``.
     """
-    trained = [one for member in members for one in (member.a, member.b) if one is not None]
-    return _GroupLinear.apply(x, members, seed, *trained)  # type: ignore[no-any-return]
+    return _GroupLinear.apply(x, members, seed, roomy, dead, *trained(members))  # type: ignore[no-any-return]
 
 
 def read_member(module: nn.Module, training: bool) -> Member:

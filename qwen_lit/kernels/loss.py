@@ -60,9 +60,11 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], chunk):
+        count = hidden.shape[0]
+        buffer = torch.empty(min(chunk, count), head.shape[0], dtype=hidden.dtype, device=hidden.device)
+        for start in range(0, count, chunk):
             rows = slice(start, start + chunk)
-            logits = hidden[rows] @ head.t()
+            logits = torch.mm(hidden[rows], head.t(), out=buffer[: min(chunk, count - start)])
             total += _loss_and_gradient(logits, targets[rows])
             if grads is not None:
                 torch.mm(logits, head, out=grads[rows])

@@ -19,7 +19,7 @@ def dequantize_reference(packed: Tensor, state: Any) -> Tensor:
 
 @jit
 def _dequantize(
-    packed, absmax, code, outer, offset, table, out, blocks,
+    packed, absmax, code, outer, offset, table, out, blocks, across, stride,
     NESTED: "tl.constexpr", OUTER: "tl.constexpr", BYTES: "tl.constexpr", ROWS: "tl.constexpr",
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -35,7 +35,8 @@ def _dequantize(
     low = tl.load(table + (byte & 15)) * scale[:, None]
     both = tl.interleave(high, low)
     lane = tl.arange(0, 2 * BYTES)
-    tl.store(out + row[:, None] * (2 * BYTES) + lane[None, :], both, inside[:, None])
+    start = (row // across) * stride + (row % across) * (2 * BYTES)
+    tl.store(out + start[:, None] + lane[None, :], both, inside[:, None])
 
 
 def can_dequantize(packed: Tensor, state: Any) -> bool:
@@ -55,13 +56,15 @@ def dequantize(packed: Tensor, state: Any, out: Tensor) -> Tensor:
     Args:
         packed: uint8, two values a byte, the first in its high half.
         state: bitsandbytes' quantisation state, for which ``can_dequantize`` is true.
-        out: contiguous, of the weight's shape; overwritten and returned.
+        out: of the weight's shape, overwritten and returned; contiguous, or, where a row is whole blocks, a part of
+            a wider matrix.
     """
     blocks = state.shape.numel() // state.blocksize
     outer, offset = (state.state2, state.offset) if state.nested else (None, None)
     code, scales, size = (outer.code, outer.absmax, outer.blocksize) if outer is not None else (None, None, 1)
+    across = blocks if out.is_contiguous() else out.shape[1] // state.blocksize
     _dequantize[(triton.cdiv(blocks, ROWS),)](
-        packed, state.absmax, code, scales, offset, state.code, out, blocks,
+        packed, state.absmax, code, scales, offset, state.code, out, blocks, across, out.stride(0),
         NESTED=state.nested, OUTER=size, BYTES=state.blocksize // 2, ROWS=ROWS, num_warps=4,
         # A fused multiply-add would round once where bitsandbytes rounds twice.
         enable_fp_fusion=False,

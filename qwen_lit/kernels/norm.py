@@ -18,8 +18,9 @@ def add_norm_reference(residual: Tensor, delta: Tensor | None, weight: Tensor, e
 
 @jit
 def _forward(
-    residual, delta, weight, total, normed, rstd, width, eps, HAS_DELTA: "tl.constexpr", BLOCK: "tl.constexpr"
-):
+    residual, delta, weight, total, normed, rstd, width, stride, eps,
+    HAS_DELTA: "tl.constexpr", BLOCK: "tl.constexpr",
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -31,7 +32,7 @@ def _forward(
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / width + eps)
     tl.store(rstd + row, scale)
     w = tl.load(weight + columns, inside, 0.0)
-    tl.store(normed + row * width + columns, (wide * scale).to(x.dtype) * w, inside)
+    tl.store(normed + row * stride + columns, (wide * scale).to(x.dtype) * w, inside)
 
 
 @jit
@@ -52,19 +53,21 @@ def _backward(total, weight, rstd, d_normed, d_total, out, width, HAS_TOTAL: "tl
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        width = residual.shape[-1]
-        rows = residual.numel() // width
+    def forward(
+        ctx: Any, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, room: int
+    ) -> tuple[Tensor, Tensor]:
+        rows, width = residual.shape
+        normed = torch.empty(rows, width + room, dtype=residual.dtype, device=residual.device)[:, :width]
         if on_gpu(residual):
             total = residual if delta is None else torch.empty_like(residual)
-            normed = torch.empty_like(residual)
             rstd = torch.empty(rows, dtype=torch.float32, device=residual.device)
             _forward[(rows,)](
-                residual, delta, weight, total, normed, rstd, width, eps,
+                residual, delta, weight, total, normed, rstd, width, width + room, eps,
                 HAS_DELTA=delta is not None, BLOCK=triton.next_power_of_2(width), num_warps=8,
             )  # fmt: skip
         else:
-            total, normed = add_norm_reference(residual, delta, weight, eps)
+            total, plain = add_norm_reference(residual, delta, weight, eps)
+            normed.copy_(plain)
             rstd = torch.rsqrt(total.float().pow(2).mean(-1) + eps).flatten()
         ctx.save_for_backward(total, weight, rstd)
         ctx.has_delta = delta is not None
@@ -90,10 +93,12 @@ class _AddNorm(torch.autograd.Function):
             g = d_normed.float() * weight.float()
             wide = scale * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
             out = (wide if d_total is None else wide + d_total.float()).to(total.dtype)
-        return out, out if ctx.has_delta else None, None, None
+        return out, out if ctx.has_delta else None, None, None, None
 
 
-def add_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, room: int = 0
+) -> tuple[Tensor, Tensor]:
     """``residual + delta`` and its RMSNorm.
 
     Args:
@@ -101,8 +106,9 @@ def add_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float)
         delta: the same shape, or None.
         weight: ``[width]``, frozen.
         eps: added to the mean square.
+        room: columns that are left free after each row of the normed sum.
 
     Returns:
         The sum and the normed sum, both ``[tokens, width]`` in the dtype of ``residual``.
     """
-    return _AddNorm.apply(residual, delta, weight, eps)  # type: ignore[no-any-return]
+    return _AddNorm.apply(residual, delta, weight, eps, room)  # type: ignore[no-any-return]

@@ -1,20 +1,24 @@
 """The memory plan: how many rows share a micro-batch, and which layers are computed again in backward."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from qwen_lit.errors import UserError
-from qwen_lit.kernels.engine import FastEngine, linears
-from qwen_lit.kernels.linear import read_member
+from qwen_lit.kernels.engine import GROUPS, FastEngine, linears
+from qwen_lit.kernels.linear import read_member, room, width_of
 
 GIB = 2**30
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # What is left free: the allocator's rounding, and libraries that take memory beside it.
 MARGIN = 0.04
 LIBRARIES = GIB // 4
+FRAGMENTS = 0.06
+LONG_FRAGMENTS = 0.35
+PIECE = 8192
+"""Tokens of a piece of the MLP: so many that dequantising its weights again costs little."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,15 @@ class Plan:
     """The embedding stands on the CPU."""
     offload: bool = False
     """Inputs of recomputed layers wait in host memory."""
+    piece: int = 0
+    """Tokens of which the MLP holds the activations at a time; 0 for all."""
+    resident_layers: int = 0
+    """Layers whose weights are held dequantised."""
 
     def __str__(self) -> str:
         moved = [", embedding on the CPU"] * self.host_embedding + [", inputs offloaded"] * self.offload
+        moved += [f", MLP in pieces of {self.piece} tokens"] * (self.piece > 0)
+        moved += [f", {self.resident_layers} layers' weights held in bf16"] * (self.resident_layers > 0)
         return (
             f"micro-batches merged by {self.merge}, {self.recompute_layers} layers recomputed{''.join(moved)}, "
             f"estimated peak {self.estimate / GIB:.2f} of {self.budget / GIB:.2f} GiB"
@@ -72,6 +82,16 @@ class Shape:
     """Of one row of logits."""
     embedding: int = 0
     """What moving the embedding to the CPU frees; 0 when lm_head shares it."""
+    again: int = 0
+    """Per token, of one recomputed layer, beside its backward."""
+    attention: int = 0
+    """Per token, of the backward of attention in a recomputed layer."""
+    mixed: int = 0
+    """Per token, of what a recomputed layer holds while its MLP goes in pieces."""
+    piece: int = 0
+    """Per token of such a piece."""
+    resident: int = 0
+    """Of one layer's weights when they are held dequantised; 0 when they are not in 4 bits."""
 
     @staticmethod
     def of(model: Any, state_bytes: int) -> "Shape":
@@ -83,36 +103,61 @@ class Shape:
         """
         base = model.base_model.model
         block, config = base.model.layers[0], base.config
-        found = linears(block)
-        ranks = {name: 0 if (a := read_member(one, True).a) is None else len(a) for name, one in found.items()}
-        adapted = {name: rank > 0 for name, rank in ranks.items()}
+        members = {name: read_member(one, True) for name, one in linears(block).items()}
+        rooms = [room([members[name] for name in group]) for group in GROUPS]
         hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
         query, key = heads * block.self_attn.head_dim, config.num_key_value_heads * block.self_attn.head_dim
-        kept = 2 * hidden + query + 2 * key + query + 2 * inner
-        kept += hidden * any(adapted[name] for name in ("q_proj", "k_proj", "v_proj"))
-        kept += hidden * (adapted["gate_proj"] or adapted["up_proj"]) + inner * adapted["down_proj"]
-        kept += (query + key) * hasattr(block.self_attn, "q_norm") + sum(ranks.values())
+        # Of attention, from the sum before its norm to the sum before the MLP's.
+        masked = rooms[3] > 0 and members["down_proj"].dropout > 0
+        normed = (query + key) * hasattr(block.self_attn, "q_norm")
+        mixing = 2 * hidden + 2 * query + 2 * key + sum(rooms[:2]) + normed
+        mixing += hidden * (rooms[0] > 0)
+        kept = mixing + hidden * (rooms[2] > 0) + 2 * inner + 2 * rooms[2] + (inner + rooms[3]) * (rooms[3] > 0)
         size = base.get_input_embeddings().weight.element_size()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frames = [
+            (members[name].out + extra) * (width_of(members[name]) + extra)
+            for group, extra in zip(GROUPS, rooms, strict=True)
+            for name in group
+        ]
         return Shape(
             layers=len(base.model.layers),
             kept=kept * size + 4 * heads,
             input=hidden * size,
-            working=(3 * inner + 4 * hidden) * size,
-            fixed=trained * (4 + state_bytes) + hidden * inner * size,
+            working=(inner + 3 * hidden + inner * masked) * size,
+            fixed=trained * (4 + size + state_bytes) + max(frames) * size,
             vocabulary=config.vocab_size * size,
             embedding=0 if config.tie_word_embeddings else config.vocab_size * hidden * size,
+            again=(kept + (0 if rooms[3] else inner)) * size + 4 * heads,
+            attention=(4 * hidden + 6 * query + 5 * key + normed) * size,
+            mixed=(4 * hidden + 2 * query + 2 * key + normed) * size,
+            piece=((4 + (rooms[3] > 0) + masked) * inner + 4 * hidden) * size,
+            resident=sum(frames) * size * all(member.quant_state is not None for member in members.values()),
         )
 
-    def peak(self, static: int, tokens: int, recompute: int, chunk: int, host: bool = False, off: bool = False) -> int:
+    def peak(
+        self,
+        static: int,
+        tokens: int,
+        recompute: int,
+        chunk: int,
+        host: bool = False,
+        off: bool = False,
+        piece: int = 0,
+    ) -> int:
         """Bytes at the peak of a micro-batch of ``tokens``, with ``static`` bytes allocated before."""
         static -= self.embedding if host else 0
-        # Of offloaded inputs, the one in use and the one on its way are on the device.
-        saved = tokens * ((self.layers - recompute) * self.kept + (2 if off else recompute) * self.input)
-        layer = tokens * (self.working + (self.kept if recompute else 0))
+        # Of offloaded inputs, the one in use is on the device.
+        inputs = tokens * (1 if off else recompute) * self.input
         # The logits are gone when the layers' backward begins.
-        loss = min(chunk, tokens) * self.vocabulary + 3 * tokens * self.input
-        return static + self.fixed + saved + max(layer, loss)
+        loss = min(chunk, tokens) * self.vocabulary + 5 * tokens * self.input
+        ends = tokens * (self.layers - recompute) * self.kept
+        ends += max(loss, tokens * self.working if recompute < self.layers else 0)
+        # The layers that keep everything are the last, and done with when the first ones are computed again.
+        again = tokens * (self.working + self.again) if recompute else 0
+        if recompute and piece and piece < tokens:
+            again = max(tokens * self.attention, tokens * self.mixed + piece * self.piece)
+        return static + self.fixed + inputs + max(ends, again)
 
 
 def relative_time(recomputed: float, tokens: int) -> float:
@@ -158,12 +203,26 @@ def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int
                 best = cost, Plan(merge, recompute, chunk, estimate, budget)
             break
     if best is not None:
-        return best[1]
-    host = shape.embedding > 0
-    kept_on = shape.peak(static, tokens, shape.layers, 128, host)
-    if kept_on <= usable:
-        return Plan(1, shape.layers, 128, kept_on, budget, host)
-    return Plan(1, shape.layers, 128, shape.peak(static, tokens, shape.layers, 128, host, True), budget, host, True)
+        plan = best[1]
+        # What lies between activations of different sizes is lost to weights that stay.
+        left = usable - plan.estimate - int(FRAGMENTS * (plan.estimate - static))
+        held = min(shape.layers, max(0, left // shape.resident)) if shape.resident else 0
+        return replace(plan, resident_layers=held, estimate=plan.estimate + held * shape.resident)
+    # From what costs least time to what costs most.
+    ways = [
+        (host, piece, off)
+        for off in (False, True)
+        for host in ((False, True) if shape.embedding else (False,))
+        for piece in ((0, PIECE) if tokens > PIECE else (0,))
+    ]
+    for host, piece, off in ways:
+        estimate = shape.peak(static, tokens, shape.layers, 128, host, off, piece)
+        plan = Plan(1, shape.layers, 128, estimate, budget, host, off, piece)
+        # Blocks of a long row are large, and fit ill into the gaps that earlier ones leave.
+        lost = LONG_FRAGMENTS * (estimate - static + shape.embedding * host) if tokens > PIECE else 0
+        if estimate + lost <= usable:
+            break
+    return plan
 
 
 def apply(plan: Plan, model: Any) -> FastEngine:
@@ -171,7 +230,7 @@ def apply(plan: Plan, model: Any) -> FastEngine:
     if plan.host_embedding:
         model.base_model.model.get_input_embeddings().to("cpu")
         torch.cuda.empty_cache()
-    return FastEngine(model, plan.recompute_layers, plan.loss_chunk, plan.offload)
+    return FastEngine(model, plan.recompute_layers, plan.loss_chunk, plan.offload, plan.piece, plan.resident_layers)
 
 
 def free_memory(device: torch.device) -> int:

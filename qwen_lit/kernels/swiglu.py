@@ -1,6 +1,4 @@
-"""SwiGLU (Shazeer, 2020): silu(gate) * up."""
-
-from typing import Any
+"""SwiGLU (Shazeer, 2020): silu(gate) * up, of two halves of one matrix."""
 
 import torch
 from torch import Tensor
@@ -17,52 +15,64 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @jit
-def _forward(gate, up, out, count, BLOCK: "tl.constexpr"):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    g = tl.load(gate + at, inside, 0.0)
-    u = tl.load(up + at, inside, 0.0)
+def _forward(both, out, width, stride, BLOCK: "tl.constexpr"):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    g = tl.load(both + row * stride + at, inside, 0.0)
+    u = tl.load(both + row * stride + width + at, inside, 0.0)
     wide = g.to(tl.float32)
-    tl.store(out + at, (wide * tl.sigmoid(wide)).to(g.dtype) * u, inside)
+    tl.store(out + row * width + at, (wide * tl.sigmoid(wide)).to(g.dtype) * u, inside)
 
 
 @jit
-def _backward(gate, up, grad, d_gate, d_up, count, BLOCK: "tl.constexpr"):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    g = tl.load(gate + at, inside, 0.0).to(tl.float32)
-    u = tl.load(up + at, inside, 0.0).to(tl.float32)
-    d = tl.load(grad + at, inside, 0.0).to(tl.float32)
+def _backward(both, grad, width, stride, BLOCK: "tl.constexpr"):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    gate = both + row * stride + at
+    up = gate + width
+    g = tl.load(gate, inside, 0.0).to(tl.float32)
+    u = tl.load(up, inside, 0.0).to(tl.float32)
+    d = tl.load(grad + row * width + at, inside, 0.0).to(tl.float32)
     s = tl.sigmoid(g)
-    tl.store(d_up + at, d * g * s, inside)
-    tl.store(d_gate + at, d * u * s * (1.0 + g * (1.0 - s)), inside)
+    tl.store(up, d * g * s, inside)
+    tl.store(gate, d * u * s * (1.0 + g * (1.0 - s)), inside)
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        if not on_gpu(gate):
-            return swiglu_reference(gate, up)
-        out = torch.empty_like(gate)
-        _forward[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, out, gate.numel(), BLOCK=BLOCK, num_warps=8)
-        return out
+def swiglu(both: Tensor, width: int) -> Tensor:
+    """``silu(gate) * up``.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        gate, up = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        if on_gpu(gate):
-            d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-            _backward[(triton.cdiv(gate.numel(), BLOCK),)](
-                gate, up, grad, d_gate, d_up, gate.numel(), BLOCK=BLOCK, num_warps=8
-            )
-            return d_gate, d_up
-        g, u, d = gate.float(), up.float(), grad.float()
-        s = torch.sigmoid(g)
-        return (d * u * s * (1 + g * (1 - s))).to(gate.dtype), (d * g * s).to(up.dtype)
+    Args:
+        both: ``[tokens, ≥ 2 width]``: gate, then up.
+        width: of each.
+
+    Returns:
+        ``[tokens, width]``, contiguous.
+    """
+    if not on_gpu(both):
+        return swiglu_reference(both[:, :width], both[:, width : 2 * width])
+    out = torch.empty(both.shape[0], width, dtype=both.dtype, device=both.device)
+    _forward[(both.shape[0], triton.cdiv(width, BLOCK))](both, out, width, both.stride(0), BLOCK=BLOCK, num_warps=8)
+    return out
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``; both contiguous and of one shape and dtype, which the result has too."""
-    return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return]
+def swiglu_backward_(both: Tensor, grad: Tensor) -> None:
+    """Put the gradients of gate and up where they stand themselves.
+
+    Args:
+        both: as ``swiglu`` took it; overwritten.
+        grad: ``[tokens, width]``, of the result.
+    """
+    width = grad.shape[1]
+    if on_gpu(both):
+        grad = grad.contiguous()
+        _backward[(both.shape[0], triton.cdiv(width, BLOCK))](
+            both, grad, width, both.stride(0), BLOCK=BLOCK, num_warps=8
+        )
+        return
+    gate, up = both[:, :width], both[:, width : 2 * width]
+    wide = torch.promote_types(both.dtype, torch.float32)
+    g, u, d = gate.to(wide), up.to(wide), grad.to(wide)
+    s = torch.sigmoid(g)
+    both[:, : 2 * width] = torch.cat((d * u * s * (1 + g * (1 - s)), d * g * s), 1)

@@ -13,10 +13,15 @@ OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"]
 ScheduleName = Literal["cosine", "linear", "constant"]
 PAGED_NUMEL = 100_000
 """bitsandbytes pages states from this size on."""
+SPARE = 2**29
+"""Bytes free on a device from which nothing was moved to the host."""
 
 
 class _OneWait:
     """bitsandbytes waits for the device after every parameter; its kernels run in order, so once a step is enough."""
+
+    settled = False
+    """A step has put all states on the device."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient; returns the closure's result."""
@@ -30,6 +35,7 @@ class _OneWait:
             optimizer.to_gpu()
             optimizer.initialized = True
         device = None
+        prefetch = self._may_have_moved()
         with torch.no_grad():
             for group_index, group in enumerate(optimizer.param_groups):
                 for index, parameter in enumerate(group["params"]):
@@ -37,13 +43,25 @@ class _OneWait:
                         continue
                     if not optimizer.state[parameter]:
                         optimizer.init_state(group, parameter, group_index, index)
-                    optimizer.prefetch_state(parameter)
+                    if prefetch:
+                        optimizer.prefetch_state(parameter)
                     optimizer.update_step(group, parameter, group_index, index)
                     device = parameter.device
         if device is not None and device.type == "cuda":
             # Paged states may still be on their way.
             torch.cuda.synchronize(device)
+            self.settled = True
         return loss
+
+    def _may_have_moved(self) -> bool:
+        """Whether states may stand in host memory: asking for each of them costs more than the step itself.
+
+        The driver moves them there when the device is full; torch keeps what it has once held, so what is free now
+        is what was free at the peak.
+        """
+        if not (self.settled and torch.cuda.is_available()):
+            return True
+        return torch.cuda.mem_get_info()[0] < SPARE
 
 
 class PagedAdamW8bit(_OneWait, bitsandbytes.optim.PagedAdamW8bit):  # type: ignore[misc]
@@ -101,6 +119,8 @@ def repage(optimizer: torch.optim.Optimizer) -> int:
             optimizer.page_mng.paged_tensors.append(paged)  # type: ignore[attr-defined]
             state[name] = paged
             moved += 1
+    if moved:
+        optimizer.settled = False  # type: ignore[attr-defined]
     return moved
 
 

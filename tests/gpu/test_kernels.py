@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from qwen_lit.kernels.attention import attention, attention_reference
-from qwen_lit.kernels.linear import Member, dropped, full_weight, group_linear
+from qwen_lit.kernels.dropout import dropped
+from qwen_lit.kernels.linear import Member, full_weight, group_linear, room
 from qwen_lit.kernels.loss import head_loss, head_loss_reference
+from qwen_lit.kernels.mlp import gate_up, mlp, mlp_in_pieces
 from qwen_lit.kernels.nf4 import can_dequantize, dequantize
 from qwen_lit.kernels.norm import add_norm
 from qwen_lit.kernels.rope import rope, rope_reference
-from qwen_lit.kernels.swiglu import swiglu, swiglu_reference
+from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_reference
 
 pytestmark = pytest.mark.gpu
 LIMIT = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
@@ -57,9 +59,27 @@ def wide_norm(x, delta, weight):
     return total, weight.double() * total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+@pytest.mark.parametrize("room", [0, 24])
+def test_add_norm_leaves_the_room_it_is_asked_for(room, dtype):
+    x, weight = random(37, 896, dtype=dtype), random(896, dtype=dtype)
+    _, plain = add_norm(x, None, weight, 1e-6)
+    _, roomy = add_norm(x, None, weight, 1e-6, room)
+    assert roomy.stride(0) == 896 + room and torch.equal(plain, roomy)
+
+
 @pytest.mark.parametrize(("tokens", "width"), [(1, 7), (33, 4864), (129, 18944)])
-def test_swiglu_equals_its_twin(tokens, width, dtype):
-    compare(swiglu, swiglu_reference, [random(tokens, width, dtype=dtype) for _ in range(2)], dtype)
+@pytest.mark.parametrize("room", [0, 16])
+def test_swiglu_equals_its_twin(tokens, width, room, dtype):
+    both = random(tokens, 2 * width + room, dtype=dtype)
+    gate, up = (both[:, at : at + width].double().requires_grad_() for at in (0, width))
+    wanted, grad = swiglu_reference(gate, up), random(tokens, width, dtype=dtype)
+    close(swiglu(both, width), wanted, dtype)
+    wanted.backward(grad.double())
+    rest = both[:, 2 * width :].clone()
+    swiglu_backward_(both, grad)
+    close(both[:, :width], gate.grad, dtype)
+    close(both[:, width : 2 * width], up.grad, dtype)
+    assert torch.equal(both[:, 2 * width :], rest)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 28])
@@ -122,50 +142,110 @@ def test_dequantisation_equals_bitsandbytes_to_the_bit(shape, nested):
     out = torch.full(shape, float("nan"), device="cuda", dtype=torch.bfloat16)
     assert can_dequantize(packed, state)
     assert torch.equal(dequantize(packed, state, out), dequantize_4bit(packed, state))
+    if shape[1] % 64 == 0:
+        corner = torch.full((shape[0] + 8, shape[1] + 16), 7.0, device="cuda", dtype=torch.bfloat16)
+        dequantize(packed, state, corner[: shape[0], : shape[1]])
+        assert torch.equal(corner[: shape[0], : shape[1]], out)
+        assert bool((corner[shape[0] :] == 7).all() and (corner[:, shape[1] :] == 7).all())
+
+
+def member(width, out, rank, four_bit, dropout, bias=True):
+    """A linear as the model holds it, and its weight in float64."""
+    from bitsandbytes.nn import Linear4bit
+
+    layer = torch.nn.Linear(width, out, bias=bias).to(torch.bfloat16)
+    if four_bit:
+        made = Linear4bit(width, out, bias, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True)
+        made.load_state_dict(layer.state_dict())
+        layer = made
+    layer = layer.cuda()
+    a, b = ((0.2 * random(*size, dtype=torch.float32)).requires_grad_() for size in ((rank, width), (out, rank)))
+    named = layer.bias.data.to(torch.bfloat16) if bias else None
+    made = Member(layer.weight, named, a if rank else None, b if rank else None, 0.5, dropout)
+    return made, full_weight(made, torch.bfloat16).double().clone()
+
+
+def twin(one, weight):
+    """The member in float64, with parameters of its own."""
+    a, b = (None if p is None else p.detach().double().requires_grad_() for p in (one.a, one.b))
+
+    def run(x, mask):
+        y = x @ weight.t() + (0 if one.bias is None else one.bias.double())
+        return y if a is None else y + (x * mask @ a.t() @ b.t()) * one.scale
+
+    return run, (a, b)
+
+
+def agree(found, wanted, x, wide, members, twins):
+    """Values and gradients of everything that is trained."""
+    grads = [random(*one.shape, dtype=x.dtype) for one in found]
+    torch.autograd.backward(found, grads)
+    torch.autograd.backward(wanted, [one.double() for one in grads])
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other, x.dtype)
+    close(x.grad, wide.grad, x.dtype)
+    for one, (_, (a, b)) in zip(members, twins, strict=True):
+        if a is not None:
+            close(one.a.grad, a.grad, x.dtype)
+            close(one.b.grad, b.grad, x.dtype)
+
+
+def mask_of(tokens, width, dropout, seed):
+    return dropped(torch.ones(tokens, width, device="cuda"), dropout, seed).double() if dropout else 1.0
 
 
 @pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "plain"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_group_linear_equals_its_twin(four_bit, dropout):
-    from bitsandbytes.nn import Linear4bit
-
-    dtype, members, weights = torch.bfloat16, [], []
-    for out, rank in ((256, 8), (64, 5), (128, 0)):
-        layer = torch.nn.Linear(192, out, bias=True)
-        if four_bit:
-            made = Linear4bit(192, out, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
-            made.load_state_dict(layer.to(dtype).state_dict())
-            layer = made
-        layer = layer.cuda()
-        if not four_bit:
-            layer = layer.to(dtype)
-        a = random(rank, 192, dtype=torch.float32).requires_grad_() if rank else None
-        b = random(out, rank, dtype=torch.float32).requires_grad_() if rank else None
-        members.append(
-            Member(layer.weight.data if not four_bit else layer.weight, layer.bias.data.to(dtype), a, b, 0.5, dropout)
-        )
-        weights.append(full_weight(members[-1], dtype).double().clone())
-    x = random(77, 192, dtype=dtype).requires_grad_()
+@pytest.mark.parametrize("roomy", [True, False], ids=["roomy", "tight"])
+@pytest.mark.parametrize("outs", [((256, 8), (64, 5), (128, 0)), ((64, 5),), ((320, 16), (64, 8))], ids=len)
+@pytest.mark.parametrize("tokens", [1, 77])
+def test_group_linear_equals_its_twin(four_bit, dropout, roomy, outs, tokens):
+    members, weights = zip(*(member(192, *one, four_bit, dropout) for one in outs), strict=True)
+    whole = random(tokens, 192 + room(list(members)), dtype=torch.bfloat16) if roomy else None
+    x = whole[:, :192] if roomy else random(tokens, 192, dtype=torch.bfloat16)
+    x = x.detach().requires_grad_()
     wide = x.detach().double().requires_grad_()
-    mask = dropped(torch.ones(77, 192, device="cuda", dtype=torch.float32), dropout, 3).double() if dropout else 1.0
-    twins = [
-        [one.detach().double().requires_grad_() if one is not None else None for one in (m.a, m.b)] for m in members
-    ]
-    found = group_linear(x, members, 3)
-    wanted = [
-        wide @ w.t() + m.bias.double() + (0 if a is None else (wide * mask @ a.t() @ b.t()) * m.scale)
-        for w, m, (a, b) in zip(weights, members, twins, strict=True)
-    ]
-    grads = [random(*one.shape, dtype=dtype) for one in found]
-    torch.autograd.backward(found, grads)
-    torch.autograd.backward(wanted, [one.double() for one in grads])
-    for one, other in zip(found, wanted, strict=True):
-        close(one, other, dtype)
-    close(x.grad, wide.grad, dtype)
-    for member, (a, b) in zip(members, twins, strict=True):
-        if a is not None:
-            close(member.a.grad, a.grad, dtype)
-            close(member.b.grad, b.grad, dtype)
+    twins = [twin(one, weight) for one, weight in zip(members, weights, strict=True)]
+    found = group_linear(x, list(members), 3, roomy)
+    mask = mask_of(tokens, 192, dropout, 3)
+    agree(found, [run(wide, mask) for run, _ in twins], x, wide, members, twins)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("ranks", [(8, 8, 8), (5, 0, 3), (0, 0, 0)], ids=str)
+def test_gate_up_and_the_mlp_equal_their_twins(dropout, ranks):
+    shapes = ((128, 320, ranks[0]), (128, 320, ranks[1]), (320, 128, ranks[2]))
+    members, weights = zip(*(member(*one, True, dropout, bias=False) for one in shapes), strict=True)
+    named = dict(zip(("gate_proj", "up_proj", "down_proj"), members, strict=True))
+    for whole in (False, True):
+        twins = [twin(one, weight) for one, weight in zip(members, weights, strict=True)]
+        x = random(77, 128, dtype=torch.bfloat16).requires_grad_()
+        wide = x.detach().double().requires_grad_()
+        mask = mask_of(77, 128, dropout, 3)
+        h = swiglu_reference(twins[0][0](wide, mask), twins[1][0](wide, mask))
+        wanted = twins[2][0](h, mask_of(77, 320, dropout, 4)) if whole else h
+        found = mlp(x, named, 3) if whole else gate_up(x, members[0], members[1], 3)
+        for one in members:
+            if one.a is not None:
+                one.a.grad = one.b.grad = None
+        agree([found], [wanted], x, wide, members[: 3 if whole else 2], twins[: 3 if whole else 2])
+
+
+def test_the_mlp_in_pieces_is_the_mlp():
+    shapes = ((128, 320, 8), (128, 320, 8), (320, 128, 8))
+    members = [member(*one, True, 0.0, bias=False)[0] for one in shapes]
+    named = dict(zip(("gate_proj", "up_proj", "down_proj"), members, strict=True))
+    x, grad = random(77, 128, dtype=torch.bfloat16), random(77, 128, dtype=torch.bfloat16)
+    results = []
+    for function in (lambda x: mlp(x, named, 3), lambda x: mlp_in_pieces(x, named, 3, 20)):
+        part = x.clone().requires_grad_()
+        for one in members:
+            one.a.grad = one.b.grad = None
+        out = function(part)
+        out.backward(grad)
+        results.append([out, part.grad, *(p.grad for one in members for p in (one.a, one.b))])
+    for one, other in zip(*results, strict=True):
+        close(one, other, torch.bfloat16)
 
 
 def test_the_dropout_mask_is_a_function_of_seed_and_place_and_keeps_its_share():

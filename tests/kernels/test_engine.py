@@ -76,8 +76,8 @@ def test_loss_and_gradients_equal_pefts_whatever_is_recomputed(family, packed, v
     loss = reference(model, one)
     wanted = gradients(model, loss)
     assert wanted
-    for recompute, offload in ((0, False), (1, False), (3, False), (3, True)):
-        found_loss = FastEngine(model, recompute, loss_chunk=5, offload=offload).loss_sum(one)
+    for recompute, offload, piece in ((0, False, 0), (1, False, 0), (3, False, 0), (3, True, 0), (3, True, 10)):
+        found_loss = FastEngine(model, recompute, 5, offload, piece).loss_sum(one)
         found = gradients(model, found_loss)
         assert abs(float(found_loss - loss)) < 1e-5 * float(loss)
         assert found.keys() == wanted.keys()
@@ -106,7 +106,7 @@ def test_dropout_is_the_same_in_backward_and_drawn_from_the_hosts_generator():
     for recompute in (0, 3, 0):
         torch.manual_seed(5)
         loss = FastEngine(model, recompute).loss_sum(one)
-        runs.append((float(loss), gradients(model, loss)))
+        runs.append((float(loss.detach()), gradients(model, loss)))
     torch.manual_seed(6)
     assert float(FastEngine(model).loss_sum(one)) != runs[0][0]
     for loss, found in runs[1:]:
@@ -116,13 +116,14 @@ def test_dropout_is_the_same_in_backward_and_drawn_from_the_hosts_generator():
     assert torch.isclose(FastEngine(model).loss_sum(one), reference(model, one), rtol=1e-5)
 
 
-def test_dropout_gradients_are_those_of_the_loss():
+@pytest.mark.parametrize("piece", [0, 10], ids=["whole", "in pieces"])
+def test_dropout_gradients_are_those_of_the_loss(piece):
     """Central differences along the gradient, in float64."""
     model, one = adapted("qwen2", lora_dropout=0.3, target_modules=ALL).double(), batch(True)
 
     def loss():
         torch.manual_seed(5)
-        return FastEngine(model).loss_sum(one)
+        return FastEngine(model, 3 if piece else 0, piece=piece).loss_sum(one)
 
     found = gradients(model, loss())
     named = dict(model.named_parameters())
@@ -160,25 +161,52 @@ def test_fifty_steps_have_pefts_losses(family, dropout):
     assert np.abs(np.subtract(*curves)).max() < (1e-2 if dropout == 0 else 5e-2)
 
 
-def test_a_4_bit_base_gives_pefts_losses_and_gradients(model_folder):
+def four_bit(model_folder, **options):
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    loaded = load_base(str(model_folder), quantization, CPU)
-    model = get_peft_model(loaded, LoraConfig(r=4, lora_alpha=8, target_modules=ALL, task_type="CAUSAL_LM")).train()
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "task_type": "CAUSAL_LM", **options}
+    model = get_peft_model(load_base(str(model_folder), quantization, CPU), LoraConfig(**lora)).train()
+    torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1)
-    one = batch(True)
+    return model
+
+
+@pytest.mark.parametrize("targets", [ALL, QKVO, ["v_proj", "down_proj"], ["gate_proj"]], ids=len)
+def test_a_4_bit_base_gives_pefts_losses_and_gradients(model_folder, targets):
+    model, one = four_bit(model_folder, target_modules=targets), batch(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = reference(model, one)
     wanted = gradients(model, loss)
-    found_loss = FastEngine(model).loss_sum(one)
-    found = gradients(model, found_loss)
-    assert abs(float(found_loss - loss)) < 1e-2 * float(loss)
-    for name, gradient in wanted.items():
-        assert (found[name] - gradient).norm() < 5e-2 * gradient.norm(), name
+    for options in ({}, {"resident_layers": 1}, {"recompute_layers": 2, "piece": 16}):
+        found_loss = FastEngine(model, **options).loss_sum(one)
+        found = gradients(model, found_loss)
+        assert abs(float(found_loss - loss)) < 1e-2 * float(loss)
+        assert found.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            assert (found[name] - gradient).norm() < 5e-2 * gradient.norm(), name
+
+
+def test_weights_that_are_held_give_the_same_bits(model_folder):
+    model, one = four_bit(model_folder, lora_dropout=0.2), batch(True)
+    runs = []
+    for held in (0, 1, 2):
+        torch.manual_seed(5)
+        loss = FastEngine(model, resident_layers=held).loss_sum(one)
+        runs.append((float(loss.detach()), gradients(model, loss)))
+    for loss, found in runs[1:]:
+        assert loss == runs[0][0]
+        assert all(torch.equal(gradient, runs[0][1][name]) for name, gradient in found.items())
+
+
+def test_a_second_backward_is_refused_rather_than_wrong():
+    loss = FastEngine(adapted("qwen2")).loss_sum(batch(True))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward twice"):
+        loss.backward()
 
 
 @pytest.mark.parametrize(
