@@ -40,6 +40,27 @@ def test_three_stops_in_one_epoch_and_one_in_the_next_leave_no_trace(command, wh
     assert same(whole, out)
 
 
+@pytest.mark.parametrize("stops", [(5, 7), (4, 5, 6, 9)], ids=str)
+def test_stops_at_the_end_of_an_epoch_and_soon_after_it_leave_no_trace(command, whole, tmp_path, stops):
+    out = tmp_path / "out"
+    for step in stops:
+        assert main(command(out, "--ckpt_path", "last", *stopping(step))) == 143
+    assert main(command(out, "--ckpt_path", "last")) == 0
+    assert same(whole, out)
+
+
+@pytest.mark.parametrize("limit", [3, 5, 7])
+def test_a_run_that_max_steps_has_ended_goes_on_with_the_very_next_row(command, whole, tmp_path, limit):
+    # The schedule must not end with the first run.
+    steady = ["--model.lr_scheduler", "constant", "--model.warmup_ratio", "0"]
+    long, short = tmp_path / "long", tmp_path / "short"
+    assert main(command(long, *steady)) == 0
+    assert main(command(short, *steady, "--trainer.max_steps", str(limit))) == 0
+    assert len(trace(short)) == limit
+    assert main(command(short, *steady, "--ckpt_path", "last")) == 0
+    assert same(long, short)
+
+
 @pytest.mark.parametrize("lost", ["rng", "position"])
 def test_without_the_generators_or_the_position_the_result_is_another(command, whole, tmp_path, lost, monkeypatch):
     from qwen_lit.data.batches import ResumableLoader

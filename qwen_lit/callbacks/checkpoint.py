@@ -54,6 +54,11 @@ class RunCheckpoint(Checkpoint):
         """Run the validation that the checkpoint's run did not come to; restore the random generators last."""
         self.seen_step = trainer.global_step
         INTERRUPTS.defer()
+        loop: Any = trainer.fit_loop
+        if loop.restarted_mid_epoch and loop.epoch_progress.current.processed == loop.epoch_progress.current.ready:
+            # Lightning has closed the checkpoint's epoch, but would not count the next one as begun: a checkpoint in
+            # it would then be read as one of an epoch that is done, and its rows be trained twice.
+            loop.reset_restart_stage()
         if self.validation_due:
             self.validation_due = False
             self._validate(trainer)
@@ -88,7 +93,9 @@ class RunCheckpoint(Checkpoint):
         # A failed write is tried again before the next one is due.
         retry = self._io(trainer).failure is not None and step % max(1, self.every_n_train_steps // 10) == 0
         if step != self.saved_step or retry:
-            if stop or due or retry or step % self.every_n_train_steps == 0:
+            # Once the loops have ended, Lightning counts an epoch cut short by max_steps as done.
+            last = step == trainer.max_steps
+            if stop or due or retry or last or step % self.every_n_train_steps == 0:
                 self.validation_due = due
                 self._save(trainer, pl_module)
                 self.validation_due = False
