@@ -13,7 +13,7 @@ from peft import PeftModel
 from qwen_lit.callbacks.export import Export
 from qwen_lit.data.audit import audit, find_rows, html_report, text_report, text_row
 from qwen_lit.data.datamodule import QwenDataModule
-from qwen_lit.data.prepare import Rows
+from qwen_lit.data.rows import Rows
 from qwen_lit.dry_run import arithmetic, lines, measure
 from qwen_lit.errors import UserError
 from qwen_lit.export.pipeline import adapter_from_checkpoint

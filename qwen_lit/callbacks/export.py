@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.data.datamodule import QwenDataModule
-from qwen_lit.data.prepare import Rows
+from qwen_lit.data.rows import Rows
 from qwen_lit.export.folder import commit_folder
 from qwen_lit.export.gguf import GgufType
 from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, run

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from qwen_lit.data.chatml import OLDEST, SHORTENED
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.overlong import OLDEST, SHORTENED
 from qwen_lit.data.packing import fill
-from qwen_lit.data.prepare import Report, Rows
+from qwen_lit.data.prepare import Report
+from qwen_lit.data.rows import Rows
 from qwen_lit.errors import UserError
 
 PERCENTILES = (50, 90, 95, 99, 100)
@@ -92,14 +93,23 @@ def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _endless(rows: Rows, end: int) -> int:
-    """Examples with a trained range whose last token is not the end of turn."""
+    """Examples with a trained turn whose end is not trained.
+
+    A turn is one range, or several where parts of it are not trained; the last of them ends it.
+    """
     count = 0
     for batch in rows.batches:
         ids, spans = batch.column("input_ids"), batch.column("spans")
         offsets = spans.offsets.to_numpy()
         owner = np.repeat(np.arange(len(batch)), np.diff(offsets) // 2)
-        last = spans.values.to_numpy()[offsets[0] : offsets[-1]][1::2] - 1 + ids.offsets.to_numpy()[owner]
-        count += len(np.unique(owner[ids.values.to_numpy()[last] != end]))
+        places = spans.values.to_numpy()[offsets[0] : offsets[-1]].reshape(-1, 2) + ids.offsets.to_numpy()[owner, None]
+        values = ids.values.to_numpy()
+        found = set()
+        for at in np.flatnonzero(values[places[:, 1] - 1] != end).tolist():
+            more = at + 1 < len(owner) and owner[at + 1] == owner[at]
+            if not more or end in values[places[at, 1] : places[at + 1, 0]]:
+                found.add(int(owner[at]))
+        count += len(found)
     return count
 
 

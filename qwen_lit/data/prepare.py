@@ -16,28 +16,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from qwen_lit.data.chatml import Encoder
+from qwen_lit.data.fast import FastDiffers, FastEncoder
 from qwen_lit.data.records import Conversation, DataError, Fault, RowError, parse_line, parse_row
-from qwen_lit.data.sources import RawRow, Source, digest, expand, read_rows
+from qwen_lit.data.rows import SCHEMA, as_batch
+from qwen_lit.data.sources import Chunk, Source, digest, expand, read_chunks
 
 log = logging.getLogger(__name__)
 VERSION = 1
-CHUNK_ROWS, CHUNK_BYTES = 1000, 2_000_000
-PARALLEL_BYTES = 8_000_000
-SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "spans": pa.list_(pa.int32()),
-        "supervised": pa.int32(),
-        "hash": pa.uint64(),
-        "source": pa.int32(),
-        "place": pa.string(),
-        "note": pa.string(),
-    }
-)
+LARGE_BYTES = 2_000_000
+"""Size of the files above which a faster encoder and more processes pay; started processes pay above 8 times this."""
+EXACT_EVERY = 64
+"""Of so many examples of a large dataset one is compared as each of a small one is; see ``fast`` for why it may be."""
 
 
 @dataclass
@@ -112,7 +104,11 @@ def prepare(task: Task, tokenizer: Any, cache: Path, processes: int | None = Non
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            report = _write(task, tokenizer, partial, processes)
+            try:
+                report = _write(task, tokenizer, partial, processes, _fast(task, tokenizer))
+            except FastDiffers as error:
+                log.warning("%s: the fast tokenizer differs from the model's own, which does it all now", error)
+                report = _write(task, tokenizer, partial, processes, None)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -163,26 +159,26 @@ def judge(report: Report, on_bad_row: str, max_bad_share: float) -> None:
         )
 
 
-def _chunks(task: Task) -> Iterator[tuple[int, str, list[RawRow]]]:
+def _chunks(task: Task) -> Iterator[tuple[int, str, Chunk]]:
     for number, source in enumerate(task.sources):
         for path in expand(source):
-            rows: list[RawRow] = []
-            size = 0
-            for row in read_rows(path):
-                rows.append(row)
-                size += len(row.content) if isinstance(row.content, bytes) else 500
-                if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
-                    yield number, source.path, rows
-                    rows, size = [], 0
-            if rows:
-                yield number, source.path, rows
+            for chunk in read_chunks(path):
+                yield number, source.path, chunk
 
 
-def _write(task: Task, tokenizer: Any, folder: Path, processes: int | None) -> Report:
+def _size(task: Task) -> int:
+    return sum(file.stat().st_size for source in task.sources for file in expand(source))
+
+
+def _fast(task: Task, tokenizer: Any) -> FastEncoder | None:
+    return FastEncoder.of(tokenizer) if _size(task) >= LARGE_BYTES else None
+
+
+def _write(task: Task, tokenizer: Any, folder: Path, processes: int | None, fast: FastEncoder | None) -> Report:
     report = Report()
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         with (folder / "rows.log").open("w", encoding="utf-8") as lines:
-            for batch, part, named in _encoded(task, tokenizer, processes):
+            for batch, part, named in _encoded(task, tokenizer, processes, fast):
                 if batch is not None:
                     writer.write_batch(batch)
                 lines.writelines(line + "\n" for line in named)
@@ -190,20 +186,21 @@ def _write(task: Task, tokenizer: Any, folder: Path, processes: int | None) -> R
     return report
 
 
-def _encoded(task: Task, tokenizer: Any, processes: int | None) -> Iterator[tuple[Any, Report, list[str]]]:
-    size = sum(file.stat().st_size for source in task.sources for file in expand(source))
-    count = processes or min(16, len(os.sched_getaffinity(0)))
-    if count < 2 or (processes is None and size < PARALLEL_BYTES):
-        worker = _Worker(tokenizer, task)
-        for chunk in _chunks(task):
-            yield worker(chunk)
-        return
+def _encoded(
+    task: Task, tokenizer: Any, processes: int | None, fast: FastEncoder | None
+) -> Iterator[tuple[Any, Report, list[str]]]:
     # Forked workers start at once and share the tokenizer; a process that has started CUDA must not be forked.
     import torch
 
-    method = "spawn" if torch.cuda.is_initialized() else "fork"
+    method, least = ("spawn", 8 * LARGE_BYTES) if torch.cuda.is_initialized() else ("fork", LARGE_BYTES)
+    count = processes or (min(16, len(os.sched_getaffinity(0))) if _size(task) >= least else 1)
+    worker = _Worker(tokenizer, task, fast)
+    if count < 2:
+        for chunk in _chunks(task):
+            yield worker(chunk)
+        return
     with ProcessPoolExecutor(
-        count, mp_context=multiprocessing.get_context(method), initializer=_start, initargs=(tokenizer, task)
+        count, mp_context=multiprocessing.get_context(method), initializer=_start, initargs=(worker,)
     ) as pool:
         waiting: deque[Future[Any]] = deque()
         for chunk in _chunks(task):
@@ -217,13 +214,13 @@ def _encoded(task: Task, tokenizer: Any, processes: int | None) -> Iterator[tupl
 _worker: "_Worker | None" = None
 
 
-def _start(tokenizer: Any, task: Task) -> None:
+def _start(worker: "_Worker") -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _Worker(tokenizer, task)
+    _worker = worker
 
 
-def _work(chunk: tuple[int, str, list[RawRow]]) -> tuple[Any, Report, list[str]]:
+def _work(chunk: tuple[int, str, Chunk]) -> tuple[Any, Report, list[str]]:
     assert _worker is not None
     return _worker(chunk)
 
@@ -231,11 +228,12 @@ def _work(chunk: tuple[int, str, list[RawRow]]) -> tuple[Any, Report, list[str]]
 class _Worker:
     """Raw rows of one source to an Arrow batch, their report and the lines of ``rows.log``."""
 
-    def __init__(self, tokenizer: Any, task: Task) -> None:
-        self.encoder = Encoder(tokenizer, **task.encoder)
+    def __init__(self, tokenizer: Any, task: Task, fast: FastEncoder | None) -> None:
+        exact_every = 1 if fast is None else EXACT_EVERY
+        self.encoder = Encoder(tokenizer, **task.encoder, exact_every=exact_every, fast=fast)
         self.fields: Mapping[str, str] = task.fields
 
-    def __call__(self, chunk: tuple[int, str, list[RawRow]]) -> tuple[Any, Report, list[str]]:
+    def __call__(self, chunk: tuple[int, str, Chunk]) -> tuple[Any, Report, list[str]]:
         """Encode one chunk.
 
         Millions of small objects come and go here without a cycle among them; the collector's walks over them would
@@ -249,8 +247,8 @@ class _Worker:
             if enabled:
                 gc.enable()
 
-    def _encode(self, chunk: tuple[int, str, list[RawRow]]) -> tuple[Any, Report, list[str]]:
-        number, name, rows = chunk
+    def _encode(self, chunk: tuple[int, str, Chunk]) -> tuple[Any, Report, list[str]]:
+        number, name, rows = chunk[0], chunk[1], chunk[2].rows()
         report, named = Report(rows=len(rows), rows_per_source={name: len(rows)}), []
         conversations: list[Conversation] = []
         hashes: list[int] = []
@@ -293,8 +291,10 @@ class _Worker:
                 named.append(f"{row.source}: {fault.kind}: {fault}")
                 if group is report.faults and len(report.first) < 10:
                     report.first.append(Fault(row.source, fault.kind, str(fault)))
-        batch = pa.record_batch([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
-        return (batch if report.examples else None), report, named
+        return (as_batch(columns) if report.examples else None), report, named
+
+
+_written = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
 def content_hash(conversation: Conversation) -> int:
@@ -303,56 +303,8 @@ def content_hash(conversation: Conversation) -> int:
     Raises:
         RowError: it holds half of a surrogate pair, which no tokenizer takes.
     """
-    content = json.dumps([conversation.messages, conversation.tools], sort_keys=True, ensure_ascii=False)
+    content = _written([conversation.messages, conversation.tools])
     try:
         return int.from_bytes(hashlib.blake2b(content.encode("utf-8"), digest_size=8).digest(), "big")
     except UnicodeEncodeError as error:
         raise RowError("lone surrogate", f"has half of a surrogate pair at {content[error.start]!r}.") from error
-
-
-class Rows:
-    """Prepared examples of a folder, read in place from disk; pickled as its path and the chosen numbers."""
-
-    def __init__(self, folder: Path, chosen: np.ndarray | None = None) -> None:
-        """Opens the folder.
-
-        Args:
-            folder: as ``prepare`` returns it.
-            chosen: int64 ``[n]``, numbers of the examples to show, in order; None shows all.
-        """
-        self.folder = folder
-        source = pa.memory_map(str(folder / "rows.arrow"))
-        reader = pa.ipc.open_file(source)
-        self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        self.starts = np.cumsum([0, *(len(batch) for batch in self.batches)])
-        self.chosen = np.arange(self.starts[-1]) if chosen is None else chosen
-
-    def __reduce__(self) -> Any:
-        return Rows, (self.folder, self.chosen)
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def column(self, name: str) -> np.ndarray:
-        """A column of numbers for the chosen examples; ``length`` is tokens of each."""
-        if name == "length":
-            parts = [np.diff(batch.column("input_ids").offsets.to_numpy()) for batch in self.batches]
-        else:
-            parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self.batches]
-        return np.concatenate(parts)[self.chosen] if parts else np.zeros(0, dtype=np.int64)
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int32 ``[t]`` and trained ranges int32 ``[k, 2]`` of one example."""
-        batch, row = self._find(number)
-        ids = batch.column("input_ids")[row].values.to_numpy()
-        return ids, batch.column("spans")[row].values.to_numpy().reshape(-1, 2)
-
-    def place(self, number: int) -> tuple[str, str]:
-        """``path:line`` of one example, and what was changed in it."""
-        batch, row = self._find(number)
-        return batch.column("place")[row].as_py(), batch.column("note")[row].as_py()
-
-    def _find(self, number: int) -> tuple[Any, int]:
-        at = int(self.chosen[number])
-        index = int(np.searchsorted(self.starts, at, "right")) - 1
-        return self.batches[index], at - int(self.starts[index])

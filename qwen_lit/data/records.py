@@ -1,7 +1,6 @@
 """Rows to conversations: every format told apart by itself, every fault named."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -206,27 +205,44 @@ def _messages(turns: Any, role_key: str, text_key: str, fields: Mapping[str, str
         message = _message(turn, ROLES[role], text_key if text_key in turn else "value", number)
         if role == "function_call":
             message = {"role": "assistant", "content": "", "tool_calls": _calls(message["content"])}
-        weight = turn.get("weight", turn.get("loss_weight", 1))
-        message["train"] = turn.get("train", True) not in (False, "false", 0) and weight not in (0, False)
+        message["train"] = _trained(turn, f"message {number}") and message.get("train", True)
         messages.append(message)
     return messages
+
+
+def _trained(given: dict[str, Any], what: str) -> bool:
+    """Whether a message or a part of one is trained, by whichever of the words it has."""
+    for word in ("train", "weight", "loss_weight"):
+        value = given.get(word)
+        if value is None:
+            continue
+        if value in (0, "false", "False"):
+            return False
+        if value not in (1, "true", "True"):
+            raise RowError("bad weight", f"{what} has {word} {value!r}; text is trained (1, true) or not (0, false).")
+    return True
 
 
 def _message(turn: dict[str, Any], role: str, text_key: str, number: int) -> dict[str, Any]:
     content, reasoning = turn.get(text_key), turn.get("reasoning_content")
     calls = _calls(turn["tool_calls"]) if turn.get("tool_calls") else []
+    parts = [{"type": "tool_call", "text": "", "train": True} for _ in calls]
     if isinstance(content, list):
-        parts = {"text": "", "reasoning": ""}
+        texts = {"text": "", "reasoning": ""}
         for part in content:
             part = part if isinstance(part, dict) else {"type": "text", "text": part}
             kind, value = part.get("type"), part.get("text", part.get("value"))
+            trained = _trained(part, f"a part of message {number}")
             if kind == "tool_call":
-                calls += _calls(value if value is not None else part.get("tool_call"))
-            elif kind in parts and isinstance(value, str):
-                parts[kind] += value
+                made = _calls(value if value is not None else part.get("tool_call"))
+                calls += made
+                parts += [{"type": kind, "text": "", "train": trained} for _ in made]
+            elif kind in texts and isinstance(value, str):
+                texts[kind] += value
+                parts.append({"type": kind, "text": value, "train": trained})
             else:
                 raise RowError("bad part", f"message {number} has a part of type {kind!r} without text.")
-        content, reasoning = parts["text"], parts["reasoning"] or reasoning
+        content, reasoning = texts["text"], texts["reasoning"] or reasoning
     if content is None and calls:
         content = ""
     if not isinstance(content, str):
@@ -244,6 +260,11 @@ def _message(turn: dict[str, Any], role: str, text_key: str, number: int) -> dic
         message["tool_calls"] = calls
     if reasoning and role == "assistant":
         message["reasoning_content"] = reasoning
+    if role == "assistant" and not all(part["train"] for part in parts):
+        if any(part["train"] for part in parts):
+            message["parts"] = parts
+        else:
+            message["train"] = False
     return message
 
 
@@ -279,46 +300,3 @@ def _check_order(messages: list[dict[str, Any]]) -> None:
             where = f"follows {before}" if before else "comes first"
             raise RowError("wrong order", f"message {number} ({role}) {where}: {snippet(message['content'])}")
         before = role
-
-
-CONTROL = re.compile(r"<\|[^<>|]{1,40}\|>")
-
-
-def guard(conversation: Conversation, control: frozenset[str], policy: str) -> bool:
-    """Keep text from becoming a control token: refuse it, or part it with a zero-width space, in place.
-
-    Args:
-        conversation: its messages and tools are searched, names of fields included.
-        control: the tokenizer's control tokens, such as ``<|im_start|>``.
-        policy: ``error`` or ``escape``.
-
-    Returns:
-        Whether anything was escaped.
-
-    Raises:
-        RowError: a control token stands in a message and ``policy`` is ``error``.
-    """
-    escaped = False
-
-    def walk(value: Any) -> Any:
-        nonlocal escaped
-        if isinstance(value, str):
-            if "<|" not in value:
-                return value
-            for token in set(CONTROL.findall(value)) & control:
-                if policy == "error":
-                    at = value.index(token)
-                    raise RowError(
-                        "control token",
-                        f"has {token} inside a message: {snippet(value[max(0, at - 20) :])}; mend it, or set "
-                        "data.control_tokens: escape.",
-                    )
-                value, escaped = value.replace(token, "<\u200b" + token[1:]), True
-            return value
-        if isinstance(value, list):
-            return [walk(item) for item in value]
-        return {walk(key): walk(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    conversation.messages = walk(conversation.messages)
-    conversation.tools = walk(conversation.tools)
-    return escaped

@@ -4,6 +4,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 from qwen_lit.data.records import DataError
 
 BOM = b"\xef\xbb\xbf"
+CHUNK_BYTES, CHUNK_ROWS = 500_000, 1000
 
 
 @dataclass
@@ -36,6 +38,24 @@ class RawRow:
     """``path:line``."""
     content: Any
     """Bytes of a line, or an object that the file format has parsed already."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of one file, cheap to hand to another process."""
+
+    path: str
+    content: bytes | list[RawRow]
+    """Whole lines, or rows that the file format has parsed already."""
+    first: int = 1
+    """The number of the first line."""
+
+    def rows(self) -> list[RawRow]:
+        """Its rows; blank lines are none."""
+        if isinstance(self.content, list):
+            return self.content
+        lines = enumerate(self.content.split(b"\n"), self.first)
+        return [RawRow(f"{self.path}:{number}", line.rstrip(b"\r")) for number, line in lines if line.strip()]
 
 
 def as_sources(dataset_path: str | Sequence[str | Source]) -> list[Source]:
@@ -76,28 +96,38 @@ def digest(path: Path) -> str:
 
 
 def read_rows(path: Path) -> Iterator[RawRow]:
-    """Rows of one file in its order.
+    """Rows of one file in its order; raises as ``read_chunks`` does."""
+    for chunk in read_chunks(path):
+        yield from chunk.rows()
+
+
+def read_chunks(path: Path) -> Iterator[Chunk]:
+    """Rows of one file in its order, some at a time.
 
     Raises:
         DataError: the file cannot be read, decompressed or parsed as a whole.
     """
     try:
         if path.suffix == ".parquet":
-            yield from _parquet(path)
+            yield from _batched(path, _parquet(path))
             return
         with _open(path) as file:
             start = file.peek(4096)[:4096] if isinstance(file, io.BufferedReader) else b""
             if start.removeprefix(BOM).lstrip()[:1] == b"[":
-                yield from _array(path, file.read())
+                yield from _batched(path, _array(path, file.read()))
                 return
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(BOM)
-                line = line.rstrip(b"\r\n")
-                if line.strip():
-                    yield RawRow(f"{path}:{number}", line)
+            first = 1
+            while block := file.read(CHUNK_BYTES):
+                block += file.readline()
+                yield Chunk(str(path), block.removeprefix(BOM) if first == 1 else block, first)
+                first += block.count(b"\n")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
+
+
+def _batched(path: Path, rows: Iterator[RawRow]) -> Iterator[Chunk]:
+    while batch := list(itertools.islice(rows, CHUNK_ROWS)):
+        yield Chunk(str(path), batch)
 
 
 def _open(path: Path) -> BinaryIO:

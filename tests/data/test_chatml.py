@@ -1,5 +1,6 @@
 """Exactly the right tokens are trained, by hand-written expectations and by TRL's training templates."""
 
+import unicodedata
 from importlib.resources import files
 
 import pytest
@@ -106,6 +107,52 @@ def test_every_assistant_turn_is_trained_exactly_once(encoder, shape):
     row = CONVERSATIONS[shape]
     turns = sum(message["role"] == "assistant" for message in row["messages"])
     assert sum(len(example.spans) for example in encode(encoder, row)) == turns
+
+
+def part(kind, text, weight):
+    return {"type": kind, "text": text, "loss_weight": weight}
+
+
+@pytest.mark.parametrize(
+    ("parts", "left_out", "kept"),
+    [
+        ([("Well, let me see. ", 0), ("It is 杭州。", 1)], ["Well, let me see."], ["It is 杭州。"]),
+        ([("It is 杭州。", 1), ("\n\nAs an aside, hm.  ", 0)], ["As an aside, hm."], ["It is 杭州。"]),
+        ([("a", 0), (" b ", 1), ("a", 1)], ["a"], ["b", "a"]),
+        ([("One. ", 1), ("e\u0301 Two. ", 0), ("Three.", 1)], ["Two."], ["One.", "Three."]),
+    ],
+)
+def test_parts_of_weight_0_are_not_trained_and_their_turn_still_ends(encoder, parts, left_out, kept):
+    content = [part("text", *one) for one in parts]
+    (example,) = encode(encoder, {"messages": [U, {"role": "assistant", "content": content}]})
+    whole = "".join(text for text, _ in parts).strip()
+    assert unicodedata.normalize("NFC", whole) in encoder.tokenizer.decode(example.input_ids)
+    texts = trained(encoder, example)
+    assert texts[-1].endswith("<|im_end|>") and "".join(texts).count("<|im_end|>") == 1
+    said = "".join(texts)
+    assert [said.count(text) for text in kept] == [1] * len(kept)
+    assert sum(said.count(text) for text in left_out) == (1 if left_out == ["a"] else 0)
+
+
+def test_a_thought_or_a_call_of_weight_0_is_not_trained(encoder):
+    call = {"type": "tool_call", "value": CALL["tool_calls"][0]}
+    parts = [part("reasoning", "It is a tea.", 0), part("text", "I will look.", 1), {**call, "loss_weight": 0}, call]
+    row = {"messages": [U, {"role": "assistant", "content": parts}], "tools": TOOLS}
+    if encoder.name in ("qwen2_5", "qwen3_instruct_2507"):
+        parts = row["messages"][1]["content"] = parts[1:]
+    (example,) = encode(encoder, row)
+    said = "".join(trained(encoder, example))
+    assert "It is a tea." not in said and said.count("I will look.") == 1
+    assert said.count("<tool_call>") == said.count("</tool_call>") == 1
+    assert encoder.tokenizer.decode(example.input_ids).count("<tool_call>\n") >= 2
+
+
+def test_a_part_that_the_template_changes_is_refused(plain):
+    plain.tokenizer.chat_template = plain.tokenizer.chat_template.replace("message.content", "message.content|upper")
+    changed = Encoder(plain.tokenizer, max_length=4096)
+    parts = [part("text", "a", 0), part("text", "b", 1)]
+    with pytest.raises(RowError, match="changes a text part"):
+        encode(changed, {"messages": [U, {"role": "assistant", "content": parts}]})
 
 
 def test_qwen3_trains_each_turn_with_the_history_the_server_shows(qwen_tokenizer):

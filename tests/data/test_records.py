@@ -118,3 +118,30 @@ def test_every_row_of_the_hostile_corpus_gets_its_own_message(qwen_tokenizer, tm
     for line, expected in zip(found, wanted, strict=True):
         number, kind, message = expected.split("\t")
         assert line == f"{path}:{number}: {kind}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("given", "trained"),
+    [({}, True), ({"train": True}, True), ({"train": "false"}, False), ({"weight": 0}, False), ({"weight": 1.0}, True),
+     ({"loss_weight": 0.0}, False), ({"weight": None}, True), ({"train": 1, "weight": 0}, False)],
+)  # fmt: skip
+def test_a_message_is_trained_or_not_by_any_of_its_words(given, trained):
+    row = {"messages": [*ASKED, ASKED[0], {**ASKED[1], **given}]}
+    assert parse_row(row, "a:1").train == [False, True, False, trained]
+
+
+@pytest.mark.parametrize("given", [{"weight": 0.5}, {"train": "no"}, {"loss_weight": 2}, {"weight": "high"}])
+def test_a_weight_that_is_neither_0_nor_1_is_refused(given):
+    for row in (
+        {"messages": [ASKED[0], {**ASKED[1], **given}]},
+        {"messages": [ASKED[0], {"role": "assistant", "content": [{"type": "text", "text": "A", **given}]}]},
+    ):
+        with pytest.raises(RowError, match="is trained .1, true. or not .0, false.") as caught:
+            parse_row(row, "a:1")
+        assert caught.value.kind == "bad weight"
+
+
+def test_a_message_of_only_untrained_parts_is_untrained():
+    parts = [{"type": "text", "text": "A", "loss_weight": 0}, {"type": "text", "text": "B", "loss_weight": 0}]
+    row = {"messages": [*ASKED, ASKED[0], {"role": "assistant", "content": parts}]}
+    assert parse_row(row, "a:1").train == [False, True, False, False]

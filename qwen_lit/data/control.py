@@ -1,0 +1,48 @@
+"""Text in a message never becomes a control token."""
+
+import re
+from typing import Any
+
+from qwen_lit.data.records import Conversation, RowError, snippet
+
+CONTROL = re.compile(r"<\|[^<>|]{1,40}\|>")
+
+
+def guard(conversation: Conversation, control: frozenset[str], policy: str) -> bool:
+    """Keep text from becoming a control token: refuse it, or part it with a zero-width space, in place.
+
+    Args:
+        conversation: its messages and tools are searched, names of fields included.
+        control: the tokenizer's control tokens, such as ``<|im_start|>``.
+        policy: ``error`` or ``escape``.
+
+    Returns:
+        Whether anything was escaped.
+
+    Raises:
+        RowError: a control token stands in a message and ``policy`` is ``error``.
+    """
+    escaped = False
+
+    def walk(value: Any) -> Any:
+        nonlocal escaped
+        if isinstance(value, str):
+            if "<|" not in value:
+                return value
+            for token in set(CONTROL.findall(value)) & control:
+                if policy == "error":
+                    at = value.index(token)
+                    raise RowError(
+                        "control token",
+                        f"has {token} inside a message: {snippet(value[max(0, at - 20) :])}; mend it, or set "
+                        "data.control_tokens: escape.",
+                    )
+                value, escaped = value.replace(token, "<\u200b" + token[1:]), True
+            return value
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        return {walk(key): walk(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    conversation.messages = walk(conversation.messages)
+    conversation.tools = walk(conversation.tools)
+    return escaped

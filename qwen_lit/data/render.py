@@ -1,0 +1,92 @@
+"""Conversations to text, through the tokenizer's own chat template."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen_lit.data.records import DataError, RowError
+from qwen_lit.data.sandbox import answer_at_once
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass
+class Draft:
+    """An example before its ids are known."""
+
+    messages: Messages
+    turns: list[int]
+    """Numbers of the messages that are trained, in order."""
+    tools: list[dict[str, Any]] | None
+    source: str
+    """``path:line``."""
+    notes: list[str] = field(default_factory=list)
+    """What was changed."""
+    text: str = ""
+    """As the template renders the messages."""
+
+
+class Renderer:
+    """The chat template of one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Compiles the template.
+
+        Args:
+            tokenizer: transformers', with a chat template.
+
+        Raises:
+            DataError: it has none.
+        """
+        if not tokenizer.chat_template:
+            raise DataError("the model's tokenizer has no chat template; use the Instruct model's tokenizer files.")
+        answer_at_once(tokenizer)
+        self.tokenizer = tokenizer
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        answer_at_once(self.tokenizer)
+
+    def text(self, messages: Messages, tools: Any = None) -> str:
+        """The text of a conversation, as the exported tokenizer renders it.
+
+        Raises:
+            RowError: the template refuses it.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        except Exception as error:  # a template may raise anything
+            raise RowError("template", f"the chat template refuses it: {error}") from error
+
+    def texts(self, drafts: Sequence[Draft]) -> list[str | RowError]:
+        """The text of each draft, or why it has none."""
+        found: list[str | RowError] = []
+        try:
+            return list(self._grouped(drafts, lambda messages, tools: self._many(messages, tools, tokenize=False)))
+        except Exception:  # a template may raise anything; which draft it refuses is found one by one
+            for draft in drafts:
+                try:
+                    found.append(self.text(draft.messages, draft.tools))
+                except RowError as error:
+                    found.append(error)
+        return found
+
+    def ids(self, drafts: Sequence[Draft]) -> list[list[int]]:
+        """The token ids of each draft by ``apply_chat_template`` alone."""
+        return self._grouped(drafts, lambda messages, tools: self._many(messages, tools)["input_ids"])
+
+    def _many(self, several: list[Messages], tools: Any, **options: Any) -> Any:
+        return self.tokenizer.apply_chat_template(several, tools=tools, **options)
+
+    @staticmethod
+    def _grouped(drafts: Sequence[Draft], function: Callable[[list[Messages], Any], Sequence[Any]]) -> list[Any]:
+        """One call for all conversations with the same tools costs half of one call for each."""
+        groups: dict[int, list[int]] = {}
+        for number, draft in enumerate(drafts):
+            groups.setdefault(id(draft.tools), []).append(number)
+        found: list[Any] = [None] * len(drafts)
+        for numbers in groups.values():
+            several = [drafts[number].messages for number in numbers]
+            for number, one in zip(numbers, function(several, drafts[numbers[0]].tools), strict=True):
+                found[number] = one
+        return found

@@ -1,0 +1,92 @@
+"""Prepared examples on disk: an Arrow IPC file, read in place."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "spans": pa.list_(pa.int32()),
+        "supervised": pa.int32(),
+        "hash": pa.uint64(),
+        "source": pa.int32(),
+        "place": pa.string(),
+        "note": pa.string(),
+    }
+)
+
+
+def as_batch(columns: dict[str, list[Any]]) -> pa.RecordBatch:
+    """Examples as one record batch.
+
+    Args:
+        columns: for each name of ``SCHEMA`` its values.
+    """
+    return pa.record_batch([_column(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+
+
+def _column(values: list[Any], kind: Any) -> Any:
+    """What ``pa.array`` makes of the values; that would import pandas, which takes as long as a megabyte of rows."""
+    if kind == pa.string():
+        raw = [value.encode() for value in values]
+        return pa.Array.from_buffers(kind, len(raw), [None, _offsets(raw), pa.py_buffer(b"".join(raw))])
+    if pa.types.is_list(kind):
+        flat = _column(list(itertools.chain.from_iterable(values)), kind.value_type)
+        return pa.Array.from_buffers(kind, len(values), [None, _offsets(values)], children=[flat])
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.array(values, str(kind)))])
+
+
+def _offsets(values: list[Any]) -> Any:
+    return pa.py_buffer(np.cumsum([0, *map(len, values)], dtype=np.int32))
+
+
+class Rows:
+    """Prepared examples of a folder, read in place from disk; pickled as its path and the chosen numbers."""
+
+    def __init__(self, folder: Path, chosen: np.ndarray | None = None) -> None:
+        """Opens the folder.
+
+        Args:
+            folder: as ``prepare`` returns it.
+            chosen: int64 ``[n]``, numbers of the examples to show, in order; None shows all.
+        """
+        self.folder = folder
+        source = pa.memory_map(str(folder / "rows.arrow"))
+        reader = pa.ipc.open_file(source)
+        self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self.starts = np.cumsum([0, *(len(batch) for batch in self.batches)])
+        self.chosen = np.arange(self.starts[-1]) if chosen is None else chosen
+
+    def __reduce__(self) -> Any:
+        return Rows, (self.folder, self.chosen)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of numbers for the chosen examples; ``length`` is tokens of each."""
+        if name == "length":
+            parts = [np.diff(batch.column("input_ids").offsets.to_numpy()) for batch in self.batches]
+        else:
+            parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self.batches]
+        return np.concatenate(parts)[self.chosen] if parts else np.zeros(0, dtype=np.int64)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 ``[t]`` and trained ranges int32 ``[k, 2]`` of one example."""
+        batch, row = self._find(number)
+        ids = batch.column("input_ids")[row].values.to_numpy()
+        return ids, batch.column("spans")[row].values.to_numpy().reshape(-1, 2)
+
+    def place(self, number: int) -> tuple[str, str]:
+        """``path:line`` of one example, and what was changed in it."""
+        batch, row = self._find(number)
+        return batch.column("place")[row].as_py(), batch.column("note")[row].as_py()
+
+    def _find(self, number: int) -> tuple[Any, int]:
+        at = int(self.chosen[number])
+        index = int(np.searchsorted(self.starts, at, "right")) - 1
+        return self.batches[index], at - int(self.starts[index])
