@@ -15,10 +15,10 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m qwen_lit.demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(VENV)/.ready
-	$(BIN)/ruff check qwen_lit tests
+	$(BIN)/ruff check qwen_lit tests benchmarks
 	$(BIN)/mypy
 
 clean:

@@ -1,9 +1,11 @@
 """Dropout by a mask that is a function of a seed and the position alone, so that backward draws it again."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
-from qwen_lit.kernels.launch import jit, on_gpu, tl, triton
+from qwen_lit.kernels.launch import jit, launches, tl, triton
 
 BLOCK = 4096
 
@@ -16,7 +18,7 @@ def dropped_reference(x: Tensor, p: float, seed: int) -> Tensor:
 
 
 @jit
-def _dropout(x, out, add, count, width, stride, p, seed, HAS_ADD: "tl.constexpr", BLOCK: "tl.constexpr"):
+def _dropout(x, out, add, count, width, stride, p, seed, HAS_ADD: tl.constexpr, BLOCK: tl.constexpr):
     # One draw gives four numbers, one for each quarter of the block.
     lanes = tl.arange(0, BLOCK // 4)
     draws = tl.rand4x(seed, (tl.program_id(0) * (BLOCK // 4) + lanes).to(tl.int32))
@@ -44,7 +46,7 @@ def dropped(x: Tensor, p: float, seed: int, add: Tensor | None = None) -> Tensor
     Returns:
         Contiguous, of the shape and dtype of ``x``.
     """
-    if not on_gpu(x):
+    if not launches(x):
         masked = dropped_reference(x, p, seed)
         return masked if add is None else masked + add
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if add is None else add

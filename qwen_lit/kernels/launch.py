@@ -1,5 +1,6 @@
 """Triton where there is a CUDA device and Triton; the plain twins elsewhere."""
 
+import os
 from typing import Any
 
 import torch
@@ -13,14 +14,19 @@ except ImportError:
     HAS_TRITON = False
     triton = tl = None
 
-__all__ = ["HAS_TRITON", "on_gpu", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "launches", "tl", "triton"]
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run in Triton's interpreter, on the CPU, slowly: to test them where there is no CUDA device."""
 
 
-def on_gpu(*tensors: torch.Tensor | None) -> bool:
-    """Whether the kernels can run: every tensor that is given is on CUDA, and Triton is installed."""
-    return HAS_TRITON and all(tensor is None or tensor.is_cuda for tensor in tensors)
+def launches(*tensors: torch.Tensor | None) -> bool:
+    """Whether kernels are launched: Triton is installed, and every tensor that is given is on CUDA."""
+    return INTERPRETED or (HAS_TRITON and all(tensor is None or tensor.is_cuda for tensor in tensors))
 
 
 def jit(function: Any) -> Any:
-    """``triton.jit`` where Triton is installed; elsewhere the function is never launched."""
+    """``triton.jit`` where Triton is installed; elsewhere the function is never launched.
+
+    A module of kernels keeps its annotations as text: ``tl`` may be missing, and the interpreter reads them so.
+    """
     return triton.jit(function) if HAS_TRITON else function

@@ -1,12 +1,14 @@
 """Cross-entropy fused with lm_head, a chunk of supervised rows at a time; its gradient is made in the forward pass."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qwen_lit.kernels.launch import jit, on_gpu, tl
+from qwen_lit.kernels.launch import jit, launches, tl
 
 
 def head_loss_reference(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -15,7 +17,7 @@ def head_loss_reference(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor
 
 
 @jit
-def _rows(logits, targets, losses, width, BLOCK: "tl.constexpr"):
+def _rows(logits, targets, losses, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * width
     target = tl.load(targets + row)
@@ -42,7 +44,7 @@ def _rows(logits, targets, losses, width, BLOCK: "tl.constexpr"):
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed loss of ``[n, vocab]`` logits, which become their own gradient."""
-    if on_gpu(logits):
+    if launches(logits):
         losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
         _rows[(len(targets),)](logits, targets, losses, logits.shape[1], BLOCK=4096, num_warps=8)
         return losses.sum()

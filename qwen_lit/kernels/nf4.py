@@ -1,12 +1,14 @@
 """Dequantisation of bitsandbytes' NF4 weights (Dettmers et al., 2023), nested scales included, in one launch."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor
 
-from qwen_lit.kernels.launch import jit, on_gpu, tl, triton
+from qwen_lit.kernels.launch import jit, launches, tl, triton
 
 ROWS = 64
 """Quantisation blocks of one program."""
@@ -20,7 +22,7 @@ def dequantize_reference(packed: Tensor, state: Any) -> Tensor:
 @jit
 def _dequantize(
     packed, absmax, code, outer, offset, table, out, blocks, across, stride,
-    NESTED: "tl.constexpr", OUTER: "tl.constexpr", BYTES: "tl.constexpr", ROWS: "tl.constexpr",
+    NESTED: tl.constexpr, OUTER: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < blocks
@@ -43,7 +45,7 @@ def can_dequantize(packed: Tensor, state: Any) -> bool:
     """Whether the kernel reads this layout: NF4 on CUDA, whole blocks, scales in float32 or nested in 8 bits."""
     count = state.shape.numel()
     return (
-        on_gpu(packed)
+        launches(packed)
         and state.quant_type == "nf4"
         and count % state.blocksize == 0
         and (not state.nested or state.state2.absmax.dtype == torch.float32)

@@ -1,11 +1,13 @@
 """RMSNorm with the residual addition before it (Zhang and Sennrich, 2019, equation 4)."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen_lit.kernels.launch import jit, on_gpu, tl, triton
+from qwen_lit.kernels.launch import jit, launches, tl, triton
 
 
 def add_norm_reference(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -19,7 +21,7 @@ def add_norm_reference(residual: Tensor, delta: Tensor | None, weight: Tensor, e
 @jit
 def _forward(
     residual, delta, weight, total, normed, rstd, width, stride, eps,
-    HAS_DELTA: "tl.constexpr", BLOCK: "tl.constexpr",
+    HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -36,7 +38,7 @@ def _forward(
 
 
 @jit
-def _backward(total, weight, rstd, d_normed, d_total, out, width, HAS_TOTAL: "tl.constexpr", BLOCK: "tl.constexpr"):
+def _backward(total, weight, rstd, d_normed, d_total, out, width, HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -58,7 +60,7 @@ class _AddNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows, width = residual.shape
         normed = torch.empty(rows, width + room, dtype=residual.dtype, device=residual.device)[:, :width]
-        if on_gpu(residual):
+        if launches(residual):
             total = residual if delta is None else torch.empty_like(residual)
             rstd = torch.empty(rows, dtype=torch.float32, device=residual.device)
             _forward[(rows,)](
@@ -81,7 +83,7 @@ class _AddNorm(torch.autograd.Function):
         d_total, d_normed = grads
         total, weight, rstd = ctx.saved_tensors
         width = total.shape[-1]
-        if on_gpu(total):
+        if launches(total):
             out = torch.empty_like(total)
             _backward[(rstd.numel(),)](
                 total, weight, rstd, d_normed.contiguous(), d_total, out, width,

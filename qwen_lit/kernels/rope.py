@@ -1,11 +1,13 @@
 """Rotary position embedding (Su et al., 2021), with Qwen3's RMSNorm of each head before it."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen_lit.kernels.launch import jit, on_gpu, tl, triton
+from qwen_lit.kernels.launch import jit, launches, tl, triton
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -21,7 +23,7 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, e
 
 @jit
 def _rotate(
-    x, cos, sin, weight, out, heads, eps, sign, HAS_NORM: "tl.constexpr", HALF: "tl.constexpr", HEADS: "tl.constexpr"
+    x, cos, sin, weight, out, heads, eps, sign, HAS_NORM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
@@ -41,7 +43,7 @@ def _rotate(
 
 
 @jit
-def _unnorm(x, weight, grad, out, heads, eps, HALF: "tl.constexpr"):
+def _unnorm(x, weight, grad, out, heads, eps, HALF: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     at = tl.arange(0, 2 * HALF)
@@ -68,13 +70,13 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         ctx.save_for_backward(x if weight is not None else None, cos, sin, weight)
         ctx.eps = eps
-        return _launch(x, cos, sin, weight, eps, 1.0) if on_gpu(x) else rope_reference(x, cos, sin, weight, eps)
+        return _launch(x, cos, sin, weight, eps, 1.0) if launches(x) else rope_reference(x, cos, sin, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, cos, sin, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
-        gpu = on_gpu(grad)
+        gpu = launches(grad)
         # The inverse of a rotation is the rotation by the opposite angle.
         grad = _launch(grad, cos, sin, None, 0.0, -1.0) if gpu else rope_reference(grad, cos, -sin, None, 0.0)
         if weight is not None:

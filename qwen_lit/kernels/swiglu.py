@@ -1,10 +1,12 @@
 """SwiGLU (Shazeer, 2020): silu(gate) * up, of two halves of one matrix."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from qwen_lit.kernels.launch import jit, on_gpu, tl, triton
+from qwen_lit.kernels.launch import jit, launches, tl, triton
 
 BLOCK = 2048
 
@@ -15,7 +17,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @jit
-def _forward(both, out, width, stride, BLOCK: "tl.constexpr"):
+def _forward(both, out, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -26,7 +28,7 @@ def _forward(both, out, width, stride, BLOCK: "tl.constexpr"):
 
 
 @jit
-def _backward(both, grad, width, stride, BLOCK: "tl.constexpr"):
+def _backward(both, grad, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -50,7 +52,7 @@ def swiglu(both: Tensor, width: int) -> Tensor:
     Returns:
         ``[tokens, width]``, contiguous.
     """
-    if not on_gpu(both):
+    if not launches(both):
         return swiglu_reference(both[:, :width], both[:, width : 2 * width])
     out = torch.empty(both.shape[0], width, dtype=both.dtype, device=both.device)
     _forward[(both.shape[0], triton.cdiv(width, BLOCK))](both, out, width, both.stride(0), BLOCK=BLOCK, num_warps=8)
@@ -65,7 +67,7 @@ def swiglu_backward_(both: Tensor, grad: Tensor) -> None:
         grad: ``[tokens, width]``, of the result.
     """
     width = grad.shape[1]
-    if on_gpu(both):
+    if launches(both):
         grad = grad.contiguous()
         _backward[(both.shape[0], triton.cdiv(width, BLOCK))](
             both, grad, width, both.stride(0), BLOCK=BLOCK, num_warps=8
