@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qwen_lit.data.batches import collate
-from qwen_lit.data.chatml import Encoder
+from qwen_lit.data.chatml import Encoder, Example
 from qwen_lit.data.records import parse_row
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -127,7 +127,7 @@ def _pretrain(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int
         mixed = json.dumps(row, ensure_ascii=False).replace(names[tea], names[(tea + 7) % len(names)])
         conversations.append(parse_row(json.loads(mixed), f"row {number}"))
     encoded = Encoder(tokenizer, max_length=512).encode(conversations)
-    examples = [(one.input_ids, one.spans) for outcome in encoded if isinstance(outcome, list) for one in outcome]
+    examples = [(one.input_ids, one.spans) for outcome in encoded for one in outcome if isinstance(one, Example)]
     examples.sort(key=lambda example: len(example[0]))
     batches = [collate(examples[i : i + 32], tokenizer.pad_token_id) for i in range(0, len(examples), 32)]
     draw = random.Random(0)

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from peft import PeftModel
 
 from qwen_lit.callbacks.export import Export
-from qwen_lit.data.audit import audit, find_rows, html_report, text_report, text_row
+from qwen_lit.data.audit import audit, fate, find_rows, html_report, report_lines, spread_rows, text_report, text_row
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
 from qwen_lit.dry_run import arithmetic, lines, measure
@@ -46,18 +46,37 @@ class QwenTrainer(Trainer):
         """
         datamodule.on_bad_row, datamodule.max_bad_share = "skip", 1.0
         datamodule.prepare_data()
-        datamodule.setup()
-        assert datamodule.train_rows is not None
+        try:
+            datamodule.setup()
+        except UserError as error:
+            # Nothing is left to train on; why, is what the audit is for.
+            print("\n".join([*report_lines(datamodule.report), f"verdict         {error}"]))
+            self.exit_code = 1
+            return
+        assert datamodule.train_rows is not None and datamodule.val_rows is not None
         result = audit(datamodule, self.accumulate_grad_batches)
         for line in text_report(result):
             print(line)
-        everything = Rows(datamodule.train_rows.folder)
-        for number in find_rows(everything, row, rows):
+        folders = list(dict.fromkeys([datamodule.train_rows.folder, datamodule.val_rows.folder]))
+        everything, numbers = Rows(folders[0]), []
+        if row is not None:
+            told = [line for folder in folders for line in fate(folder, row)]
+            holding = [folder for folder in folders if find_rows(Rows(folder), row)]
+            if not told and not holding:
+                raise UserError(f"--row: there is no row {row}; give path:line as the audit names it.")
+            print("\n" + "\n".join(told) if told else "", end="")
+            everything = Rows(holding[0]) if holding else everything
+            numbers = find_rows(everything, row)
+        for number in numbers if row is not None else spread_rows(everything, rows):
             print("\n" + text_row(everything, number, datamodule.tokenizer, sys.stdout.isatty()))
         if html is not None:
-            numbers = find_rows(everything, row, max(rows, 100))
-            page = html_report(result, everything, numbers, datamodule.tokenizer)
-            Path(html).write_text(page, encoding="utf-8")
+            shown = numbers if row is not None else spread_rows(everything, max(rows, 100))
+            try:
+                Path(html).parent.mkdir(parents=True, exist_ok=True)
+                page = html_report(result, everything, shown, datamodule.tokenizer)
+                Path(html).write_text(page, encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--html: cannot write {html} ({error.strerror or error}).") from error
         self.exit_code = 1 if result.problems else 0
 
     def plan(

@@ -4,16 +4,17 @@ import html
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qwen_lit.data.chatml import UNTHOUGHT
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.overlong import OLDEST, SHORTENED
 from qwen_lit.data.packing import fill
 from qwen_lit.data.prepare import Report
 from qwen_lit.data.rows import Rows
-from qwen_lit.errors import UserError
 
 PERCENTILES = (50, 90, 95, 99, 100)
 
@@ -23,6 +24,8 @@ class Audit:
     """What would be trained, and what is wrong with it."""
 
     report: Report
+    val_report: Report | None
+    """Of validation rows that have files of their own."""
     train: int
     val: int
     tokens: int
@@ -56,6 +59,7 @@ def audit(data: QwenDataModule, accumulate: int) -> Audit:
     rows = Rows(data.train_rows.folder)
     lengths = rows.column("length")
     batches = data.batches(data.train_rows)
+    end = data.tokenizer.convert_tokens_to_ids("<|im_end|>")
     trained = data.train_rows.column("length")
     if data.packing:
         share = fill(batches, trained.tolist(), data.batch_size * data.max_length)
@@ -64,6 +68,7 @@ def audit(data: QwenDataModule, accumulate: int) -> Audit:
     report = data.report
     result = Audit(
         report=report,
+        val_report=data.val_report if data.val_sources else None,
         train=len(data.train_rows),
         val=len(data.val_rows),
         tokens=int(lengths.sum()),
@@ -71,18 +76,27 @@ def audit(data: QwenDataModule, accumulate: int) -> Audit:
         percentiles={p: int(np.percentile(lengths, p, method="higher")) for p in PERCENTILES},
         histogram=_histogram(lengths),
         masked=int((rows.column("supervised") == 0).sum()),
-        endless=_endless(rows, data.tokenizer.convert_tokens_to_ids("<|im_end|>")),
+        endless=_endless(rows, end),
         duplicates=_duplicates(rows),
         fill=float(share),
         batches=len(batches),
         steps=math.ceil(len(batches) / accumulate),
     )
-    result.problems = [f"{count} rows faulty: {kind}" for kind, count in report.faults.items()]
-    result.problems += [f"{count} rows dropped: {kind}" for kind, count in report.dropped.items()]
-    result.problems += [f"{n} rows cut: {kind}" for kind, n in report.changed.items() if kind in (OLDEST, SHORTENED)]
-    result.problems += [f"{result.masked} rows train nothing"] * bool(result.masked)
-    result.problems += [f"{result.endless} rows have an answer without <|im_end|>"] * bool(result.endless)
+    result.problems = _problems(report, rows, end)
+    if result.val_report is not None:
+        found = _problems(result.val_report, Rows(data.val_rows.folder), end)
+        result.problems += [f"validation: {problem}" for problem in found]
     return result
+
+
+def _problems(report: Report, rows: Rows, end: int) -> list[str]:
+    """What would be lost or trained wrongly of one prepared folder."""
+    masked, endless = int((rows.column("supervised") == 0).sum()), _endless(rows, end)
+    found = [f"{count} rows faulty: {kind}" for kind, count in report.faults.items()]
+    found += [f"{count} rows dropped: {kind}" for kind, count in report.dropped.items()]
+    found += [f"{n} rows cut: {kind}" for kind, n in report.changed.items() if kind in (OLDEST, SHORTENED, UNTHOUGHT)]
+    found += [f"{masked} rows train nothing"] * bool(masked)
+    return found + [f"{endless} rows have an answer without <|im_end|>"] * bool(endless)
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
@@ -129,10 +143,9 @@ def _duplicates(rows: Rows) -> list[str]:
     return sorted(found, key=lambda place: found[place])
 
 
-def text_report(result: Audit) -> Iterable[str]:
-    """The audit in lines of at most 80 columns."""
-    report = result.report
-    yield f"rows            {report.rows:,} read, {report.examples:,} examples to train"
+def report_lines(report: Report) -> Iterable[str]:
+    """What became of the rows of some files."""
+    yield f"rows            {report.rows:,} read, {report.examples:,} examples"
     for name, count in report.rows_per_source.items():
         yield f"  {count:>12,}  {name}"
     yield "formats         " + (", ".join(f"{name} {count:,}" for name, count in report.formats.items()) or "none")
@@ -140,6 +153,18 @@ def text_report(result: Audit) -> Iterable[str]:
         yield f"{title:<15} " + (", ".join(f"{kind} {count:,}" for kind, count in counts.items()) or "none")
     for fault in report.first:
         yield f"  {fault.source}: {fault.message}"
+
+
+def text_report(result: Audit) -> Iterable[str]:
+    """The audit in lines of at most 80 columns."""
+    yield from report_lines(result.report)
+    if result.val_report is not None:
+        yield "validation files"
+        yield from report_lines(result.val_report)
+    yield from _figures(result)
+
+
+def _figures(result: Audit) -> Iterable[str]:
     yield f"fully masked    {result.masked:,}"
     yield f"no <|im_end|>   {result.endless:,}"
     yield f"duplicates      {len(result.duplicates):,}" + "".join(f"\n  {place}" for place in result.duplicates[:5])
@@ -174,23 +199,30 @@ def text_row(rows: Rows, number: int, tokenizer: Any, colour: bool) -> str:
     return f"── {place}{f' ({note})' if note else ''} ──\n{body}"
 
 
-def find_rows(rows: Rows, wanted: str | None, count: int) -> list[int]:
-    """Numbers of the examples of one row, or of ``count`` spread over the data.
+def fate(folder: Path, wanted: str) -> list[str]:
+    """What became of a row that was left out or changed, as ``rows.log`` names it."""
+    with (folder / "rows.log").open(encoding="utf-8", errors="backslashreplace") as lines:
+        return [line.rstrip("\n") for line in lines if _is_place(line.split(": ", 1)[0], wanted)]
 
-    Raises:
-        UserError: no example comes from the row.
-    """
-    if wanted is None:
-        return sorted(set(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int).tolist()))
-    found = [
+
+def _is_place(place: str, wanted: str) -> bool:
+    wanted = wanted.removeprefix("./")
+    return place == wanted or place.endswith("/" + wanted)
+
+
+def find_rows(rows: Rows, wanted: str) -> list[int]:
+    """Numbers of the examples of one row, given as ``path:line``."""
+    return [
         int(start) + at
         for start, batch in zip(rows.starts, rows.batches, strict=False)
         for at, place in enumerate(batch.column("place").to_pylist())
-        if place == wanted or place.endswith("/" + wanted)
+        if _is_place(place, wanted)
     ]
-    if not found:
-        raise UserError(f"--row: no row {wanted} is trained; give path:line as the audit names it.")
-    return found
+
+
+def spread_rows(rows: Rows, count: int) -> list[int]:
+    """Numbers of ``count`` examples, spread over the data."""
+    return sorted(set(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int).tolist()))
 
 
 STYLE = """
@@ -206,11 +238,13 @@ overflow-wrap:anywhere;background:#f6f6f4;padding:.8rem;border-radius:6px}mark{b
 
 def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: Any) -> str:
     """The audit and some rows as one page that needs nothing else."""
-    lines = [(line[:16], line[16:]) for line in text_report(result) if not line.startswith("  ")]
-    table = "".join(
-        f"<tr><th>{html.escape(name.strip())}<td>{html.escape(value.strip())}"
-        for name, value in lines
-    )
+    told = {f"  {fault.source}: {fault.message}" for fault in result.report.first}
+    table = ""
+    for line in text_report(result):
+        if not line.startswith("  "):
+            table += f"<tr><th>{html.escape(line[:16].strip())}<td>{html.escape(line[16:].strip())}"
+        elif not line.startswith("  ≤") and line not in told:
+            table += f"<br>{html.escape(line.strip())}"
     most = max(count for _, count in result.histogram)
     bars = "".join(
         f'<tr><td>≤ {edge:,}<td><span class="bar" style="width:{30 * count / most:.2f}rem"></span> {count:,}'

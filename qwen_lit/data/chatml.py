@@ -9,13 +9,17 @@ from qwen_lit.data.control import guard
 from qwen_lit.data.fast import FastDiffers, FastEncoder
 from qwen_lit.data.overlong import shorten
 from qwen_lit.data.parts import untrained
-from qwen_lit.data.records import Conversation, DataError, RowError
+from qwen_lit.data.records import Conversation, DataError, RowError, snippet
 from qwen_lit.data.render import Draft, Renderer
 
 IGNORED = -100
 HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
-ESCAPED, TRAILING = "control tokens escaped", "turns after the last answer left out"
+ESCAPED, TRAILING, UNTHOUGHT = (
+    "control tokens escaped",
+    "turns after the last answer left out",
+    "reasoning left out by the chat template",
+)
 
 
 @dataclass
@@ -89,8 +93,8 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode(self, conversations: list[Conversation]) -> list[list[Example] | RowError]:
-        """For each conversation its examples, or why it cannot be used.
+    def encode(self, conversations: list[Conversation]) -> list[list[Example | RowError]]:
+        """For each conversation its examples; in the place of one that cannot be used, why.
 
         Raises:
             DataError: ids differ from the exported tokenizer's own.
@@ -101,17 +105,10 @@ class Encoder:
         encoded = self._tokenised([draft.text for draft in drafts])
         self._prove(drafts, encoded)
         ids = iter(encoded)
-        found: list[list[Example] | RowError] = []
-        for outcome in outcomes:
-            if isinstance(outcome, RowError):
-                found.append(outcome)
-                continue
-            mine = [(draft, next(ids)) for draft in outcome]
-            try:
-                found.append([self._example(draft, one) for draft, one in mine])
-            except RowError as error:
-                found.append(error)
-        return found
+        return [
+            [outcome] if isinstance(outcome, RowError) else [self._example(draft, next(ids)) for draft in outcome]
+            for outcome in outcomes
+        ]
 
     def drafts(self, conversations: list[Conversation]) -> list[list[Draft] | RowError]:
         """For each conversation what is to be tokenised, rendered; or why it cannot be used."""
@@ -137,7 +134,10 @@ class Encoder:
         Raises:
             RowError: a control token stands in a message.
         """
-        notes = [ESCAPED] if guard(conversation, self.control, self.control_tokens) else []
+        try:
+            notes = [ESCAPED] if guard(conversation, self.control, self.control_tokens) else []
+        except RecursionError as error:
+            raise RowError("bad JSON", "is nested too deep.") from error
         turns = [number for number, wanted in enumerate(conversation.train) if wanted]
         if self.train_on == "last":
             turns = turns[-1:]
@@ -165,12 +165,20 @@ class Encoder:
             draft.turns = [turn]
         return versions
 
-    def _example(self, draft: Draft, ids: list[int]) -> Example:
+    def _example(self, draft: Draft, ids: list[int]) -> Example | RowError:
+        """The example of a draft, or why there is none."""
+        try:
+            return self._cut_to_fit(draft, ids)
+        except RowError as error:
+            return error
+
+    def _cut_to_fit(self, draft: Draft, ids: list[int]) -> Example:
         """The example of a draft, cut where it is too long.
 
         Raises:
-            RowError: it cannot be cut, or the template hides where its turns stand.
+            RowError: it cannot be cut, or the template leaves out what is to be trained, or hides where it stands.
         """
+        self._complete(draft)
         spans = self._spans(ids, draft)
         if len(ids) > self.max_length:
             if self.overlong != "truncate":
@@ -183,6 +191,29 @@ class Encoder:
             self._prove([draft], [ids])
             spans = self._spans(ids, draft)
         return Example(ids, spans, draft.source, "; ".join(draft.notes))
+
+    @staticmethod
+    def _complete(draft: Draft) -> None:
+        """Whatever is to be trained stands in the text; reasoning that does not is noted.
+
+        Raises:
+            RowError: part of an assistant's text does not.
+        """
+        rendered = draft.text.split(HEADER)[1:]
+        speakers = [number for number, message in enumerate(draft.messages) if message["role"] == "assistant"]
+        for number, turn in zip(speakers, rendered, strict=False):
+            message = draft.messages[number]
+            if number not in draft.turns:
+                continue
+            content, thought = message["content"], message.get("reasoning_content", "")
+            if content.strip() not in turn:
+                # A thought within the text may be set anew, but with the answer after it.
+                opened, _, rest = content.partition("</think>")
+                pieces = (opened.strip().removeprefix("<think>").strip(), rest.strip())
+                if not all(piece in turn for piece in pieces):
+                    raise RowError("template", f"loses assistant text to the chat template: {snippet(content)}")
+            if thought.strip() not in turn and UNTHOUGHT not in draft.notes:
+                draft.notes.append(UNTHOUGHT)
 
     def _rendered(self, draft: Draft) -> list[int]:
         draft.text = self.renderer.text(draft.messages, draft.tools)

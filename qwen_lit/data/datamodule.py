@@ -96,7 +96,7 @@ class QwenDataModule(L.LightningDataModule):
         self.tokenizer: Any = None
         self.train_rows: Rows | None = None
         self.val_rows: Rows | None = None
-        self.report = Report()
+        self.report, self.val_report = Report(), Report()
 
     def prepare_data(self) -> None:
         """Tokenise all rows into the cache, once per machine.
@@ -131,6 +131,7 @@ class QwenDataModule(L.LightningDataModule):
         hashes = train.column("hash")
         if self.val_sources:
             val_folder = self._prepare(self.val_sources)
+            self.val_report = read_report(val_folder)
             val = Rows(val_folder, self._chosen(Rows(val_folder), self.val_sources))
             held_out = np.isin(hashes, val.column("hash"))
         else:
@@ -159,8 +160,8 @@ class QwenDataModule(L.LightningDataModule):
     def _chosen(rows: Rows, sources: list[Source]) -> np.ndarray:
         """Numbers of the examples of an epoch, by each source's cap and weight."""
         of_source, hashes = rows.column("source"), rows.column("hash")
-        # Another order than the split's, so that neither choice moves the other.
-        mixed = hashes * np.uint64(0x9E3779B97F4A7C15)
+        # Other orders than the split's, so that no choice moves another.
+        mixed, again = (hashes * np.uint64(odd) for odd in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9))
         chosen = []
         for number, source in enumerate(sources):
             mine = np.flatnonzero(of_source == number)
@@ -168,7 +169,7 @@ class QwenDataModule(L.LightningDataModule):
                 distinct = np.unique(mixed[mine])[: source.max_rows]
                 mine = mine[np.isin(mixed[mine], distinct)]
             whole = int(source.weight)
-            part = mine[mixed[mine] < np.uint64(int((source.weight - whole) * 2**64))]
+            part = mine[again[mine] < np.uint64(int((source.weight - whole) * 2**64))]
             chosen += [mine] * whole + [part]
         return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
 

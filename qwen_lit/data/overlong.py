@@ -32,19 +32,20 @@ def shorten(draft: Draft, limit: int, ids_of: Ids, offsets_of: Offsets) -> tuple
     users = [number for number, message in enumerate(one.messages) if message["role"] == "user"]
     longest = max(users, key=lambda number: len(one.messages[number]["content"]), default=None)
     text = one.messages[longest]["content"] if longest is not None else ""
-    for _ in range(8):
+    pieces = offsets_of(text)
+    keep = len(pieces)
+    while longest is not None:
+        keep -= len(ids) - limit
+        if keep < 1:
+            break
+        tail = keep // 2
+        cut = text[: pieces[keep - tail - 1][1]] + (text[pieces[len(pieces) - tail][0] :] if tail else "")
+        messages = [*one.messages[:longest], {**one.messages[longest], "content": cut}, *one.messages[longest + 1 :]]
+        one = Draft(messages, one.turns, one.tools, one.source, one.notes)
+        ids = ids_of(one)
         if len(ids) <= limit:
             one.notes.append(SHORTENED)
             return one, ids
-        pieces = offsets_of(text)
-        keep = len(pieces) - (len(ids) - limit)
-        if longest is None or keep < 1:
-            break
-        tail = keep // 2
-        text = text[: pieces[keep - tail - 1][1]] + (text[pieces[len(pieces) - tail][0] :] if tail else "")
-        messages = [*one.messages[:longest], {**one.messages[longest], "content": text}, *one.messages[longest + 1 :]]
-        one = Draft(messages, one.turns, one.tools, one.source, one.notes)
-        ids = ids_of(one)
     raise RowError("overlong", f"has {length} tokens; data.max_length {limit} cannot hold its question and answer.")
 
 

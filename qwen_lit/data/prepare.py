@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,14 +19,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from qwen_lit.data.chatml import Encoder
+from qwen_lit.data.chatml import Encoder, Example
 from qwen_lit.data.fast import FastDiffers, FastEncoder
 from qwen_lit.data.records import Conversation, DataError, Fault, RowError, parse_line, parse_row
 from qwen_lit.data.rows import SCHEMA, as_batch
-from qwen_lit.data.sources import Chunk, Source, digest, expand, read_chunks
+from qwen_lit.data.sources import Chunk, RawRow, Source, digest, expand, read_chunks
 
 log = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 LARGE_BYTES = 2_000_000
 """Size of the files above which a faster encoder and more processes pay; started processes pay above 8 times this."""
 EXACT_EVERY = 64
@@ -177,7 +178,7 @@ def _fast(task: Task, tokenizer: Any) -> FastEncoder | None:
 def _write(task: Task, tokenizer: Any, folder: Path, processes: int | None, fast: FastEncoder | None) -> Report:
     report = Report()
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        with (folder / "rows.log").open("w", encoding="utf-8") as lines:
+        with (folder / "rows.log").open("w", encoding="utf-8", errors="backslashreplace") as lines:
             for batch, part, named in _encoded(task, tokenizer, processes, fast):
                 if batch is not None:
                     writer.write_batch(batch)
@@ -250,28 +251,23 @@ class _Worker:
     def _encode(self, chunk: tuple[int, str, Chunk]) -> tuple[Any, Report, list[str]]:
         number, name, rows = chunk[0], chunk[1], chunk[2].rows()
         report, named = Report(rows=len(rows), rows_per_source={name: len(rows)}), []
-        conversations: list[Conversation] = []
-        hashes: list[int] = []
-        wrong: dict[str, RowError] = {}
-        formats: Counter[str] = Counter()
-        for row in rows:
-            try:
-                content = parse_line(row.content) if isinstance(row.content, bytes) else row.content
-                conversation = parse_row(content, row.source, self.fields)
-                hashes.append(content_hash(conversation))
-            except RowError as error:
-                wrong[row.source] = error
-                continue
-            conversations.append(conversation)
-            formats[conversation.format] += 1
-        report.formats = dict(formats)
+        wrong: dict[int, RowError] = {}
+        parsed = self._parse(rows, wrong)
+        report.formats = dict(Counter(conversation.format for _, conversation, _ in parsed))
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-        changed: Counter[str] = Counter()
-        for conversation, key, outcome in zip(conversations, hashes, self.encoder.encode(conversations), strict=True):
-            if isinstance(outcome, RowError):
-                wrong[conversation.source] = outcome
+        changed, dropped = Counter[str](), Counter[str]()
+        outcomes = self.encoder.encode([conversation for _, conversation, _ in parsed])
+        for (place, conversation, key), outcome in zip(parsed, outcomes, strict=True):
+            errors = [one for one in outcome if isinstance(one, RowError)]
+            fatal = next((error for error in errors if error.kind != "overlong"), None)
+            if fatal is not None or len(errors) == len(outcome):
+                wrong[place] = fatal or errors[0]
                 continue
-            for example in outcome:
+            # A turn with its history can be too long where others of its row are not.
+            dropped.update(["overlong turn"] * len(errors))
+            named += [f"{conversation.source}: overlong turn: {error}" for error in errors]
+            examples = [one for one in outcome if isinstance(one, Example)]
+            for example in examples:
                 columns["input_ids"].append(example.input_ids)
                 columns["spans"].append([place for span in example.spans for place in span])
                 columns["supervised"].append(sum(end - begin for begin, end in example.spans))
@@ -279,19 +275,31 @@ class _Worker:
                 columns["source"].append(number)
                 columns["place"].append(example.source)
                 columns["note"].append(example.note)
-                if example.note:
-                    changed.update(example.note.split("; "))
-                    named.append(f"{example.source}: changed: {example.note}")
-        report.changed, report.examples = dict(changed), len(columns["hash"])
-        for row in rows:
-            fault = wrong.get(row.source)
-            if fault is not None:
-                group = report.dropped if fault.kind == "overlong" else report.faults
-                group[fault.kind] = group.get(fault.kind, 0) + 1
-                named.append(f"{row.source}: {fault.kind}: {fault}")
-                if group is report.faults and len(report.first) < 10:
-                    report.first.append(Fault(row.source, fault.kind, str(fault)))
-        return (as_batch(columns) if report.examples else None), report, named
+            notes = {note: None for example in examples if example.note for note in example.note.split("; ")}
+            changed.update(notes.keys())
+            if notes:
+                named.append(f"{conversation.source}: changed: {'; '.join(notes)}")
+        report.changed, report.dropped, report.examples = dict(changed), dict(dropped), len(columns["hash"])
+        for place, fault in sorted(wrong.items()):
+            source = rows[place].source
+            group = report.dropped if fault.kind == "overlong" else report.faults
+            group[fault.kind] = group.get(fault.kind, 0) + 1
+            named.append(f"{source}: {fault.kind}: {fault}")
+            if group is report.faults and len(report.first) < 10:
+                report.first.append(Fault(source, fault.kind, str(fault)))
+        return (as_batch(columns) if report.examples else None), report, [line.replace("\n", "\\n") for line in named]
+
+    def _parse(self, rows: list[RawRow], wrong: dict[int, RowError]) -> list[tuple[int, Conversation, int]]:
+        """The rows that can be used: number, conversation and hash of each; what is wrong with the others."""
+        parsed = []
+        for place, row in enumerate(rows):
+            try:
+                content = parse_line(row.content) if isinstance(row.content, bytes) else row.content
+                conversation = parse_row(content, row.source, self.fields)
+                parsed.append((place, conversation, content_hash(conversation)))
+            except RowError as error:
+                wrong[place] = error
+        return parsed
 
 
 _written = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
@@ -301,10 +309,14 @@ def content_hash(conversation: Conversation) -> int:
     """64 bits of what a conversation says, wherever it stands; equal for duplicates.
 
     Raises:
-        RowError: it holds half of a surrogate pair, which no tokenizer takes.
+        RowError: it holds half of a surrogate pair, which no tokenizer takes, or what is not JSON.
     """
-    content = _written([conversation.messages, conversation.tools])
     try:
+        content = unicodedata.normalize("NFC", _written([conversation.messages, conversation.tools]))
         return int.from_bytes(hashlib.blake2b(content.encode("utf-8"), digest_size=8).digest(), "big")
     except UnicodeEncodeError as error:
         raise RowError("lone surrogate", f"has half of a surrogate pair at {content[error.start]!r}.") from error
+    except RecursionError as error:
+        raise RowError("bad JSON", "is nested too deep.") from error
+    except TypeError as error:
+        raise RowError("wrong type", f"holds a value that is not JSON ({error}).") from error

@@ -104,19 +104,22 @@ def parse_row(row: Any, source: str, fields: Mapping[str, str] | None = None) ->
     """
     if not isinstance(row, dict):
         raise RowError("not an object", f"is of type {type(row).__name__}, not an object with fields.")
-    if fields:
-        row = _renamed(row, fields)
-    tools = _tools(row.get("tools"))
-    if row.get("messages") is not None:
+    row = _renamed(row, fields)
+    tools = _tools(row.get("tools", row.get("functions")))
+    if "messages" in row:
         name, messages = "messages", _messages(row["messages"], "role", "content", fields)
-    elif row.get("conversations") is not None:
+    elif "conversations" in row:
         name, messages = "sharegpt", _messages(row["conversations"], "from", "value", fields)
     elif "prompt" in row or "completion" in row:
-        name, messages = "prompt", _prompt(row)
+        name, messages = "prompt", _prompt(row, fields)
     else:
         name, messages = "alpaca", _alpaca(row)
-    if row.get("system") and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(row, "system")})
+    if row.get("system"):
+        system = _text(row, "system")
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        elif messages[0]["content"] != system:
+            raise RowError("two system prompts", f"has another system prompt beside its messages: {snippet(system)}")
     _check_order(messages)
     weights = [message.pop("train", True) for message in messages]
     train = [bool(w) and message["role"] == "assistant" for w, message in zip(weights, messages, strict=True)]
@@ -127,7 +130,12 @@ def parse_row(row: Any, source: str, fields: Mapping[str, str] | None = None) ->
     return Conversation(messages, train, tools, source, name)
 
 
-def _renamed(row: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(row: dict[str, Any], fields: Mapping[str, str] | None) -> dict[str, Any]:
+    """A row or message by our names; a field that is null is absent, as many writers mean it."""
+    if None in row.values():
+        row = {key: value for key, value in row.items() if value is not None}
+    if not fields:
+        return row
     renamed = {ours: row[theirs] for ours, theirs in fields.items() if theirs in row}
     taken = set(fields.values())
     return {key: value for key, value in row.items() if key not in taken and key not in renamed} | renamed
@@ -150,19 +158,25 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError("bad tools", f"tools is not JSON ({error}): {snippet(value)}") from error
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("bad tools", f"tools is not a list of objects: {snippet(repr(value))}")
-    return value
+    # OpenAI's older functions are bare; templates take either, and servers hand over the newer form.
+    return [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in value]
 
 
-def _prompt(row: dict[str, Any]) -> list[dict[str, Any]]:
+def _prompt(row: dict[str, Any], fields: Mapping[str, str] | None) -> list[dict[str, Any]]:
     if isinstance(row.get("prompt"), list):
         answer = row.get("completion")
-        return _messages([*row["prompt"], *(answer if isinstance(answer, list) else [])], "role", "content", None)
+        if isinstance(answer, dict | list):
+            answers = _messages(answer if isinstance(answer, list) else [answer], "role", "content", fields)
+        else:
+            answers = [{"role": "assistant", "content": _text(row, "completion")}]
+        # The completion alone is trained; the turns before it are its prompt.
+        return [{**one, "train": False} for one in _messages(row["prompt"], "role", "content", fields)] + answers
     return [
         {"role": "user", "content": _text(row, "prompt")},
         {"role": "assistant", "content": _text(row, "completion")},
@@ -179,7 +193,7 @@ def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
             raise RowError("bad history", f"history must be a list of [question, answer] pairs: {snippet(repr(turn))}")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     question = _text(row, "instruction")
-    if row.get("input"):
+    if not isinstance(row.get("input", ""), str) or row.get("input", "").strip():
         question += "\n" + _text(row, "input")
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
 
@@ -188,7 +202,7 @@ def _messages(turns: Any, role_key: str, text_key: str, fields: Mapping[str, str
     if isinstance(turns, str):
         try:
             turns = json.loads(turns)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError("wrong type", f"the messages are text, not a list: {snippet(turns)}") from error
     if not isinstance(turns, list) or not turns:
         raise RowError("empty conversation", "has no messages.")
@@ -196,18 +210,23 @@ def _messages(turns: Any, role_key: str, text_key: str, fields: Mapping[str, str
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise RowError("wrong type", f"message {number} is a {type(turn).__name__}, not an object.")
-        turn = _renamed(turn, fields) if fields else turn
+        turn = _renamed(turn, fields)
         # Either spelling is taken in either list: both are found in the wild.
-        key = role_key if role_key in turn else "from" if "from" in turn else "role"
-        role = turn.get(key)
+        role = turn.get(_first(turn, role_key, "from", "role"))
         if not isinstance(role, str) or role not in ROLES:
             raise RowError("unknown role", f"message {number} has the role {role!r}; known are {sorted(ROLES)}.")
-        message = _message(turn, ROLES[role], text_key if text_key in turn else "value", number)
+        text = _first(turn, text_key, "content", "value")
         if role == "function_call":
-            message = {"role": "assistant", "content": "", "tool_calls": _calls(message["content"])}
+            message: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": _calls(turn.get(text))}
+        else:
+            message = _message(turn, ROLES[role], text, number)
         message["train"] = _trained(turn, f"message {number}") and message.get("train", True)
         messages.append(message)
     return messages
+
+
+def _first(turn: dict[str, Any], *names: str) -> str:
+    return next((name for name in names if name in turn), names[0])
 
 
 def _trained(given: dict[str, Any], what: str) -> bool:
@@ -224,19 +243,22 @@ def _trained(given: dict[str, Any], what: str) -> bool:
 
 
 def _message(turn: dict[str, Any], role: str, text_key: str, number: int) -> dict[str, Any]:
-    content, reasoning = turn.get(text_key), turn.get("reasoning_content")
-    calls = _calls(turn["tool_calls"]) if turn.get("tool_calls") else []
+    content, reasoning = turn.get(text_key), turn.get("reasoning_content", turn.get("reasoning"))
+    called = turn.get("tool_calls") or turn.get("function_call")
+    calls = _calls(called) if called else []
     parts = [{"type": "tool_call", "text": "", "train": True} for _ in calls]
     if isinstance(content, list):
         texts = {"text": "", "reasoning": ""}
         for part in content:
-            part = part if isinstance(part, dict) else {"type": "text", "text": part}
+            part = _renamed(part, None) if isinstance(part, dict) else {"type": "text", "text": part}
             kind, value = part.get("type"), part.get("text", part.get("value"))
             trained = _trained(part, f"a part of message {number}")
             if kind == "tool_call":
                 made = _calls(value if value is not None else part.get("tool_call"))
                 calls += made
                 parts += [{"type": kind, "text": "", "train": trained} for _ in made]
+            elif kind == "text" and isinstance(value, str) and value.strip() and calls:
+                raise RowError("bad part", f"message {number} has text after a tool call: {snippet(value)}")
             elif kind in texts and isinstance(value, str):
                 texts[kind] += value
                 parts.append({"type": kind, "text": value, "train": trained})
@@ -272,7 +294,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
     """Tool calls as the template takes them, their arguments as objects, as servers hand them to it."""
     try:
         value = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError("bad tool call", f"a tool call is not JSON ({error}): {snippet(value)}") from error
     calls = []
     for call in value if isinstance(value, list) else [value]:
@@ -281,13 +303,14 @@ def _calls(value: Any) -> list[dict[str, Any]]:
             raise RowError("bad tool call", f"a tool call has no name: {snippet(repr(call))}")
         arguments = function.get("arguments", {})
         try:
-            arguments = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments or {}
-        except ValueError as error:
+            arguments = json.loads(arguments.strip() or "{}") if isinstance(arguments, str) else arguments
+        except (ValueError, RecursionError) as error:
             raise RowError(
-                "bad tool call", f"the arguments of {function['name']} are not JSON: {snippet(arguments)}"
+                "bad tool call", f"the arguments of {function['name']!r} are not JSON: {snippet(arguments)}"
             ) from error
+        arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
-            raise RowError("bad tool call", f"the arguments of {function['name']} are not an object.")
+            raise RowError("bad tool call", f"the arguments of {function['name']!r} are not an object.")
         calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return calls
 

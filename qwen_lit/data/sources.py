@@ -6,13 +6,14 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen_lit.data.records import DataError
+from qwen_lit.data.records import DataError, snippet
 
 BOM = b"\xef\xbb\xbf"
 CHUNK_BYTES, CHUNK_ROWS = 500_000, 1000
@@ -27,7 +28,7 @@ class Source:
     weight: float = 1.0
     """How often each row is trained in an epoch: 2 is twice, 0.5 is half of the rows, chosen by content."""
     max_rows: int | None = None
-    """Most rows taken, chosen by content; null takes all."""
+    """Most distinct rows taken, chosen by content; null takes all. The weight applies to those that are left."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Chunk:
         if isinstance(self.content, list):
             return self.content
         lines = enumerate(self.content.split(b"\n"), self.first)
-        return [RawRow(f"{self.path}:{number}", line.rstrip(b"\r")) for number, line in lines if line.strip()]
+        rows = ((number, line.removeprefix(BOM).rstrip(b"\r")) for number, line in lines if line.strip())
+        return [RawRow(f"{self.path}:{number}", line) for number, line in rows if line]
 
 
 def as_sources(dataset_path: str | Sequence[str | Source]) -> list[Source]:
@@ -73,7 +75,7 @@ def expand(source: Source) -> list[Path]:
     path = Path(source.path).expanduser()
     if path.is_file():
         return [path]
-    pattern = str(path / "*") if path.is_dir() else str(path)
+    pattern = glob.escape(str(path)) + "/*" if path.is_dir() else str(path)
     suffixes = (".jsonl", ".json", ".gz", ".zst", ".parquet")
     files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
     files = [file for file in files if file.is_file() and (not path.is_dir() or file.suffix in suffixes)]
@@ -119,7 +121,7 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
             first = 1
             while block := file.read(CHUNK_BYTES):
                 block += file.readline()
-                yield Chunk(str(path), block.removeprefix(BOM) if first == 1 else block, first)
+                yield Chunk(str(path), block, first)
                 first += block.count(b"\n")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
@@ -138,32 +140,40 @@ def _open(path: Path) -> BinaryIO:
             import zstandard
         except ImportError as error:
             raise DataError(f"{path}: needs the zstandard package: pip install 'qwen_lit[zstd]'.") from error
-        try:
-            reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-            return io.BufferedReader(_Checked(reader, path))
-        except zstandard.ZstdError as error:
-            raise DataError(f"{path}: is not zstd data ({error}).") from error
+        return io.BufferedReader(_Frames(path.open("rb"), zstandard))
     return path.open("rb")
 
 
-class _Checked(io.RawIOBase):
-    """A zstd stream whose faults are ``OSError``, as those of every other file."""
+class _Frames(io.RawIOBase):
+    """What a zstd file holds; its faults are ``OSError``, as those of every other file, an early end among them."""
 
-    def __init__(self, inner: Any, path: Path) -> None:
-        self.inner, self.path = inner, path
+    def __init__(self, inner: BinaryIO, zstandard: Any) -> None:
+        self.inner, self.zstandard = inner, zstandard
+        self.frame: Any = None
+        self.ready = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        import zstandard
+        while not self.ready and (packed := self.inner.read(2**17)):
+            self._take(packed)
+        if not self.ready and self.frame is not None:
+            raise OSError("the zstd data ends before its end")
+        count = min(len(buffer), len(self.ready))
+        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
 
+    def _take(self, packed: bytes) -> None:
         try:
-            data = self.inner.read(len(buffer))
-        except zstandard.ZstdError as error:
+            while packed:
+                self.frame = self.frame or self.zstandard.ZstdDecompressor().decompressobj()
+                self.ready += self.frame.decompress(packed)
+                packed = self.frame.unused_data if self.frame.eof else b""
+                if self.frame.eof:
+                    self.frame = None
+        except self.zstandard.ZstdError as error:
             raise OSError(f"damaged zstd data: {error}") from error
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def _array(path: Path, raw: bytes) -> Iterator[RawRow]:
@@ -171,19 +181,33 @@ def _array(path: Path, raw: bytes) -> Iterator[RawRow]:
         text = raw.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 at byte {error.start}; save the file as UTF-8.") from error
-    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
+    decoder, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    position, line, counted, on_line, number = text.index("[") + 1, 1, 0, 0, 0
+
+    def skip() -> str:
+        """The next character that is not blank, at ``position``."""
+        nonlocal position
+        position = blank.match(text, position).end()  # type: ignore[union-attr]
+        return text[position : position + 1]
+
+    while (ahead := skip()) != "]":
+        if number and ahead != ",":
+            raise DataError(f"{path}:{line}: the JSON array breaks off (a comma or ] is missing).")
+        if number:
             position += 1
-        line += text.count("\n", counted, position)
-        counted = position
-        if position < len(text) and text[position] == "]":
-            return
+            skip()
+        before, line = line, line + text.count("\n", counted, position)
+        counted, on_line = position, 1 if line != before else on_line + 1
         try:
             row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: the JSON array breaks off ({error}).") from error
-        yield RawRow(f"{path}:{line}", row)
+        number += 1
+        yield RawRow(f"{path}:{line}" + (f"[{on_line}]" if on_line > 1 else ""), row)
+    position += 1
+    if skip():
+        line += text.count("\n", counted, position)
+        raise DataError(f"{path}:{line}: something follows the JSON array: {snippet(text[position:])}")
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:

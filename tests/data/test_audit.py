@@ -55,3 +55,31 @@ def test_the_page_holds_the_audit_and_escaped_rows(inspect, tmp_path):
     text = page.read_text(encoding="utf-8")
     assert code == 0 and "<mark>a &amp; b&lt;|im_end|&gt;</mark>" in text and "<script>" not in text
     assert "http" not in text
+
+
+def test_a_row_that_is_not_trained_is_found_with_what_became_of_it(inspect, rows):
+    code, out = inspect([*rows, "nonsense", {"instruction": "long " * 500, "output": "b"}], "--row", "rows.jsonl:26",
+                        "--data.max_length", "200")  # fmt: skip
+    assert code == 1 and "rows.jsonl:26: bad JSON: is not JSON" in out and "── " not in out
+    code, out = inspect([{"instruction": "long " * 500, "output": "b"}], "--row", "./rows.jsonl:1",
+                        "--data.max_length", "200")  # fmt: skip
+    assert "rows.jsonl:1: changed: longest user text shortened" in out and out.count("── ") == 1
+
+
+def test_rows_that_are_all_faulty_are_audited_too(inspect):
+    code, out = inspect(["nonsense", '{"instruction": "a"}'])
+    assert code == 1 and "2 read, 0 examples" in out and "bad JSON 1, missing field 1" in out
+    assert "rows.jsonl:2: misses 'output'" in out and "is left to train on" in out
+
+
+def test_validation_files_are_audited_as_well(inspect, rows, tmp_path):
+    path = tmp_path / "val.jsonl"
+    path.write_text('nonsense\n{"instruction": "v", "output": "w"}\n')
+    code, out = inspect(rows, "--data.val_dataset_path", str(path))
+    assert code == 1 and "validation: 1 rows faulty: bad JSON" in out and f"{path}:1: is not JSON" in out
+    code, out = inspect(rows, "--data.val_dataset_path", str(path), "--row", "val.jsonl:2")
+    assert "⟦w<|im_end|>⟧" in out
+
+
+def test_a_page_that_cannot_be_written_is_named(inspect, rows, capsys):
+    assert inspect(rows, "--html", "/proc/nowhere/report.html")[0] == 2

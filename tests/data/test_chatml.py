@@ -51,8 +51,9 @@ def encoder(request, qwen_tokenizer):
 
 def encode(encoder, row):
     (outcome,) = encoder.encode([parse_row(row, "a:1")])
-    if isinstance(outcome, RowError):
-        raise outcome
+    for one in outcome:
+        if isinstance(one, RowError):
+            raise one
     return outcome
 
 
@@ -148,7 +149,7 @@ def test_a_thought_or_a_call_of_weight_0_is_not_trained(encoder):
 
 
 def test_a_part_that_the_template_changes_is_refused(plain):
-    plain.tokenizer.chat_template = plain.tokenizer.chat_template.replace("message.content", "message.content|upper")
+    plain.tokenizer.chat_template = plain.tokenizer.chat_template.replace("message.content", "message.content ~ '!'")
     changed = Encoder(plain.tokenizer, max_length=4096)
     parts = [part("text", "a", 0), part("text", "b", 1)]
     with pytest.raises(RowError, match="changes a text part"):
@@ -233,3 +234,36 @@ def test_a_tokenizer_that_changes_the_text_is_refused_with_the_difference(plain)
             encode(plain, {"messages": [U, A]})
     finally:
         changed.normalizer = kept
+
+
+@pytest.mark.parametrize("text", ["🫠" * 100, "𠀋𠀍" * 80, "第九百句，" * 60, "a🫠b " * 90], ids=ascii)
+@pytest.mark.parametrize("limit", range(60, 160, 9))
+def test_a_long_question_of_any_characters_is_cut_to_fit(plain, text, limit):
+    plain.max_length = limit
+    (example,) = encode(plain, {"messages": [{"role": "user", "content": text}, A]})
+    assert limit - 12 <= len(example.input_ids) <= limit
+    assert trained(plain, example) == [A["content"] + "<|im_end|>"]
+
+
+def test_assistant_text_that_the_template_loses_is_refused_and_lost_reasoning_is_named(encoder):
+    twice = "<think>\nT\n</think>\n\nUse </think> to close. KEEP? And </think> again end"
+    row = {"messages": [U, {**A, "content": twice}]}
+    if encoder.inserts_think or encoder.name.startswith("qwen3_5"):
+        with pytest.raises(RowError, match="loses assistant text to the chat template"):
+            encode(encoder, row)
+    else:
+        assert "KEEP?" in trained(encoder, encode(encoder, row)[0])[0]
+    (example,) = encode(encoder, {"messages": [U, THOUGHT]})
+    kept = "It is a tea" in trained(encoder, example)[0]
+    assert (example.note == "reasoning left out by the chat template") == (not kept)
+    assert kept == (encoder.name not in ("qwen2_5", "qwen3_instruct_2507"))
+
+
+def test_one_turn_that_is_too_long_does_not_cost_the_others(qwen_tokenizer):
+    qwen_tokenizer.chat_template = template("qwen3")
+    encoder = Encoder(qwen_tokenizer, max_length=150)
+    short, long = ({"role": "assistant", "content": text} for text in ("S.", "long " * 200))
+    row = {"messages": [U, {**THOUGHT, **short}, U, long, U, {**THOUGHT, **short}]}
+    (outcome,) = encoder.encode([parse_row(row, "a:1")])
+    assert [isinstance(one, RowError) for one in outcome] == [False, True, False]
+    assert outcome[1].kind == "overlong"

@@ -127,3 +127,85 @@ def test_faulty_rows_stop_the_run_with_the_first_ten_and_the_counts_by_kind(rows
     with pytest.raises(DataError, match="more than data.max_bad_share 0.1"):
         judge(report, "skip", 0.1)
     judge(report, "skip", 0.95)
+
+
+GOOD = {"instruction": "a", "output": "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}]\n[{"a": 2}]', "a.json:2: something follows the JSON array"),
+        ("[]\n" + json.dumps(GOOD), "a.json:2: something follows"),
+        ('[{"a": 1} {"a": 2}]', "a comma or ] is missing"),
+        ('[{"a": 1},,{"a": 2}]', "breaks off"),
+        ('[{"a": 1},\n]', "a.json:2: the JSON array breaks off"),
+        ('[{"a": 1}', "a comma or ] is missing"),
+    ],
+)
+def test_a_json_array_is_read_to_its_end_or_refused(text, message, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        list(read_rows(path))
+    assert message in str(caught.value)
+
+
+def test_rows_of_an_array_on_one_line_have_places_of_their_own(tokenizer, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([GOOD, {"instruction": "a"}, {**GOOD, "output": "c"}]))
+    report = read_report(prepare(task(path), tokenizer, tmp_path / "cache"))
+    assert report.examples == 2 and report.faults == {"missing field": 1}
+    assert [fault.source for fault in report.first] == [f"{path}:1[2]"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9, 0.999])
+def test_a_zstd_file_that_ends_early_is_refused(share, tmp_path):
+    import random
+
+    import zstandard
+
+    draw = random.Random(0)
+    raw = "".join(json.dumps({**GOOD, "output": str(draw.random())}) + "\n" for _ in range(5000)).encode()
+    packed = zstandard.ZstdCompressor().compress(raw)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packed)
+    assert len(list(read_rows(path))) == 5000
+    path.write_bytes(packed * 2)
+    assert len(list(read_rows(path))) == 10_000
+    path.write_bytes(packed[: int(len(packed) * share)])
+    with pytest.raises(DataError, match="ends before its end"):
+        list(read_rows(path))
+
+
+def test_rows_that_no_library_takes_are_faults_of_their_own(tokenizer, tmp_path):
+    path, asked = tmp_path / "a.jsonl", {"role": "user", "content": "a"}
+    call = {"role": "assistant", "tool_calls": [{"name": "\ud83d\n", "arguments": "{bad"}]}
+    deep = {"messages": [asked, {"role": "assistant", "content": "b"}], "tools": [{"type": "function", "x": "DEEP"}]}
+    rows = [deep, {"messages": [asked, call]}, {**GOOD, "instruction": "\ud83d"}, GOOD]
+    path.write_text("\n".join(map(json.dumps, rows)).replace('"DEEP"', "[" * 600 + "]" * 600))
+    folder = prepare(task(path), tokenizer, tmp_path / "cache")
+    report = read_report(folder)
+    assert report.examples == 1 and report.faults == {"bad JSON": 1, "bad tool call": 1, "lone surrogate": 1}
+    assert len((folder / "rows.log").read_text().splitlines()) == 3
+
+
+def test_a_date_among_tools_is_one_fault(tokenizer, tmp_path):
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    tools = [[{"name": "f", "since": datetime.date(2020, 1, 1)}], None]
+    rows = {"instruction": ["a", "b"], "output": ["c", "d"], "tools": tools}
+    pyarrow.parquet.write_table(pyarrow.table(rows), path)
+    report = read_report(prepare(task(path), tokenizer, tmp_path / "cache"))
+    assert report.examples == 1 and report.faults == {"wrong type": 1}
+
+
+def test_a_folder_with_brackets_in_its_name_is_found(rows, tokenizer, tmp_path):
+    folder = tmp_path / "data [v1]"
+    folder.mkdir()
+    write(folder / "a.jsonl", rows)
+    assert read_report(prepare(task(folder), tokenizer, tmp_path / "cache")).examples == len(rows)

@@ -145,3 +145,65 @@ def test_a_message_of_only_untrained_parts_is_untrained():
     parts = [{"type": "text", "text": "A", "loss_weight": 0}, {"type": "text", "text": "B", "loss_weight": 0}]
     row = {"messages": [*ASKED, ASKED[0], {"role": "assistant", "content": parts}]}
     assert parse_row(row, "a:1").train == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"instruction": "Q", "output": "A", "prompt": None, "messages": None}, ASKED),
+        ({"instruction": "Q", "input": " ", "output": "A"}, ASKED),
+        ({"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}, ASKED),
+        ({"messages": [{"from": None, "role": "user", "content": None, "value": "Q"}, ASKED[1]]}, ASKED),
+        ({"prompt": ASKED[:1], "completion": "A"}, ASKED),
+        ({"prompt": ASKED[:1], "completion": ASKED[1]}, ASKED),
+        ({"messages": [ASKED[0], {**ASKED[1], "reasoning": "R"}]}, [ASKED[0], {**ASKED[1], "reasoning_content": "R"}]),
+        (
+            {"messages": [ASKED[0], {"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": 1}'}}]},
+            [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": CALL["function"]}]},
+            [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        ),
+    ],
+)
+def test_spellings_found_in_the_wild_are_taken(row, messages):
+    assert parse_row(row, "a:1").messages == messages
+
+
+@pytest.mark.parametrize("arguments", ["null", " ", None])
+def test_a_call_without_arguments_has_none(arguments):
+    call = {"name": "f", "arguments": arguments}
+    found = parse_row({"messages": [ASKED[0], {"role": "assistant", "tool_calls": [call]}]}, "a:1")
+    assert found.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
+def test_of_a_prompt_of_several_turns_the_completion_alone_is_trained():
+    found = parse_row({"prompt": [*ASKED, ASKED[0]], "completion": "B"}, "a:1")
+    assert found.train == [False, False, False, True] and found.messages[-1]["content"] == "B"
+
+
+def test_older_functions_are_tools():
+    row = {"messages": ASKED, "functions": [{"name": "f", "parameters": {}}]}
+    assert parse_row(row, "a:1").tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"system": "S", "messages": [{"role": "system", "content": "T"}, *ASKED]}, "two system prompts"),
+        ({"prompt": ASKED[:1], "completion": 3}, "wrong type"),
+        ({"messages": ASKED, "tools": "[" * 100_000}, "bad tools"),
+        ({"messages": "[" * 100_000}, "wrong type"),
+        ({"messages": [ASKED[0], {"role": "assistant", "tool_calls": "[" * 100_000}]}, "bad tool call"),
+        (
+            {"messages": [ASKED[0], {"role": "assistant", "content": [{"type": "tool_call", "value": CALL},
+                                                                      {"type": "text", "text": "after"}]}]},
+            "bad part",
+        ),
+    ],
+)  # fmt: skip
+def test_what_would_be_lost_or_moved_is_refused(row, kind):
+    with pytest.raises(RowError) as caught:
+        parse_row(row, "a:1")
+    assert caught.value.kind == kind
