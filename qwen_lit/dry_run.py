@@ -132,8 +132,7 @@ def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
         plan = choose(shape, static, size, tokens, merges)
-        fits = needed(plan.estimate) <= size
-        plans.append(_told(plan) | {"fits": fits, "relative_time": _relative(plan, shape, tokens)})
+        plans.append(_told(plan) | {"fits": plan.fits, "relative_time": _relative(plan, shape, tokens)})
     return result | {"plans": plans, "advice": advice(shape, static, choose(
         shape, static, budget or CARDS[-1] * GIB, tokens, merges), module, data, model)}  # fmt: skip
 
@@ -201,6 +200,8 @@ def _told(plan: Plan) -> dict[str, Any]:
         "recomputed_layers": plan.recompute_layers,
         "embedding_on_cpu": plan.host_embedding,
         "inputs_offloaded": plan.offload,
+        "mlp_piece_tokens": plan.piece,
+        "layers_held_in_bf16": plan.resident_layers,
     }
 
 
@@ -226,9 +227,13 @@ def advice(shape: Shape, static: int, plan: Plan, module: Any, data: Any, model:
                 f"faster: data.packing: true fills micro-batches of {mean:,.0f} tokens up to {full:,}: about "
                 f"{gain:.0%} faster (lower trainer.accumulate_grad_batches to keep the rows of a step)"
             )
-    half = shape.peak(static, tokens // 2 * plan.merge, plan.recompute_layers, plan.loss_chunk)
-    if plan.estimate - half > GIB // 8:
-        found.append(f"smaller: data.max_length {tokens // 2} takes {(plan.estimate - half) / GIB:.1f} GiB less")
+    whole, half = (
+        shape.peak(static, share * plan.merge, plan.recompute_layers, plan.loss_chunk, plan.host_embedding,
+                   plan.offload, plan.piece)
+        for share in (tokens, tokens // 2)
+    )  # fmt: skip
+    if whole - half > GIB // 8:
+        found.append(f"smaller: data.max_length {tokens // 2} takes {(whole - half) / GIB:.1f} GiB less")
     lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved = lora // 2 * (8 + module.state_bytes)
     found.append(f"smaller: lora_config.r {module.lora_config.r // 2} takes {saved / GIB:.2f} GiB less")
@@ -269,6 +274,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             how = f"{plan['merged_micro_batches']} merged, {plan['recomputed_layers']} layers recomputed"
             how += ", embedding on the CPU" * plan["embedding_on_cpu"]
             how += ", inputs offloaded" * plan["inputs_offloaded"]
+            how += f", MLP in pieces of {plan['mlp_piece_tokens']}" * (plan["mlp_piece_tokens"] > 0)
             fits = how if plan["fits"] else "does not fit"
             out.append(f"{plan['budget_gib']:>7.2f} GiB  peak {plan['estimated_peak_gib']:>6.2f}  {fits}")
     out.append(f"disk        {result['disk_gb']} GB for checkpoints and export, of it {result['export_gb']} GB merged")

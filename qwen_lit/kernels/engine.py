@@ -20,6 +20,9 @@ from qwen_lit.kernels.rope import rope
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
+PIECE = 8192
+"""Tokens of a piece of the MLP: so many that dequantising its weights again costs little."""
+
 
 def why_not(model: Any, device: torch.device) -> str | None:
     """Why the fast engine cannot run a model; None when it can.
@@ -117,7 +120,9 @@ class FastEngine:
             self.low = {}
             return
         if any(id(one) not in self.low or self.low[id(one)].dtype != dtype for one in wanted):
-            self.low = {id(one): torch.empty_like(one, dtype=dtype, requires_grad=False) for one in wanted}
+            # Training goes on with them where validation came first.
+            with torch.inference_mode(False):
+                self.low = {id(one): torch.empty_like(one, dtype=dtype, requires_grad=False) for one in wanted}
         with torch.no_grad():
             torch._foreach_copy_([self.low[id(one)] for one in wanted], wanted)
 
@@ -210,8 +215,10 @@ class FastEngine:
         (out,) = group_linear(mixed.reshape(tokens, -1), [members["o_proj"]], seed + 1)
         norm = block.post_attention_layernorm
         residual, x = add_norm(residual, out, norm.weight, norm.variance_epsilon, room(third))
-        if self.piece and tokens > self.piece and torch.is_grad_enabled():
-            return residual, mlp_in_pieces(x, members, seed + 2, self.piece, True, self.again)
+        # Nothing is kept without gradients, so pieces cost nothing then, and validation rows of any length fit.
+        piece = self.piece or (0 if torch.is_grad_enabled() else PIECE)
+        if piece and tokens > piece:
+            return residual, mlp_in_pieces(x, members, seed + 2, piece, True, self.again)
         return residual, mlp(x, members, seed + 2, roomy=True)
 
 

@@ -82,8 +82,12 @@ class _Workspace:
         key, count = (device, dtype), torch.Size(shape).numel()
         buffer = self.buffers.get(key)
         if buffer is None or buffer.numel() < count:
+            # The smaller one goes first.
             self.buffers.pop(key, None)
-            buffer = self.buffers[key] = torch.empty(count, dtype=dtype, device=device)
+            buffer = None
+            # Training goes on with it where validation came first.
+            with torch.inference_mode(False):
+                buffer = self.buffers[key] = torch.empty(count, dtype=dtype, device=device)
         return buffer[:count].view(shape)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qwen_lit.errors import UserError
-from qwen_lit.kernels.engine import GROUPS, FastEngine, linears
+from qwen_lit.kernels.engine import GROUPS, PIECE, FastEngine, linears
 from qwen_lit.kernels.linear import read_member, room, width_of
 
 GIB = 2**30
@@ -17,8 +17,6 @@ MARGIN = 0.04
 LIBRARIES = GIB // 4
 FRAGMENTS = 0.06
 LONG_FRAGMENTS = 0.35
-PIECE = 8192
-"""Tokens of a piece of the MLP: so many that dequantising its weights again costs little."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,8 @@ class Plan:
     """Tokens of which the MLP holds the activations at a time; 0 for all."""
     resident_layers: int = 0
     """Layers whose weights are held dequantised."""
+    fits: bool = True
+    """False for the smallest plan there is, where that is more than the budget."""
 
     def __str__(self) -> str:
         moved = [", embedding on the CPU"] * self.host_embedding + [", inputs offloaded"] * self.offload
@@ -50,6 +50,7 @@ class Plan:
         return (
             f"micro-batches merged by {self.merge}, {self.recompute_layers} layers recomputed{''.join(moved)}, "
             f"estimated peak {self.estimate / GIB:.2f} of {self.budget / GIB:.2f} GiB"
+            + ("" if self.fits else ", WHICH MAY NOT FIT")
         )
 
 
@@ -102,37 +103,19 @@ class Shape:
             state_bytes: of optimizer state per trained number.
         """
         base = model.base_model.model
-        block, config = base.model.layers[0], base.config
-        members = {name: read_member(one, True) for name, one in linears(block).items()}
-        rooms = [room([members[name] for name in group]) for group in GROUPS]
-        hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-        query, key = heads * block.self_attn.head_dim, config.num_key_value_heads * block.self_attn.head_dim
-        # Of attention, from the sum before its norm to the sum before the MLP's.
-        masked = rooms[3] > 0 and members["down_proj"].dropout > 0
-        normed = (query + key) * hasattr(block.self_attn, "q_norm")
-        mixing = 2 * hidden + 2 * query + 2 * key + sum(rooms[:2]) + normed
-        mixing += hidden * (rooms[0] > 0)
-        kept = mixing + hidden * (rooms[2] > 0) + 2 * inner + 2 * rooms[2] + (inner + rooms[3]) * (rooms[3] > 0)
+        blocks, config = base.model.layers, base.config
         size = base.get_input_embeddings().weight.element_size()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        frames = [
-            (members[name].out + extra) * (width_of(members[name]) + extra)
-            for group, extra in zip(GROUPS, rooms, strict=True)
-            for name in group
-        ]
+        # Layers may have adapters of their own; each number is that of the layer that needs most.
+        needs = [_needs(block, config, size) for block in blocks]
+        most = {name: max(need[name] for need in needs) for name in needs[0]}
         return Shape(
-            layers=len(base.model.layers),
-            kept=kept * size + 4 * heads,
-            input=hidden * size,
-            working=(inner + 3 * hidden + inner * masked) * size,
-            fixed=trained * (4 + size + state_bytes) + max(frames) * size,
+            layers=len(blocks),
+            input=config.hidden_size * size,
+            fixed=trained * (4 + size + state_bytes) + most.pop("frame"),
             vocabulary=config.vocab_size * size,
-            embedding=0 if config.tie_word_embeddings else config.vocab_size * hidden * size,
-            again=(kept + (0 if rooms[3] else inner)) * size + 4 * heads,
-            attention=(4 * hidden + 6 * query + 5 * key + normed) * size,
-            mixed=(4 * hidden + 2 * query + 2 * key + normed) * size,
-            piece=((4 + (rooms[3] > 0) + masked) * inner + 4 * hidden) * size,
-            resident=sum(frames) * size * all(member.quant_state is not None for member in members.values()),
+            embedding=0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * size,
+            **most,
         )
 
     def peak(
@@ -158,6 +141,35 @@ class Shape:
         if recompute and piece and piece < tokens:
             again = max(tokens * self.attention, tokens * self.mixed + piece * self.piece)
         return static + self.fixed + inputs + max(ends, again)
+
+
+def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
+    """What one layer adds to a ``Shape``, and its largest ``frame``; numbers of ``size`` bytes."""
+    members = {name: read_member(one, True) for name, one in linears(block).items()}
+    rooms = [room([members[name] for name in group]) for group in GROUPS]
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    query, key = heads * block.self_attn.head_dim, config.num_key_value_heads * block.self_attn.head_dim
+    # Of attention, from the sum before its norm to the sum before the MLP's.
+    masked = rooms[3] > 0 and members["down_proj"].dropout > 0
+    normed = (query + key) * hasattr(block.self_attn, "q_norm")
+    mixing = 2 * hidden + 2 * query + 2 * key + sum(rooms[:2]) + normed
+    mixing += hidden * (rooms[0] > 0)
+    kept = mixing + hidden * (rooms[2] > 0) + 2 * inner + 2 * rooms[2] + (inner + rooms[3]) * (rooms[3] > 0)
+    frames = [
+        (members[name].out + extra) * (width_of(members[name]) + extra)
+        for group, extra in zip(GROUPS, rooms, strict=True)
+        for name in group
+    ]
+    return {
+        "kept": kept * size + 4 * heads,
+        "working": (inner + 3 * hidden + inner * masked) * size,
+        "again": (kept + (0 if rooms[3] else inner)) * size + 4 * heads,
+        "attention": (4 * hidden + 6 * query + 5 * key + normed) * size,
+        "mixed": (4 * hidden + 2 * query + 2 * key + normed) * size,
+        "piece": ((4 + (rooms[3] > 0) + masked) * inner + 4 * hidden) * size,
+        "resident": sum(frames) * size * all(member.quant_state is not None for member in members.values()),
+        "frame": max(frames) * size,
+    }
 
 
 def relative_time(recomputed: float, tokens: int) -> float:
@@ -192,11 +204,13 @@ def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int
     """
     usable = int(budget * (1 - MARGIN)) - LIBRARIES
     chunk = max(128, min(2048, int(0.02 * budget) // shape.vocabulary // 128 * 128))
+    # Blocks of a long row are large, and fit ill into the gaps that earlier ones leave.
+    gaps = LONG_FRAGMENTS if tokens > PIECE else 0.0
     best: tuple[float, Plan] | None = None
     for merge in merges:
         for recompute in range(shape.layers + 1):
             estimate = shape.peak(static, tokens * merge, recompute, chunk)
-            if estimate > usable:
+            if estimate + gaps * (estimate - static) > usable:
                 continue
             cost = relative_time(recompute / shape.layers, tokens * merge)
             if best is None or cost < best[0]:
@@ -205,7 +219,7 @@ def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int
     if best is not None:
         plan = best[1]
         # What lies between activations of different sizes is lost to weights that stay.
-        left = usable - plan.estimate - int(FRAGMENTS * (plan.estimate - static))
+        left = usable - plan.estimate - int(max(FRAGMENTS, gaps) * (plan.estimate - static))
         held = min(shape.layers, max(0, left // shape.resident)) if shape.resident else 0
         return replace(plan, resident_layers=held, estimate=plan.estimate + held * shape.resident)
     # From what costs least time to what costs most.
@@ -218,11 +232,9 @@ def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int
     for host, piece, off in ways:
         estimate = shape.peak(static, tokens, shape.layers, 128, host, off, piece)
         plan = Plan(1, shape.layers, 128, estimate, budget, host, off, piece)
-        # Blocks of a long row are large, and fit ill into the gaps that earlier ones leave.
-        lost = LONG_FRAGMENTS * (estimate - static + shape.embedding * host) if tokens > PIECE else 0
-        if estimate + lost <= usable:
-            break
-    return plan
+        if estimate + gaps * (estimate - static + shape.embedding * host) <= usable:
+            return plan
+    return replace(plan, fits=False)
 
 
 def apply(plan: Plan, model: Any) -> FastEngine:

@@ -228,3 +228,25 @@ def test_fit_runs_on_it_and_says_why_when_it_cannot(arguments, capsys, caplog):
     dora = ["--model.engine", "fast", "--model.lora_config.use_dora", "true"]
     assert main([*arguments, *dora]) == 2
     assert "model.engine is fast, but lora_config.use_dora is set" in capsys.readouterr().err
+
+
+def test_validation_of_a_long_row_goes_in_pieces_and_training_goes_on_after_it(monkeypatch):
+    from qwen_lit.kernels import engine as engine_module
+
+    rows = []
+    plain = engine_module.mlp
+    monkeypatch.setattr("qwen_lit.kernels.mlp.mlp", lambda x, *a, **k: rows.append(len(x)) or plain(x, *a, **k))
+    monkeypatch.setattr(engine_module, "PIECE", 10)
+    model, one = adapted("qwen2", target_modules=ALL), batch(True)
+    model.bfloat16()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    made = FastEngine(model)
+    with torch.inference_mode():
+        whole = made.loss_sum(one)
+    assert max(rows) == 10 and sum(rows) == 3 * 41
+    monkeypatch.setattr(engine_module, "PIECE", 1000)
+    with torch.no_grad():
+        assert torch.allclose(made.loss_sum(one), whole, rtol=1e-3)
+    assert gradients(model, made.loss_sum(one))

@@ -48,6 +48,34 @@ def test_little_memory_moves_the_embedding_to_the_cpu_and_then_the_inputs():
     assert not choose(SEVEN, STATIC, 5 * GIB, 2048, [1]).host_embedding
 
 
+def test_a_long_row_leaves_room_for_the_gaps_between_large_blocks_at_every_budget():
+    shape = replace(SEVEN, embedding=304_128 * 3584)
+    for budget in (8, 12, 16, 20, 24, 40, 80):
+        for tokens in (8_200, 16_000, 26_800, 30_000, 45_000, 53_200, 120_000):
+            plan = choose(shape, STATIC, budget * GIB, tokens, [1])
+            held = plan.resident_layers * shape.resident
+            grown = plan.estimate - held - STATIC + shape.embedding * plan.host_embedding
+            assert not plan.fits or plan.estimate + 0.35 * grown < budget * GIB
+    assert choose(shape, STATIC, 24 * GIB, 78_475, [1]).fits
+
+
+def test_a_plan_that_does_not_fit_says_so():
+    plan = choose(SEVEN, STATIC, 5 * GIB, 2048, [1])
+    assert not plan.fits and "MAY NOT FIT" in str(plan)
+    assert "MAY NOT FIT" not in str(choose(SEVEN, STATIC, 8 * GIB, 2048, [1]))
+
+
+@pytest.mark.parametrize("options", [{"layers_to_transform": [2]}, {"rank_pattern": {r"layers\.2\..*": 16}}])
+def test_the_layer_that_needs_most_counts(options):
+    from tests.kernels.test_engine import ALL, adapted
+
+    first, last = ({**options, "layers_to_transform": [0]} if "layers_to_transform" in options else
+                   {"rank_pattern": {r"layers\.0\..*": 16}}), options  # fmt: skip
+    wanted, found = (Shape.of(adapted("qwen2", target_modules=ALL, **one), 2) for one in (first, last))
+    assert found == wanted
+    assert found.kept > Shape.of(adapted("qwen2", target_modules=["q_proj"]), 2).kept
+
+
 def test_memory_to_spare_holds_weights_dequantised():
     plans = [choose(SEVEN, STATIC, budget * GIB, 2048, [4, 2, 1]) for budget in (24, 40, 60, 80)]
     assert [plan.resident_layers for plan in plans] == sorted(plan.resident_layers for plan in plans)
