@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -52,8 +53,8 @@ class QwenDataModule(L.LightningDataModule):
             dataset_path: file, folder, glob, or a list of them or of {path, weight, max_rows}: JSONL (also .gz,
                 .zst), a JSON array or Parquet.
             val_dataset_path: rows for validation; null takes val_size of the training rows.
-            val_size: rows held out, chosen by content. A share below 1 keeps every row on its side when the file
-                grows; a count takes that many distinct rows.
+            val_size: rows held out, chosen by content, each of which keeps its side when the files grow: a share below
+                1, or a count of distinct rows, which the same share of later rows joins.
             batch_size: rows in a micro-batch; with packing, it holds batch_size x max_length tokens.
             max_length: longest row, in tokens.
             packing: fill micro-batches with whole rows end to end instead of padding; none sees another.
@@ -151,10 +152,18 @@ class QwenDataModule(L.LightningDataModule):
             return np.uint64(0)
         if self.val_size < 1:
             return np.uint64(int(self.val_size * 2**64))
-        distinct = np.unique(hashes)
-        if self.val_size >= len(distinct):
-            raise UserError(f"data.val_size is {self.val_size:.0f}, but there are {len(distinct)} distinct rows.")
-        return distinct[int(self.val_size)]
+        distinct, count = np.unique(hashes), int(self.val_size)
+        if count >= len(distinct):
+            raise UserError(f"data.val_size is {count}, but there are {len(distinct)} distinct rows.")
+        # What a count has once held out stays held out when the files grow: the limit is kept beside the rows.
+        name = json.dumps([[str(Path(source.path).absolute()) for source in self.sources], count])
+        kept = self.cache / f"split-{hashlib.sha256(name.encode()).hexdigest()[:32]}.txt"
+        if kept.is_file() and count <= (distinct < (limit := np.uint64(int(kept.read_text())))).sum() < len(distinct):
+            return limit
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(str(distinct[count]))
+        partial.rename(kept)
+        return distinct[count]
 
     @staticmethod
     def _chosen(rows: Rows, sources: list[Source]) -> np.ndarray:

@@ -42,6 +42,22 @@ def test_no_row_changes_side_when_the_file_grows(module, tokenizer):
     assert train <= set(texts(tokenizer, large.train_rows)) and val <= set(texts(tokenizer, large.val_rows))
 
 
+def test_what_a_count_has_held_out_stays_held_out_when_the_file_grows(tokenizer, tmp_path):
+    from qwen_lit.data.datamodule import QwenDataModule
+
+    path, sides = tmp_path / "rows.jsonl", []
+    for count in (200, 300, 100):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(count)))
+        data = QwenDataModule(str(path), val_size=20, max_length=256, cache_dir=str(tmp_path / "cache"))
+        data.tokenizer = tokenizer
+        data.setup()
+        sides.append((set(texts(tokenizer, data.train_rows)), set(texts(tokenizer, data.val_rows))))
+    assert len(sides[0][1]) == 20
+    assert sides[0][0] < sides[1][0] and sides[0][1] < sides[1][1]
+    # Another file of the same name, with fewer rows below the limit, is split anew.
+    assert len(sides[2][1]) == 20
+
+
 def test_duplicates_are_never_on_both_sides(module, tokenizer):
     data = module(rows_of(50) * 3, val_size=20)
     train, val = texts(tokenizer, data.train_rows), texts(tokenizer, data.val_rows)
