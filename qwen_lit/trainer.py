@@ -46,6 +46,7 @@ class QwenTrainer(Trainer):
         """
         datamodule.on_bad_row, datamodule.max_bad_share = "skip", 1.0
         datamodule.prepare_data()
+        datamodule.prove()
         try:
             datamodule.setup()
         except UserError as error:

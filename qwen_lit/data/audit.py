@@ -169,6 +169,7 @@ def _figures(result: Audit) -> Iterable[str]:
     yield f"no <|im_end|>   {result.endless:,}"
     yield f"duplicates      {len(result.duplicates):,}" + "".join(f"\n  {place}" for place in result.duplicates[:5])
     share = result.supervised / max(1, result.tokens)
+    yield "token ids       every row is apply_chat_template's own"
     yield f"tokens          {result.tokens:,}, {share:.1%} supervised"
     lengths = ", ".join(f"{'max' if p == 100 else f'p{p}'} {n:,}" for p, n in result.percentiles.items())
     yield f"tokens in a row {lengths}"

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from qwen_lit.data.batches import Collate, EpochOrder, ResumableLoader, group
 from qwen_lit.data.prepare import Report, Task, judge, prepare, read_report
+from qwen_lit.data.prove import prove
 from qwen_lit.data.records import DataError
 from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Source, as_sources, expand
@@ -117,6 +118,19 @@ class QwenDataModule(L.LightningDataModule):
             return folder
         except (DataError, OSError) as error:
             raise UserError(str(error)) from error
+
+    def prove(self) -> None:
+        """Compare every row, token for token, with what the tokenizer's chat template gives by itself.
+
+        Raises:
+            UserError: a row differs.
+        """
+        for sources in filter(None, (self.sources, self.val_sources)):
+            try:
+                prove(Task(sources, self.encoder_options, self.fields), self.tokenizer, self._prepare(sources),
+                      self.num_proc)  # fmt: skip
+            except DataError as error:
+                raise UserError(str(error)) from error
 
     def setup(self, stage: str | None = None) -> None:
         """Open the prepared rows and split them.

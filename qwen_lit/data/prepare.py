@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 VERSION = 2
 LARGE_BYTES = 2_000_000
 """Size of the files above which a faster encoder and more processes pay; started processes pay above 8 times this."""
+PROVED = "proved"
+"""The name of the file that stands in a prepared folder once every row has been compared token for token."""
 EXACT_EVERY = 64
 """Of so many examples of a large dataset one is compared as each of a small one is; see ``fast`` for why it may be."""
 
@@ -105,11 +107,15 @@ def prepare(task: Task, tokenizer: Any, cache: Path, processes: int | None = Non
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
+            fast = _fast(task, tokenizer)
             try:
-                report = _write(task, tokenizer, partial, processes, _fast(task, tokenizer))
+                report = _write(task, tokenizer, partial, processes, fast)
             except FastDiffers as error:
                 log.warning("%s: the fast tokenizer differs from the model's own, which does it all now", error)
-                report = _write(task, tokenizer, partial, processes, None)
+                fast = None
+                report = _write(task, tokenizer, partial, processes, fast)
+            if fast is None:
+                (partial / PROVED).touch()
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -179,7 +185,7 @@ def _write(task: Task, tokenizer: Any, folder: Path, processes: int | None, fast
     report = Report()
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         with (folder / "rows.log").open("w", encoding="utf-8", errors="backslashreplace") as lines:
-            for batch, part, named in _encoded(task, tokenizer, processes, fast):
+            for batch, part, named in encoded(task, tokenizer, processes, fast):
                 if batch is not None:
                     writer.write_batch(batch)
                 lines.writelines(line + "\n" for line in named)
@@ -187,9 +193,10 @@ def _write(task: Task, tokenizer: Any, folder: Path, processes: int | None, fast
     return report
 
 
-def _encoded(
+def encoded(
     task: Task, tokenizer: Any, processes: int | None, fast: FastEncoder | None
 ) -> Iterator[tuple[Any, Report, list[str]]]:
+    """Chunk by chunk, in order: a record batch or None, its report, and the lines of ``rows.log``."""
     # Forked workers start at once and share the tokenizer; a process that has started CUDA must not be forked.
     import torch
 

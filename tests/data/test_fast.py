@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from qwen_lit.data import fast
 from qwen_lit.data.fast import PROVEN, FastEncoder, is_proven, model_digest, usual_text
-from qwen_lit.data.prepare import Task, prepare, read_report
+from qwen_lit.data.prepare import PROVED, Task, prepare, read_report
+from qwen_lit.data.prove import prove
+from qwen_lit.data.records import DataError
 from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Source
 from tests.conftest import QWEN_PATTERN
@@ -187,6 +189,40 @@ def test_a_large_dataset_is_what_the_tokenizer_alone_would_make(large, qwen_toke
     assert bool(used) == (way == "one process")
     monkeypatch.setattr("qwen_lit.data.prepare.LARGE_BYTES", 10**9)
     assert contents(prepare(large, qwen_tokenizer, tmp_path / "plain")) == contents(with_it)
+
+
+def test_every_row_of_a_large_dataset_is_compared_with_the_template_when_asked(large, qwen_tokenizer, tmp_path):
+    folder = prepare(large, qwen_tokenizer, tmp_path / "fast", processes=1)
+    assert not (folder / PROVED).is_file()
+    prove(large, qwen_tokenizer, folder)
+    assert (folder / PROVED).is_file()
+
+
+def test_a_row_that_differs_where_none_is_sampled_is_found_by_the_full_comparison(
+    large, qwen_tokenizer, tmp_path, monkeypatch
+):
+    plain = FastEncoder.encode
+
+    def spoiled(self, texts):
+        found = plain(self, texts)
+        if len(found) > 7:
+            text = self.encoding.decode_bytes(found[7])
+            at = next(n for n, one in enumerate(found[7]) if 1000 < one < 151_643)
+            inside = self.encoding.decode_bytes([found[7][at]])
+            found[7][at : at + 1] = [self.encoding.encode_single_token(bytes([byte])) for byte in inside]
+            assert self.encoding.decode_bytes(found[7]) == text
+        return found
+
+    monkeypatch.setattr(FastEncoder, "encode", spoiled)
+    folder = prepare(large, qwen_tokenizer, tmp_path / "fast", processes=1)
+    with pytest.raises(DataError, match=r"a\.jsonl:8: the prepared token ids differ"):
+        prove(large, qwen_tokenizer, folder)
+    assert not (folder / PROVED).is_file()
+
+
+def test_small_datasets_are_compared_while_they_are_prepared(large, qwen_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen_lit.data.prepare.LARGE_BYTES", 10**9)
+    assert (prepare(large, qwen_tokenizer, tmp_path / "plain") / PROVED).is_file()
 
 
 @pytest.mark.parametrize("wrong", ["an id", "a split"])
