@@ -9,16 +9,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qwen_lit.kernels.attention import attention
+from qwen_lit.kernels.heads import heads
 from qwen_lit.kernels.launch import HAS_TRITON
-from qwen_lit.kernels.linear import Member, frame, group_linear, read_member, room
+from qwen_lit.kernels.linear import Member, frame, group_linear, parts_of, read_member, room
 from qwen_lit.kernels.loss import head_loss
 from qwen_lit.kernels.mlp import mlp, mlp_in_pieces
 from qwen_lit.kernels.norm import add_norm
 from qwen_lit.kernels.offload import HostInputs
-from qwen_lit.kernels.rope import rope
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+HEADS = ("q_proj", "k_proj", "v_proj")
+GROUPS = (HEADS, ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Linears of one input; those of attention's heads are one product."""
 
 PIECE = 8192
 """Tokens of a piece of the MLP: so many that dequantising its weights again costs little."""
@@ -107,11 +109,11 @@ class FastEngine:
         for block in model.base_model.model.model.layers[:resident_layers]:
             members = self._members(block, False)
             for group in GROUPS:
-                extra = room([members[name] for name in group])
-                for member in (members[name] for name in group):
-                    if member.quant_state is not None:
-                        dtype = member.quant_state.dtype
-                        self.resident[id(member.weight)] = frame(member, dtype, extra, held=True)
+                mine = [members[name] for name in group]
+                for part in parts_of(mine, group is HEADS):
+                    if part[0].quant_state is not None:
+                        dtype = part[0].quant_state.dtype
+                        self.resident[id(part[0].weight)] = frame(part, dtype, room(mine), held=True)
 
     def _lower(self, dtype: torch.dtype) -> None:
         """Make copies of A and B in the dtype of the products, all at once."""
@@ -152,6 +154,7 @@ class FastEngine:
         # One draw from the host's generator, which a checkpoint restores; every mask of the batch derives from it.
         seed = int(torch.randint(2**30, (), device="cpu")) if training else 0
         delta: Tensor | None = None
+        back = 0
         self._lower(residual.dtype)
         with torch.autocast(residual.device.type, enabled=False):
             for number, block in enumerate(decoder.layers):
@@ -160,7 +163,10 @@ class FastEngine:
                     # One tensor instead of two is kept.
                     residual, delta = residual + delta, None
                 members = self._members(block, training)
-                arguments = (residual, delta, block, members, cos, sin, batch, seed + 4 * number)
+                # Of the last layer, only the rows that predict something are needed after attention.
+                rows = batch["target_index"] if block is decoder.layers[-1] else None
+                arguments = (residual, delta, block, members, cos, sin, batch, seed + 4 * number, rows, back)
+                back = room([members["down_proj"]])
                 if again:
                     # Recomputing stops at the last tensor that backward needs, which is before down_proj.
                     with HostInputs(residual.shape) if self.offload else nullcontext():
@@ -174,9 +180,7 @@ class FastEngine:
                 else:
                     residual, delta = self._layer(*arguments)
             assert delta is not None
-            rows = batch["target_index"]
-            last = residual.index_select(0, rows)
-            _, normed = add_norm(last, delta.index_select(0, rows), decoder.norm.weight, decoder.norm.variance_epsilon)
+            _, normed = add_norm(residual, delta, decoder.norm.weight, decoder.norm.variance_epsilon, 0, back)
             head: Any = base.get_output_embeddings()
             return head_loss(normed, head.weight.to(normed.dtype), batch["targets"], self.loss_chunk)
 
@@ -201,23 +205,28 @@ class FastEngine:
         sin: Tensor,
         batch: Any,
         seed: int,
+        rows: Tensor | None,
+        back: int,
     ) -> tuple[Tensor, Tensor]:
+        """The sum and what is to be added to it, of ``rows`` alone where they are given.
+
+        ``back`` is the room of the linear that made ``delta``.
+        """
         attn = block.self_attn
-        size, tokens = attn.head_dim, residual.shape[0]
-        first, _, third, _ = ([members[name] for name in names] for names in GROUPS)
+        first, second, third, _ = ([members[name] for name in names] for names in GROUPS)
         norm = block.input_layernorm
-        residual, x = add_norm(residual, delta, norm.weight, norm.variance_epsilon, room(first))
-        q, k, v = group_linear(x, first, seed, roomy=True)
-        q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
-        q = rope(q.view(tokens, -1, size), cos, sin, *_norm(q_norm))
-        k = rope(k.view(tokens, -1, size), cos, sin, *_norm(k_norm))
-        mixed = attention(q, k, v.view(tokens, -1, size), batch["cu_seqlens"], batch["max_seqlen"])
-        (out,) = group_linear(mixed.reshape(tokens, -1), [members["o_proj"]], seed + 1)
+        residual, x = add_norm(residual, delta, norm.weight, norm.variance_epsilon, room(first), back)
+        norms = [_norm(getattr(attn, name, None)) for name in ("q_norm", "k_norm")]
+        q, k, v = heads(x, first, attn.head_dim, cos, sin, norms, seed, roomy=True)
+        mixed = attention(q, k, v, batch["cu_seqlens"], batch["max_seqlen"]).flatten(1)
+        if rows is not None:
+            residual, mixed = residual.index_select(0, rows), mixed.index_select(0, rows)
+        (out,) = group_linear(mixed, second, seed + 1, roomy_grad=True)
         norm = block.post_attention_layernorm
-        residual, x = add_norm(residual, out, norm.weight, norm.variance_epsilon, room(third))
+        residual, x = add_norm(residual, out, norm.weight, norm.variance_epsilon, room(third), room(second))
         # Nothing is kept without gradients, so pieces cost nothing then, and validation rows of any length fit.
         piece = self.piece or (0 if torch.is_grad_enabled() else PIECE)
-        if piece and tokens > piece:
+        if piece and len(x) > piece:
             return residual, mlp_in_pieces(x, members, seed + 2, piece, True, self.again)
         return residual, mlp(x, members, seed + 2, roomy=True)
 

@@ -5,10 +5,12 @@ Where the weight is dequantised it lands in a frame that has room for the adapte
     [ W   sB ]      forward   [x | xAᵀ] · [W | sB]ᵀ
     [ A      ]      backward  [dy | s dy B] · [W ; A]
 
-so that one product computes the linear and its adapter, and no result is read again to add to it.
+so that one product computes the linear and its adapter, and no result is read again to add to it. Linears whose
+weights share a frame, one below the other, are one product.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ class Member:
     """``a`` in the dtype of the products, where a copy is kept."""
     b_low: Tensor | None = None
     resident: Tensor | None = None
-    """The weight's frame with the weight in it, where it is held."""
+    """The frame with the weight in it, where it is held; that of several stands with the first of them."""
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in the dtype of the products."""
@@ -94,41 +96,64 @@ class _Workspace:
 WORKSPACE = _Workspace()
 
 
-def frame(member: Member, dtype: torch.dtype, extra: int, held: bool = False) -> Tensor:
-    """``[out + extra, in + extra]`` with the weight at its top left; the rest is whatever was there.
+def parts_of(members: list[Member], merged: bool) -> list[list[Member]]:
+    """Which members share a frame: all, where that is asked for and every weight is in 4 bits, or each has its own."""
+    if merged and all(member.quant_state is not None for member in members):
+        return [members]
+    return [[member] for member in members]
+
+
+def frame(part: list[Member], dtype: torch.dtype, extra: int, held: bool = False) -> Tensor:
+    """``[out of all + extra, in + extra]`` with the weights at its top left; the rest is whatever was there.
 
     Args:
-        member: with a 4-bit weight.
+        part: with 4-bit weights of one width.
         dtype: of the products.
         extra: the group's ``room``.
         held: in memory of its own; otherwise in a buffer that the next call overwrites.
     """
-    if member.resident is not None and member.resident.dtype == dtype:
-        return member.resident
-    state, device = member.quant_state, member.weight.device
-    out, width = state.shape
-    shape = (out + extra, width + extra)
+    kept = part[0].resident
+    if kept is not None and kept.dtype == dtype:
+        return kept
+    device, width = part[0].weight.device, width_of(part[0])
+    shape = (sum(member.out for member in part) + extra, width + extra)
     whole = torch.empty(shape, dtype=dtype, device=device) if held else WORKSPACE.get(shape, dtype, device)
-    corner = whole[:out, :width]
-    if can_dequantize(member.weight, state) and state.dtype == dtype and (not extra or width % state.blocksize == 0):
-        dequantize(member.weight, state, corner)
-    else:
-        corner.copy_(dequantize_4bit(member.weight, state))
+    start = 0
+    for member in part:
+        state, inner = member.quant_state, whole[start : start + member.out, :width]
+        start += member.out
+        if (
+            can_dequantize(member.weight, state)
+            and state.dtype == dtype
+            and (inner.is_contiguous() or width % state.blocksize == 0)
+        ):
+            dequantize(member.weight, state, inner)
+        else:
+            inner.copy_(dequantize_4bit(member.weight, state))
     return whole
 
 
-def full_weight(member: Member, dtype: torch.dtype) -> Tensor:
-    """The weight ``[out, in]`` in ``dtype``; for 4-bit ones a buffer that the next call overwrites."""
-    if member.quant_state is None:
+def full_weight(part: list[Member], dtype: torch.dtype) -> Tensor:
+    """The weights ``[out of all, in]`` in ``dtype``; for 4-bit ones a buffer that the next call overwrites."""
+    if part[0].quant_state is None:
+        (member,) = part
         return member.weight if member.weight.dtype == dtype else member.weight.to(dtype)
-    return frame(member, dtype, 0)[: member.out, : member.quant_state.shape[1]]
+    return frame(part, dtype, 0)[: sum(member.out for member in part), : width_of(part[0])]
+
+
+def _bias(part: list[Member]) -> Tensor | None:
+    found = [member.bias for member in part]
+    if len(part) == 1 or all(bias is None for bias in found):
+        return found[0]
+    like = next(bias for bias in found if bias is not None)
+    return torch.cat([like.new_zeros(m.out) if bias is None else bias for m, bias in zip(part, found, strict=True)])
 
 
 def group_reference(x: Tensor, members: list[Member], seed: int) -> tuple[Tensor, ...]:
     """The plain twin of ``group_linear``."""
     outputs = []
     for member in members:
-        y = linear(x, full_weight(member, x.dtype).clone(), member.bias)
+        y = linear(x, full_weight([member], x.dtype).clone(), member.bias)
         if member.a is not None and member.b is not None:
             inner = dropped(x, member.dropout, seed) if member.dropout else x
             y = y + linear(linear(inner, member.a.to(x.dtype)), member.b.to(x.dtype)) * member.scale
@@ -145,15 +170,17 @@ def _stacked(members: list[Member], dtype: torch.dtype) -> Tensor:
 class Group:
     """Linears of one input with their adapters, and the products of both passes."""
 
-    def __init__(self, members: list[Member], seed: int, roomy: bool) -> None:
+    def __init__(self, members: list[Member], seed: int, roomy: bool, merged: bool = False) -> None:
         """Reads nothing of the tensors.
 
         Args:
             members: as for ``group_linear``.
             seed: the same.
             roomy: the same.
+            merged: all members are one product, where ``parts_of`` allows it.
         """
         self.members, self.seed, self.roomy = members, seed, roomy
+        self.parts = parts_of(members, merged)
         self.width = width_of(members[0])
         self.rank = sum(member.rank for member in members)
         self.extra = room(members)
@@ -189,31 +216,33 @@ class Group:
         return wide, low
 
     def forward(self, wide: Tensor, low: Tensor | None, outs: list[Tensor] | None = None) -> list[Tensor]:
-        """Every member's output ``[tokens, out]``, in ``outs`` where they are given and no member has a bias.
+        """The output of every part, ``[tokens, out of its members]``.
 
         Args:
             wide: as ``image`` gives it.
             low: the same.
-            outs: one for each member; their rows may lie apart.
+            outs: where the outputs go, if no member has a bias; their rows may lie apart.
         """
         outputs, start = [], 0
         dtype = wide.dtype
-        for number, member in enumerate(self.members):
+        for number, part in enumerate(self.parts):
             out = outs[number] if outs is not None else None
-            mine = slice(start, start + member.rank)
-            start = mine.stop
-            if wide.shape[1] > self.width:
-                whole = frame(member, dtype, self.extra)[: member.out]
-                tail = whole[:, self.width :]
-                tail.zero_()
-                if member.rank:
-                    torch.mul(member.pair(dtype)[1], member.scale, out=tail[:, mine])
-                y = linear(wide, whole, member.bias) if out is None else torch.mm(wide, whole.t(), out=out)
+            rows, ranks = _places(part, start)
+            start = ranks[-1].stop
+            folded = wide.shape[1] > self.width
+            if folded:
+                weight = frame(part, dtype, self.extra)[: rows[-1].stop]
+                weight[:, self.width :] = 0
+                for member, mine, place in zip(part, rows, ranks, strict=True):
+                    if member.rank:
+                        there = slice(self.width + place.start, self.width + place.stop)
+                        torch.mul(member.pair(dtype)[1], member.scale, out=weight[mine, there])
             else:
-                weight = full_weight(member, dtype)
-                y = linear(wide, weight, member.bias) if out is None else torch.mm(wide, weight.t(), out=out)
-                if member.rank and low is not None:
-                    y.addmm_(low[:, mine], member.pair(dtype)[1].t(), alpha=member.scale)
+                weight = full_weight(part, dtype)
+            y = linear(wide, weight, _bias(part)) if out is None else torch.mm(wide, weight.t(), out=out)
+            for member, mine, place in zip(part, rows, ranks, strict=True):
+                if member.rank and low is not None and not folded:
+                    y[:, mine].addmm_(low[:, place], member.pair(dtype)[1].t(), alpha=member.scale)
             outputs.append(y)
         return outputs
 
@@ -225,15 +254,16 @@ class Group:
         Args:
             wide: as ``image`` gave it.
             low: the same.
-            grads: of every output.
+            grads: of the output of every part.
             wants_dx: whether the input has a gradient.
-            last: ``[tokens, out + room]`` that begins with the last of ``grads``, where there is one.
+            last: ``[tokens, out + room]`` that begins with the last of ``grads``, where there is one; its room is
+                written to.
 
         Returns:
             ``[tokens, in]``, and A's and B's gradient of each member that has them, in the dtype of the products.
         """
         dtype, tokens = wide.dtype, wide.shape[0]
-        width, end = self.width, self.members[-1].out
+        width, end = self.width, grads[-1].shape[1]
         folded = low is not None and wants_dx and self.framed and not self.dropout
         folded = folded and (last is not None or end < width)
         if folded and last is None:
@@ -245,25 +275,27 @@ class Group:
         if low is not None:
             d_low = last[:, end : end + self.rank] if folded and last is not None else torch.empty_like(low)
             start = 0
-            for member, dy in zip(self.members, grads, strict=True):
-                if member.rank:
-                    mine = slice(start, start + member.rank)
-                    start = mine.stop
-                    b = member.pair(dtype)[1]
-                    d_low[:, mine].addmm_(dy, b, beta=0, alpha=member.scale)
-                    d_b.append(torch.empty_like(b).addmm_(dy.t(), low[:, mine], beta=0, alpha=member.scale))
+            for part, dy in zip(self.parts, grads, strict=True):
+                rows, ranks = _places(part, start)
+                start = ranks[-1].stop
+                for member, mine, place in zip(part, rows, ranks, strict=True):
+                    if member.rank:
+                        b = member.pair(dtype)[1]
+                        d_low[:, place].addmm_(dy[:, mine], b, beta=0, alpha=member.scale)
+                        found = torch.empty_like(b)
+                        d_b.append(found.addmm_(dy[:, mine].t(), low[:, place], beta=0, alpha=member.scale))
         dx: Tensor | None = None
-        for member, dy in zip(self.members, grads, strict=True):
+        for part, dy in zip(self.parts, grads, strict=True):
             if not wants_dx:
                 break
-            if folded and member is self.members[-1] and last is not None:
+            if folded and part is self.parts[-1] and last is not None:
                 last[:, end + self.rank :] = 0
-                whole = frame(member, dtype, self.extra)[:, :width]
-                whole[end : end + self.rank] = _stacked(self.members, dtype)
-                whole[end + self.rank :] = 0
-                dy, weight = last, whole
+                weight = frame(part, dtype, self.extra)[:, :width]
+                weight[end : end + self.rank] = _stacked(self.members, dtype)
+                weight[end + self.rank :] = 0
+                dy = last
             else:
-                weight = full_weight(member, dtype)
+                weight = full_weight(part, dtype)
             dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         if low is None or d_low is None:
             return dx, []
@@ -278,6 +310,31 @@ class Group:
         return dx, [one for pair in zip(parts, d_b, strict=True) for one in pair]
 
 
+def _places(part: list[Member], start: int) -> tuple[list[slice], list[slice]]:
+    """Of each member: where its outputs stand in the part's, and its ranks, from ``start`` on, in the group's."""
+    ends, ranks = [0], [start]
+    for member in part:
+        ends.append(ends[-1] + member.out)
+        ranks.append(ranks[-1] + member.rank)
+    return [slice(*pair) for pair in pairwise(ends)], [slice(*pair) for pair in pairwise(ranks)]
+
+
+def with_room(grad: Tensor, extra: int) -> Tensor | None:
+    """The gradient with the columns that were left free after each of its rows; None where there are none.
+
+    Args:
+        grad: ``[tokens, out]``.
+        extra: so many columns are wanted.
+    """
+    tokens, width = grad.shape
+    if not extra or not tokens or grad.stride() != (width + extra, 1):
+        return None
+    end = grad.storage_offset() + tokens * (width + extra)
+    if end * grad.element_size() > grad.untyped_storage().nbytes():
+        return None
+    return grad.as_strided((tokens, width + extra), grad.stride())
+
+
 def trained(members: list[Member]) -> list[Tensor]:
     """A and B of every member that has them, as autograd takes them."""
     return [one for member in members for one in (member.a, member.b) if one is not None]
@@ -288,12 +345,13 @@ class _GroupLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, members: list[Member], seed: int, roomy: bool, dead: bool, *parameters: Tensor
-    ) -> Any:
+        ctx: Any, x: Tensor, members: list[Member], seed: int, roomy: bool, roomy_grad: bool, dead: bool,
+        *parameters: Tensor,
+    ) -> Any:  # fmt: skip
         group = ctx.group = Group(members, seed, roomy)
         wide, low = group.image(x)
         ctx.save_for_backward(*([] if low is None else [wide, low]))
-        ctx.shape = x.shape
+        ctx.shape, ctx.roomy_grad = x.shape, roomy_grad
         if dead:
             return tuple(x.new_empty(x.shape[0], member.out) for member in members)
         return tuple(group.forward(wide, low))
@@ -302,8 +360,9 @@ class _GroupLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         group = ctx.group
         wide, low = ctx.saved_tensors or (grads[0].new_empty(ctx.shape[0], 0), None)
-        dx, found = group.backward(wide, low, list(grads), ctx.needs_input_grad[0])
-        return dx, None, None, None, None, *as_trained(found, group.members)
+        last = with_room(grads[-1], group.extra) if ctx.roomy_grad else None
+        dx, found = group.backward(wide, low, list(grads), ctx.needs_input_grad[0], last)
+        return dx, None, None, None, None, None, *as_trained(found, group.members)
 
 
 def as_trained(found: list[Tensor], members: list[Member]) -> list[Tensor]:
@@ -312,7 +371,12 @@ def as_trained(found: list[Tensor], members: list[Member]) -> list[Tensor]:
 
 
 def group_linear(
-    x: Tensor, members: list[Member], seed: int = 0, roomy: bool = False, dead: bool = False
+    x: Tensor,
+    members: list[Member],
+    seed: int = 0,
+    roomy: bool = False,
+    roomy_grad: bool = False,
+    dead: bool = False,
 ) -> tuple[Tensor, ...]:
     """``x Wᵀ + bias + scale · dropout(x) Aᵀ Bᵀ`` for each member; they share the dropout mask.
 
@@ -321,12 +385,15 @@ def group_linear(
         members: linears of the same input, with one dropout rate among those that have an adapter.
         seed: of the dropout mask.
         roomy: after each row of ``x`` there are ``room(members)`` columns to write to.
+        roomy_grad: columns that lie after each row of the last output's gradient may be written to.
         dead: the outputs are of no use to anyone, and are not computed.
 
     Returns:
         ``[tokens, out]`` for each member, in the dtype of ``x``.
     """
-    return _GroupLinear.apply(x, members, seed, roomy, dead, *trained(members))  # type: ignore[no-any-return]
+    return _GroupLinear.apply(  # type: ignore[no-any-return]
+        x, members, seed, roomy, roomy_grad, dead, *trained(members)
+    )
 
 
 def read_member(module: nn.Module, training: bool) -> Member:

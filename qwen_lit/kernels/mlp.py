@@ -72,11 +72,11 @@ def mlp(x: Tensor, members: dict[str, Member], seed: int, roomy: bool = False, d
         x: ``[tokens, hidden]``.
         members: ``gate_proj``, ``up_proj`` and ``down_proj``.
         seed: of the dropout masks; the next one is used too.
-        roomy: as for ``group_linear``.
+        roomy: as for ``group_linear``, and ``roomy_grad`` too.
         dead: the result is of no use to anyone, and not computed.
     """
     h = gate_up(x, members["gate_proj"], members["up_proj"], seed, roomy)
-    (out,) = group_linear(h, [members["down_proj"]], seed + 1, dead=dead)
+    (out,) = group_linear(h, [members["down_proj"]], seed + 1, roomy_grad=roomy, dead=dead)
     return out
 
 
@@ -138,7 +138,7 @@ def mlp_in_pieces(
         members: as for ``mlp``.
         seed: of the dropout masks, which differ from those of ``mlp``.
         size: tokens of a piece.
-        roomy: as for ``group_linear``.
+        roomy: as for ``mlp``.
         dead: as for ``mlp``: so in a recomputation, which needs the saved input alone.
     """
     mine = {name: members[name] for name in ("gate_proj", "up_proj", "down_proj")}

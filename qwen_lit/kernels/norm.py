@@ -38,7 +38,10 @@ def _forward(
 
 
 @jit
-def _backward(total, weight, rstd, d_normed, d_total, out, width, HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(
+    total, weight, rstd, d_normed, d_total, out, width, d_stride, stride,
+    HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -49,16 +52,17 @@ def _backward(total, weight, rstd, d_normed, d_total, out, width, HAS_TOTAL: tl.
     x_hat = x * scale
     grad = scale * (g - x_hat * (tl.sum(g * x_hat) / width))
     if HAS_TOTAL:
-        grad += tl.load(d_total + row * width + columns, inside, 0.0).to(tl.float32)
-    tl.store(out + row * width + columns, grad, inside)
+        grad += tl.load(d_total + row * d_stride + columns, inside, 0.0).to(tl.float32)
+    tl.store(out + row * stride + columns, grad, inside)
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, room: int
+        ctx: Any, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, room: int, room_back: int
     ) -> tuple[Tensor, Tensor]:
         rows, width = residual.shape
+        residual, delta = residual.contiguous(), None if delta is None else delta.contiguous()
         normed = torch.empty(rows, width + room, dtype=residual.dtype, device=residual.device)[:, :width]
         if launches(residual):
             total = residual if delta is None else torch.empty_like(residual)
@@ -72,7 +76,7 @@ class _AddNorm(torch.autograd.Function):
             normed.copy_(plain)
             rstd = torch.rsqrt(total.float().pow(2).mean(-1) + eps).flatten()
         ctx.save_for_backward(total, weight, rstd)
-        ctx.has_delta = delta is not None
+        ctx.has_delta, ctx.room_back = delta is not None, room_back
         if delta is None:
             # An input that is returned as it came must be marked; a view of it keeps the graph right.
             total = total.view_as(total)
@@ -82,24 +86,27 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         d_total, d_normed = grads
         total, weight, rstd = ctx.saved_tensors
-        width = total.shape[-1]
+        rows, width = total.shape
+        out = torch.empty(rows, width + ctx.room_back, dtype=total.dtype, device=total.device)[:, :width]
         if launches(total):
-            out = torch.empty_like(total)
-            _backward[(rstd.numel(),)](
+            if d_total is not None and d_total.stride(1) != 1:
+                d_total = d_total.contiguous()
+            _backward[(rows,)](
                 total, weight, rstd, d_normed.contiguous(), d_total, out, width,
+                0 if d_total is None else d_total.stride(0), out.stride(0),
                 HAS_TOTAL=d_total is not None, BLOCK=triton.next_power_of_2(width), num_warps=8,
             )  # fmt: skip
         else:
-            scale = rstd.view(*total.shape[:-1], 1)
+            scale = rstd.view(rows, 1)
             x_hat = total.float() * scale
             g = d_normed.float() * weight.float()
             wide = scale * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
-            out = (wide if d_total is None else wide + d_total.float()).to(total.dtype)
-        return out, out if ctx.has_delta else None, None, None, None
+            out.copy_(wide if d_total is None else wide + d_total.float())
+        return out, out if ctx.has_delta else None, None, None, None, None
 
 
 def add_norm(
-    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, room: int = 0
+    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, room: int = 0, room_back: int = 0
 ) -> tuple[Tensor, Tensor]:
     """``residual + delta`` and its RMSNorm.
 
@@ -109,8 +116,9 @@ def add_norm(
         weight: ``[width]``, frozen.
         eps: added to the mean square.
         room: columns that are left free after each row of the normed sum.
+        room_back: the same, of the gradient of both inputs.
 
     Returns:
         The sum and the normed sum, both ``[tokens, width]`` in the dtype of ``residual``.
     """
-    return _AddNorm.apply(residual, delta, weight, eps, room)  # type: ignore[no-any-return]
+    return _AddNorm.apply(residual, delta, weight, eps, room, room_back)  # type: ignore[no-any-return]

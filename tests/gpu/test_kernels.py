@@ -5,13 +5,14 @@ import torch
 
 from qwen_lit.kernels.attention import attention, attention_reference
 from qwen_lit.kernels.dropout import dropped
+from qwen_lit.kernels.heads import heads
 from qwen_lit.kernels.launch import INTERPRETED
 from qwen_lit.kernels.linear import Member, full_weight, group_linear, room
 from qwen_lit.kernels.loss import head_loss, head_loss_reference
 from qwen_lit.kernels.mlp import gate_up, mlp, mlp_in_pieces
 from qwen_lit.kernels.nf4 import can_dequantize, dequantize
 from qwen_lit.kernels.norm import add_norm
-from qwen_lit.kernels.rope import rope, rope_reference
+from qwen_lit.kernels.rope import rope, rope_backward, rope_reference
 from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_reference
 
 pytestmark = pytest.mark.gpu
@@ -64,11 +65,17 @@ def wide_norm(x, delta, weight):
 
 
 @pytest.mark.parametrize("room", [0, 24])
-def test_add_norm_leaves_the_room_it_is_asked_for(room, dtype):
-    x, weight = random(37, 896, dtype=dtype), random(896, dtype=dtype)
-    _, plain = add_norm(x, None, weight, 1e-6)
-    _, roomy = add_norm(x, None, weight, 1e-6, room)
-    assert roomy.stride(0) == 896 + room and torch.equal(plain, roomy)
+def test_add_norm_leaves_the_room_it_is_asked_for_in_both_passes(room, dtype):
+    x, delta, weight = random(37, 896, dtype=dtype), random(37, 896, dtype=dtype), random(896, dtype=dtype)
+    grads = []
+    for asked in (0, room):
+        mine = [one.clone().requires_grad_() for one in (x, delta)]
+        total, normed = add_norm(*mine, weight, 1e-6, asked, 2 * asked)
+        again, last = add_norm(total, normed, weight, 1e-6, 0, asked)
+        assert normed.stride(0) == 896 + asked
+        grads.append([normed, *torch.autograd.grad([again, last], mine, [x, delta])])
+        assert grads[-1][1].stride(0) == grads[-1][2].stride(0) == 896 + 2 * asked
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 7), (33, 4864), (129, 18944)])
@@ -86,20 +93,31 @@ def test_swiglu_equals_its_twin(tokens, width, room, dtype):
     assert torch.equal(both[:, 2 * width :], rest)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 28])
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize("count", [1, 2, 28])
 @pytest.mark.parametrize("size", [64, 128])
-def test_rope_equals_its_twin(heads, size, dtype):
+def test_rope_and_its_gradient_equal_their_twin_whatever_lies_between_rows(count, size, normed, dtype):
     angle = torch.rand(41, size // 2, device=DEVICE) * 6
     cos, sin = angle.cos(), angle.sin()
-    x = random(41, heads, size, dtype=dtype)
-    compare(lambda x: rope(x, cos, sin), lambda x: rope_reference(x, cos, sin, None, 0.0), [x], dtype)
-    weight = random(size, dtype=dtype)
+    weight, eps = (random(size, dtype=dtype), 1e-6) if normed else (None, 0.0)
+    x, grad, out, d_x = (random(41, count * size + 24, dtype=dtype) for _ in range(4))
+    beside = [one[:, count * size :].clone() for one in (out, d_x)]
+    views = [one[:, : count * size].view(41, count, size) for one in (x, grad, out, d_x)]
+    wide = views[0].double().requires_grad_()
+    wanted = rope_reference(wide if weight is None else head_norm(wide, weight), cos, sin, None, 0.0)
+    wanted.backward(views[1].double())
+    rope(views[0], cos, sin, weight, eps, views[2])
+    close(views[2], wanted, dtype)
+    rope_backward(views[1], cos, sin, views[0], weight, eps, views[3])
+    close(views[3], wide.grad, dtype)
+    assert all(torch.equal(one[:, count * size :], kept) for one, kept in zip((out, d_x), beside, strict=True))
+    if weight is None:
+        rope(views[0], cos, sin, None, 0.0, views[0])
+        assert torch.equal(views[0], views[2])
 
-    def normed(x):
-        hat = weight.double() * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return rope_reference(hat, cos, sin, None, 0.0)
 
-    compare(lambda x: rope(x, cos, sin, weight, 1e-6), normed, [x], dtype)
+def head_norm(x, weight):
+    return weight.double() * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
 # On a CPU one row times 151,936 columns in float32 strays by 1e-5 in the product itself, before any kernel.
@@ -167,7 +185,7 @@ def member(width, out, rank, four_bit, dropout, bias=True):
     a, b = ((0.2 * random(*size, dtype=torch.float32)).requires_grad_() for size in ((rank, width), (out, rank)))
     named = layer.bias.data.to(LOW) if bias else None
     made = Member(layer.weight, named, a if rank else None, b if rank else None, 0.5, dropout)
-    return made, full_weight(made, LOW).double().clone()
+    return made, full_weight([made], LOW).double().clone()
 
 
 def twin(one, weight):
@@ -214,6 +232,50 @@ def test_group_linear_equals_its_twin(four_bit, dropout, roomy, outs, tokens):
     found = group_linear(x, list(members), 3, roomy)
     mask = mask_of(tokens, 192, dropout, 3)
     agree(found, [run(wide, mask) for run, _ in twins], x, wide, members, twins)
+
+
+@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "plain"])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("beside", [0, 8, 12])
+def test_a_gradient_with_room_beside_it_gives_the_same_and_only_the_room_is_written(four_bit, rank, beside):
+    one = member(192, 192, rank, four_bit, 0.0)[0]
+    x = random(77, 192, dtype=LOW)
+    whole = random(77, 192 + beside, dtype=LOW)
+    results = []
+    for grad in (whole[:, :192].clone(), whole[:, :192]):
+        mine = x.clone().requires_grad_()
+        if rank:
+            one.a.grad = one.b.grad = None
+        group_linear(mine, [one], 3, roomy_grad=True)[0].backward(grad)
+        results.append([mine.grad, *([one.a.grad, one.b.grad] if rank else [])])
+    for found, wanted in zip(*results, strict=True):
+        close(found, wanted, LOW)
+    assert torch.equal(whole[:, :192], grad)
+
+
+@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "plain"])
+@pytest.mark.parametrize("normed", [False, True], ids=["plain heads", "normed heads"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("ranks", [(8, 5, 0), (0, 0, 0)], ids=str)
+def test_heads_equal_their_twin(four_bit, normed, dropout, ranks):
+    tokens, size, roomy = 77, 64, sum(ranks) > 0
+    members, weights = zip(
+        *(member(192, n, r, four_bit, dropout, bias=n > 64) for n, r in zip((256, 128, 64), ranks, strict=True)),
+        strict=True,
+    )  # fmt: skip
+    twins = [twin(one, weight) for one, weight in zip(members, weights, strict=True)]
+    angle = torch.rand(tokens, size // 2, device=DEVICE) * 6
+    norms = [(random(size, dtype=LOW), 1e-6) if normed else (None, 0.0) for _ in range(2)]
+    whole = random(tokens, 192 + room(list(members)), dtype=LOW)
+    x = (whole[:, :192] if roomy else whole[:, :192].clone()).detach().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    found = heads(x, list(members), size, angle.cos(), angle.sin(), norms, 3, roomy)
+    mask = mask_of(tokens, 192, dropout, 3)
+    wanted = [run(wide, mask).view(tokens, -1, size) for run, _ in twins]
+    for at, (weight, _) in enumerate(norms):
+        one = wanted[at] if weight is None else head_norm(wanted[at], weight)
+        wanted[at] = rope_reference(one, angle.cos(), angle.sin(), None, 0.0)
+    agree(found, wanted, x, wide, members, twins)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
