@@ -206,7 +206,8 @@ def _told(plan: Plan) -> dict[str, Any]:
 
 
 def _relative(plan: Plan, shape: Shape, tokens: int) -> float:
-    return round(relative_time(plan.recompute_layers / shape.layers, tokens * plan.merge), 3)
+    shares = plan.recompute_layers / shape.layers, plan.resident_layers / shape.layers
+    return round(relative_time(shares[0], tokens * plan.merge, shares[1]), 3)
 
 
 def advice(shape: Shape, static: int, plan: Plan, module: Any, data: Any, model: Any) -> list[str]:

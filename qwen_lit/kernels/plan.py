@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from qwen_lit.errors import UserError
-from qwen_lit.kernels.engine import GROUPS, PIECE, FastEngine, linears
-from qwen_lit.kernels.linear import read_member, room, width_of
+from qwen_lit.kernels.engine import GROUPS, HEADS, PIECE, FastEngine, linears
+from qwen_lit.kernels.linear import parts_of, read_member, room, width_of
 
 GIB = 2**30
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -156,9 +156,9 @@ def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
     mixing += hidden * (rooms[0] > 0)
     kept = mixing + hidden * (rooms[2] > 0) + 2 * inner + 2 * rooms[2] + (inner + rooms[3]) * (rooms[3] > 0)
     frames = [
-        (members[name].out + extra) * (width_of(members[name]) + extra)
+        (sum(member.out for member in part) + extra) * (width_of(part[0]) + extra)
         for group, extra in zip(GROUPS, rooms, strict=True)
-        for name in group
+        for part in parts_of([members[name] for name in group], group is HEADS)
     ]
     return {
         "kept": kept * size + 4 * heads,
@@ -172,16 +172,18 @@ def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
     }
 
 
-def relative_time(recomputed: float, tokens: int) -> float:
+def relative_time(recomputed: float, tokens: int, held: float = 0.0) -> float:
     """Time of a token, over that of one that keeps everything in an endless micro-batch.
 
-    Recomputing a layer costs a third of it; a dequantisation as much as 320 tokens' products.
+    Recomputing a layer costs a third of it. A micro-batch costs as much as 220 tokens beside what it computes, and
+    dequantising all weights as much as 260.
 
     Args:
         recomputed: share of the layers.
         tokens: of a micro-batch.
+        held: share of the layers whose weights are held dequantised.
     """
-    return (1 + 0.3 * recomputed) * (1 + 320 / tokens)
+    return (1 + 0.3 * recomputed) * (1 + (220 + 260 * (1 - held)) / tokens)
 
 
 def needed(estimate: int) -> int:
@@ -206,22 +208,24 @@ def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int
     chunk = max(128, min(2048, int(0.02 * budget) // shape.vocabulary // 128 * 128))
     # Blocks of a long row are large, and fit ill into the gaps that earlier ones leave.
     gaps = LONG_FRAGMENTS if tokens > PIECE else 0.0
-    best: tuple[float, Plan] | None = None
+    plans = []
     for merge in merges:
         for recompute in range(shape.layers + 1):
             estimate = shape.peak(static, tokens * merge, recompute, chunk)
             if estimate + gaps * (estimate - static) > usable:
                 continue
-            cost = relative_time(recompute / shape.layers, tokens * merge)
-            if best is None or cost < best[0]:
-                best = cost, Plan(merge, recompute, chunk, estimate, budget)
+            # What lies between activations of different sizes is lost to weights that stay.
+            left = usable - estimate - int(max(FRAGMENTS, gaps) * (estimate - static))
+            held = min(shape.layers, max(0, left // shape.resident)) if shape.resident else 0
+            estimate += held * shape.resident
+            plans.append(Plan(merge, recompute, chunk, estimate, budget, resident_layers=held))
             break
-    if best is not None:
-        plan = best[1]
-        # What lies between activations of different sizes is lost to weights that stay.
-        left = usable - plan.estimate - int(max(FRAGMENTS, gaps) * (plan.estimate - static))
-        held = min(shape.layers, max(0, left // shape.resident)) if shape.resident else 0
-        return replace(plan, resident_layers=held, estimate=plan.estimate + held * shape.resident)
+    if plans:
+        share = 1 / shape.layers
+        return min(
+            plans,
+            key=lambda p: relative_time(share * p.recompute_layers, tokens * p.merge, share * p.resident_layers),
+        )
     # From what costs least time to what costs most.
     ways = [
         (host, piece, off)

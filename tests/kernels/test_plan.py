@@ -83,6 +83,12 @@ def test_memory_to_spare_holds_weights_dequantised():
     assert choose(replace(SEVEN, resident=0), STATIC, 80 * GIB, 2048, [4, 2, 1]).resident_layers == 0
 
 
+def test_weights_that_are_held_can_be_worth_more_than_a_larger_micro_batch():
+    assert choose(replace(SEVEN, resident=0), STATIC, 60 * GIB, 2048, [8, 4, 2, 1]).merge == 8
+    plan = choose(SEVEN, STATIC, 60 * GIB, 2048, [8, 4, 2, 1])
+    assert (plan.merge, plan.recompute_layers, plan.resident_layers) == (4, 0, 28)
+
+
 @pytest.mark.parametrize(("tokens", "budget"), [(2_972, 8), (78_475, 24), (342_733, 80)])
 def test_a_very_long_row_goes_in_pieces_and_fits(tokens, budget):
     plan = choose(replace(SEVEN, embedding=304_128 * 3584), STATIC, budget * GIB, tokens, [1])
