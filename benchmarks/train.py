@@ -4,8 +4,8 @@
 
 MODEL is a folder with a checkpoint of the shape to measure and a tokenizer; random weights will do. Each case trains
 the same number of tokens a step: 16,384, every token supervised unless it says otherwise. A peer runs beside each case
-where it is installed; ``rows`` and ``peer_recompute`` are its hand tuning. ``memory`` in a case limits the process
-to so many GiB.
+where it is installed; ``rows``, ``peer_tokens`` and ``peer_recompute`` are its hand tuning. ``memory`` limits the
+process to so many GiB.
 """
 
 import argparse
@@ -23,14 +23,14 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout 0": {"rows": 8, "peer_recompute": False},
     "dropout 0, 40 GiB": {"memory": 40},
     "all linears": {"targets": ALL, "rows": 4, "peer_recompute": False},
-    "24 GiB": {"memory": 24},
-    "8 GiB": {"memory": 8},
+    "24 GiB": {"memory": 24, "rows": 2, "peer_recompute": False},
+    "8 GiB": {"memory": 8, "rows": 4},
     "least memory": {"memory": 5.6, "tokens": 2048, "steps": 3},
     "longest row, 8 GiB": {"memory": 8, "longest": 32_000, "tokens": 32_000, "steps": 1},
     "longest row, 24 GiB": {"memory": 24, "longest": 120_000, "tokens": 120_000, "steps": 1},
     "longest row, 80 GiB": {"longest": 343_000, "tokens": 343_000, "steps": 1},
-    "length mix": {"mix": True},
-    "length mix, 24 GiB": {"mix": True, "memory": 24},
+    "length mix": {"mix": True, "rows": 8, "peer_tokens": 32_768},
+    "length mix, 24 GiB": {"mix": True, "memory": 24, "rows": 8, "peer_tokens": 32_768},
 }
 
 
@@ -97,20 +97,24 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     )
     seconds, losses, tokens = [], [], []
     micro = per_step // plan.merge
-    for step in range(steps):
-        torch.cuda.synchronize()
-        started, total_loss = time.perf_counter(), torch.zeros((), device=device)
-        part = batches[step * micro : (step + 1) * micro]
-        supervised = sum(batch["targets"].numel() for batch in part)
+
+    def train(part: list[Any]) -> torch.Tensor:
+        total, supervised = torch.zeros((), device=device), sum(batch["targets"].numel() for batch in part)
         for batch in part:
             moved: Any = {k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in batch.items()}
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 loss = engine.loss_sum(moved) / supervised
             loss.backward()
-            total_loss += loss.detach()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return total
+
+    for step in range(steps):
+        torch.cuda.synchronize()
+        started, part = time.perf_counter(), batches[step * micro : (step + 1) * micro]
+        total_loss = train(part)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         losses.append(round(float(total_loss), 4))
@@ -118,7 +122,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
         if step == 0 and steps > 1:
             torch.cuda.reset_peak_memory_stats()
         if case.get("profile") and step == steps - 2:
-            profile(engine, moved)
+            profile(lambda: train(part))  # noqa: B023
     first = 1 if steps > 1 else 0
     rates = sorted(n / s for n, s in zip(tokens[first:], seconds[first:], strict=True))
     return {
@@ -131,17 +135,20 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def profile(engine: Any, batch: Any) -> None:
-    """Print the kernels of one micro-batch by their time on the device."""
+def profile(step: Any) -> None:
+    """Print the kernels of one optimizer step by their time on the device, and how long it had nothing to do."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            engine.loss_sum(batch).backward()
+        step()
         torch.cuda.synchronize()
-    print(
-        found.key_averages().table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=60), flush=True
-    )
+    spans = sorted((one.time_range.start, one.time_range.end) for one in found.events() if one.device_index >= 0)
+    idle, end = 0.0, spans[0][0]
+    for start, stop in spans:
+        idle, end = idle + max(0.0, start - end), max(end, stop)
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=90))
+    whole = (end - spans[0][0]) / 1000
+    print(f"from the first kernel to the last {whole:.0f} ms, idle {idle / 1000:.0f} ms", flush=True)
 
 
 def trl(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def _sft(model_path: str, case: dict[str, Any], peer: str) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(case["memory"] * 2**30 / total)
     rows, recompute, steps = case.get("rows", 1), case.get("peer_recompute", True), case.get("steps", 6)
-    tokens = case.get("tokens", 16_384)
+    tokens = case.get("peer_tokens", case.get("tokens", 16_384))
     accumulate = tokens // 2048 // rows
     targets, dropout = case.get("targets", QKVO), case.get("dropout", 0.0)
     lora = {"r": 32, "lora_alpha": 64, "lora_dropout": dropout, "target_modules": targets, "bias": "none"}
