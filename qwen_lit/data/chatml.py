@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qwen_lit.data.control import guard
+from qwen_lit.data.difference import parting
 from qwen_lit.data.fast import FastDiffers, FastEncoder
 from qwen_lit.data.overlong import shorten
 from qwen_lit.data.parts import untrained
@@ -279,15 +280,17 @@ class Encoder:
             decoded = self.backend.decode_batch(encoded, skip_special_tokens=False)
             for draft, text in zip(drafts, decoded, strict=True):
                 if text != draft.text and text != unicodedata.normalize("NFC", draft.text):
-                    self._differs(draft.source, draft.text, text)
+                    diff = list(difflib.ndiff(draft.text.splitlines()[:50], text.splitlines()[:50]))
+                    self._differs(draft.source, "\n".join(diff)[:2000].splitlines())
         chosen = slice(None, None, self.exact_every)
         for draft, ids, own in zip(drafts[chosen], encoded[chosen], self.renderer.ids(drafts[chosen]), strict=True):
             if own != ids:
                 if self.fast is not None:
                     raise FastDiffers(draft.source)
-                self._differs(draft.source, *self.backend.decode_batch([own, ids], skip_special_tokens=False))
+                lines = parting(ids, own, lambda some: self.backend.decode(some, skip_special_tokens=False))
+                self._differs(draft.source, lines)
 
     @staticmethod
-    def _differs(source: str, wanted: str, found: str) -> None:
-        diff = "\n".join(difflib.ndiff(wanted.splitlines()[:50], found.splitlines()[:50]))[:2000]
-        raise DataError(f"{source}: token ids differ from the exported tokenizer's own:\n{diff}")
+    def _differs(source: str, lines: list[str]) -> None:
+        shown = "".join(f"\n  {line}" for line in lines)
+        raise DataError(f"{source}: token ids differ from the exported tokenizer's own:{shown}")
