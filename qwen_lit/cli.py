@@ -21,6 +21,7 @@ from qwen_lit.callbacks.export import Export
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput
 from qwen_lit.callbacks.progress import RunProgress
+from qwen_lit.callbacks.proof import Proof
 from qwen_lit.callbacks.report import RunReport
 from qwen_lit.callbacks.samples import Samples
 from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, manifest_of
@@ -133,6 +134,10 @@ class QwenCLI(LightningCLI):
         plugins = config.trainer.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        """The proof goes before the export, which it holds back."""
+        return super()._instantiate_trainer(config, [Proof(), *callbacks])
 
     def after_instantiate_classes(self) -> None:
         """Hand the tokenizer to the data, and the written configuration to the export."""

@@ -28,10 +28,7 @@ def agree(trainer: L.Trainer, facts: dict[str, Any]) -> None:
     Raises:
         UserError: a value differs between ranks; on every rank, with both values.
     """
-    if trainer.world_size == 1:
-        return
-    found: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(found, facts)
+    found = gathered(trainer, facts)
     for rank, theirs in enumerate(found):
         wrong = {key: value for key, value in theirs.items() if value != found[0].get(key)}
         if wrong:
@@ -40,6 +37,14 @@ def agree(trainer: L.Trainer, facts: dict[str, Any]) -> None:
                 f"the ranks of this run would train different things:{lines}\n"
                 "Give all machines the same files, the same model and the same configuration."
             )
+
+
+def gathered(trainer: L.Trainer, value: Any) -> list[Any]:
+    """The ranks' values, in their order; a value can be pickled."""
+    found = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        dist.all_gather_object(found, value)
+    return found
 
 
 def least(trainer: L.Trainer, value: int) -> int:

@@ -115,6 +115,8 @@ class QwenTrainer(Trainer):
             steps: optimizer steps of each run.
         """
         datamodule.prepare_data()
+        # Its runs are short, and each would wait for this at its end.
+        datamodule.prove()
         datamodule.setup()
         steps = min(steps, datamodule.total_steps(self))
         if steps < 2:

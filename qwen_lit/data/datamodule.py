@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qwen_lit.data.batches import Collate, EpochOrder, ResumableLoader, group
-from qwen_lit.data.prepare import Report, Task, judge, prepare, read_report
+from qwen_lit.data.prepare import PROVED, Report, Task, judge, prepare, read_report
 from qwen_lit.data.prove import prove
 from qwen_lit.data.records import DataError
 from qwen_lit.data.rows import Rows
@@ -96,6 +96,8 @@ class QwenDataModule(L.LightningDataModule):
         self.num_proc, self.num_workers, self.seed = num_proc, num_workers, seed
         self.merge, self.unpadded, self.heaviest_first = 1, packing, False
         self.tokenizer: Any = None
+        self.prepared: dict[Path, Task] = {}
+        """Folder of prepared rows to what it was prepared from."""
         self.train_rows: Rows | None = None
         self.val_rows: Rows | None = None
         self.report, self.val_report = Report(), Report()
@@ -114,21 +116,25 @@ class QwenDataModule(L.LightningDataModule):
         task = Task(sources, self.encoder_options, self.fields)
         try:
             folder = prepare(task, self.tokenizer, self.cache, self.num_proc)
+            self.prepared[folder] = task
             judge(read_report(folder), self.on_bad_row, self.max_bad_share)
             return folder
         except (DataError, OSError) as error:
             raise UserError(str(error)) from error
 
+    def unproven(self) -> dict[Path, Task]:
+        """Of what is prepared, where not every row has been compared yet."""
+        return {folder: task for folder, task in self.prepared.items() if not (folder / PROVED).is_file()}
+
     def prove(self) -> None:
-        """Compare every row, token for token, with what the tokenizer's chat template gives by itself.
+        """Compare every prepared row, token for token, with what the tokenizer's chat template gives by itself.
 
         Raises:
-            UserError: a row differs.
+            UserError: a row differs, or the files have changed since they were prepared.
         """
-        for sources in filter(None, (self.sources, self.val_sources)):
+        for folder, task in self.unproven().items():
             try:
-                prove(Task(sources, self.encoder_options, self.fields), self.tokenizer, self._prepare(sources),
-                      self.num_proc)  # fmt: skip
+                prove(task, self.tokenizer, folder, self.num_proc)
             except DataError as error:
                 raise UserError(str(error)) from error
 

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -197,10 +198,10 @@ def encoded(
     task: Task, tokenizer: Any, processes: int | None, fast: FastEncoder | None
 ) -> Iterator[tuple[Any, Report, list[str]]]:
     """Chunk by chunk, in order: a record batch or None, its report, and the lines of ``rows.log``."""
-    # Forked workers start at once and share the tokenizer; a process that has started CUDA must not be forked.
-    import torch
-
-    method, least = ("spawn", 8 * LARGE_BYTES) if torch.cuda.is_initialized() else ("fork", LARGE_BYTES)
+    # Forked workers start at once and share the tokenizer; a process that has started CUDA, which it cannot have
+    # done without torch, must not be forked.
+    cuda = "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
+    method, least = ("spawn", 8 * LARGE_BYTES) if cuda else ("fork", LARGE_BYTES)
     count = processes or (min(16, len(os.sched_getaffinity(0))) if _size(task) >= least else 1)
     worker = _Worker(tokenizer, task, fast)
     if count < 2:

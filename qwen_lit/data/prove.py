@@ -1,8 +1,19 @@
-"""Every row of a prepared dataset beside what the exported tokenizer makes of it by itself, token for token."""
+"""Every row of a prepared dataset beside what the exported tokenizer makes of it by itself, token for token.
+
+Run as a module it is the process that ``Prover`` starts.
+"""
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +23,7 @@ from qwen_lit.data.difference import difference
 from qwen_lit.data.prepare import PROVED, Task, cache_key, encoded
 from qwen_lit.data.records import DataError
 from qwen_lit.data.rows import Rows
+from qwen_lit.errors import RunError
 
 
 def prove(task: Task, tokenizer: Any, folder: Path, processes: int | None = None) -> None:
@@ -89,3 +101,94 @@ def _told(stored: Iterator[dict[str, Any]], own: Iterator[dict[str, Any]], token
         f"{(wanted or kept)['place']}: the prepared token ids differ from the exported tokenizer's own:{shown}\n"
         f"Delete {folder} and begin anew, with another output_dir where a run has trained on it; report this."
     )
+
+
+class Prover:
+    """``prove`` in a process of its own, beside a training.
+
+    It is started anew, never forked: CUDA runs in this process. It takes one core at the lowest priority and sees no
+    GPU, does not hear the terminal's Ctrl-C, and ends with this process however that ends.
+    """
+
+    def __init__(self, prepared: Mapping[Path, Task], tokenizer: Any) -> None:
+        """Starts it.
+
+        Args:
+            prepared: folder to what it was prepared from.
+            tokenizer: transformers'.
+
+        Raises:
+            RunError: it cannot be started.
+        """
+        quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        try:
+            self.said = tempfile.TemporaryFile()
+            # A file, as a pipe would wait for its reader.
+            with tempfile.TemporaryFile() as given:
+                pickle.dump((os.getpid(), dict(prepared), tokenizer), given)
+                given.seek(0)
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "qwen_lit.data.prove"], stdin=given, stdout=self.said, stderr=self.said,
+                    env=os.environ | quiet, start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            raise RunError(
+                f"the process that compares every row cannot be started ({error}); free memory or disk."
+            ) from error
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
+
+    def done(self) -> bool:
+        """Whether every row has been compared and is the tokenizer's own; does not wait.
+
+        Raises:
+            DataError: as ``prove`` does.
+            RunError: the process has ended without an answer, so nothing is proven.
+        """
+        if self.process.poll() is None:
+            return False
+        self.said.seek(0)
+        last = self.said.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+        try:
+            # An exit code says too little: it reads 0 too where it was lost.
+            error = json.loads(last)["error"]
+        except (ValueError, TypeError, KeyError):
+            code = self.process.returncode
+            why = "out of memory?" if code == -9 else last[:500]
+            raise RunError(f"the process that compares every row has ended with code {code} ({why})") from None
+        if error is not None:
+            raise DataError(error)
+        return True
+
+    def wait(self, seconds: float) -> None:
+        """Wait for its end, so long at most."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+    def stop(self) -> None:
+        """End it at once; what it has compared is compared again by the next."""
+        self.process.kill()
+        self.process.wait()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main() -> None:
+    """Prove what stands on standard input; the last line of the output is the answer."""
+    parent, prepared, tokenizer = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    error = None
+    try:
+        for folder, task in prepared.items():
+            prove(task, tokenizer, folder, processes=1)
+    except DataError as found:
+        error = str(found)
+    print(f"\n{json.dumps({'error': error})}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,10 @@
-"""Every prepared row is compared with the tokenizer's own; what differs is shown."""
+"""Every prepared row is compared with the tokenizer's own, and what is lost or differs is never taken as proven."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,10 +12,11 @@ import pyarrow as pa
 import pytest
 
 from qwen_lit.data.prepare import PROVED, Task, prepare
-from qwen_lit.data.prove import prove
+from qwen_lit.data.prove import Prover, prove
 from qwen_lit.data.records import DataError
 from qwen_lit.data.rows import SCHEMA
 from qwen_lit.data.sources import Source
+from qwen_lit.errors import RunError
 
 
 def spoil(folder: Path, change: Callable[[list[dict]], object]) -> None:
@@ -129,3 +135,83 @@ def test_rows_are_proven_where_the_mark_cannot_be_left(task, tokenizer, folder, 
     monkeypatch.setattr(Path, "touch", refused)
     prove(task, tokenizer, folder)
     assert not (folder / PROVED).exists()
+
+
+# in a process of its own
+
+
+def ended(prover: Prover) -> bool:
+    prover.wait(60)
+    return prover.done()
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_process_of_its_own_proves_at_the_lowest_priority_and_hears_no_ctrl_c(task, tokenizer, folder):
+    prover = Prover({folder: task}, tokenizer)
+    pid = prover.process.pid
+    assert not prover.done()
+    assert os.getpriority(os.PRIO_PROCESS, pid) == 19 and os.getpgid(pid) != os.getpgid(0)
+    assert ended(prover) and (folder / PROVED).is_file()
+
+
+def test_a_process_of_its_own_tells_what_differs(task, tokenizer, folder):
+    spoil(folder, lambda rows: rows[2]["input_ids"].append(5))
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: .*\n  the ids part at token "):
+        ended(Prover({folder: task}, tokenizer))
+
+
+@pytest.mark.parametrize("loss", ["killed", "broken", "its code is lost"])
+def test_a_process_that_is_lost_proves_nothing(task, tokenizer, folder, loss):
+    prover = Prover({folder: task} if loss != "broken" else {folder: None}, tokenizer)
+    if loss == "broken":
+        prover.wait(60)
+    else:
+        prover.process.kill()
+    if loss == "its code is lost":
+        # Another part of this process has waited for it.
+        os.waitpid(prover.process.pid, 0)
+    words = {"killed": r"code -9 \(out of memory", "broken": "code 1 .AttributeError: ", "its code is lost": "code 0"}
+    with pytest.raises(RunError, match=words[loss]):
+        ended(prover)
+    assert not (folder / PROVED).exists()
+
+
+def test_a_process_that_is_stopped_is_gone_at_once(task, tokenizer, folder):
+    prover = Prover({folder: task}, tokenizer)
+    prover.stop()
+    assert not Path(f"/proc/{prover.process.pid}").exists()
+
+
+class Endless:
+    """In the place of a folder: the comparison has begun and never ends."""
+
+    def __truediv__(self, name):
+        time.sleep(600)
+
+
+PARENT = """
+import time
+from qwen_lit.data.prove import Prover
+from tests.data.test_prove import Endless
+print(Prover({Endless(): None}, None).process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_process_of_its_own_ends_when_its_parent_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+    pid = int(parent.stdout.readline())
+    time.sleep(2.0)
+    assert running(pid)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    ends = time.monotonic() + 10
+    while running(pid) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not running(pid)
