@@ -72,10 +72,12 @@ class Do(L.Callback):
             globals()[self.name](trainer, self.argument)
 
 
-def kill_worker(trainer, argument):
+def kill_workers(trainer, argument):
     import multiprocessing
 
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    # Those of the validation live on after it, and nothing tells them from those of the training.
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
 
 
 def remove_file(trainer, path):
