@@ -91,6 +91,10 @@ class Export(Callback):
         assert data.train_rows is not None and data.val_rows is not None
         held_out = data.val_rows if len(data.val_rows) else data.train_rows
         device = trainer.strategy.root_device
+        # The merged model, which answers a few prompts, may need that memory.
+        engine = getattr(trainer.lightning_module, "fast", None)
+        if engine is not None:
+            engine.release()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         job = Job(

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from qwen_lit.kernels.attention import attention
 from qwen_lit.kernels.heads import heads
 from qwen_lit.kernels.launch import HAS_TRITON
-from qwen_lit.kernels.linear import Member, frame, group_linear, parts_of, read_member, room
+from qwen_lit.kernels.linear import group_linear
 from qwen_lit.kernels.loss import head_loss
+from qwen_lit.kernels.member import WORKSPACE, Member, frame, parts_of, read_member, room
 from qwen_lit.kernels.mlp import mlp, mlp_in_pieces
 from qwen_lit.kernels.norm import add_norm
 from qwen_lit.kernels.offload import HostInputs
@@ -114,6 +115,11 @@ class FastEngine:
                     if part[0].quant_state is not None:
                         dtype = part[0].quant_state.dtype
                         self.resident[id(part[0].weight)] = frame(part, dtype, room(mine), held=True)
+
+    def release(self) -> None:
+        """Give up the memory of dequantised weights; a later batch dequantises them as it needs them."""
+        self.resident.clear()
+        WORKSPACE.buffers.clear()
 
     def _lower(self, dtype: torch.dtype) -> None:
         """Make copies of A and B in the dtype of the products, all at once."""

@@ -1,152 +1,22 @@
 """Frozen linears with LoRA (Hu et al., 2021) over NF4 or plain weights, as one autograd function per shared input.
 
-Where the weight is dequantised it lands in a frame that has room for the adapter on its right and below it::
+With the adapter beside the weight in its frame::
 
-    [ W   sB ]      forward   [x | xAᵀ] · [W | sB]ᵀ
-    [ A      ]      backward  [dy | s dy B] · [W ; A]
+    forward   [x | xAᵀ] · [W | sB]ᵀ
+    backward  [dy | s dy B] · [W ; A]
 
-so that one product computes the linear and its adapter, and no result is read again to add to it. Linears whose
-weights share a frame, one below the other, are one product.
+one product computes the linear and its adapter, and no result is read again to add to it.
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from qwen_lit.kernels.dropout import dropped
-from qwen_lit.kernels.nf4 import can_dequantize, dequantize
-
-
-@dataclass
-class Member:
-    """One linear of a group, read from transformers' and PEFT's own modules."""
-
-    weight: Tensor
-    """``[out, in]``, or bitsandbytes' packed 4-bit weight."""
-    bias: Tensor | None
-    a: Tensor | None
-    """``[r, in]``, trained; None for a linear without an adapter."""
-    b: Tensor | None
-    """``[out, r]``, trained."""
-    scale: float
-    dropout: float
-    a_low: Tensor | None = None
-    """``a`` in the dtype of the products, where a copy is kept."""
-    b_low: Tensor | None = None
-    resident: Tensor | None = None
-    """The frame with the weight in it, where it is held; that of several stands with the first of them."""
-
-    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B in the dtype of the products."""
-        assert self.a is not None and self.b is not None
-        if self.a_low is not None and self.b_low is not None:
-            return self.a_low, self.b_low
-        return self.a.detach().to(dtype), self.b.detach().to(dtype)
-
-    @property
-    def quant_state(self) -> Any:
-        """bitsandbytes' quantisation state; None for a plain weight."""
-        return getattr(self.weight, "quant_state", None)
-
-    @property
-    def rank(self) -> int:
-        """0 without an adapter."""
-        return 0 if self.a is None else self.a.shape[0]
-
-    @property
-    def out(self) -> int:
-        """Width of the output."""
-        return int((self.weight if self.quant_state is None else self.quant_state).shape[0])
-
-
-def room(members: list[Member]) -> int:
-    """Columns beside a group's input for its image under every A: whole multiples of 16 bytes."""
-    return -(-sum(member.rank for member in members) // 8) * 8
-
-
-def width_of(member: Member) -> int:
-    """Width of the input."""
-    return int((member.weight if member.quant_state is None else member.quant_state).shape[1])
-
-
-class _Workspace:
-    """One buffer per device and dtype for the weight that is in use; it grows to the largest."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def get(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        key, count = (device, dtype), torch.Size(shape).numel()
-        buffer = self.buffers.get(key)
-        if buffer is None or buffer.numel() < count:
-            # The smaller one goes first.
-            self.buffers.pop(key, None)
-            buffer = None
-            # Training goes on with it where validation came first.
-            with torch.inference_mode(False):
-                buffer = self.buffers[key] = torch.empty(count, dtype=dtype, device=device)
-        return buffer[:count].view(shape)
-
-
-WORKSPACE = _Workspace()
-
-
-def parts_of(members: list[Member], merged: bool) -> list[list[Member]]:
-    """Which members share a frame: all, where that is asked for and every weight is in 4 bits, or each has its own."""
-    if merged and all(member.quant_state is not None for member in members):
-        return [members]
-    return [[member] for member in members]
-
-
-def frame(part: list[Member], dtype: torch.dtype, extra: int, held: bool = False) -> Tensor:
-    """``[out of all + extra, in + extra]`` with the weights at its top left; the rest is whatever was there.
-
-    Args:
-        part: with 4-bit weights of one width.
-        dtype: of the products.
-        extra: the group's ``room``.
-        held: in memory of its own; otherwise in a buffer that the next call overwrites.
-    """
-    kept = part[0].resident
-    if kept is not None and kept.dtype == dtype:
-        return kept
-    device, width = part[0].weight.device, width_of(part[0])
-    shape = (sum(member.out for member in part) + extra, width + extra)
-    whole = torch.empty(shape, dtype=dtype, device=device) if held else WORKSPACE.get(shape, dtype, device)
-    start = 0
-    for member in part:
-        state, inner = member.quant_state, whole[start : start + member.out, :width]
-        start += member.out
-        if (
-            can_dequantize(member.weight, state)
-            and state.dtype == dtype
-            and (inner.is_contiguous() or width % state.blocksize == 0)
-        ):
-            dequantize(member.weight, state, inner)
-        else:
-            inner.copy_(dequantize_4bit(member.weight, state))
-    return whole
-
-
-def full_weight(part: list[Member], dtype: torch.dtype) -> Tensor:
-    """The weights ``[out of all, in]`` in ``dtype``; for 4-bit ones a buffer that the next call overwrites."""
-    if part[0].quant_state is None:
-        (member,) = part
-        return member.weight if member.weight.dtype == dtype else member.weight.to(dtype)
-    return frame(part, dtype, 0)[: sum(member.out for member in part), : width_of(part[0])]
-
-
-def _bias(part: list[Member]) -> Tensor | None:
-    found = [member.bias for member in part]
-    if len(part) == 1 or all(bias is None for bias in found):
-        return found[0]
-    like = next(bias for bias in found if bias is not None)
-    return torch.cat([like.new_zeros(m.out) if bias is None else bias for m, bias in zip(part, found, strict=True)])
+from qwen_lit.kernels.member import Member, frame, full_weight, parts_of, room, width_of
 
 
 def group_reference(x: Tensor, members: list[Member], seed: int) -> tuple[Tensor, ...]:
@@ -159,6 +29,14 @@ def group_reference(x: Tensor, members: list[Member], seed: int) -> tuple[Tensor
             y = y + linear(linear(inner, member.a.to(x.dtype)), member.b.to(x.dtype)) * member.scale
         outputs.append(y)
     return tuple(outputs)
+
+
+def _bias(part: list[Member]) -> Tensor | None:
+    found = [member.bias for member in part]
+    if len(part) == 1 or all(bias is None for bias in found):
+        return found[0]
+    like = next(bias for bias in found if bias is not None)
+    return torch.cat([like.new_zeros(m.out) if bias is None else bias for m, bias in zip(part, found, strict=True)])
 
 
 def _stacked(members: list[Member], dtype: torch.dtype) -> Tensor:
@@ -394,26 +272,3 @@ def group_linear(
     return _GroupLinear.apply(  # type: ignore[no-any-return]
         x, members, seed, roomy, roomy_grad, dead, *trained(members)
     )
-
-
-def read_member(module: nn.Module, training: bool) -> Member:
-    """What a linear computes, from a plain linear, bitsandbytes' ``Linear4bit`` or PEFT's LoRA layer around either.
-
-    Args:
-        module: the layer as it stands in the model.
-        training: whether dropout is on.
-    """
-    base: Any = getattr(module, "base_layer", module)
-    plain = Member(base.weight, base.bias, None, None, 1.0, 0.0)
-    adapters: Any = getattr(module, "active_adapters", None)
-    if (
-        base is module
-        or not adapters
-        or getattr(module, "disable_adapters", False)
-        or getattr(module, "merged", False)
-    ):
-        return plain
-    layer: Any = module
-    name = adapters[0]
-    p = getattr(layer.lora_dropout[name], "p", 0.0) if training else 0.0
-    return Member(base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p)

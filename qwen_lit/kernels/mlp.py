@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_lit.kernels.linear import Group, Member, as_trained, group_linear, group_reference, trained
+from qwen_lit.kernels.linear import Group, as_trained, group_linear, group_reference, trained
+from qwen_lit.kernels.member import Member
 from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_reference
 
 

@@ -8,7 +8,7 @@ import torch
 
 from qwen_lit.errors import UserError
 from qwen_lit.kernels.engine import GROUPS, HEADS, PIECE, FastEngine, linears
-from qwen_lit.kernels.linear import parts_of, read_member, room, width_of
+from qwen_lit.kernels.member import parts_of, read_member, room, width_of
 
 GIB = 2**30
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -1,5 +1,7 @@
 """The fast engine equals PEFT's own path: values, gradients, and whole loss curves."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -200,6 +202,16 @@ def test_weights_that_are_held_give_the_same_bits(model_folder):
     for loss, found in runs[1:]:
         assert loss == runs[0][0]
         assert all(torch.equal(gradient, runs[0][1][name]) for name, gradient in found.items())
+
+
+def test_weights_that_were_held_and_are_released_give_the_same_loss(model_folder):
+    model, one = four_bit(model_folder).eval(), batch(True)
+    engine = FastEngine(model, resident_layers=2)
+    held = weakref.ref(next(iter(engine.resident.values())))
+    loss = float(engine.loss_sum(one).detach())
+    engine.release()
+    assert held() is None
+    assert float(engine.loss_sum(one).detach()) == loss
 
 
 def test_a_second_backward_is_refused_rather_than_wrong():
