@@ -213,16 +213,18 @@ def _relative(plan: Plan, shape: Shape, tokens: int) -> float:
 def advice(shape: Shape, static: int, plan: Plan, module: Any, data: Any, model: Any) -> list[str]:
     """What would make it faster or smaller, with the gain of each by the planner's own arithmetic."""
     tokens, found = data.most_tokens(), []
-    own = _relative(plan, shape, tokens)
+    own, held = _relative(plan, shape, tokens), plan.resident_layers / shape.layers
     if plan.recompute_layers:
-        whole = needed(shape.peak(static, tokens * plan.merge, 0, plan.loss_chunk))
-        gain = own / relative_time(0.0, tokens * plan.merge) - 1
+        peak = shape.peak(static, tokens * plan.merge, 0, plan.loss_chunk)
+        whole = needed(peak + plan.resident_layers * shape.resident)
+        gain = own / relative_time(0.0, tokens * plan.merge, held) - 1
         found.append(f"faster: with {whole / GIB:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
     if not data.packing:
         lengths = data.train_rows.column("length")
         mean = float(lengths.sum()) / max(1, len(data.batches(data.train_rows)))
         full = data.batch_size * data.max_length
-        gain = relative_time(0.0, max(1, int(mean * plan.merge))) / relative_time(0.0, full * plan.merge) - 1
+        now, then = (relative_time(0.0, max(1, int(one * plan.merge)), held) for one in (mean, full))
+        gain = now / then - 1
         if gain > 0.02:
             found.append(
                 f"faster: data.packing: true fills micro-batches of {mean:,.0f} tokens up to {full:,}: about "

@@ -52,7 +52,7 @@ def dropped(x: Tensor, p: float, seed: int, add: Tensor | None = None) -> Tensor
         masked = dropped_reference(x, p, seed)
         return masked if add is None else masked + add
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if add is None else add
-    threshold = round(p * 2**16)
+    threshold = min(round(p * 2**16), 2**16 - 1)
     _dropout[(x.shape[0], triton.cdiv(x.shape[1], BLOCK))](
         x, out, add, x.shape[1], x.stride(0), threshold, 1 / (1 - threshold / 2**16), seed,
         HAS_ADD=add is not None, BLOCK=BLOCK, num_warps=2,

@@ -82,9 +82,8 @@ class Group:
         width = self.width
         if not self.framed or not (self.roomy or sum(member.out for member in self.members) > width):
             return x, inner @ stacked.t()
-        if self.roomy:
-            wide = x.data.as_strided((x.shape[0], width + self.extra), x.stride())
-        else:
+        wide = with_room(x.data, self.extra) if self.roomy else None
+        if wide is None:
             # Copying the narrow input costs less than reading the wide outputs again.
             wide = torch.empty(x.shape[0], width + self.extra, dtype=x.dtype, device=x.device)
             wide[:, :width] = x
@@ -197,20 +196,20 @@ def _places(part: list[Member], start: int) -> tuple[list[slice], list[slice]]:
     return [slice(*pair) for pair in pairwise(ends)], [slice(*pair) for pair in pairwise(ranks)]
 
 
-def with_room(grad: Tensor, extra: int) -> Tensor | None:
-    """The gradient with the columns that were left free after each of its rows; None where there are none.
+def with_room(x: Tensor, extra: int) -> Tensor | None:
+    """The matrix with the columns that were left free after each of its rows; None where there are none.
 
     Args:
-        grad: ``[tokens, out]``.
+        x: ``[tokens, width]``.
         extra: so many columns are wanted.
     """
-    tokens, width = grad.shape
-    if not extra or not tokens or grad.stride() != (width + extra, 1):
+    tokens, width = x.shape
+    if not extra or not tokens or x.stride() != (width + extra, 1):
         return None
-    end = grad.storage_offset() + tokens * (width + extra)
-    if end * grad.element_size() > grad.untyped_storage().nbytes():
+    end = x.storage_offset() + tokens * (width + extra)
+    if end * x.element_size() > x.untyped_storage().nbytes():
         return None
-    return grad.as_strided((tokens, width + extra), grad.stride())
+    return x.as_strided((tokens, width + extra), x.stride())
 
 
 def trained(members: list[Member]) -> list[Tensor]:

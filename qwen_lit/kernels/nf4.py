@@ -56,7 +56,7 @@ def dequantize(packed: Tensor, state: Any, out: Tensor) -> Tensor:
     """The weight of a 4-bit linear.
 
     Args:
-        packed: uint8, two values a byte, the first in its high half.
+        packed: two values a byte, the first in its high half; the bytes may be stored as a wider dtype.
         state: bitsandbytes' quantisation state, for which ``can_dequantize`` is true.
         out: of the weight's shape, overwritten and returned; contiguous, or, where a row is whole blocks, a part of
             a wider matrix.
@@ -66,7 +66,7 @@ def dequantize(packed: Tensor, state: Any, out: Tensor) -> Tensor:
     code, scales, size = (outer.code, outer.absmax, outer.blocksize) if outer is not None else (None, None, 1)
     across = blocks if out.is_contiguous() else out.shape[1] // state.blocksize
     _dequantize[(triton.cdiv(blocks, ROWS),)](
-        packed, state.absmax, code, scales, offset, state.code, out, blocks, across, out.stride(0),
+        packed.view(torch.uint8), state.absmax, code, scales, offset, state.code, out, blocks, across, out.stride(0),
         NESTED=state.nested, OUTER=size, BYTES=state.blocksize // 2, ROWS=ROWS, num_warps=4,
         # A fused multiply-add would round once where bitsandbytes rounds twice.
         enable_fp_fusion=False,

@@ -186,6 +186,15 @@ def relative_time(recomputed: float, tokens: int, held: float = 0.0) -> float:
     return (1 + 0.3 * recomputed) * (1 + (220 + 260 * (1 - held)) / tokens)
 
 
+def _gaps(tokens: int, merge: int) -> float:
+    """Share of the activations that is left free beside them.
+
+    Blocks of a long row are large, and fit ill into the gaps that earlier ones leave; twice as many tokens of shorter
+    rows still do without.
+    """
+    return LONG_FRAGMENTS if tokens > PIECE or tokens * merge > 2 * PIECE else 0.0
+
+
 def needed(estimate: int) -> int:
     """The smallest budget under which a plan with this estimate is chosen."""
     return int((estimate + LIBRARIES) / (1 - MARGIN)) + 1
@@ -206,10 +215,9 @@ def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int
     """
     usable = int(budget * (1 - MARGIN)) - LIBRARIES
     chunk = max(128, min(2048, int(0.02 * budget) // shape.vocabulary // 128 * 128))
-    # Blocks of a long row are large, and fit ill into the gaps that earlier ones leave.
-    gaps = LONG_FRAGMENTS if tokens > PIECE else 0.0
     plans = []
     for merge in merges:
+        gaps = _gaps(tokens, merge)
         for recompute in range(shape.layers + 1):
             estimate = shape.peak(static, tokens * merge, recompute, chunk)
             if estimate + gaps * (estimate - static) > usable:
@@ -219,7 +227,6 @@ def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int
             held = min(shape.layers, max(0, left // shape.resident)) if shape.resident else 0
             estimate += held * shape.resident
             plans.append(Plan(merge, recompute, chunk, estimate, budget, resident_layers=held))
-            break
     if plans:
         share = 1 / shape.layers
         return min(
@@ -233,6 +240,7 @@ def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int
         for host in ((False, True) if shape.embedding else (False,))
         for piece in ((0, PIECE) if tokens > PIECE else (0,))
     ]
+    gaps = _gaps(tokens, 1)
     for host, piece, off in ways:
         estimate = shape.peak(static, tokens, shape.layers, 128, host, off, piece)
         plan = Plan(1, shape.layers, 128, estimate, budget, host, off, piece)

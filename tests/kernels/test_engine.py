@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qwen_lit.cli import main
@@ -202,6 +203,16 @@ def test_weights_that_are_held_give_the_same_bits(model_folder):
     for loss, found in runs[1:]:
         assert loss == runs[0][0]
         assert all(torch.equal(gradient, runs[0][1][name]) for name, gradient in found.items())
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_saved_tensors_that_come_back_without_their_room_give_the_same(model_folder, recompute):
+    model, one = four_bit(model_folder), batch(True)
+    engine = FastEngine(model, recompute, piece=10)
+    wanted = gradients(model, engine.loss_sum(one))
+    with saved_tensors_hooks(lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x):
+        found = gradients(model, engine.loss_sum(one))
+    assert all(torch.allclose(found[name], gradient, rtol=1e-3) for name, gradient in wanted.items())
 
 
 def test_weights_that_were_held_and_are_released_give_the_same_loss(model_folder):
