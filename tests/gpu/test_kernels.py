@@ -5,13 +5,13 @@ import torch
 
 from qwen_lit.kernels.attention import attention, attention_reference
 from qwen_lit.kernels.dropout import dropped
-from qwen_lit.kernels.heads import heads
+from qwen_lit.kernels.heads import heads, heads_reference
 from qwen_lit.kernels.launch import INTERPRETED
-from qwen_lit.kernels.linear import group_linear
+from qwen_lit.kernels.linear import group_linear, group_reference
 from qwen_lit.kernels.loss import head_loss, head_loss_reference
 from qwen_lit.kernels.member import Member, full_weight, room
-from qwen_lit.kernels.mlp import gate_up, mlp, mlp_in_pieces
-from qwen_lit.kernels.nf4 import can_dequantize, dequantize
+from qwen_lit.kernels.mlp import gate_up, gate_up_reference, mlp, mlp_in_pieces
+from qwen_lit.kernels.nf4 import can_dequantize, dequantize, dequantize_reference
 from qwen_lit.kernels.norm import add_norm
 from qwen_lit.kernels.rope import rope, rope_backward, rope_reference
 from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_reference
@@ -162,7 +162,7 @@ def test_attention_equals_its_twin_and_never_crosses_a_document(lengths):
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("shape", [(64, 1), (96, 66), (358 if FEW else 3584, 512), (100 if FEW else 1000, 3584)])
 def test_dequantisation_equals_bitsandbytes_to_the_bit(shape, nested, storage):
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import quantize_4bit
 
     weight = random(*shape, dtype=LOW)
     packed, state = quantize_4bit(
@@ -170,7 +170,7 @@ def test_dequantisation_equals_bitsandbytes_to_the_bit(shape, nested, storage):
     )
     out = torch.full(shape, float("nan"), device=DEVICE, dtype=LOW)
     assert can_dequantize(packed, state)
-    assert torch.equal(dequantize(packed, state, out), dequantize_4bit(packed, state))
+    assert torch.equal(dequantize(packed, state, out), dequantize_reference(packed, state))
     if shape[1] % 64 == 0:
         corner = torch.full((shape[0] + 8, shape[1] + 16), 7.0, device=DEVICE, dtype=LOW)
         dequantize(packed, state, corner[: shape[0], : shape[1]])
@@ -219,6 +219,12 @@ def agree(found, wanted, x, wide, members, twins):
             close(one.b.grad, b.grad, x.dtype)
 
 
+def alike(found, plain):
+    """Values of a fast path and its plain twin in the same dtype."""
+    for one, other in zip(found, plain, strict=True):
+        close(one, other, LOW)
+
+
 def mask_of(tokens, width, dropout, seed):
     return dropped(torch.ones(tokens, width, device=DEVICE), dropout, seed).double() if dropout else 1.0
 
@@ -236,6 +242,7 @@ def test_group_linear_equals_its_twin(four_bit, dropout, roomy, outs, tokens):
     wide = x.detach().double().requires_grad_()
     twins = [twin(one, weight) for one, weight in zip(members, weights, strict=True)]
     found = group_linear(x, list(members), 3, roomy)
+    alike(found, group_reference(x.detach(), list(members), 3))
     mask = mask_of(tokens, 192, dropout, 3)
     agree(found, [run(wide, mask) for run, _ in twins], x, wide, members, twins)
 
@@ -278,6 +285,7 @@ def test_heads_equal_their_twin(four_bit, normed, dropout, ranks):
     x = (whole[:, :192] if roomy else whole[:, :192].clone()).detach().requires_grad_()
     wide = x.detach().double().requires_grad_()
     found = heads(x, list(members), size, angle.cos(), angle.sin(), norms, 3, roomy)
+    alike(found, heads_reference(x.detach(), list(members), size, angle.cos(), angle.sin(), norms, 3))
     mask = mask_of(tokens, 192, dropout, 3)
     wanted = [run(wide, mask).view(tokens, -1, size) for run, _ in twins]
     for at, (weight, _) in enumerate(norms):
@@ -300,6 +308,8 @@ def test_gate_up_and_the_mlp_equal_their_twins(dropout, ranks):
         h = swiglu_reference(twins[0][0](wide, mask), twins[1][0](wide, mask))
         wanted = twins[2][0](h, mask_of(77, 320, dropout, 4)) if whole else h
         found = mlp(x, named, 3) if whole else gate_up(x, members[0], members[1], 3)
+        if not whole:
+            alike([found], [gate_up_reference(x.detach(), members[0], members[1], 3)])
         for one in members:
             if one.a is not None:
                 one.a.grad = one.b.grad = None
