@@ -50,14 +50,23 @@ def documents(case: dict[str, Any], count: int, longest: int) -> list[tuple[Any,
 
 def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     """Steps of the fast engine with the plan it makes for the memory it has."""
+    from dataclasses import replace
+
+    # Before torch, whose allocator it sets.
+    # isort: off
+    import qwen_lit  # noqa: F401
     import torch
+    # isort: on
+    import numpy as np
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
     from qwen_lit.data.batches import collate
     from qwen_lit.data.packing import best_fit
-    from qwen_lit.kernels.engine import why_not
+    from qwen_lit.kernels.engine import FastEngine, why_not
+    from qwen_lit.kernels.member import WORKSPACE
     from qwen_lit.kernels.plan import GIB, Shape, apply, choose, free_memory
+    from qwen_lit.kernels.probe import measure_machine
     from qwen_lit.model.load import add_adapter, load_base
     from qwen_lit.model.optim import build_optimizer
 
@@ -81,11 +90,16 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     longest, step_tokens = case.get("longest", 2048), case.get("tokens", 16_384)
     budget = min(free_memory(device), int(case["memory"] * GIB) if "memory" in case else 2**62)
     merges = [n for n in range(step_tokens // longest, 0, -1) if (step_tokens // longest) % n == 0]
-    plan = choose(Shape.of(model, 2), torch.cuda.memory_allocated(), budget, longest, merges)
-    if "recompute" in case:
-        from dataclasses import replace
-
-        plan = replace(plan, merge=case.get("merge", plan.merge), recompute_layers=case["recompute"])
+    shape = Shape.of(model, 2)
+    static = torch.cuda.memory_allocated()
+    few: Any = collate([(np.zeros(16), np.array([[0, 16]]))], 0, packed=True)
+    few = {key: value.to(device) if hasattr(value, "to") else value for key, value in few.items()}
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        machine = measure_machine(FastEngine(model), shape, few, 1)
+    machine = replace(machine, **{key: case[key] for key in ("share", "launch") if key in case})
+    WORKSPACE.buffers.clear()
+    torch.cuda.empty_cache()
+    plan = choose(shape, static, budget, longest, merges, machine)
     engine = apply(plan, model)
     steps, per_step = case.get("steps", 6), step_tokens // longest
     docs = documents(case, 4096 if case.get("mix") else steps * per_step, longest)
@@ -131,7 +145,9 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "estimate_gib": round(plan.estimate / GIB, 2), "merge": plan.merge, "recompute": plan.recompute_layers,
         "chunk": plan.loss_chunk, "host_embedding": plan.host_embedding, "offload": plan.offload,
-        "piece": plan.piece, "resident": plan.resident_layers, "load_gib": round(load_peak / GIB, 2),
+        "piece": plan.piece, "offload_layers": plan.offload_layers, "share": machine.share,
+        "launch": machine.launch,
+        "resident": plan.resident_layers, "load_gib": round(load_peak / GIB, 2),
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.store import step_files
 from qwen_lit.export.adapter import CHUNK_ELEMENTS
 from qwen_lit.flops import measured_flops, token_flops
-from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, needed, relative_time
+from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, needed, relative_time, time_of
 
 STEPS = 4
 """Optimizer steps that are measured; the first one warms up and is left out."""
@@ -132,7 +132,7 @@ def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
         plan = choose(shape, static, size, tokens, merges)
-        plans.append(_told(plan) | {"fits": plan.fits, "relative_time": _relative(plan, shape, tokens)})
+        plans.append(_told(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, shape, tokens), 3)})
     return result | {"plans": plans, "advice": advice(shape, static, choose(
         shape, static, budget or CARDS[-1] * GIB, tokens, merges), module, data, model)}  # fmt: skip
 
@@ -205,15 +205,10 @@ def _told(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _relative(plan: Plan, shape: Shape, tokens: int) -> float:
-    shares = plan.recompute_layers / shape.layers, plan.resident_layers / shape.layers
-    return round(relative_time(shares[0], tokens * plan.merge, shares[1]), 3)
-
-
 def advice(shape: Shape, static: int, plan: Plan, module: Any, data: Any, model: Any) -> list[str]:
     """What would make it faster or smaller, with the gain of each by the planner's own arithmetic."""
     tokens, found = data.most_tokens(), []
-    own, held = _relative(plan, shape, tokens), plan.resident_layers / shape.layers
+    own, held = time_of(plan, shape, tokens), plan.resident_layers / shape.layers
     if plan.recompute_layers:
         peak = shape.peak(static, tokens * plan.merge, 0, plan.loss_chunk)
         whole = needed(peak + plan.resident_layers * shape.resident)

@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from qwen_lit.errors import UserError
 from qwen_lit.files import file_digest, fsync_dir
+from qwen_lit.model.optim import bring_home
 
 log = logging.getLogger(__name__)
 STEP_FILE = re.compile(r"^step=(\d+)\.ckpt$")
@@ -94,6 +95,7 @@ def to_host(value: Any) -> Any:
 
     Tensors on a GPU are copied all at once into pinned memory.
     """
+    bring_home(_tensors(value))
     on_gpu = [one for one in _tensors(value) if one.is_cuda]
     copies = {id(one): torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in on_gpu}
     for one in on_gpu:

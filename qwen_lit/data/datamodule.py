@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from qwen_lit.data.batches import Collate, EpochOrder, ResumableLoader, group
+from qwen_lit.data.batches import Batch, Collate, EpochOrder, ResumableLoader, group
 from qwen_lit.data.prepare import PROVED, Report, Task, judge, prepare, read_report
 from qwen_lit.data.prove import prove
 from qwen_lit.data.records import DataError
@@ -283,6 +283,14 @@ class QwenDataModule(L.LightningDataModule):
         lengths = self.train_rows.column("length")
         return max(int(lengths[batch].sum()) for batch in self.batches(self.train_rows))
 
+    def heaviest(self, merge: int) -> Batch:
+        """The largest so many micro-batches as one."""
+        rows = self.train_rows
+        assert rows is not None
+        lengths = rows.column("length")
+        batches = sorted(self.batches(rows), key=lambda batch: -int(lengths[batch].sum()))
+        return self._collate([rows[row] for batch in batches[:merge] for row in batch])
+
     def micro_batches(self, ranks: int) -> int:
         """Micro-batches of an epoch on each rank, before merging."""
         assert self.train_rows is not None
@@ -308,12 +316,15 @@ class QwenDataModule(L.LightningDataModule):
             batches, shuffled = sorted(batches, key=lambda batch: -int(lengths[batch].sum())), False
         return EpochOrder(batches, self.seed, rank, ranks, shuffled, self.merge)
 
-    def _loader(self, rows: Rows, shuffled: bool) -> DataLoader[Any]:
+    @property
+    def _collate(self) -> Collate:
         pad = self.tokenizer.pad_token_id
-        pad_id = pad if pad is not None else self.tokenizer.eos_token_id
+        return Collate(pad if pad is not None else self.tokenizer.eos_token_id, self.unpadded)
+
+    def _loader(self, rows: Rows, shuffled: bool) -> DataLoader[Any]:
         options: dict[str, Any] = {
             "dataset": rows,
-            "collate_fn": Collate(pad_id, self.unpadded),
+            "collate_fn": self._collate,
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
         }

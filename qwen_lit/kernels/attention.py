@@ -1,13 +1,19 @@
-"""Causal attention within documents: varlen kernels on CUDA, cuDNN where all documents are equally long."""
+"""Causal attention within documents: flash-attn where it is installed, else cuDNN for documents of one length and
+torch's varlen kernels for others; one dense mask elsewhere."""
 
 import inspect
+from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+FLASH = (("flash_attn.cute", (9, 10)), ("flash_attn_interface", (9,)), ("flash_attn", (8, 9, 10, 11, 12)))
+"""flash-attn's packages, 4 to 2, and the major compute capabilities on which each is the one to take."""
 
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -25,7 +31,24 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
 
 
 @cache
-def _varlen() -> tuple[Any, dict[str, Any]] | None:
+def flash(major: int) -> tuple[Callable[..., Any], bool] | None:
+    """flash-attn's varlen function, and whether it is ahead of cuDNN too; None where none is installed.
+
+    Args:
+        major: compute capability of the device.
+    """
+    for name, majors in FLASH:
+        if major in majors:
+            try:
+                return import_module(name).flash_attn_varlen_func, name != "flash_attn"
+            except (ImportError, AttributeError, OSError):
+                # Not installed, another one of this name, or built for another torch.
+                continue
+    return None
+
+
+@cache
+def _varlen() -> tuple[Callable[..., Any], dict[str, Any]] | None:
     """torch's varlen attention and how this version of it is told to be causal and grouped."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -53,13 +76,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     """
     tokens, heads, size = q.shape
     documents = cu_seqlens.numel() - 1
-    if documents * max_seqlen == tokens:
+    low = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    ahead = flash(torch.cuda.get_device_capability(q.device)[0]) if low and size in (64, 128) else None
+    equal = documents * max_seqlen == tokens
+    if ahead is not None and (ahead[1] or not equal):
+        return by_flash(ahead[0], q, k, v, cu_seqlens, max_seqlen)
+    if equal:
         q, k, v = (one.view(documents, max_seqlen, -1, size).transpose(1, 2) for one in (q, k, v))
         with sdpa_kernel(BACKENDS, set_priority=True):
             out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).reshape(tokens, heads, size)
-    varlen = _varlen() if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) else None
+    varlen = _varlen() if low else None
     if varlen is None:
         return attention_reference(q, k, v, cu_seqlens)
     function, options = varlen
     return function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+
+
+def by_flash(
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    """``attention`` by one of flash-attn's varlen functions."""
+    out = function(
+        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        causal=True,
+    )  # fmt: skip
+    # Some versions return the log-sum-exp too.
+    return out[0] if isinstance(out, tuple) else out

@@ -16,7 +16,7 @@ from qwen_lit.kernels.loss import head_loss
 from qwen_lit.kernels.member import WORKSPACE, Member, frame, parts_of, read_member, room
 from qwen_lit.kernels.mlp import mlp, mlp_in_pieces
 from qwen_lit.kernels.norm import add_norm
-from qwen_lit.kernels.offload import HostInputs
+from qwen_lit.kernels.offload import HostStore, unpin
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEADS = ("q_proj", "k_proj", "v_proj")
@@ -79,6 +79,11 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def spread(layers: int, count: int) -> set[int]:
+    """``count`` of so many layers, as far from each other as may be."""
+    return {number for number in range(layers) if number * count % layers < count}
+
+
 class FastEngine:
     """Computes the summed loss of a batch; gradients land in the model's own LoRA parameters."""
 
@@ -90,18 +95,24 @@ class FastEngine:
         offload: bool = False,
         piece: int = 0,
         resident_layers: int = 0,
+        offload_layers: int = 0,
     ) -> None:
         """Holds the model; nothing of it is changed.
 
         Args:
             model: a ``PeftModel`` for which ``why_not`` is None. Its embedding may stand on the CPU.
-            recompute_layers: of so many first layers only the input is kept, and the rest computed again in backward.
+            recompute_layers: of so many first layers, beside those of ``offload_layers``, only the input is kept, and
+                the rest computed again in backward.
             loss_chunk: rows of logits that exist at a time.
             offload: the kept inputs wait in pinned host memory.
             piece: tokens of which a recomputed layer's MLP holds the activations at a time; 0 for all.
             resident_layers: of so many first layers the 4-bit weights are held dequantised too.
+            offload_layers: of so many layers, spread evenly, all that backward needs waits in pinned host memory.
         """
         self.model = model
+        layers = len(model.base_model.model.model.layers)
+        self.away = spread(layers, offload_layers)
+        self.recomputed = set([number for number in range(layers) if number not in self.away][:recompute_layers])
         self.recompute_layers, self.loss_chunk, self.offload, self.piece = recompute_layers, loss_chunk, offload, piece
         self.trained = [p for name, p in model.named_parameters() if ".lora_" in name]
         self.low: dict[int, Tensor] = {}
@@ -117,9 +128,10 @@ class FastEngine:
                         self.resident[id(part[0].weight)] = frame(part, dtype, room(mine), held=True)
 
     def release(self) -> None:
-        """Give up the memory of dequantised weights; a later batch dequantises them as it needs them."""
+        """Give up the memory of dequantised weights and of the host; a later batch takes what it needs again."""
         self.resident.clear()
         WORKSPACE.buffers.clear()
+        unpin()
 
     def _lower(self, dtype: torch.dtype) -> None:
         """Make copies of A and B in the dtype of the products, all at once."""
@@ -161,10 +173,13 @@ class FastEngine:
         seed = int(torch.randint(2**30, (), device="cpu")) if training else 0
         delta: Tensor | None = None
         back = 0
+        # Copying a long row's input takes no time beside computing it, but its memory counts.
+        store = HostStore(residual.device, [cos, sin], ahead=len(residual) <= PIECE or bool(self.away))
         self._lower(residual.dtype)
         with torch.autocast(residual.device.type, enabled=False):
             for number, block in enumerate(decoder.layers):
-                again = training and number < self.recompute_layers
+                away = training and number in self.away
+                again = training and number in self.recomputed
                 if again and delta is not None:
                     # One tensor instead of two is kept.
                     residual, delta = residual + delta, None
@@ -173,9 +188,9 @@ class FastEngine:
                 rows = batch["target_index"] if block is decoder.layers[-1] else None
                 arguments = (residual, delta, block, members, cos, sin, batch, seed + 4 * number, rows, back)
                 back = room([members["down_proj"]])
-                if again:
-                    # Recomputing stops at the last tensor that backward needs, which is before down_proj.
-                    with HostInputs(residual.shape) if self.offload else nullcontext():
+                with store.layer() if away or (again and self.offload) else nullcontext():
+                    if again:
+                        # Recomputing stops at the last tensor that backward needs, which is before down_proj.
                         residual, delta = checkpoint(
                             self._layer,
                             *arguments,
@@ -183,8 +198,8 @@ class FastEngine:
                             preserve_rng_state=False,
                             context_fn=self._phases,
                         )
-                else:
-                    residual, delta = self._layer(*arguments)
+                    else:
+                        residual, delta = self._layer(*arguments)
             assert delta is not None
             _, normed = add_norm(residual, delta, decoder.norm.weight, decoder.norm.variance_epsilon, 0, back)
             head: Any = base.get_output_embeddings()

@@ -1,39 +1,186 @@
-"""Inputs of recomputed layers in pinned host memory."""
+"""What layers keep for backward in pinned host memory: copied out beside the computation, and back a layer ahead.
 
+Copies run on a stream of their own, one after the other. A layer's memory on the device is given up when the next
+layer begins whose tensors go to the host, and taken again when backward reaches that one; the last such layer stays
+where it is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 BLOCK = 2**26
-"""Bytes of a pinned block; torch rounds each up to a power of two."""
+"""Bytes of a pinned block; all are of one size, so that they serve tensors of every size."""
+
+SMALL = 2**20
+"""Bytes of memory that is not worth moving."""
+
+FREE: list[Tensor] = []
+"""Pinned blocks that are not in use; pinning one takes as long as copying fifty."""
 
 
-class HostInputs(saved_tensors_hooks):
-    """Within it, saved tensors of one shape wait in host memory; all others stay where they are."""
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
-    def __init__(self, shape: torch.Size) -> None:
-        """Only tensors of ``shape``, ``[tokens, width]``, are moved."""
-        self.shape = shape
-        super().__init__(self._pack, self._unpack)
 
-    def _pack(self, tensor: Tensor) -> Any:
-        if tensor.shape != self.shape or not tensor.is_cuda:
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """Work beside the current stream, after what that has been given so far; on the CPU just work."""
+    if device.type != "cuda":
+        yield
+        return
+    side = _side(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+
+
+class _Tape:
+    """Pinned blocks that are written one after the other."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Tensor] = []
+        self.end = BLOCK
+
+    def place(self, size: int) -> list[Tensor]:
+        """The next so many bytes, in as many pieces as there are blocks to them."""
+        pieces = []
+        while size:
+            if self.end == BLOCK:
+                pinned = torch.cuda.is_available()
+                self.blocks.append(
+                    FREE.pop() if FREE else torch.empty(BLOCK, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+                )
+                self.end = 0
+            taken = min(size, BLOCK - self.end)
+            pieces.append(self.blocks[-1][self.end : self.end + taken])
+            self.end, size = self.end + taken, size - taken
+        return pieces
+
+    def give_back(self) -> None:
+        """Let others write to the blocks."""
+        FREE.extend(self.blocks)
+        self.blocks, self.end = [], BLOCK
+
+
+class _Memory:
+    """One allocation that saved tensors share, and its copy on the host."""
+
+    def __init__(self, tensor: Tensor, tape: _Tape) -> None:
+        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        self.here: Tensor | None = whole
+        self.readers, self.size = 0, whole.numel()
+        self.pieces = tape.place(self.size)
+        for piece, part in zip(self.pieces, whole.split([one.numel() for one in self.pieces]), strict=True):
+            piece.copy_(part, non_blocking=True)
+
+    def fetch(self, here: Tensor) -> None:
+        """Copy it back to where it is to be."""
+        self.here = here
+        for piece, part in zip(self.pieces, here.split([one.numel() for one in self.pieces]), strict=True):
+            part.copy_(piece, non_blocking=True)
+        self.pieces = []
+
+
+class _Layer:
+    """The saved tensors of one layer."""
+
+    def __init__(self, device: torch.device, stay: set[int], before: "_Layer | None", ahead: bool) -> None:
+        self.device, self.stay, self.before, self.ahead = device, stay, before, ahead
+        self.memories: dict[int, _Memory] = {}
+        self.tape = _Tape()
+        self.here = True
+        self.arrived: torch.cuda.Event | None = None
+
+    @torch.no_grad()
+    def pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        shared = isinstance(tensor, nn.Parameter) or address in self.stay
+        if shared or storage.nbytes() < SMALL or tensor.device != self.device:
             return tensor
-        rows = max(1, BLOCK // (tensor.shape[1] * tensor.element_size()))
-        blocks = []
-        for part in tensor.split(rows):
-            block = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=True)
-            block.copy_(part, non_blocking=True)
-            blocks.append(block)
-        return tensor.device, blocks
+        if address not in self.memories:
+            with _beside(self.device):
+                self.memories[address] = _Memory(tensor, self.tape)
+        memory = self.memories[address]
+        memory.readers += 1
+        return memory, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
 
-    def _unpack(self, packed: Any) -> Tensor:
+    def leave(self) -> None:
+        """Give up the memory on the device, once it is copied."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_stream(_side(self.device))
+        for memory in self.memories.values():
+            memory.here = None
+        self.here = False
+
+    def fetch(self) -> None:
+        """Begin to copy everything back."""
+        if self.here:
+            return
+        self.here = True
+        rooms = [torch.empty(one.size, dtype=torch.uint8, device=self.device) for one in self.memories.values()]
+        with _beside(self.device):
+            for memory, here in zip(self.memories.values(), rooms, strict=True):
+                memory.fetch(here)
+            # All copies take their turn, so the next to these blocks come after the ones from them.
+            self.tape.give_back()
+            if self.device.type == "cuda":
+                self.arrived = torch.cuda.current_stream(self.device).record_event()
+
+    @torch.no_grad()
+    def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        device, blocks = packed
-        tensor = torch.empty(self.shape, dtype=blocks[0].dtype, device=device)
-        for part, block in zip(tensor.split(blocks[0].shape[0]), blocks, strict=True):
-            part.copy_(block, non_blocking=True)
+        memory, dtype, size, stride, offset = packed
+        self.fetch()
+        if self.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.arrived)
+        if self.before is not None and self.ahead:
+            self.before.fetch()
+        if memory.here is None:
+            raise RuntimeError("what waited in host memory is used up; this graph cannot be run backward twice")
+        tensor: Tensor = memory.here.view(dtype).as_strided(size, stride, offset)
+        memory.readers -= 1
+        if not memory.readers:
+            memory.here = None
         return tensor
+
+
+class HostStore:
+    """The layers of one batch whose saved tensors wait in host memory; backward may run once."""
+
+    def __init__(self, device: torch.device, stay: list[Tensor], ahead: bool = True) -> None:
+        """Nothing is moved yet.
+
+        Args:
+            device: from which tensors are moved.
+            stay: tensors that layers share, which are not.
+            ahead: a layer's tensors come back while the one above it computes, and not only when they are needed.
+        """
+        self.device, self.stay, self.ahead = device, {tensor.untyped_storage().data_ptr() for tensor in stay}, ahead
+        self.last: _Layer | None = None
+
+    @contextmanager
+    def layer(self) -> Iterator[None]:
+        """What is saved for backward within it goes to the host."""
+        if self.last is not None:
+            self.last.leave()
+        self.last = _Layer(self.device, self.stay, self.last, self.ahead)
+        with saved_tensors_hooks(self.last.pack, self.last.unpack):
+            yield
+
+
+def unpin() -> None:
+    """Return pinned memory that nothing uses any more to the system."""
+    FREE.clear()
+    # Its name before torch 2.12.
+    empty = getattr(torch.accelerator, "empty_host_cache", getattr(torch._C, "_host_emptyCache", None))
+    if torch.cuda.is_available() and empty is not None:
+        empty()

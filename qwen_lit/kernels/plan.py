@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from qwen_lit.errors import UserError
 from qwen_lit.kernels.engine import GROUPS, HEADS, PIECE, FastEngine, linears
 from qwen_lit.kernels.member import parts_of, read_member, room, width_of
+from qwen_lit.kernels.offload import BLOCK
 
 GIB = 2**30
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -17,6 +19,8 @@ MARGIN = 0.04
 LIBRARIES = GIB // 4
 FRAGMENTS = 0.06
 LONG_FRAGMENTS = 0.35
+CUBLAS = 2**25
+"""Bytes of cuBLAS's own workspace, which it takes with the first product."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,33 @@ class Plan:
     """Tokens of which the MLP holds the activations at a time; 0 for all."""
     resident_layers: int = 0
     """Layers whose weights are held dequantised."""
+    offload_layers: int = 0
+    """Layers of which all that backward needs waits in host memory."""
     fits: bool = True
     """False for the smallest plan there is, where that is more than the budget."""
 
     def __str__(self) -> str:
         moved = [", embedding on the CPU"] * self.host_embedding + [", inputs offloaded"] * self.offload
         moved += [f", MLP in pieces of {self.piece} tokens"] * (self.piece > 0)
+        moved += [f", {self.offload_layers} layers' activations offloaded"] * (self.offload_layers > 0)
         moved += [f", {self.resident_layers} layers' weights held in bf16"] * (self.resident_layers > 0)
         return (
             f"micro-batches merged by {self.merge}, {self.recompute_layers} layers recomputed{''.join(moved)}, "
             f"estimated peak {self.estimate / GIB:.2f} of {self.budget / GIB:.2f} GiB"
             + ("" if self.fits else ", WHICH MAY NOT FIT")
         )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is measured of a machine before it is planned for; without arguments, what is safe on any."""
+
+    share: float = 0.0
+    """Of the layers, how many can send to the host's memory what they keep while all compute."""
+    memory: int = 2**62
+    """Bytes of the host's memory that may be pinned."""
+    launch: int = 0
+    """Tokens that the device computes in the time in which the host launches a micro-batch."""
 
 
 def parse_bytes(text: str) -> int:
@@ -93,6 +112,8 @@ class Shape:
     """Per token of such a piece."""
     resident: int = 0
     """Of one layer's weights when they are held dequantised; 0 when they are not in 4 bits."""
+    products: int = 0
+    """Multiplications, not bytes, per token of one layer's forward."""
 
     @staticmethod
     def of(model: Any, state_bytes: int) -> "Shape":
@@ -112,7 +133,7 @@ class Shape:
         return Shape(
             layers=len(blocks),
             input=config.hidden_size * size,
-            fixed=trained * (4 + size + state_bytes) + most.pop("frame"),
+            fixed=trained * (4 + size + state_bytes) + most.pop("frame") + CUBLAS,
             vocabulary=config.vocab_size * size,
             embedding=0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * size,
             **most,
@@ -127,19 +148,25 @@ class Shape:
         host: bool = False,
         off: bool = False,
         piece: int = 0,
+        away: int = 0,
     ) -> int:
         """Bytes at the peak of a micro-batch of ``tokens``, with ``static`` bytes allocated before."""
         static -= self.embedding if host else 0
-        # Of offloaded inputs, the one in use is on the device.
-        inputs = tokens * (1 if off else recompute) * self.input
+        # Of offloaded inputs, the one in use and, of short rows, the one on its way are on the device.
+        inputs = tokens * (min(1 + (tokens <= PIECE), recompute) if off else recompute) * self.input
         # The logits are gone when the layers' backward begins.
         loss = min(chunk, tokens) * self.vocabulary + 5 * tokens * self.input
-        ends = tokens * (self.layers - recompute) * self.kept
+        # The last layer that went to the host is still there.
+        ends = tokens * (self.layers - recompute - away + (away > 0)) * self.kept
         ends += max(loss, tokens * self.working if recompute < self.layers else 0)
         # The layers that keep everything are the last, and done with when the first ones are computed again.
-        again = tokens * (self.working + self.again) if recompute else 0
+        # The input of the layer that is computed again is among those on the device already.
+        again = tokens * (self.working + self.again - (0 if off else self.input)) if recompute else 0
         if recompute and piece and piece < tokens:
             again = max(tokens * self.attention, tokens * self.mixed + piece * self.piece)
+        if away:
+            # What comes back for another layer comes while one computes.
+            again = tokens * self.kept + max(again, tokens * (self.kept + self.working))
         return static + self.fixed + inputs + max(ends, again)
 
 
@@ -155,6 +182,9 @@ def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
     mixing = 2 * hidden + 2 * query + 2 * key + sum(rooms[:2]) + normed
     mixing += hidden * (rooms[0] > 0)
     kept = mixing + hidden * (rooms[2] > 0) + 2 * inner + 2 * rooms[2] + (inner + rooms[3]) * (rooms[3] > 0)
+    # Of the backward of the MLP, and of attention where the MLP's activations are gone.
+    working = (2 - (rooms[3] > 0)) * hidden + inner * (1 + masked)
+    working = max(working, 2 * hidden + 6 * query + 2 * key - 2 * inner)
     frames = [
         (sum(member.out for member in part) + extra) * (width_of(part[0]) + extra)
         for group, extra in zip(GROUPS, rooms, strict=True)
@@ -162,17 +192,18 @@ def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
     ]
     return {
         "kept": kept * size + 4 * heads,
-        "working": (inner + 3 * hidden + inner * masked) * size,
+        "working": working * size,
         "again": (kept + (0 if rooms[3] else inner)) * size + 4 * heads,
         "attention": (4 * hidden + 6 * query + 5 * key + normed) * size,
         "mixed": (4 * hidden + 2 * query + 2 * key + normed) * size,
         "piece": ((4 + (rooms[3] > 0) + masked) * inner + 4 * hidden) * size,
         "resident": sum(frames) * size * all(member.quant_state is not None for member in members.values()),
         "frame": max(frames) * size,
+        "products": sum(member.out * width_of(member) for member in members.values()),
     }
 
 
-def relative_time(recomputed: float, tokens: int, held: float = 0.0) -> float:
+def relative_time(recomputed: float, tokens: int, held: float = 0.0, launch: int = 0) -> float:
     """Time of a token, over that of one that keeps everything in an endless micro-batch.
 
     Recomputing a layer costs a third of it. A micro-batch costs as much as 220 tokens beside what it computes, and
@@ -182,8 +213,16 @@ def relative_time(recomputed: float, tokens: int, held: float = 0.0) -> float:
         recomputed: share of the layers.
         tokens: of a micro-batch.
         held: share of the layers whose weights are held dequantised.
+        launch: as of ``Machine``; recomputing launches half as much again.
     """
-    return (1 + 0.3 * recomputed) * (1 + (220 + 260 * (1 - held)) / tokens)
+    device = (1 + 0.3 * recomputed) * (1 + (220 + 260 * (1 - held)) / tokens)
+    return max(device, launch * (1 + 0.5 * recomputed) / tokens)
+
+
+def time_of(plan: Plan, shape: Shape, tokens: int, launch: int = 0) -> float:
+    """``relative_time`` of a plan, for micro-batches of so many tokens in the configuration."""
+    shares = plan.recompute_layers / shape.layers, plan.resident_layers / shape.layers
+    return relative_time(shares[0], tokens * plan.merge, shares[1], launch)
 
 
 def _gaps(tokens: int, merge: int) -> float:
@@ -195,12 +234,19 @@ def _gaps(tokens: int, merge: int) -> float:
     return LONG_FRAGMENTS if tokens > PIECE or tokens * merge > 2 * PIECE else 0.0
 
 
+def limit(budget: int) -> int:
+    """Bytes that a plan may take of a budget."""
+    return int(budget * (1 - MARGIN)) - LIBRARIES
+
+
 def needed(estimate: int) -> int:
     """The smallest budget under which a plan with this estimate is chosen."""
     return int((estimate + LIBRARIES) / (1 - MARGIN)) + 1
 
 
-def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int]) -> Plan:
+def choose(
+    shape: Shape, static: int, budget: int, tokens: int, merges: list[int], machine: Machine = Machine()  # noqa: B008
+) -> Plan:
     """The fastest plan that fits.
 
     Args:
@@ -209,37 +255,41 @@ def choose(shape: Shape, static: int, budget: int, tokens: int, merges: list[int
         budget: bytes that may be used.
         tokens: most tokens of one micro-batch of the configuration.
         merges: how many micro-batches may be computed as one, each.
+        machine: that the plan is for.
 
     Returns:
         The plan; the smallest one when none fits.
     """
-    usable = int(budget * (1 - MARGIN)) - LIBRARIES
+    usable = limit(budget)
     chunk = max(128, min(2048, int(0.02 * budget) // shape.vocabulary // 128 * 128))
     plans = []
     for merge in merges:
         gaps = _gaps(tokens, merge)
-        for recompute in range(shape.layers + 1):
-            estimate = shape.peak(static, tokens * merge, recompute, chunk)
+        # A layer takes whole blocks of the host's memory.
+        most = min(int(machine.share * shape.layers), machine.memory // (tokens * merge * shape.kept + BLOCK))
+        for away, recompute in product(range(most + 1), range(shape.layers + 1)):
+            if away + recompute > shape.layers:
+                continue
+            estimate = shape.peak(static, tokens * merge, recompute, chunk, away=away)
             if estimate + gaps * (estimate - static) > usable:
                 continue
             # What lies between activations of different sizes is lost to weights that stay.
             left = usable - estimate - int(max(FRAGMENTS, gaps) * (estimate - static))
             held = min(shape.layers, max(0, left // shape.resident)) if shape.resident else 0
             estimate += held * shape.resident
-            plans.append(Plan(merge, recompute, chunk, estimate, budget, resident_layers=held))
+            plans.append(Plan(merge, recompute, chunk, estimate, budget, resident_layers=held, offload_layers=away))
     if plans:
-        share = 1 / shape.layers
-        return min(
-            plans,
-            key=lambda p: relative_time(share * p.recompute_layers, tokens * p.merge, share * p.resident_layers),
-        )
+        return min(plans, key=lambda plan: (time_of(plan, shape, tokens, machine.launch), plan.offload_layers))
     # From what costs least time to what costs most.
     ways = [
         (host, piece, off)
-        for off in (False, True)
+        for off in (False, True)[: 1 + (machine.memory >= tokens * shape.layers * shape.input)]
         for host in ((False, True) if shape.embedding else (False,))
         for piece in ((0, PIECE) if tokens > PIECE else (0,))
     ]
+    if tokens > PIECE:
+        # Smaller pieces dequantise the weights more often.
+        ways += [(bool(shape.embedding), PIECE // parts, ways[-1][2]) for parts in (2, 4, 8)]
     gaps = _gaps(tokens, 1)
     for host, piece, off in ways:
         estimate = shape.peak(static, tokens, shape.layers, 128, host, off, piece)
@@ -254,7 +304,15 @@ def apply(plan: Plan, model: Any) -> FastEngine:
     if plan.host_embedding:
         model.base_model.model.get_input_embeddings().to("cpu")
         torch.cuda.empty_cache()
-    return FastEngine(model, plan.recompute_layers, plan.loss_chunk, plan.offload, plan.piece, plan.resident_layers)
+    return FastEngine(
+        model,
+        plan.recompute_layers,
+        plan.loss_chunk,
+        plan.offload,
+        plan.piece,
+        plan.resident_layers,
+        plan.offload_layers,
+    )
 
 
 def free_memory(device: torch.device) -> int:

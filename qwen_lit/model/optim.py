@@ -1,13 +1,13 @@
 """Optimizers and learning-rate schedules by name."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
 import bitsandbytes.optim
 import torch
-from bitsandbytes.functional import get_paged
-from torch import nn
+from bitsandbytes.functional import get_paged, prefetch_tensor
+from torch import Tensor, nn
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"]
 ScheduleName = Literal["cosine", "linear", "constant"]
@@ -153,3 +153,18 @@ def schedule(name: ScheduleName, warmup_steps: int, total_steps: int) -> Callabl
         return 1.0 - done if name == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     return factor
+
+
+def bring_home(tensors: Iterable[Tensor]) -> None:
+    """Bring bitsandbytes' paged tensors among these to host memory at once; read there, every page comes by itself."""
+    paged = [one for one in tensors if getattr(one, "is_paged", False)]
+    if paged and torch.cuda.is_available():
+        for one in paged:
+            prefetch_tensor(one, to_cpu=True)
+        torch.cuda.synchronize()
+
+
+def send_back(optimizer: torch.optim.Optimizer) -> None:
+    """Tell a paged optimizer that its states are in host memory, so that its next step brings them back at once."""
+    if isinstance(optimizer, _OneWait):
+        optimizer.settled = False

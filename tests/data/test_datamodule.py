@@ -157,3 +157,17 @@ def test_merged_batches_hold_the_rows_of_consecutive_ones_and_resume_among_them(
     assert len(order) == len(merged)
     order.start = 2
     assert list(order) == merged[2:]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_heaviest_micro_batches_are_as_heavy_as_any_that_are_trained_together(module, packing):
+    rows = [{"instruction": "Say.", "output": "word " * (1 + 7 * n % 40)} for n in range(60)]
+    data = module(rows, batch_size=2, max_length=80, packing=packing)
+    data.unpadded = True
+    for merge in (1, 3):
+        one = data.heaviest(merge)
+        data.merge = merge
+        trained = max(batch["tokens"] for batch in data.train_dataloader())
+        assert one["tokens"] >= trained and one["input_ids"].numel() == one["tokens"]
+        assert one["tokens"] <= merge * data.most_tokens()
+    assert data.heaviest(10_000)["tokens"] == int(data.train_rows.column("length").sum())

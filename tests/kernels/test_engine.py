@@ -70,17 +70,26 @@ VARIANTS = {
 }
 
 
+WAYS = (
+    (0, False, 0, 0), (1, False, 0, 0), (3, False, 0, 0), (3, True, 0, 0), (3, True, 10, 0), (0, False, 0, 2),
+    (0, False, 0, 3), (1, False, 0, 1), (2, False, 0, 1), (1, True, 0, 2),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_loss_and_gradients_equal_pefts_whatever_is_recomputed(family, packed, variant):
+def test_loss_and_gradients_equal_pefts_whatever_is_kept_recomputed_or_on_the_host(
+    family, packed, variant, monkeypatch
+):
+    monkeypatch.setattr("qwen_lit.kernels.offload.SMALL", 0)
     model, one = adapted(family, **VARIANTS[variant]), batch(packed)
     assert why_not(model, CPU) is None
     loss = reference(model, one)
     wanted = gradients(model, loss)
     assert wanted
-    for recompute, offload, piece in ((0, False, 0), (1, False, 0), (3, False, 0), (3, True, 0), (3, True, 10)):
-        found_loss = FastEngine(model, recompute, 5, offload, piece).loss_sum(one)
+    for recompute, offload, piece, away in WAYS:
+        found_loss = FastEngine(model, recompute, 5, offload, piece, offload_layers=away).loss_sum(one)
         found = gradients(model, found_loss)
         assert abs(float(found_loss - loss)) < 1e-5 * float(loss)
         assert found.keys() == wanted.keys()

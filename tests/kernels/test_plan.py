@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from qwen_lit.errors import UserError
-from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, parse_bytes, relative_time
+from qwen_lit.kernels.plan import GIB, Shape, choose, parse_bytes, time_of
 
 # The shape of Qwen2.5-7B with LoRA on q, k, v and o.
 SEVEN = Shape(
@@ -32,7 +32,7 @@ def test_a_plan_stays_under_its_budget(budget):
 
 def test_more_memory_never_gives_a_slower_plan():
     plans = [choose(SEVEN, STATIC, budget * GIB // 8, 2048, [8, 4, 2, 1]) for budget in range(8 * 8, 80 * 8)]
-    costs = [cost(plan, SEVEN, 2048) for plan in plans]
+    costs = [time_of(plan, SEVEN, 2048) for plan in plans]
     assert costs == sorted(costs, reverse=True)
     assert plans[-1].merge == 8 and plans[-1].recompute_layers == 0
     assert plans[0].recompute_layers > 20
@@ -46,13 +46,8 @@ def test_nor_does_it_for_a_small_model(tokens, merges):
         again=2 * (8 * 1024 + 3 * 3072), resident=2 * 15_700_000,
     )  # fmt: skip
     static, budgets = GIB // 2, [budget * GIB // 16 for budget in range(24, 24 * 16)]
-    costs = [cost(choose(small, static, budget, tokens, merges), small, tokens) for budget in budgets]
+    costs = [time_of(choose(small, static, budget, tokens, merges), small, tokens) for budget in budgets]
     assert costs == sorted(costs, reverse=True)
-
-
-def cost(plan: Plan, shape: Shape, tokens: int) -> float:
-    shares = plan.recompute_layers / shape.layers, plan.resident_layers / shape.layers
-    return relative_time(shares[0], tokens * plan.merge, shares[1])
 
 
 def test_little_memory_moves_the_embedding_to_the_cpu_and_then_the_inputs():

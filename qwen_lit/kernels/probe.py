@@ -1,0 +1,123 @@
+"""What a machine does, measured: how fast it computes, launches and copies, and the peak of one micro-batch."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from qwen_lit.flops import measured_flops
+from qwen_lit.kernels.plan import GIB, Machine, Plan, Shape, limit
+
+log = logging.getLogger(__name__)
+COPIED = 2**26
+"""Bytes that are copied to time the link."""
+
+OVERHEAD = 1.25
+"""Time of a layer's forward over that of its products alone."""
+
+STEPS = 8
+"""The share of the layers is a whole number of such parts, so that two runs on one machine plan alike."""
+
+TRIES = 4
+"""Plans that are measured at most."""
+
+GROUP = Path("/sys/fs/cgroup")
+
+
+def host_memory() -> int:
+    """Bytes of host memory that are free to this process: the machine's, or what its control group leaves."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        most, used = ((GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return min(free, int(most) - int(used))
+    except (OSError, ValueError):
+        # There is no such group, or no limit.
+        return free
+
+
+def measure_machine(engine: Any, shape: Shape, batch: Any, processes: int) -> Machine:
+    """Time a copy to the host, a product, and the launching of a micro-batch.
+
+    Args:
+        engine: a ``FastEngine`` on a CUDA device that recomputes nothing.
+        shape: of its model.
+        batch: ``qwen_lit.data.batches.Batch`` of few tokens, on that device.
+        processes: on this machine, which share its memory.
+    """
+    device = batch["input_ids"].device
+    there = torch.empty(COPIED, dtype=torch.uint8, device=device)
+    here = torch.empty(COPIED, dtype=torch.uint8, device="cpu", pin_memory=True)
+    copy = _seconds(lambda: here.copy_(there, non_blocking=True), device)
+    forward = OVERHEAD * 2 * shape.products / measured_flops(device, 4096)
+    share = forward / (shape.kept * copy / COPIED)
+    launch = _seconds(lambda: measure_peak(engine, batch), device)
+    # Half of the memory stays free: the export, the loader's workers and the page cache live there too.
+    return Machine(
+        share=min(1.0, int(share * STEPS) / STEPS),
+        memory=host_memory() // 2 // processes,
+        # Backward takes the input's gradient alone, and so as long as forward.
+        launch=int(launch / (2 * forward * shape.layers)),
+    )
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """The shortest of a few times; the first ones compile, allocate and wake the device."""
+    best = float("inf")
+    for _ in range(4):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def measure_peak(engine: Any, batch: Any) -> int | None:
+    """Bytes at the peak of a micro-batch's forward and backward, with all gradients there; None if it does not fit.
+
+    Neither gradients nor random numbers are left behind.
+
+    Args:
+        engine: a ``FastEngine`` on a CUDA device.
+        batch: ``qwen_lit.data.batches.Batch`` on that device.
+    """
+    device = batch["input_ids"].device
+    trained = [parameter for parameter in engine.trained if parameter.requires_grad]
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with torch.random.fork_rng([device]):
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            engine.loss_sum(batch).backward()
+            torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        for parameter in trained:
+            parameter.grad = None
+    return torch.cuda.max_memory_allocated(device)
+
+
+def settle(plan_with: Callable[[int], Plan], peak_of: Callable[[Plan], int | None]) -> tuple[Plan, int | None]:
+    """The first plan whose measured peak is within its budget.
+
+    Args:
+        plan_with: the plan when so many bytes are taken beside it.
+        peak_of: its measured peak; None where it did not fit.
+
+    Returns:
+        The plan and its peak; the peak is None where the smallest plan there is did not fit either.
+    """
+    beside = 0
+    for _ in range(TRIES):
+        plan = plan_with(beside)
+        peak = peak_of(plan)
+        if (peak is not None and peak <= limit(plan.budget)) or not plan.fits:
+            return plan, peak
+        log.warning("%s: %s; planning anew", plan, "did not fit" if peak is None else f"took {peak / GIB:.2f} GiB")
+        beside = max(2 * beside, GIB // 4) if peak is None else beside + max(peak - plan.estimate, GIB // 16)
+    return plan, peak
