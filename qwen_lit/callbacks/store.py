@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from qwen_lit.errors import UserError
 from qwen_lit.files import file_digest, fsync_dir
-from qwen_lit.model.optim import bring_home
+from qwen_lit.model.optim import as_device_sees
 
 log = logging.getLogger(__name__)
 STEP_FILE = re.compile(r"^step=(\d+)\.ckpt$")
@@ -93,13 +93,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def to_host(value: Any) -> Any:
     """A copy of nested dicts, lists and tensors that shares no memory with the original, tensors on the CPU.
 
-    Tensors on a GPU are copied all at once into pinned memory.
+    Tensors on a GPU, and those that it shares with the host, are copied all at once into pinned memory.
     """
-    bring_home(_tensors(value))
-    on_gpu = [one for one in _tensors(value) if one.is_cuda]
+    shared = torch.cuda.is_available()
+    on_gpu = [one for one in _tensors(value) if one.is_cuda or (shared and getattr(one, "is_paged", False))]
     copies = {id(one): torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in on_gpu}
     for one in on_gpu:
-        copies[id(one)].copy_(one.detach(), non_blocking=True)
+        source = one if one.is_cuda else as_device_sees(one)
+        copies[id(one)].copy_(source.detach(), non_blocking=True)
     if on_gpu:
         torch.cuda.synchronize()
     return _replaced(value, copies)

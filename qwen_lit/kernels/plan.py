@@ -19,8 +19,8 @@ MARGIN = 0.04
 LIBRARIES = GIB // 4
 FRAGMENTS = 0.06
 LONG_FRAGMENTS = 0.35
-CUBLAS = 2**25
-"""Bytes of cuBLAS's own workspace, which it takes with the first product."""
+CUBLAS = 2**26
+"""Bytes of cuBLAS's own workspaces, one for each of the threads of forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ class Shape:
     """Per token, of what a recomputed layer holds while its MLP goes in pieces."""
     piece: int = 0
     """Per token of such a piece."""
+    selected: int = 0
+    """Per token, of the copies that the last layer makes of the rows with which it goes on."""
     resident: int = 0
     """Of one layer's weights when they are held dequantised; 0 when they are not in 4 bits."""
     products: int = 0
@@ -158,7 +160,7 @@ class Shape:
         loss = min(chunk, tokens) * self.vocabulary + 5 * tokens * self.input
         # The last layer that went to the host is still there.
         ends = tokens * (self.layers - recompute - away + (away > 0)) * self.kept
-        ends += max(loss, tokens * self.working if recompute < self.layers else 0)
+        ends += max(loss, tokens * self.working) + tokens * self.selected if recompute < self.layers else loss
         # The layers that keep everything are the last, and done with when the first ones are computed again.
         # The input of the layer that is computed again is among those on the device already.
         again = tokens * (self.working + self.again - (0 if off else self.input)) if recompute else 0
@@ -182,9 +184,10 @@ def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
     mixing = 2 * hidden + 2 * query + 2 * key + sum(rooms[:2]) + normed
     mixing += hidden * (rooms[0] > 0)
     kept = mixing + hidden * (rooms[2] > 0) + 2 * inner + 2 * rooms[2] + (inner + rooms[3]) * (rooms[3] > 0)
-    # Of the backward of the MLP, and of attention where the MLP's activations are gone.
-    working = (2 - (rooms[3] > 0)) * hidden + inner * (1 + masked)
-    working = max(working, 2 * hidden + 6 * query + 2 * key - 2 * inner)
+    # What the backward of the MLP takes, and what that of attention takes beyond what the MLP's has left.
+    mlp = (2 - (rooms[3] > 0)) * hidden + inner * (1 + masked)
+    attention = 6 * query + 2 * key - 2 * inner - inner * (rooms[3] > 0) - hidden * (rooms[2] > 0)
+    working = max(mlp, attention)
     frames = [
         (sum(member.out for member in part) + extra) * (width_of(part[0]) + extra)
         for group, extra in zip(GROUPS, rooms, strict=True)
@@ -193,10 +196,11 @@ def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
     return {
         "kept": kept * size + 4 * heads,
         "working": working * size,
-        "again": (kept + (0 if rooms[3] else inner)) * size + 4 * heads,
+        "again": (kept + max(mlp + (0 if rooms[3] else inner), attention) - working) * size + 4 * heads,
         "attention": (4 * hidden + 6 * query + 5 * key + normed) * size,
         "mixed": (4 * hidden + 2 * query + 2 * key + normed) * size,
         "piece": ((4 + (rooms[3] > 0) + masked) * inner + 4 * hidden) * size,
+        "selected": query * size,
         "resident": sum(frames) * size * all(member.quant_state is not None for member in members.values()),
         "frame": max(frames) * size,
         "products": sum(member.out * width_of(member) for member in members.values()),

@@ -32,7 +32,6 @@ from qwen_lit.model.optim import (
     parameter_groups,
     repage,
     schedule,
-    send_back,
 )
 from qwen_lit.model.resume import compare, recount, settings
 
@@ -269,8 +268,6 @@ class QwenModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the configuration."""
         checkpoint["settings"] = settings(self) | {"skipped_steps": self.skipped_steps}
-        for optimizer in self.trainer.optimizers:
-            send_back(optimizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the configuration of the checkpoint with this one.

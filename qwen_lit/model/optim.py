@@ -1,12 +1,12 @@
 """Optimizers and learning-rate schedules by name."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import bitsandbytes.optim
 import torch
-from bitsandbytes.functional import get_paged, prefetch_tensor
+from bitsandbytes.functional import get_paged
 from torch import Tensor, nn
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"]
@@ -155,16 +155,19 @@ def schedule(name: ScheduleName, warmup_steps: int, total_steps: int) -> Callabl
     return factor
 
 
-def bring_home(tensors: Iterable[Tensor]) -> None:
-    """Bring bitsandbytes' paged tensors among these to host memory at once; read there, every page comes by itself."""
-    paged = [one for one in tensors if getattr(one, "is_paged", False)]
-    if paged and torch.cuda.is_available():
-        for one in paged:
-            prefetch_tensor(one, to_cpu=True)
-        torch.cuda.synchronize()
+class _Managed:
+    """Memory that host and device share, as the device sees it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (tensor.data_ptr(), False), "shape": (tensor.nbytes,), "typestr": "|u1", "version": 3,
+        }  # fmt: skip
 
 
-def send_back(optimizer: torch.optim.Optimizer) -> None:
-    """Tell a paged optimizer that its states are in host memory, so that its next step brings them back at once."""
-    if isinstance(optimizer, _OneWait):
-        optimizer.settled = False
+def as_device_sees(tensor: Tensor) -> Tensor:
+    """One of bitsandbytes' paged tensors as a tensor of its device, which shares its memory.
+
+    Copied from there it comes at once; read on the host, every page comes by itself.
+    """
+    device = torch.device("cuda", cast(Any, tensor).page_deviceid)
+    return torch.as_tensor(_Managed(tensor), device=device).view(tensor.dtype).view(tensor.shape)

@@ -15,7 +15,7 @@ from qwen_lit.kernels.member import WORKSPACE
 from qwen_lit.kernels.plan import GIB, Machine, Shape, apply, choose, limit
 from qwen_lit.kernels.probe import STEPS, measure_machine, measure_peak
 from qwen_lit.model.load import add_adapter, load_base
-from qwen_lit.model.optim import build_optimizer, send_back
+from qwen_lit.model.optim import build_optimizer
 
 pytestmark = pytest.mark.gpu
 if INTERPRETED:
@@ -194,7 +194,7 @@ def test_a_plan_with_offloaded_layers_stays_within_its_budget(folder):
     assert peak <= limit(budget), (str(chosen), peak / GIB)
 
 
-def test_paged_states_come_home_as_they_are_and_go_back():
+def test_paged_states_are_copied_as_they_are():
     weight = torch.nn.Parameter(torch.randn(1000, 400, device=DEVICE))
     optimizer = build_optimizer("paged_adamw_8bit", [{"params": [weight], "lr": 1e-2}], (0.9, 0.999))
 
@@ -209,7 +209,6 @@ def test_paged_states_come_home_as_they_are_and_go_back():
     wanted = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
     copied = to_host(optimizer.state_dict())["state"][0]
     assert all(torch.equal(copied[name], value.cpu()) for name, value in wanted.items())
-    send_back(optimizer)
     state = step()
-    assert optimizer.settled and not torch.equal(copied["absmax1"], state["absmax1"].cpu())
+    assert not torch.equal(copied["absmax1"], state["absmax1"].cpu())
     assert torch.equal(copied["state1"], wanted["state1"])
