@@ -111,7 +111,7 @@ class Shape:
     piece: int = 0
     """Per token of such a piece."""
     selected: int = 0
-    """Per token, of the copies that the last layer makes of the rows with which it goes on."""
+    """Per token, of the copies of attention's result that the last layer makes to go on with fewer rows."""
     resident: int = 0
     """Of one layer's weights when they are held dequantised; 0 when they are not in 4 bits."""
     products: int = 0
@@ -158,12 +158,16 @@ class Shape:
         inputs = tokens * (min(1 + (tokens <= PIECE), recompute) if off else recompute) * self.input
         # The logits are gone when the layers' backward begins.
         loss = min(chunk, tokens) * self.vocabulary + 5 * tokens * self.input
-        # The last layer that went to the host is still there.
-        ends = tokens * (self.layers - recompute - away + (away > 0)) * self.kept
+        # The last layer that went to the host is still there; where no kept one is above it, another is on its way.
+        there = 0 if not away else 1 + (2 * away > self.layers)
+        ends = tokens * (self.layers - recompute - away + there) * self.kept
         ends += max(loss, tokens * self.working) + tokens * self.selected if recompute < self.layers else loss
-        # The layers that keep everything are the last, and done with when the first ones are computed again.
-        # The input of the layer that is computed again is among those on the device already.
-        again = tokens * (self.working + self.again - (0 if off else self.input)) if recompute else 0
+        ends += tokens * self.input if recompute and away else 0
+        # The layers that keep everything are the last, and done with when the first ones are computed again. Below the
+        # last layer, the input of the one that is computed again is among those on the device already.
+        whole = recompute == self.layers
+        again = tokens * (self.working + self.again - (0 if off or whole else self.input)) if recompute else 0
+        again += tokens * self.selected if whole else 0
         if recompute and piece and piece < tokens:
             again = max(tokens * self.attention, tokens * self.mixed + piece * self.piece)
         if away:
@@ -293,7 +297,7 @@ def choose(
     ]
     if tokens > PIECE:
         # Smaller pieces dequantise the weights more often.
-        ways += [(bool(shape.embedding), PIECE // parts, ways[-1][2]) for parts in (2, 4, 8)]
+        ways += [(bool(shape.embedding), PIECE // parts, ways[-1][2]) for parts in (2, 4)]
     gaps = _gaps(tokens, 1)
     for host, piece, off in ways:
         estimate = shape.peak(static, tokens, shape.layers, 128, host, off, piece)

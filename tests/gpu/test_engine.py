@@ -186,7 +186,7 @@ def test_the_machine_is_measured_alike_twice(folder):
 def test_a_plan_with_offloaded_layers_stays_within_its_budget(folder):
     model = loaded(folder, QKVO)
     torch.cuda.empty_cache()
-    static, shape = torch.cuda.memory_allocated(), Shape.of(model, 2)
+    static, shape = torch.cuda.memory_allocated() - plan.CUBLAS, Shape.of(model, 2)
     budget = static + GIB
     chosen = choose(shape, static, budget, 2048, [8, 4, 2, 1], Machine(1.0))
     assert chosen.offload_layers > 0
@@ -207,7 +207,7 @@ def test_paged_states_are_copied_as_they_are():
         state = step()
     assert state["state1"].is_paged and optimizer.settled
     wanted = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
-    copied = to_host(optimizer.state_dict())["state"][0]
+    copied = to_host(dict(state))
     assert all(torch.equal(copied[name], value.cpu()) for name, value in wanted.items())
     state = step()
     assert not torch.equal(copied["absmax1"], state["absmax1"].cpu())
