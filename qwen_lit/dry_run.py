@@ -200,6 +200,7 @@ def _told(plan: Plan) -> dict[str, Any]:
         "recomputed_layers": plan.recompute_layers,
         "embedding_on_cpu": plan.host_embedding,
         "inputs_offloaded": plan.offload,
+        "layers_offloaded": plan.offload_layers,
         "mlp_piece_tokens": plan.piece,
         "layers_held_in_bf16": plan.resident_layers,
     }
@@ -227,7 +228,7 @@ def advice(shape: Shape, static: int, plan: Plan, module: Any, data: Any, model:
             )
     whole, half = (
         shape.peak(static, share * plan.merge, plan.recompute_layers, plan.loss_chunk, plan.host_embedding,
-                   plan.offload, plan.piece)
+                   plan.offload, plan.piece, plan.offload_layers)
         for share in (tokens, tokens // 2)
     )  # fmt: skip
     if whole - half > GIB // 8:
@@ -272,6 +273,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             how = f"{plan['merged_micro_batches']} merged, {plan['recomputed_layers']} layers recomputed"
             how += ", embedding on the CPU" * plan["embedding_on_cpu"]
             how += ", inputs offloaded" * plan["inputs_offloaded"]
+            how += f", {plan['layers_offloaded']} layers offloaded" * (plan["layers_offloaded"] > 0)
             how += f", MLP in pieces of {plan['mlp_piece_tokens']}" * (plan["mlp_piece_tokens"] > 0)
             fits = how if plan["fits"] else "does not fit"
             out.append(f"{plan['budget_gib']:>7.2f} GiB  peak {plan['estimated_peak_gib']:>6.2f}  {fits}")

@@ -121,18 +121,17 @@ class _Layer:
         self.here = False
 
     def fetch(self) -> None:
-        """Begin to copy everything back."""
-        if self.here:
-            return
-        self.here = True
-        rooms = [torch.empty(one.size, dtype=torch.uint8, device=self.device) for one in self.memories.values()]
-        with _beside(self.device):
-            for memory, here in zip(self.memories.values(), rooms, strict=True):
-                memory.fetch(here)
-            # All copies take their turn, so the next to these blocks come after the ones from them.
-            self.tape.give_back()
-            if self.device.type == "cuda":
-                self.arrived = torch.cuda.current_stream(self.device).record_event()
+        """Begin to copy everything back, where it has left."""
+        if not self.here:
+            self.here = True
+            rooms = [torch.empty(one.size, dtype=torch.uint8, device=self.device) for one in self.memories.values()]
+            with _beside(self.device):
+                for memory, here in zip(self.memories.values(), rooms, strict=True):
+                    memory.fetch(here)
+                if self.device.type == "cuda":
+                    self.arrived = torch.cuda.current_stream(self.device).record_event()
+        # All copies take their turn, so the next to these blocks come after the ones from them.
+        self.tape.give_back()
 
     @torch.no_grad()
     def unpack(self, packed: Any) -> Tensor:
@@ -166,6 +165,9 @@ class HostStore:
         """
         self.device, self.stay, self.ahead = device, {tensor.untyped_storage().data_ptr() for tensor in stay}, ahead
         self.last: _Layer | None = None
+        if device.type == "cuda":
+            # Where an earlier backward broke off, memory that it gave up may still be written to.
+            torch.cuda.current_stream(device).wait_stream(_side(device))
 
     @contextmanager
     def layer(self) -> Iterator[None]:

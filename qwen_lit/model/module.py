@@ -3,6 +3,7 @@
 import logging
 import math
 import tempfile
+from contextlib import suppress
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -227,15 +228,17 @@ class QwenModule(L.LightningModule):
             torch.cuda.empty_cache()
             return choose(shape, static + beside, budget, data.most_tokens(), merges, machine)
 
+        # What the optimizer will hold is not there yet.
+        states = self.state_bytes * sum(one.numel() for one in self.parameters() if one.requires_grad)
+
         def peak_of(plan: Plan) -> int | None:
-            self.fast = apply(plan, self.model)
             with torch.device("cpu"):
                 heaviest = data.heaviest(plan.merge)
-            batch = move_data_to_device(heaviest, device)
-            with trainer.precision_plugin.forward_context():
-                peak = measure_peak(self.fast, batch)
-            # What the optimizer will hold is not there yet.
-            states = self.state_bytes * sum(one.numel() for one in self.fast.trained)
+            peak = None
+            # A rank on which it does not fit tells the others, which wait for it.
+            with suppress(torch.OutOfMemoryError), trainer.precision_plugin.forward_context():
+                self.fast = apply(plan, self.model)
+                peak = measure_peak(self.fast, move_data_to_device(heaviest, device))
             most = -least(trainer, -(2**62 if peak is None else peak + states))
             return None if most == 2**62 else most
 

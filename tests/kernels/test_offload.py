@@ -97,3 +97,18 @@ def test_a_second_backward_is_refused_rather_than_wrong():
     out.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward twice"):
         out.sum().backward()
+
+
+def test_blocks_of_the_host_serve_batches_of_every_size(monkeypatch):
+    monkeypatch.setattr("qwen_lit.kernels.offload.BLOCK", 100)
+    monkeypatch.setattr("qwen_lit.kernels.offload.FREE", free := [])
+    used = []
+    for rows in (9, 3, 7, 9, 1):
+        x = torch.randn(rows, 8)
+        wanted, found = (x.clone().requires_grad_() for _ in range(2))
+        run(layers(), wanted)[0].sum().backward()
+        run(layers(), found, HostStore(CPU, []))[0].sum().backward()
+        assert torch.equal(found.grad, wanted.grad)
+        used.append({block.data_ptr() for block in free})
+    # Each layer had one or more.
+    assert len(used[0]) >= 5 and all(one == used[0] for one in used)
