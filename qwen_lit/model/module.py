@@ -3,26 +3,21 @@
 import logging
 import math
 import tempfile
-from contextlib import suppress
 from typing import Any, Literal, cast
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qwen_lit.config import Lora, Quantization
-from qwen_lit.data.batches import Batch, collate
+from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import QwenDataModule
-from qwen_lit.distributed import agree, least, watch_children
+from qwen_lit.distributed import agree, watch_children
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.kernels.engine import FastEngine, why_not
-from qwen_lit.kernels.member import WORKSPACE
-from qwen_lit.kernels.plan import GIB, Machine, Plan, Shape, apply, choose, free_memory, parse_bytes
-from qwen_lit.kernels.probe import STEPS, measure_machine, measure_peak, settle
+from qwen_lit.kernels.plan import GIB, Plan, parse_bytes
 from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config, shard_layers
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.optim import (
@@ -34,6 +29,7 @@ from qwen_lit.model.optim import (
     repage,
     schedule,
 )
+from qwen_lit.model.planning import planned_engine
 from qwen_lit.model.resume import compare, recount, settings
 
 log = logging.getLogger(__name__)
@@ -186,70 +182,15 @@ class QwenModule(L.LightningModule):
             self.fast = FastEngine(self.model, layers if self.gradient_checkpointing else 0)
             self.engine_told = "fast, by the plain twins of its kernels"
             return
-        plan, peak = self._plan(data, device)
-        data.merge = plan.merge
         trainer = cast(Any, self.trainer)
+        self.fast, plan, peak = planned_engine(trainer, self.model, data, self.memory_budget, self.state_bytes)
+        data.merge = plan.merge
         trainer.accumulate_grad_batches //= plan.merge
         for name in ("limit_train_batches", "val_check_interval"):
             if isinstance(getattr(trainer, name), int):
                 setattr(trainer, name, getattr(trainer, name) // plan.merge)
         measured = "" if peak is None else f", measured {peak / GIB:.2f}"
         self.engine_told, self.plan = f"fast, {plan}{measured}", plan
-
-    def _plan(self, data: QwenDataModule, device: torch.device) -> tuple[Plan, int | None]:
-        """The plan, whose engine is made, and the peak that its heaviest micro-batch has shown.
-
-        Raises:
-            torch.OutOfMemoryError: none of the plans fits.
-        """
-        trainer = cast(Any, self.trainer)
-        limits = [trainer.limit_train_batches, trainer.val_check_interval]
-        common = math.gcd(trainer.accumulate_grad_batches, *(one for one in limits if isinstance(one, int)))
-        merges = [n for n in range(common, 0, -1) if common % n == 0]
-        free = free_memory(device)
-        budget = least(trainer, min(self.memory_budget or free, free))
-        shape = Shape.of(self.model, self.state_bytes)
-        static = -least(trainer, -torch.cuda.memory_allocated(device))
-        # Lightning would make tensors on the device here.
-        with torch.device("cpu"):
-            few = collate([(np.zeros(16), np.array([[0, 16]]))], 0, packed=True)
-        found = measure_machine(
-            FastEngine(self.model), shape, move_data_to_device(few, device), trainer.num_devices
-        )
-        WORKSPACE.buffers.clear()
-        share, memory, launch = (
-            least(trainer, one) for one in (int(found.share * STEPS), found.memory, found.launch)
-        )
-        machine = Machine(share / STEPS, memory, launch)
-
-        def plan_with(beside: int) -> Plan:
-            if self.fast is not None:
-                self.fast.release()
-            torch.cuda.empty_cache()
-            return choose(shape, static + beside, budget, data.most_tokens(), merges, machine)
-
-        # What the optimizer will hold is not there yet.
-        states = self.state_bytes * sum(one.numel() for one in self.parameters() if one.requires_grad)
-
-        def peak_of(plan: Plan) -> int | None:
-            with torch.device("cpu"):
-                heaviest = data.heaviest(plan.merge)
-            peak = None
-            # A rank on which it does not fit tells the others, which wait for it.
-            with suppress(torch.OutOfMemoryError), trainer.precision_plugin.forward_context():
-                self.fast = apply(plan, self.model)
-                peak = measure_peak(self.fast, move_data_to_device(heaviest, device))
-            most = -least(trainer, -(2**62 if peak is None else peak + states))
-            return None if most == 2**62 else most
-
-        if trainer.state.fn != "fit":
-            plan = plan_with(0)
-            self.fast = apply(plan, self.model)
-            return plan, None
-        plan, peak = settle(plan_with, peak_of)
-        if peak is None:
-            raise torch.OutOfMemoryError(f"the heaviest micro-batch does not fit: {plan}")
-        return plan, peak
 
     @property
     def state_bytes(self) -> int:

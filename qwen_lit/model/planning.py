@@ -1,0 +1,89 @@
+"""The memory plan of a run: what the machine measures, what the ranks agree on, and what the heaviest rows show."""
+
+import math
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+
+from qwen_lit.data.batches import collate
+from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.distributed import least
+from qwen_lit.kernels.engine import FastEngine
+from qwen_lit.kernels.member import WORKSPACE
+from qwen_lit.kernels.plan import Machine, Plan, Shape, apply, choose, free_memory
+from qwen_lit.kernels.probe import STEPS, measure_machine, measure_peak, settle
+
+NEVER = 2**62
+
+
+def planned_engine(
+    trainer: Any, model: Any, data: QwenDataModule, budget: int | None, state_bytes: int
+) -> tuple[FastEngine, Plan, int | None]:
+    """The fast engine of the plan on which all ranks agree.
+
+    Args:
+        trainer: all of its ranks call this.
+        model: a ``PeftModel`` on this rank's CUDA device.
+        data: its rows are prepared.
+        budget: bytes that may be used; None for all that is free.
+        state_bytes: of optimizer state for a trained number.
+
+    Returns:
+        The engine, its plan, and the bytes at the peak of the heaviest micro-batch; None where nothing is trained.
+
+    Raises:
+        torch.OutOfMemoryError: no plan fits.
+    """
+    device = trainer.strategy.root_device
+    limits = [trainer.limit_train_batches, trainer.val_check_interval]
+    common = math.gcd(trainer.accumulate_grad_batches, *(one for one in limits if isinstance(one, int)))
+    merges = [n for n in range(common, 0, -1) if common % n == 0]
+    free = free_memory(device)
+    budget = least(trainer, min(budget or free, free))
+    shape = Shape.of(model, state_bytes)
+    static = -least(trainer, -torch.cuda.memory_allocated(device))
+    machine = _machine(trainer, model, shape)
+    # What the optimizer will hold is not there yet when the peak is measured.
+    states = state_bytes * sum(one.numel() for one in model.parameters() if one.requires_grad)
+    engine: FastEngine | None = None
+
+    def plan_with(beside: int) -> Plan:
+        if engine is not None:
+            engine.release()
+        torch.cuda.empty_cache()
+        return choose(shape, static + beside, budget, data.most_tokens(), merges, machine)
+
+    def peak_of(plan: Plan) -> int | None:
+        nonlocal engine
+        with torch.device("cpu"):
+            heaviest = data.heaviest(plan.merge)
+        peak = None
+        # A rank on which it does not fit tells the others, which wait for it.
+        with suppress(torch.OutOfMemoryError), trainer.precision_plugin.forward_context():
+            engine = apply(plan, model)
+            peak = measure_peak(engine, move_data_to_device(heaviest, device))
+        most = -least(trainer, -(NEVER if peak is None else peak + states))
+        return None if most == NEVER else most
+
+    if trainer.state.fn != "fit":
+        plan = plan_with(0)
+        return apply(plan, model), plan, None
+    plan, peak = settle(plan_with, peak_of)
+    if peak is None or engine is None:
+        raise torch.OutOfMemoryError(f"the heaviest micro-batch does not fit: {plan}")
+    return engine, plan, peak
+
+
+def _machine(trainer: Any, model: Any, shape: Shape) -> Machine:
+    """What the slowest rank measures."""
+    # Lightning would make tensors on the device here.
+    with torch.device("cpu"):
+        few = collate([(np.zeros(16), np.array([[0, 16]]))], 0, packed=True)
+    few = move_data_to_device(few, trainer.strategy.root_device)
+    found = measure_machine(FastEngine(model), shape, few, trainer.num_devices)
+    WORKSPACE.buffers.clear()
+    share, memory, launch = (least(trainer, one) for one in (int(found.share * STEPS), found.memory, found.launch))
+    return Machine(share / STEPS, memory, launch)
