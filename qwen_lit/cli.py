@@ -143,6 +143,7 @@ class QwenCLI(LightningCLI):
         """Hand the tokenizer to the data, and the written configuration to the export."""
         self.datamodule.tokenizer = load_tokenizer(self.model.name)
         name = str(self.subcommand)
+        self.trainer.resumed_from = self.checkpoint  # type: ignore[attr-defined]
         keys = {"ckpt_path", *self._subcommand_method_arguments.get(name, [])}
         config = Namespace({key: value for key, value in self.config[name].items() if key not in keys})
         parser = self._subcommand_parsers[name]

@@ -31,6 +31,8 @@ class QwenTrainer(Trainer):
     exit_code = 0
     fit_config = ""
     """The configuration of ``fit`` as YAML."""
+    resumed_from: Path | None = None
+    """The checkpoint with which ``fit`` goes on."""
 
     def inspect(
         self, model: Any, datamodule: QwenDataModule, rows: int = 3, row: str | None = None, html: str | None = None

@@ -15,6 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 FLASH = (("flash_attn.cute", (9, 10)), ("flash_attn_interface", (9,)), ("flash_attn", (8, 9, 10, 11, 12)))
 """flash-attn's packages, 4 to 2, and the major compute capabilities on which each is the one to take."""
 
+WORDS = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal"}
+"""By which all of them are told about the documents."""
+
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -40,10 +43,12 @@ def flash(major: int) -> tuple[Callable[..., Any], bool] | None:
     for name, majors in FLASH:
         if major in majors:
             try:
-                return import_module(name).flash_attn_varlen_func, name != "flash_attn"
+                function = import_module(name).flash_attn_varlen_func
             except (ImportError, AttributeError, OSError):
                 # Not installed, another one of this name, or built for another torch.
                 continue
+            if WORDS <= inspect.signature(function).parameters.keys():
+                return function, name != "flash_attn"
     return None
 
 

@@ -113,6 +113,7 @@ class FastEngine:
         layers = len(model.base_model.model.model.layers)
         self.away = spread(layers, offload_layers)
         self.recomputed = set([number for number in range(layers) if number not in self.away][:recompute_layers])
+        self.stored = self.away | (self.recomputed if offload else set())
         self.recompute_layers, self.loss_chunk, self.offload, self.piece = recompute_layers, loss_chunk, offload, piece
         self.trained = [p for name, p in model.named_parameters() if ".lora_" in name]
         self.low: dict[int, Tensor] = {}
@@ -178,7 +179,6 @@ class FastEngine:
         self._lower(residual.dtype)
         with torch.autocast(residual.device.type, enabled=False):
             for number, block in enumerate(decoder.layers):
-                away = training and number in self.away
                 again = training and number in self.recomputed
                 if again and delta is not None:
                     # One tensor instead of two is kept.
@@ -188,7 +188,8 @@ class FastEngine:
                 rows = batch["target_index"] if block is decoder.layers[-1] else None
                 arguments = (residual, delta, block, members, cos, sin, batch, seed + 4 * number, rows, back)
                 back = room([members["down_proj"]])
-                with store.layer() if away or (again and self.offload) else nullcontext():
+                stored = training and number in self.stored
+                with store.layer(last=number == max(self.stored)) if stored else nullcontext():
                     if again:
                         # Recomputing stops at the last tensor that backward needs, which is before down_proj.
                         residual, delta = checkpoint(

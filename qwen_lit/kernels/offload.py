@@ -1,8 +1,8 @@
 """What layers keep for backward in pinned host memory: copied out beside the computation, and back a layer ahead.
 
 Copies run on a stream of their own, one after the other. A layer's memory on the device is given up when the next
-layer begins whose tensors go to the host, and taken again when backward reaches that one; the last such layer stays
-where it is.
+layer begins whose tensors go to the host, and taken again when backward comes near that one. Backward begins with the
+last such layer, which stays where it is.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,9 @@ BLOCK = 2**26
 
 SMALL = 2**20
 """Bytes of memory that is not worth moving."""
+
+UNPINNED = "the host does not pin"
+"""How the error begins where the host refuses memory."""
 
 FREE: list[Tensor] = []
 """Pinned blocks that are not in use; pinning one takes as long as copying fifty."""
@@ -41,6 +44,13 @@ def _beside(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _pinned() -> Tensor:
+    try:
+        return torch.empty(BLOCK, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_available())
+    except RuntimeError as error:
+        raise RuntimeError(f"{UNPINNED} {BLOCK // 2**20} MiB more of its memory ({error})") from error
+
+
 class _Tape:
     """Pinned blocks that are written one after the other."""
 
@@ -53,10 +63,7 @@ class _Tape:
         pieces = []
         while size:
             if self.end == BLOCK:
-                pinned = torch.cuda.is_available()
-                self.blocks.append(
-                    FREE.pop() if FREE else torch.empty(BLOCK, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-                )
+                self.blocks.append(FREE.pop() if FREE else _pinned())
                 self.end = 0
             taken = min(size, BLOCK - self.end)
             pieces.append(self.blocks[-1][self.end : self.end + taken])
@@ -91,8 +98,10 @@ class _Memory:
 class _Layer:
     """The saved tensors of one layer."""
 
-    def __init__(self, device: torch.device, stay: set[int], before: "_Layer | None", ahead: bool) -> None:
-        self.device, self.stay, self.before, self.ahead = device, stay, before, ahead
+    def __init__(
+        self, device: torch.device, stay: set[int], before: "_Layer | None", ahead: bool, moves: bool
+    ) -> None:
+        self.device, self.stay, self.before, self.ahead, self.moves = device, stay, before, ahead, moves
         self.memories: dict[int, _Memory] = {}
         self.tape = _Tape()
         self.here = True
@@ -105,6 +114,9 @@ class _Layer:
         shared = isinstance(tensor, nn.Parameter) or address in self.stay
         if shared or storage.nbytes() < SMALL or tensor.device != self.device:
             return tensor
+        if not self.moves:
+            # Where it is used, the layer before has to come back.
+            return (tensor.detach(),)
         if address not in self.memories:
             with _beside(self.device):
                 self.memories[address] = _Memory(tensor, self.tape)
@@ -121,28 +133,31 @@ class _Layer:
         self.here = False
 
     def fetch(self) -> None:
-        """Begin to copy everything back, where it has left."""
-        if not self.here:
-            self.here = True
-            rooms = [torch.empty(one.size, dtype=torch.uint8, device=self.device) for one in self.memories.values()]
-            with _beside(self.device):
-                for memory, here in zip(self.memories.values(), rooms, strict=True):
-                    memory.fetch(here)
-                if self.device.type == "cuda":
-                    self.arrived = torch.cuda.current_stream(self.device).record_event()
-        # All copies take their turn, so the next to these blocks come after the ones from them.
-        self.tape.give_back()
+        """Begin to copy everything back."""
+        if self.here:
+            return
+        self.here = True
+        rooms = [torch.empty(one.size, dtype=torch.uint8, device=self.device) for one in self.memories.values()]
+        with _beside(self.device):
+            for memory, here in zip(self.memories.values(), rooms, strict=True):
+                memory.fetch(here)
+            # All copies take their turn, so the next to these blocks come after the ones from them.
+            self.tape.give_back()
+            if self.device.type == "cuda":
+                self.arrived = torch.cuda.current_stream(self.device).record_event()
 
     @torch.no_grad()
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        memory, dtype, size, stride, offset = packed
         self.fetch()
         if self.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(self.arrived)
         if self.before is not None and self.ahead:
             self.before.fetch()
+        if not self.moves:
+            return packed[0]  # type: ignore[no-any-return]
+        memory, dtype, size, stride, offset = packed
         if memory.here is None:
             raise RuntimeError("what waited in host memory is used up; this graph cannot be run backward twice")
         tensor: Tensor = memory.here.view(dtype).as_strided(size, stride, offset)
@@ -170,11 +185,15 @@ class HostStore:
             torch.cuda.current_stream(device).wait_stream(_side(device))
 
     @contextmanager
-    def layer(self) -> Iterator[None]:
-        """What is saved for backward within it goes to the host."""
+    def layer(self, last: bool = False) -> Iterator[None]:
+        """What is saved for backward within it goes to the host.
+
+        Args:
+            last: no other such layer follows in this batch, so this one stays.
+        """
         if self.last is not None:
             self.last.leave()
-        self.last = _Layer(self.device, self.stay, self.last, self.ahead)
+        self.last = _Layer(self.device, self.stay, self.last, self.ahead, not last)
         with saved_tensors_hooks(self.last.pack, self.last.unpack):
             yield
 

@@ -274,7 +274,7 @@ def choose(
     for merge in merges:
         gaps = _gaps(tokens, merge)
         # A layer takes whole blocks of the host's memory.
-        most = min(int(machine.share * shape.layers), machine.memory // (tokens * merge * shape.kept + BLOCK))
+        most = max(0, min(int(machine.share * shape.layers), machine.memory // (tokens * merge * shape.kept + BLOCK)))
         for away, recompute in product(range(most + 1), range(shape.layers + 1)):
             if away + recompute > shape.layers:
                 continue
@@ -308,9 +308,12 @@ def choose(
 
 
 def apply(plan: Plan, model: Any) -> FastEngine:
-    """The engine of a plan; moves the embedding to the CPU where the plan says so."""
-    if plan.host_embedding:
-        model.base_model.model.get_input_embeddings().to("cpu")
+    """The engine of a plan; puts the embedding on the CPU or the device, as the plan says."""
+    base = model.base_model.model
+    embedding, device = base.get_input_embeddings(), base.model.norm.weight.device
+    where = torch.device("cpu") if plan.host_embedding else device
+    if embedding.weight.device != where:
+        embedding.to(where)
         torch.cuda.empty_cache()
     return FastEngine(
         model,

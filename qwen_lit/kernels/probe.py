@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import psutil
 import torch
 
 from qwen_lit.flops import measured_flops
+from qwen_lit.kernels.offload import UNPINNED
 from qwen_lit.kernels.plan import GIB, Machine, Plan, Shape, limit
 
 log = logging.getLogger(__name__)
@@ -22,18 +24,26 @@ STEPS = 8
 TRIES = 4
 """Plans that are measured at most."""
 
-GROUP = Path("/sys/fs/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+MINE = Path("/proc/self/cgroup")
+"""Names the control group of this process."""
 
 
 def host_memory() -> int:
-    """Bytes of host memory that are free to this process: the machine's, or what its control group leaves."""
+    """Bytes of host memory that are free to this process: the machine's, or what its control groups leave."""
     free = int(psutil.virtual_memory().available)
     try:
-        most, used = ((GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return min(free, int(most) - int(used))
-    except (OSError, ValueError):
-        # There is no such group, or no limit.
+        mine = next(line[3:] for line in MINE.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
         return free
+    group = GROUPS / mine.strip("/")
+    for one in (group, *group.parents):
+        if one.is_relative_to(GROUPS):
+            # A group without a limit says max, and the outermost has no such file.
+            with suppress(OSError, ValueError):
+                most, used = ((one / name).read_text().strip() for name in ("memory.max", "memory.current"))
+                free = min(free, int(most) - int(used))
+    return max(0, free)
 
 
 def measure_machine(engine: Any, shape: Shape, batch: Any, processes: int) -> Machine:
@@ -50,7 +60,8 @@ def measure_machine(engine: Any, shape: Shape, batch: Any, processes: int) -> Ma
     here = torch.empty(COPIED, dtype=torch.uint8, device="cpu", pin_memory=True)
     copy = _seconds(lambda: here.copy_(there, non_blocking=True), device)
     # A layer takes longer than its products, and these longer than in a burst: both are room to spare.
-    forward = 2 * shape.products / measured_flops(device, 4096)
+    with torch.random.fork_rng([device]):
+        forward = 2 * shape.products / measured_flops(device, 4096)
     share = forward / (shape.kept * copy / COPIED)
     launch = _seconds(lambda: measure_peak(engine, batch), device)
     # Half of the memory stays free: the export, the loader's workers and the page cache live there too.
@@ -74,14 +85,17 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     return best
 
 
-def measure_peak(engine: Any, batch: Any) -> int | None:
-    """Bytes at the peak of a micro-batch's forward and backward, with all gradients there; None if it does not fit.
+def measure_peak(engine: Any, batch: Any) -> int:
+    """Bytes at the peak of a micro-batch's forward and backward, with all gradients there.
 
-    Neither gradients nor random numbers are left behind.
+    Neither gradients nor random numbers are left behind, nor copies under way.
 
     Args:
         engine: a ``FastEngine`` on a CUDA device.
         batch: ``qwen_lit.data.batches.Batch`` on that device.
+
+    Raises:
+        RuntimeError: one for which ``is_full`` holds, where it does not fit.
     """
     device = batch["input_ids"].device
     trained = [parameter for parameter in engine.trained if parameter.requires_grad]
@@ -91,31 +105,39 @@ def measure_peak(engine: Any, batch: Any) -> int | None:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
             engine.loss_sum(batch).backward()
-            torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError:
-        return None
     finally:
+        # Memory that is given up now may still be copied to the host, or from there.
+        torch.cuda.synchronize(device)
         for parameter in trained:
             parameter.grad = None
     return torch.cuda.max_memory_allocated(device)
+
+
+def is_full(error: RuntimeError) -> bool:
+    """Whether an error says that memory is short, of the device or the host, in the words of any library."""
+    told = ("out of memory", "alloc_failed", UNPINNED)
+    return isinstance(error, torch.OutOfMemoryError) or any(one in str(error).lower() for one in told)
 
 
 def settle(plan_with: Callable[[int], Plan], peak_of: Callable[[Plan], int | None]) -> tuple[Plan, int | None]:
     """The first plan whose measured peak is within its budget.
 
     Args:
-        plan_with: the plan when so many bytes are taken beside it.
+        plan_with: the plan when so many bytes are taken beside it; the smallest one where none fits beside them.
         peak_of: its measured peak; None where it did not fit.
 
     Returns:
-        The plan and its peak; the peak is None where the smallest plan there is did not fit either.
+        The plan and its peak. Where each of a few took too much it is the smallest plan there is, and the peak None if
+        that did not fit either.
     """
     beside = 0
-    for _ in range(TRIES):
+    for left in reversed(range(TRIES)):
         plan = plan_with(beside)
         peak = peak_of(plan)
-        if (peak is not None and peak <= limit(plan.budget)) or not plan.fits:
-            return plan, peak
+        if not plan.fits or not left or (peak is not None and peak <= limit(plan.budget)):
+            break
         log.warning("%s: %s; planning anew", plan, "did not fit" if peak is None else f"took {peak / GIB:.2f} GiB")
-        beside = max(2 * beside, GIB // 4) if peak is None else beside + max(peak - plan.estimate, GIB // 16)
+        beside = max(2 * beside, plan.budget // 32) if peak is None else beside + max(peak - plan.estimate, GIB // 16)
+        if left == 1:
+            beside = plan.budget
     return plan, peak

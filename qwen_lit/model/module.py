@@ -30,7 +30,7 @@ from qwen_lit.model.optim import (
     schedule,
 )
 from qwen_lit.model.planning import planned_engine
-from qwen_lit.model.resume import compare, recount, settings
+from qwen_lit.model.resume import compare, merge_of, recount, settings
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,9 @@ class QwenModule(L.LightningModule):
             self.engine_told = "fast, by the plain twins of its kernels"
             return
         trainer = cast(Any, self.trainer)
-        self.fast, plan, peak = planned_engine(trainer, self.model, data, self.memory_budget, self.state_bytes)
+        self.fast, plan, peak = planned_engine(
+            trainer, self.model, data, self.memory_budget, self.state_bytes, merge_of(trainer.resumed_from)
+        )
         data.merge = plan.merge
         trainer.accumulate_grad_batches //= plan.merge
         for name in ("limit_train_batches", "val_check_interval"):

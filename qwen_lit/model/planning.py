@@ -1,7 +1,7 @@
 """The memory plan of a run: what the machine measures, what the ranks agree on, and what the heaviest rows show."""
 
 import math
-from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,15 @@ from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import least
 from qwen_lit.kernels.engine import FastEngine
 from qwen_lit.kernels.member import WORKSPACE
+from qwen_lit.kernels.offload import UNPINNED
 from qwen_lit.kernels.plan import Machine, Plan, Shape, apply, choose, free_memory
-from qwen_lit.kernels.probe import STEPS, measure_machine, measure_peak, settle
+from qwen_lit.kernels.probe import STEPS, is_full, measure_machine, measure_peak, settle
 
 NEVER = 2**62
 
 
 def planned_engine(
-    trainer: Any, model: Any, data: QwenDataModule, budget: int | None, state_bytes: int
+    trainer: Any, model: Any, data: QwenDataModule, budget: int | None, state_bytes: int, before: int | None = None
 ) -> tuple[FastEngine, Plan, int | None]:
     """The fast engine of the plan on which all ranks agree.
 
@@ -30,6 +31,8 @@ def planned_engine(
         data: its rows are prepared.
         budget: bytes that may be used; None for all that is free.
         state_bytes: of optimizer state for a trained number.
+        before: micro-batches that the resumed run computed as one. It goes on so where that fits: masks of dropout and
+            the order of sums depend on it.
 
     Returns:
         The engine, its plan, and the bytes at the peak of the heaviest micro-batch; None where nothing is trained.
@@ -45,7 +48,8 @@ def planned_engine(
     budget = least(trainer, min(budget or free, free))
     shape = Shape.of(model, state_bytes)
     static = -least(trainer, -torch.cuda.memory_allocated(device))
-    machine = _machine(trainer, model, shape)
+    trains = trainer.state.fn == "fit"
+    machine = _machine(trainer, model, shape) if trains else Machine()
     # What the optimizer will hold is not there yet when the peak is measured.
     states = state_bytes * sum(one.numel() for one in model.parameters() if one.requires_grad)
     engine: FastEngine | None = None
@@ -54,21 +58,32 @@ def planned_engine(
         if engine is not None:
             engine.release()
         torch.cuda.empty_cache()
-        return choose(shape, static + beside, budget, data.most_tokens(), merges, machine)
+        plans = [
+            choose(shape, static + beside, budget, data.most_tokens(), some, machine)
+            for some in ([one for one in merges if one == before], merges) if some
+        ]  # fmt: skip
+        return next((plan for plan in plans if plan.fits and plan.merge == before), plans[-1])
 
     def peak_of(plan: Plan) -> int | None:
-        nonlocal engine
+        nonlocal engine, machine
         with torch.device("cpu"):
             heaviest = data.heaviest(plan.merge)
-        peak = None
-        # A rank on which it does not fit tells the others, which wait for it.
-        with suppress(torch.OutOfMemoryError), trainer.precision_plugin.forward_context():
-            engine = apply(plan, model)
-            peak = measure_peak(engine, move_data_to_device(heaviest, device))
+        peak, pins = None, True
+        try:
+            with trainer.precision_plugin.forward_context():
+                engine = apply(plan, model)
+                peak = measure_peak(engine, move_data_to_device(heaviest, device))
+        except RuntimeError as error:
+            # A rank on which it does not fit tells the others, which wait for it.
+            if not is_full(error):
+                raise
+            pins = UNPINNED not in str(error)
+        if not least(trainer, int(pins)):
+            machine = replace(machine, memory=0)
         most = -least(trainer, -(NEVER if peak is None else peak + states))
         return None if most == NEVER else most
 
-    if trainer.state.fn != "fit":
+    if not trains:
         plan = plan_with(0)
         return apply(plan, model), plan, None
     plan, peak = settle(plan_with, peak_of)

@@ -2,7 +2,12 @@
 
 import logging
 import math
+import pickle
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from qwen_lit.errors import refuse_changes
 
@@ -33,6 +38,18 @@ def settings(module: Any) -> dict[str, Any]:
     free["trainer.max_epochs"] = module.trainer.max_epochs
     free["model.lora_config.lora_dropout"] = lora["lora_dropout"]
     return {"frozen": frozen, "free": free, "merge": module.trainer.datamodule.merge}
+
+
+def merge_of(checkpoint: Path | None) -> int | None:
+    """Micro-batches that were computed as one when it was written; None where it does not say.
+
+    What is wrong with a file is told where it is restored.
+    """
+    if checkpoint is None:
+        return None
+    with suppress(OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+        return int(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["settings"]["merge"])
+    return None
 
 
 def compare(then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from qwen_lit.kernels.engine import FastEngine
 from qwen_lit.kernels.launch import INTERPRETED
 from qwen_lit.kernels.member import WORKSPACE
 from qwen_lit.kernels.plan import GIB, Machine, Shape, apply, choose, limit
-from qwen_lit.kernels.probe import STEPS, measure_machine, measure_peak
+from qwen_lit.kernels.probe import STEPS, is_full, measure_machine, measure_peak
 from qwen_lit.model.load import add_adapter, load_base
 from qwen_lit.model.optim import build_optimizer
 
@@ -169,7 +169,9 @@ def test_what_does_not_fit_is_told_and_training_goes_on_after_it(folder):
     small = torch.cuda.memory_allocated() + GIB // 2
     torch.cuda.set_per_process_memory_fraction(small / total)
     try:
-        assert measure_peak(engine, batch([4096] * 8)) is None
+        with pytest.raises(RuntimeError) as caught:
+            measure_peak(engine, batch([4096] * 8))
+        assert is_full(caught.value)
         assert measure_peak(engine, batch([100] * 2)) < small
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

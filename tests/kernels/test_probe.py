@@ -2,26 +2,58 @@
 
 import psutil
 import pytest
+import torch
 
 from qwen_lit.kernels import probe
 from qwen_lit.kernels.plan import GIB, Plan, limit
-from qwen_lit.kernels.probe import TRIES, host_memory, settle
+from qwen_lit.kernels.probe import TRIES, host_memory, is_full, settle
 
 
-@pytest.mark.parametrize(
-    ("most", "used", "free"), [("3000", "1000", 2000), ("max", "1000", None), (str(2**62), "1000", None)]
-)
-def test_host_memory_is_what_the_machine_and_the_control_group_leave(monkeypatch, tmp_path, most, used, free):
-    monkeypatch.setattr(probe, "GROUP", tmp_path)
-    (tmp_path / "memory.max").write_text(most + "\n")
-    (tmp_path / "memory.current").write_text(used + "\n")
+@pytest.fixture
+def group(monkeypatch, tmp_path):
+    """A process in a control group of another, on a machine with 5,000 bytes free; ``limit`` gives one a limit."""
+    monkeypatch.setattr(probe, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(probe, "MINE", tmp_path / "mine")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5000})())
-    assert host_memory() == (5000 if free is None else free)
+    inner = tmp_path / "groups" / "job" / "step"
+    inner.mkdir(parents=True)
+    (tmp_path / "mine").write_text("1:name=systemd:/x\n0::/job/step\n")
+
+    def limit(folder, most, used):
+        (tmp_path / "groups" / folder / "memory.max").write_text(f"{most}\n")
+        (tmp_path / "groups" / folder / "memory.current").write_text(f"{used}\n")
+
+    return limit
+
+
+def test_host_memory_is_what_the_machine_and_every_control_group_leave(group):
+    assert host_memory() == 5000
+    group("job/step", "max", 100)
+    assert host_memory() == 5000
+    group("job", 3000, 1000)
+    assert host_memory() == 2000
+    group("job/step", 1500, 100)
+    assert host_memory() == 1400
+    group(".", 100, 200)
+    assert host_memory() == 0
 
 
 def test_host_memory_is_the_machines_where_there_is_no_control_group(monkeypatch, tmp_path):
-    monkeypatch.setattr(probe, "GROUP", tmp_path)
+    monkeypatch.setattr(probe, "MINE", tmp_path / "none")
     assert 0 < host_memory() <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True), (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("the host does not pin 64 MiB more of its memory (...)"), True),
+        (RuntimeError("an illegal memory access was encountered"), False),
+    ],
+)  # fmt: skip
+def test_what_says_that_memory_is_short_is_told_from_faults(error, full):
+    assert is_full(error) is full
 
 
 BUDGET = 8 * GIB
@@ -52,13 +84,14 @@ def test_what_a_plan_took_beyond_its_estimate_is_planned_for():
 
 def test_what_did_not_fit_is_planned_smaller_and_smaller():
     asked = []
-    plan, peak = settle(planner(asked), lambda plan: None if plan.estimate > 6.8 * GIB else plan.estimate)
-    assert asked == [0, GIB // 4, GIB // 2, GIB] and peak == plan.estimate
+    plan, peak = settle(planner(asked), lambda plan: None if plan.estimate > 7 * GIB else plan.estimate)
+    assert asked == [0, BUDGET // 32, BUDGET // 16] and peak == plan.estimate
 
 
-def test_the_smallest_plan_is_tried_and_its_failure_told():
+def test_the_last_plan_that_is_tried_is_the_smallest_and_its_failure_is_told():
     asked = []
-    plan, peak = settle(planner(asked, smallest=limit(BUDGET) - GIB // 3), lambda plan: None)
-    assert not plan.fits and peak is None and len(asked) == 3
-    asked.clear()
-    assert settle(planner(asked), lambda plan: None)[1] is None and len(asked) == TRIES
+    plan, peak = settle(planner(asked), lambda plan: None if plan.estimate > 4 * GIB else plan.estimate)
+    assert len(asked) == TRIES and not plan.fits and peak == plan.estimate == 4 * GIB
+    for too_much in (lambda plan: None, lambda plan: 2 * BUDGET):
+        plan, peak = settle(planner(asked), too_much)
+        assert not plan.fits and peak == too_much(plan)

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qwen_lit.kernels.offload import UNPINNED
 from qwen_lit.kernels.plan import GIB, Machine, limit
 from qwen_lit.model import planning
 from qwen_lit.model.planning import planned_engine
+from qwen_lit.model.resume import merge_of
 from tests.kernels.test_engine import adapted, batch
 
 BUDGET = 2 * GIB
@@ -21,25 +23,25 @@ def asked():
 
 @pytest.fixture
 def plan(monkeypatch, asked):
-    """A run whose micro-batches have 50,000 tokens at most; its peaks are what ``peak_of`` says."""
+    """A run with micro-batches of so many tokens; its peaks are what ``peak_of`` says."""
 
-    def make(peak_of, fn="fit"):
+    def make(peak_of, fn="fit", before=None, tokens=50_000):
         def measured(engine, batch):
             asked.append(engine)
             return peak_of(engine)
 
         monkeypatch.setattr(planning, "free_memory", lambda device: BUDGET)
-        monkeypatch.setattr(planning, "measure_machine", lambda *_: Machine(0.5, 2**40, 100))
+        monkeypatch.setattr(planning, "measure_machine", lambda *_: Machine(1.0, 2**40, 100))
         monkeypatch.setattr(planning, "measure_peak", measured)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-        data = SimpleNamespace(most_tokens=lambda: 50_000, heaviest=lambda merge: merges.append(merge) or batch(True))
+        data = SimpleNamespace(most_tokens=lambda: tokens, heaviest=lambda merge: merges.append(merge) or batch(True))
         merges = data.merges = []
         trainer = SimpleNamespace(
             strategy=SimpleNamespace(root_device=torch.device("cpu")), world_size=1, num_devices=1,
             limit_train_batches=1.0, val_check_interval=1.0, accumulate_grad_batches=8,
             state=SimpleNamespace(fn=fn), precision_plugin=SimpleNamespace(forward_context=nullcontext),
         )  # fmt: skip
-        return *planned_engine(trainer, adapted("qwen2"), data, None, 2), merges
+        return *planned_engine(trainer, adapted("qwen2"), data, None, 2, before), merges
 
     return make
 
@@ -71,3 +73,38 @@ def test_one_that_does_not_fit_is_made_anew_and_the_last_failure_is_told(plan, a
 def test_nothing_is_measured_where_nothing_is_trained(plan, asked):
     engine, _, peak, merges = plan(lambda engine: 0, fn="validate")
     assert engine is not None and peak is None and not asked and not merges
+
+
+def test_a_resumed_run_computes_as_many_micro_batches_at_once_as_before_where_that_fits(plan):
+    chosen = plan(lambda engine: 0)[1]
+    assert chosen.merge == 2
+    *_, merged = plan(lambda engine: 0, before=1)
+    assert merged == [1]
+    assert [plan(lambda engine: 0, before=one)[1].merge for one in (None, 3, 4, 8)] == [2, 2, 4, 2]
+
+def test_a_host_that_does_not_pin_is_not_asked_again(plan, asked):
+    def unpinned(engine):
+        if engine.away or engine.offload:
+            raise RuntimeError(f"{UNPINNED} 64 MiB more of its memory")
+        return 0
+
+    engine, chosen, *_ = plan(unpinned, tokens=150_000)
+    assert len(asked) == 2 and asked[0].away and not chosen.offload_layers and not chosen.offload
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(plan):
+    def broken(engine):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        plan(broken)
+
+
+def test_what_a_run_computed_as_one_is_read_from_its_checkpoint(tmp_path):
+    path = tmp_path / "step.ckpt"
+    torch.save({"settings": {"merge": 4}}, path)
+    assert merge_of(path) == 4 and merge_of(None) is None and merge_of(tmp_path / "none.ckpt") is None
+    torch.save({"other": 1}, path)
+    assert merge_of(path) is None
+    path.write_bytes(b"broken")
+    assert merge_of(path) is None
