@@ -16,6 +16,7 @@ from qwen_lit.kernels.plan import GIB, Machine, Shape, apply, choose, limit
 from qwen_lit.kernels.probe import STEPS, is_full, measure_machine, measure_peak
 from qwen_lit.model.load import add_adapter, load_base
 from qwen_lit.model.optim import build_optimizer
+from tests.kernels.test_engine import reference, with_the_engines_masks
 
 pytestmark = pytest.mark.gpu
 if INTERPRETED:
@@ -120,6 +121,31 @@ def test_what_is_kept_recomputed_or_offloaded_gives_the_same_bits(
             error = float((found[name] - wanted).norm() / wanted.norm())
             # The backward of torch's varlen attention adds in no fixed order, and layers below multiply what differs.
             assert error == 0 if len(set(lengths)) == 1 else error < 2e-2, (options, name, error)
+
+
+@pytest.mark.parametrize("targets", [QKVO, ALL], ids=["q,k,v,o", "all linears"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["usual", "wide attention"])
+def test_fifty_steps_have_pefts_losses(folders, kind, dropout, targets):
+    curves = []
+    for fast in (False, True):
+        model = loaded(folders[kind], targets, dropout)
+        draw = with_the_engines_masks(model) if dropout and not fast else lambda one: None
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
+        torch.manual_seed(2)
+        engine, curve = FastEngine(model), []
+        for step in range(50):
+            one = batch((40, 60, 30, 50), seed=step % 5)
+            draw(one)
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = (engine.loss_sum(one) if fast else reference(model, one)) / len(one["targets"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(float(loss.detach()))
+        curves.append(curve)
+    assert curves[0][-1] < curves[0][0]
+    assert np.abs(np.subtract(*curves)).max() < 1e-2
 
 
 PLANS = {
