@@ -45,7 +45,7 @@ class Plan:
     resident_layers: int = 0
     """Layers whose weights are held dequantised."""
     offload_layers: int = 0
-    """Layers of which all that backward needs waits in host memory."""
+    """Layers of which all that backward needs waits in host memory, but for the last of them."""
     fits: bool = True
     """False for the smallest plan there is, where that is more than the budget."""
 
@@ -158,7 +158,7 @@ class Shape:
         inputs = tokens * (min(1 + (tokens <= PIECE), recompute) if off else recompute) * self.input
         # The logits are gone when the layers' backward begins.
         loss = min(chunk, tokens) * self.vocabulary + 5 * tokens * self.input
-        # The last layer that went to the host is still there; where no kept one is above it, another is on its way.
+        # The last of the layers for the host stays; where no kept one is above it, another is on its way.
         there = 0 if not away else 1 + (2 * away > self.layers)
         ends = tokens * (self.layers - recompute - away + there) * self.kept
         ends += max(loss, tokens * self.working) + tokens * self.selected if recompute < self.layers else loss
