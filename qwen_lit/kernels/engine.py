@@ -107,8 +107,8 @@ class FastEngine:
             offload: the kept inputs wait in pinned host memory.
             piece: tokens of which a recomputed layer's MLP holds the activations at a time; 0 for all.
             resident_layers: of so many first layers the 4-bit weights are held dequantised too.
-            offload_layers: of so many layers, spread evenly, all that backward needs waits in pinned host memory, but for
-                the last of them, with which backward begins.
+            offload_layers: of so many layers, spread evenly, all that backward needs waits in pinned host memory, but
+                for the last of them, with which backward begins.
         """
         self.model = model
         layers = len(model.base_model.model.model.layers)
