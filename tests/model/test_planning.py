@@ -1,11 +1,14 @@
 """The plan of a run is measured before it is trained, and made anew where it took too much."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qwen_lit.distributed import least
 from qwen_lit.kernels.offload import UNPINNED
 from qwen_lit.kernels.plan import GIB, Machine, limit
 from qwen_lit.model import planning
@@ -14,6 +17,7 @@ from qwen_lit.model.resume import merge_of
 from tests.kernels.test_engine import adapted, batch
 
 BUDGET = 2 * GIB
+MACHINE = Machine(1.0, 2**40, 100)
 
 
 @pytest.fixture
@@ -25,15 +29,20 @@ def asked():
 def plan(monkeypatch, asked):
     """A run with micro-batches of so many tokens; its peaks are what ``peak_of`` says."""
 
-    def make(peak_of, fn="fit", before=None, tokens=50_000):
-        def measured(engine, batch):
-            asked.append(engine)
-            return peak_of(engine)
+    mine = threading.local()
 
-        monkeypatch.setattr(planning, "free_memory", lambda device: BUDGET)
-        monkeypatch.setattr(planning, "measure_machine", lambda *_: Machine(1.0, 2**40, 100))
-        monkeypatch.setattr(planning, "measure_peak", measured)
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    def measured(engine, batch):
+        asked.append(engine)
+        return mine.peak_of(engine)
+
+    monkeypatch.setattr(planning, "free_memory", lambda device: BUDGET)
+    monkeypatch.setattr(planning, "measure_machine", lambda *_: mine.machine)
+    monkeypatch.setattr(planning, "measure_peak", measured)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(planning, "least", lambda trainer, value: mine.least(trainer, value))
+
+    def make(peak_of, fn="fit", before=None, tokens=50_000, least=least, machine=MACHINE):
+        mine.peak_of, mine.least, mine.machine = peak_of, least, machine
         data = SimpleNamespace(most_tokens=lambda: tokens, heaviest=lambda merge: merges.append(merge) or batch(True))
         merges = data.merges = []
         trainer = SimpleNamespace(
@@ -68,6 +77,38 @@ def test_one_that_does_not_fit_is_made_anew_and_the_last_failure_is_told(plan, a
     with pytest.raises(torch.OutOfMemoryError, match="heaviest micro-batch does not fit: micro-batches merged by"):
         plan(full)
     assert len(asked) > 1
+
+
+@pytest.mark.parametrize("failure", ["device", "host", "slow link"])
+def test_ranks_that_measure_differently_train_the_same_plan(plan, monkeypatch, failure):
+    """Two ranks as two threads; a rank that asks the other more or less often than it is asked waits in vain."""
+    meet, told = threading.Barrier(2, timeout=20), {}
+
+    def least(trainer, value):
+        told[threading.get_ident()] = value
+        meet.wait()
+        found = min(told.values())
+        meet.wait()
+        return found
+
+    def rank(number):
+        tried = []
+
+        def peak_of(engine):
+            tried.append(engine)
+            if number == 1 and failure == "device" and len(tried) == 1:
+                raise torch.OutOfMemoryError("full")
+            if number == 1 and failure == "host" and engine.away:
+                raise RuntimeError(f"{UNPINNED} 64 MiB more of its memory")
+            return 0
+
+        share = 0.0 if number == 1 and failure == "slow link" else 1.0
+        return plan(peak_of, tokens=150_000, least=least, machine=Machine(share, 2**40, 100)), len(tried)
+
+    with ThreadPoolExecutor(2) as pool:
+        (one, tries), (other, more) = pool.map(rank, range(2))
+    assert one[1] == other[1] and tries == more == (1 if failure == "slow link" else 2)
+    assert bool(one[1].offload_layers) == (failure == "device")
 
 
 def test_nothing_is_measured_where_nothing_is_trained(plan, asked):
