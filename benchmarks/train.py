@@ -24,7 +24,9 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout 0, 40 GiB": {"memory": 40},
     "all linears": {"targets": ALL, "rows": 4, "peer_recompute": False},
     "24 GiB": {"memory": 24, "rows": 2, "peer_recompute": False},
+    "16 GiB": {"memory": 16, "peer_recompute": False},
     "8 GiB": {"memory": 8, "rows": 4},
+    "8 GiB, one row": {"memory": 8},
     "least memory": {"memory": 5.6, "tokens": 2048, "steps": 3},
     "longest row, 8 GiB": {"memory": 8, "longest": 32_000, "tokens": 32_000, "steps": 1},
     "longest row, 24 GiB": {"memory": 24, "longest": 120_000, "tokens": 120_000, "steps": 1},
@@ -267,8 +269,34 @@ def _sft(model_path: str, case: dict[str, Any], peer: str) -> dict[str, Any]:
 RUNNERS = {"qwen_lit": ours, "trl": trl, "unsloth": unsloth}
 
 
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """Lines of one table: ours of each case, and beside it each peer with how many times as fast ours is.
+
+    Args:
+        results: as the runners give them, with ``case`` and ``runner``; those of one case follow its own.
+    """
+    out = [
+        "| case | runner | tokens/s | peak GiB | estimate GiB | first step s | ours is |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ours: dict[str, Any] = {}
+    for one in results:
+        ours = one if one["runner"] == "qwen_lit" else ours
+        if "error" in one:
+            told = one["error"].strip().splitlines()
+            out.append(f"| {one['case']} | {one['runner']} | failed: {told[-1][:80] if told else ''} | | | | |")
+            continue
+        speed, theirs = ours.get("tokens_per_second"), one["tokens_per_second"]
+        ratio = f"{speed / theirs:.2f} x" if speed and one is not ours else ""
+        out.append(
+            f"| {one['case']} | {one['runner']} | {theirs:,} | {one['peak_gib']:.2f} | "
+            f"{one.get('estimate_gib', '')} | {one['first_step_s']} | {ratio} |"
+        )
+    return out
+
+
 def main() -> int:
-    """Run every case in a process of its own; print one table."""
+    """Run every case in a process of its own; print a line for each as it ends, and one table of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--cases", default=";".join(CASES), help="names of cases, or JSON objects, parted by ;")
@@ -292,6 +320,7 @@ def main() -> int:
                 print(done.stdout)
             results.append({"case": name, "runner": runner, **found})
             print(json.dumps(results[-1]), flush=True)
+    print("\n".join(table(results)))
     if given.json:
         given.json.write_text(json.dumps(results, indent=1))
     return 0
