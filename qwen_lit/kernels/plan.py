@@ -211,10 +211,13 @@ def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
     }
 
 
-def relative_time(recomputed: float, tokens: int, held: float = 0.0, launch: int = 0) -> float:
+def relative_time(
+    recomputed: float, tokens: int, held: float = 0.0, launch: int = 0, away: float = 0.0
+) -> float:
     """Time of a token, over that of one that keeps everything in an endless micro-batch.
 
-    Recomputing a layer costs a third of it. A micro-batch costs as much as 220 tokens beside what it computes, and
+    Recomputing a layer costs a third of it, and sending it to the host a twentieth, as copies take memory's time from
+    the products. A micro-batch costs as much as 220 tokens beside what it computes, and
     dequantising all weights as much as 260.
 
     Args:
@@ -222,15 +225,18 @@ def relative_time(recomputed: float, tokens: int, held: float = 0.0, launch: int
         tokens: of a micro-batch.
         held: share of the layers whose weights are held dequantised.
         launch: as of ``Machine``; recomputing launches half as much again.
+        away: share of the layers whose activations go to the host.
     """
-    device = (1 + 0.3 * recomputed) * (1 + (220 + 260 * (1 - held)) / tokens)
+    device = (1 + 0.3 * recomputed + 0.045 * away) * (1 + (220 + 260 * (1 - held)) / tokens)
     return max(device, launch * (1 + 0.5 * recomputed) / tokens)
 
 
 def time_of(plan: Plan, shape: Shape, tokens: int, launch: int = 0) -> float:
     """``relative_time`` of a plan, for micro-batches of so many tokens in the configuration."""
-    shares = plan.recompute_layers / shape.layers, plan.resident_layers / shape.layers
-    return relative_time(shares[0], tokens * plan.merge, shares[1], launch)
+    recomputed, held, away = (
+        count / shape.layers for count in (plan.recompute_layers, plan.resident_layers, plan.offload_layers)
+    )
+    return relative_time(recomputed, tokens * plan.merge, held, launch, away)
 
 
 def _gaps(tokens: int, merge: int) -> float:
