@@ -10,7 +10,6 @@ from qwen_lit.callbacks.store import to_host
 from qwen_lit.data.batches import collate
 from qwen_lit.kernels import attention, offload, plan
 from qwen_lit.kernels.engine import FastEngine
-from qwen_lit.kernels.launch import INTERPRETED
 from qwen_lit.kernels.member import WORKSPACE
 from qwen_lit.kernels.plan import GIB, Machine, Shape, apply, choose, limit
 from qwen_lit.kernels.probe import STEPS, is_full, measure_machine, measure_peak
@@ -19,8 +18,6 @@ from qwen_lit.model.optim import build_optimizer
 from tests.kernels.test_engine import reference, with_the_engines_masks
 
 pytestmark = pytest.mark.gpu
-if INTERPRETED:
-    pytest.skip("models are too large for Triton's interpreter", allow_module_level=True)
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*QKVO, "gate_proj", "up_proj", "down_proj"]

@@ -3,11 +3,8 @@
 import pytest
 
 from qwen_lit.cli import main
-from qwen_lit.kernels.launch import INTERPRETED
 
 pytestmark = pytest.mark.gpu
-if INTERPRETED:
-    pytest.skip("a run is too large for Triton's interpreter", allow_module_level=True)
 
 
 @pytest.fixture
