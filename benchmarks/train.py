@@ -21,7 +21,7 @@ ALL = [*QKVO, "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {
     "shipped": {"dropout": 0.1},
     "dropout 0": {"rows": 8, "peer_recompute": False},
-    "dropout 0, 40 GiB": {"memory": 40},
+    "dropout 0, 40 GiB": {"memory": 40, "rows": 4, "peer_recompute": False},
     "all linears": {"targets": ALL, "rows": 4, "peer_recompute": False},
     "24 GiB": {"memory": 24, "rows": 2, "peer_recompute": False},
     "16 GiB": {"memory": 16, "peer_recompute": False},
@@ -91,7 +91,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(reason)
     longest, step_tokens = case.get("longest", 2048), case.get("tokens", 16_384)
     budget = min(free_memory(device), int(case["memory"] * GIB) if "memory" in case else 2**62)
-    merges = [n for n in range(step_tokens // longest, 0, -1) if (step_tokens // longest) % n == 0]
+    sizes = {n: n * longest for n in range(step_tokens // longest, 0, -1) if (step_tokens // longest) % n == 0}
     shape = Shape.of(model, 2)
     static = torch.cuda.memory_allocated()
     few: Any = collate([(np.zeros(16), np.array([[0, 16]]))], 0, packed=True)
@@ -101,7 +101,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     machine = replace(machine, **{key: case[key] for key in ("share", "launch") if key in case})
     WORKSPACE.buffers.clear()
     torch.cuda.empty_cache()
-    plan = choose(shape, static, budget, longest, merges, machine)
+    plan = choose(shape, static, budget, sizes, machine)
     engine = apply(plan, model)
     steps, per_step = case.get("steps", 6), step_tokens // longest
     docs = documents(case, 4096 if case.get("mix") else steps * per_step, longest)

@@ -111,7 +111,7 @@ def common(trainer: Any, module: Any, data: Any, model: Any) -> dict[str, Any]:
         "steps": steps,
         "epochs": trainer.max_epochs,
         "tokens_per_step": round(tokens * (trainer.max_epochs or 1) / max(1, steps)),
-        "heaviest_micro_batch_tokens": data.most_tokens(),
+        "heaviest_micro_batch_tokens": data.most_tokens()[1],
         "flops_per_token": token_flops(model, length, share)[0],
         "checkpoint_mb": round(checkpoint / 1e6, 1),
         "disk_gb": round((checkpoint * (keep + 1) + 4 * trained + weights) / 1e9, 2),
@@ -126,15 +126,14 @@ def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict
     model = arithmetic_model(module)
     shape, static = Shape.of(model, module.state_bytes), static_bytes(model, module.quantization_config)
     accumulate = trainer.accumulate_grad_batches
-    merges = [n for n in range(accumulate, 0, -1) if accumulate % n == 0]
-    tokens = data.most_tokens()
+    sizes = data.most_tokens([n for n in range(accumulate, 0, -1) if accumulate % n == 0])
     result = common(trainer, module, data, model) | {"measured": False, "weights_gib": round(static / GIB, 2)}
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
-        plan = choose(shape, static, size, tokens, merges)
-        plans.append(_told(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, shape, tokens), 3)})
+        plan = choose(shape, static, size, sizes)
+        plans.append(_told(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, shape), 3)})
     return result | {"plans": plans, "advice": advice(shape, static, choose(
-        shape, static, budget or CARDS[-1] * GIB, tokens, merges), module, data, model)}  # fmt: skip
+        shape, static, budget or CARDS[-1] * GIB, sizes), module, data, model)}  # fmt: skip
 
 
 def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
@@ -208,12 +207,12 @@ def _told(plan: Plan) -> dict[str, Any]:
 
 def advice(shape: Shape, static: int, plan: Plan, module: Any, data: Any, model: Any) -> list[str]:
     """What would make it faster or smaller, with the gain of each by the planner's own arithmetic."""
-    tokens, found = data.most_tokens(), []
-    own, held = time_of(plan, shape, tokens), plan.resident_layers / shape.layers
+    tokens, found = data.most_tokens()[1], []
+    own, held = time_of(plan, shape), plan.resident_layers / shape.layers
     if plan.recompute_layers:
-        peak = shape.peak(static, tokens * plan.merge, 0, plan.loss_chunk)
+        peak = shape.peak(static, plan.tokens, 0, plan.loss_chunk)
         whole = needed(peak + plan.resident_layers * shape.resident)
-        gain = own / relative_time(0.0, tokens * plan.merge, held) - 1
+        gain = own / relative_time(0.0, plan.tokens, held) - 1
         found.append(f"faster: with {whole / GIB:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
     if not data.packing:
         lengths = data.train_rows.column("length")
@@ -227,9 +226,9 @@ def advice(shape: Shape, static: int, plan: Plan, module: Any, data: Any, model:
                 f"{gain:.0%} faster (lower trainer.accumulate_grad_batches to keep the rows of a step)"
             )
     whole, half = (
-        shape.peak(static, share * plan.merge, plan.recompute_layers, plan.loss_chunk, plan.host_embedding,
+        shape.peak(static, share, plan.recompute_layers, plan.loss_chunk, plan.host_embedding,
                    plan.offload, plan.piece, plan.offload_layers)
-        for share in (tokens, tokens // 2)
+        for share in (plan.tokens, plan.tokens // 2)
     )  # fmt: skip
     if whole - half > GIB // 8:
         found.append(f"smaller: data.max_length {tokens // 2} takes {(whole - half) / GIB:.1f} GiB less")

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -277,11 +278,12 @@ class QwenDataModule(L.LightningDataModule):
         batches = itertools.islice(order, last - first + 1)
         return [[self.train_rows.place(row)[0] for row in batch] for batch in batches]
 
-    def most_tokens(self) -> int:
-        """Tokens of the largest micro-batch of an epoch, without padding."""
+    def most_tokens(self, counts: Sequence[int] = (1,)) -> dict[int, int]:
+        """Tokens of the largest micro-batches of an epoch together, without padding, by how many they are."""
         assert self.train_rows is not None
         lengths = self.train_rows.column("length")
-        return max(int(lengths[batch].sum()) for batch in self.batches(self.train_rows))
+        sizes = sorted((int(lengths[batch].sum()) for batch in self.batches(self.train_rows)), reverse=True)
+        return {count: sum(sizes[:count]) for count in counts}
 
     def heaviest(self, merge: int) -> Batch:
         """The largest so many micro-batches as one."""

@@ -1,7 +1,8 @@
 """The memory plan: how many rows share a micro-batch, and which layers are computed again in backward."""
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -19,6 +20,9 @@ MARGIN = 0.04
 LIBRARIES = GIB // 4
 FRAGMENTS = 0.06
 LONG_FRAGMENTS = 0.35
+SCANT = 1.3
+"""How much longer a plan takes that moves the embedding or inputs, or does the MLP in pieces: few logits at a time."""
+
 CUBLAS = 2**26
 """Bytes of cuBLAS's own workspaces, one for each of the threads of forward and backward."""
 
@@ -29,6 +33,8 @@ class Plan:
 
     merge: int
     """Micro-batches of the configuration that are computed as one."""
+    tokens: int
+    """Of the largest of these."""
     recompute_layers: int
     loss_chunk: int
     """Rows of logits that exist at a time."""
@@ -231,21 +237,26 @@ def relative_time(
     return max(device, launch * (1 + 0.5 * recomputed) / tokens)
 
 
-def time_of(plan: Plan, shape: Shape, tokens: int, launch: int = 0) -> float:
-    """``relative_time`` of a plan, for micro-batches of so many tokens in the configuration."""
+def time_of(plan: Plan, shape: Shape, launch: int = 0) -> float:
+    """``relative_time`` of a plan, for its largest micro-batch."""
     recomputed, held, away = (
         count / shape.layers for count in (plan.recompute_layers, plan.resident_layers, plan.offload_layers)
     )
-    return relative_time(recomputed, tokens * plan.merge, held, launch, away)
+    moves = plan.host_embedding or plan.offload or plan.piece > 0
+    return relative_time(recomputed, plan.tokens, held, launch, away) * (SCANT if moves else 1.0)
 
 
-def _gaps(tokens: int, merge: int) -> float:
+def _gaps(longest: int, tokens: int) -> float:
     """Share of the activations that is left free beside them.
 
     Blocks of a long row are large, and fit ill into the gaps that earlier ones leave; twice as many tokens of shorter
     rows still do without.
+
+    Args:
+        longest: tokens of the largest micro-batch of the configuration.
+        tokens: of those that are computed as one.
     """
-    return LONG_FRAGMENTS if tokens > PIECE or tokens * merge > 2 * PIECE else 0.0
+    return LONG_FRAGMENTS if longest > PIECE or tokens > 2 * PIECE else 0.0
 
 
 def limit(budget: int) -> int:
@@ -259,7 +270,8 @@ def needed(estimate: int) -> int:
 
 
 def choose(
-    shape: Shape, static: int, budget: int, tokens: int, merges: list[int], machine: Machine = Machine()  # noqa: B008
+    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], machine: Machine = Machine(),  # noqa: B008
+    only: int | None = None,
 ) -> Plan:
     """The fastest plan that fits.
 
@@ -267,50 +279,75 @@ def choose(
         shape: of the model.
         static: bytes allocated before the first step.
         budget: bytes that may be used.
-        tokens: most tokens of one micro-batch of the configuration.
-        merges: how many micro-batches may be computed as one, each.
+        sizes: tokens of the largest micro-batches of the configuration together, by how many may be computed as one;
+            1 is among them.
         machine: that the plan is for.
+        only: so many are computed as one, if that fits.
 
     Returns:
         The plan; the smallest one when none fits.
     """
+    every = sorted(sizes, reverse=True)
+    for merges in [[only], every] if only is not None and only in sizes else [every]:
+        small = _small(shape, static, budget, sizes, merges, machine)
+        plans = _usual(shape, static, budget, sizes, merges, machine) + [plan for plan in small if plan.fits]
+        if plans:
+            return min(plans, key=lambda plan: (time_of(plan, shape, machine.launch), plan.offload_layers))
+    return small[-1]
+
+
+def _usual(
+    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], merges: list[int], machine: Machine
+) -> list[Plan]:
+    """All plans that fit and leave everything where it is but the activations of some layers."""
     usable = limit(budget)
     chunk = max(128, min(2048, int(0.02 * budget) // shape.vocabulary // 128 * 128))
     plans = []
     for merge in merges:
-        gaps = _gaps(tokens, merge)
+        tokens = sizes[merge]
+        gaps = _gaps(sizes[1], tokens)
         # A layer takes whole blocks of the host's memory.
-        most = max(0, min(int(machine.share * shape.layers), machine.memory // (tokens * merge * shape.kept + BLOCK)))
+        most = max(0, min(int(machine.share * shape.layers), machine.memory // (tokens * shape.kept + BLOCK)))
         for away, recompute in product(range(most + 1), range(shape.layers + 1)):
             if away + recompute > shape.layers:
                 continue
-            estimate = shape.peak(static, tokens * merge, recompute, chunk, away=away)
+            estimate = shape.peak(static, tokens, recompute, chunk, away=away)
             if estimate + gaps * (estimate - static) > usable:
                 continue
             # What lies between activations of different sizes is lost to weights that stay.
             left = usable - estimate - int(max(FRAGMENTS, gaps) * (estimate - static))
             held = min(shape.layers, max(0, left // shape.resident)) if shape.resident else 0
             estimate += held * shape.resident
-            plans.append(Plan(merge, recompute, chunk, estimate, budget, resident_layers=held, offload_layers=away))
-    if plans:
-        return min(plans, key=lambda plan: (time_of(plan, shape, tokens, machine.launch), plan.offload_layers))
-    # From what costs least time to what costs most.
+            plans.append(
+                Plan(merge, tokens, recompute, chunk, estimate, budget, resident_layers=held, offload_layers=away)
+            )
+    return plans
+
+
+def _small(
+    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], merges: list[int], machine: Machine
+) -> list[Plan]:
+    """Plans that recompute every layer, from what costs least time to what takes least memory."""
+    longest = sizes[1]
     ways = [
         (host, piece, off)
-        for off in (False, True)[: 1 + (machine.memory >= tokens * shape.layers * shape.input)]
+        for off in (False, True)[: 1 + (machine.memory >= sizes[merges[-1]] * shape.layers * shape.input)]
         for host in ((False, True) if shape.embedding else (False,))
-        for piece in ((0, PIECE) if tokens > PIECE else (0,))
+        for piece in ((0, PIECE) if longest > PIECE else (0,))
     ]
-    if tokens > PIECE:
+    if longest > PIECE:
         # Smaller pieces dequantise the weights more often.
         ways += [(bool(shape.embedding), PIECE // parts, ways[-1][2]) for parts in (2, 4)]
-    gaps = _gaps(tokens, 1)
-    for host, piece, off in ways:
+    plans = []
+    for (host, piece, off), merge in product(ways, merges):
+        tokens = sizes[merge]
+        if off and merge > merges[-1] and machine.memory < tokens * shape.layers * shape.input:
+            continue
         estimate = shape.peak(static, tokens, shape.layers, 128, host, off, piece)
-        plan = Plan(1, shape.layers, 128, estimate, budget, host, off, piece)
-        if estimate + gaps * (estimate - static + shape.embedding * host) <= usable:
-            return plan
-    return replace(plan, fits=False)
+        gaps = int(_gaps(longest, tokens) * (estimate - static + shape.embedding * host))
+        fits = estimate + gaps <= limit(budget)
+        plans.append(Plan(merge, tokens, shape.layers, 128, estimate, budget, host, off, piece, fits=fits))
+    return plans
 
 
 def apply(plan: Plan, model: Any) -> FastEngine:

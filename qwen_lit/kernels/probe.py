@@ -47,7 +47,7 @@ def host_memory() -> int:
 
 
 def measure_machine(engine: Any, shape: Shape, batch: Any, processes: int) -> Machine:
-    """Time a copy to the host, a product, and the launching of a micro-batch.
+    """Time a copy to the host, a product, and the launching of a micro-batch, where there is memory for that.
 
     Args:
         engine: a ``FastEngine`` on a CUDA device that recomputes nothing.
@@ -55,6 +55,20 @@ def measure_machine(engine: Any, shape: Shape, batch: Any, processes: int) -> Ma
         batch: ``qwen_lit.data.batches.Batch`` of few tokens, on that device.
         processes: on this machine, which share its memory.
     """
+    # Half of the memory stays free: the export, the loader's workers and the page cache live there too.
+    memory = host_memory() // 2 // processes
+    try:
+        share, launch = _share_and_launch(engine, shape, batch)
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
+        # What is left then has room for one plan alone, the smallest.
+        share = launch = 0.0
+    return Machine(share=min(1.0, int(share * STEPS) / STEPS), memory=memory, launch=int(launch))
+
+
+def _share_and_launch(engine: Any, shape: Shape, batch: Any) -> tuple[float, float]:
+    """As of a ``Machine``."""
     device = batch["input_ids"].device
     there = torch.empty(COPIED, dtype=torch.uint8, device=device)
     here = torch.empty(COPIED, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -62,15 +76,9 @@ def measure_machine(engine: Any, shape: Shape, batch: Any, processes: int) -> Ma
     # A layer takes longer than its products, and these longer than in a burst: both are room to spare.
     with torch.random.fork_rng([device]):
         forward = 2 * shape.products / measured_flops(device, 4096)
-    share = forward / (shape.kept * copy / COPIED)
     launch = _seconds(lambda: measure_peak(engine, batch), device)
-    # Half of the memory stays free: the export, the loader's workers and the page cache live there too.
-    return Machine(
-        share=min(1.0, int(share * STEPS) / STEPS),
-        memory=host_memory() // 2 // processes,
-        # Backward takes the input's gradient alone, and so as long as forward.
-        launch=int(launch / (2 * forward * shape.layers)),
-    )
+    # Backward takes the input's gradient alone, and so as long as forward.
+    return forward / (shape.kept * copy / COPIED), launch / (2 * forward * shape.layers)
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:

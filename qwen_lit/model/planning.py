@@ -43,7 +43,7 @@ def planned_engine(
     device = trainer.strategy.root_device
     limits = [trainer.limit_train_batches, trainer.val_check_interval]
     common = math.gcd(trainer.accumulate_grad_batches, *(one for one in limits if isinstance(one, int)))
-    merges = [n for n in range(common, 0, -1) if common % n == 0]
+    sizes = data.most_tokens([n for n in range(common, 0, -1) if common % n == 0])
     free = free_memory(device)
     budget = least(trainer, min(budget or free, free))
     shape = Shape.of(model, state_bytes)
@@ -58,11 +58,7 @@ def planned_engine(
         if engine is not None:
             engine.release()
         torch.cuda.empty_cache()
-        plans = [
-            choose(shape, static + beside, budget, data.most_tokens(), some, machine)
-            for some in ([one for one in merges if one == before], merges) if some
-        ]  # fmt: skip
-        return next((plan for plan in plans if plan.fits and plan.merge == before), plans[-1])
+        return choose(shape, static + beside, budget, sizes, machine, before)
 
     def peak_of(plan: Plan) -> int | None:
         nonlocal engine, machine

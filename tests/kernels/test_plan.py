@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_lit.errors import UserError
 from qwen_lit.kernels.engine import spread
-from qwen_lit.kernels.plan import GIB, Machine, Shape, choose, parse_bytes, time_of
+from qwen_lit.kernels.plan import GIB, Machine, Shape, choose, limit, parse_bytes, time_of
 
 # The shape of Qwen2.5-7B with LoRA on q, k, v and o.
 SEVEN = Shape(
@@ -27,59 +27,72 @@ SEVEN = Shape(
     resident=466_000_000,
 )
 STATIC = int(5.25 * GIB)
+FOUR = {n: n * 2048 for n in (4, 2, 1)}
+EIGHT = {8: 8 * 2048, **FOUR}
 
 
 @pytest.mark.parametrize("budget", [7, 8, 12, 16, 24, 40, 80])
 def test_a_plan_stays_under_its_budget(budget):
-    plan = choose(SEVEN, STATIC, budget * GIB, 2048, [8, 4, 2, 1])
+    plan = choose(SEVEN, STATIC, budget * GIB, EIGHT)
     assert plan.estimate < budget * GIB
 
 
 def test_more_memory_never_gives_a_slower_plan():
-    plans = [choose(SEVEN, STATIC, budget * GIB // 8, 2048, [8, 4, 2, 1]) for budget in range(8 * 8, 80 * 8)]
-    costs = [time_of(plan, SEVEN, 2048) for plan in plans]
+    plans = [choose(SEVEN, STATIC, budget * GIB // 8, EIGHT) for budget in range(8 * 8, 80 * 8)]
+    costs = [time_of(plan, SEVEN) for plan in plans]
     assert costs == sorted(costs, reverse=True)
     assert plans[-1].merge == 8 and plans[-1].recompute_layers == 0
     assert plans[0].recompute_layers > 20
 
 
-@pytest.mark.parametrize(("tokens", "merges"), [(16_000, [1]), (256, [8, 4, 2, 1])])
-def test_nor_does_it_for_a_small_model(tokens, merges):
+@pytest.mark.parametrize("sizes", [{1: 16_000}, {8: 2048, 4: 1024, 2: 512, 1: 256}], ids=len)
+def test_nor_does_it_for_a_small_model(sizes):
     """Holding a layer's weights can be worth recomputing another."""
     small = replace(
         SEVEN, kept=2 * (8 * 1024 + 2 * 3072), input=2048, working=2 * (3072 + 3 * 1024), fixed=2**25,
         again=2 * (8 * 1024 + 3 * 3072), resident=2 * 15_700_000,
     )  # fmt: skip
     static, budgets = GIB // 2, [budget * GIB // 16 for budget in range(24, 24 * 16)]
-    costs = [time_of(choose(small, static, budget, tokens, merges), small, tokens) for budget in budgets]
+    costs = [time_of(choose(small, static, budget, sizes), small) for budget in budgets]
     assert costs == sorted(costs, reverse=True)
 
 
 def test_little_memory_moves_the_embedding_to_the_cpu_and_then_the_inputs():
     smaller = replace(SEVEN, embedding=304_128 * 3584)
-    plans = [choose(smaller, STATIC, int(budget * GIB), 2048, [8, 4, 2, 1]) for budget in (8, 6, 5.4)]
+    plans = [choose(smaller, STATIC, int(budget * GIB), {1: 2048}) for budget in (8, 6, 5.4)]
     assert [(plan.host_embedding, plan.offload) for plan in plans] == [(False, False), (True, False), (True, True)]
     assert all((plan.merge, plan.recompute_layers, plan.loss_chunk) == (1, 28, 128) for plan in plans[1:])
     estimates = [plan.estimate for plan in plans]
     assert estimates == sorted(estimates, reverse=True)
-    assert not choose(SEVEN, STATIC, 5 * GIB, 2048, [1]).host_embedding
+    assert not choose(SEVEN, STATIC, 5 * GIB, {1: 2048}).host_embedding
+
+
+def test_short_rows_share_a_micro_batch_where_memory_is_least_too():
+    smaller, sizes = replace(SEVEN, embedding=304_128 * 3584), {8: 1500, 4: 900, 2: 550, 1: 300}
+    plans = [choose(smaller, STATIC, int(budget * GIB), sizes) for budget in (5.1, 5.2, 5.35, 5.6, 6.2)]
+    merges = [plan.merge for plan in plans]
+    assert merges == sorted(merges) and merges[0] > 1 and merges[-2:] == [8, 8]
+    assert all(plan.host_embedding and plan.estimate <= limit(plan.budget) for plan in plans)
+    # The host's memory holds the inputs of so many tokens alone.
+    plan = choose(smaller, STATIC, int(5.1 * GIB), sizes, Machine(memory=600 * 28 * 7168))
+    assert plan.tokens <= 600 and plan.fits
 
 
 def test_a_long_row_leaves_room_for_the_gaps_between_large_blocks_at_every_budget():
     shape = replace(SEVEN, embedding=304_128 * 3584)
     for budget in (8, 12, 16, 20, 24, 40, 80):
         for tokens in (8_200, 16_000, 26_800, 30_000, 45_000, 53_200, 120_000):
-            plan = choose(shape, STATIC, budget * GIB, tokens, [1])
+            plan = choose(shape, STATIC, budget * GIB, {1: tokens})
             held = plan.resident_layers * shape.resident
             grown = plan.estimate - held - STATIC + shape.embedding * plan.host_embedding
             assert not plan.fits or plan.estimate + 0.35 * grown < budget * GIB
-    assert choose(shape, STATIC, 24 * GIB, 78_475, [1]).fits
+    assert choose(shape, STATIC, 24 * GIB, {1: 78_475}).fits
 
 
 def test_a_plan_that_does_not_fit_says_so():
-    plan = choose(SEVEN, STATIC, 5 * GIB, 2048, [1])
+    plan = choose(SEVEN, STATIC, 5 * GIB, {1: 2048})
     assert not plan.fits and "MAY NOT FIT" in str(plan)
-    assert "MAY NOT FIT" not in str(choose(SEVEN, STATIC, 8 * GIB, 2048, [1]))
+    assert "MAY NOT FIT" not in str(choose(SEVEN, STATIC, 8 * GIB, {1: 2048}))
 
 
 @pytest.mark.parametrize("options", [{"layers_to_transform": [2]}, {"rank_pattern": {r"layers\.2\..*": 16}}])
@@ -94,21 +107,21 @@ def test_the_layer_that_needs_most_counts(options):
 
 
 def test_memory_to_spare_holds_weights_dequantised():
-    plans = [choose(SEVEN, STATIC, budget * GIB, 2048, [4, 2, 1]) for budget in (24, 40, 60, 80)]
+    plans = [choose(SEVEN, STATIC, budget * GIB, FOUR) for budget in (24, 40, 60, 80)]
     assert [plan.resident_layers for plan in plans] == sorted(plan.resident_layers for plan in plans)
     assert plans[-1].resident_layers == 28 and all(plan.estimate < plan.budget for plan in plans)
-    assert choose(replace(SEVEN, resident=0), STATIC, 80 * GIB, 2048, [4, 2, 1]).resident_layers == 0
+    assert choose(replace(SEVEN, resident=0), STATIC, 80 * GIB, FOUR).resident_layers == 0
 
 
 def test_weights_that_are_held_can_be_worth_more_than_a_larger_micro_batch():
-    assert choose(replace(SEVEN, resident=0), STATIC, 60 * GIB, 2048, [8, 4, 2, 1]).merge == 8
-    plan = choose(SEVEN, STATIC, 60 * GIB, 2048, [8, 4, 2, 1])
+    assert choose(replace(SEVEN, resident=0), STATIC, 60 * GIB, EIGHT).merge == 8
+    plan = choose(SEVEN, STATIC, 60 * GIB, EIGHT)
     assert (plan.merge, plan.recompute_layers, plan.resident_layers) == (4, 0, 28)
 
 
 @pytest.mark.parametrize(("tokens", "budget"), [(2_972, 8), (78_475, 24), (342_733, 80)])
 def test_a_very_long_row_goes_in_pieces_and_fits(tokens, budget):
-    plan = choose(replace(SEVEN, embedding=304_128 * 3584), STATIC, budget * GIB, tokens, [1])
+    plan = choose(replace(SEVEN, embedding=304_128 * 3584), STATIC, budget * GIB, {1: tokens})
     assert plan.estimate < budget * GIB
     assert bool(plan.piece) == (tokens > 8192)
 
@@ -159,26 +172,26 @@ def test_offloading_is_planned_where_the_link_has_room_and_the_host_memory():
     for budget in (8, 12, 16, 24, 40):
         times = []
         for share in (0.0, 0.25, 0.5, 1.0):
-            plan = choose(shape, STATIC, budget * GIB, 2048, [8, 4, 2, 1], Machine(share))
+            plan = choose(shape, STATIC, budget * GIB, EIGHT, Machine(share))
             assert plan.offload_layers <= share * 28 and plan.estimate < budget * GIB
-            times.append(time_of(plan, SEVEN, 2048))
+            times.append(time_of(plan, SEVEN))
         assert times == sorted(times, reverse=True) and times[-1] < times[0]
-    full = choose(shape, STATIC, 8 * GIB, 2048, [8, 4, 2, 1], Machine(1.0, 2 * GIB))
-    assert 0 < full.offload_layers < choose(shape, STATIC, 8 * GIB, 2048, [8, 4, 2, 1], Machine(1.0)).offload_layers
+    full = choose(shape, STATIC, 8 * GIB, EIGHT, Machine(1.0, 2 * GIB))
+    assert 0 < full.offload_layers < choose(shape, STATIC, 8 * GIB, EIGHT, Machine(1.0)).offload_layers
     assert full.offload_layers * 2048 * full.merge * SEVEN.kept <= 2 * GIB
-    assert choose(shape, STATIC, 80 * GIB, 2048, [8, 4, 2, 1], Machine(1.0)).offload_layers == 0
+    assert choose(shape, STATIC, 80 * GIB, EIGHT, Machine(1.0)).offload_layers == 0
 
 
 def test_inputs_are_not_sent_to_a_host_without_the_memory_for_them():
     shape = replace(SEVEN, embedding=304_128 * 3584)
-    assert choose(shape, STATIC, int(5.5 * GIB), 2048, [1], Machine()).offload
-    assert not choose(shape, STATIC, int(5.5 * GIB), 2048, [1], Machine(memory=GIB // 4)).fits
+    assert choose(shape, STATIC, int(5.5 * GIB), {1: 2048}, Machine()).offload
+    assert not choose(shape, STATIC, int(5.5 * GIB), {1: 2048}, Machine(memory=GIB // 4)).fits
 
 
 def test_a_host_that_launches_slowly_is_given_larger_micro_batches():
-    plans = [choose(SEVEN, STATIC, 16 * GIB, 2048, [8, 4, 2, 1], Machine(launch=launch)) for launch in (0, 3500)]
+    plans = [choose(SEVEN, STATIC, 16 * GIB, EIGHT, Machine(launch=launch)) for launch in (0, 3500)]
     assert [plan.merge for plan in plans] == [1, 2]
-    assert time_of(plans[0], SEVEN, 2048, 3500) > 1.1 * time_of(plans[1], SEVEN, 2048, 3500)
+    assert time_of(plans[0], SEVEN, 3500) > 1.1 * time_of(plans[1], SEVEN, 3500)
 
 
 def test_layers_that_go_to_the_host_are_spread_evenly():
@@ -191,7 +204,7 @@ def test_layers_that_go_to_the_host_are_spread_evenly():
 
 def test_very_little_memory_makes_the_pieces_smaller():
     shape = replace(SEVEN, embedding=304_128 * 3584)
-    plans = [choose(shape, STATIC, int(budget * GIB), 32_000, [1]) for budget in (10, 9, 8.6)]
+    plans = [choose(shape, STATIC, int(budget * GIB), {1: 32_000}) for budget in (10, 9, 8.6)]
     pieces = [plan.piece for plan in plans]
     assert pieces == sorted(pieces, reverse=True) and pieces[0] == 8192 > pieces[-1] > 0
     assert all(plan.fits for plan in plans)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from qwen_lit.kernels import probe
-from qwen_lit.kernels.plan import GIB, Plan, limit
-from qwen_lit.kernels.probe import TRIES, host_memory, is_full, settle
+from qwen_lit.kernels.plan import GIB, Machine, Plan, limit
+from qwen_lit.kernels.probe import TRIES, host_memory, is_full, measure_machine, settle
 
 
 @pytest.fixture
@@ -56,6 +56,16 @@ def test_what_says_that_memory_is_short_is_told_from_faults(error, full):
     assert is_full(error) is full
 
 
+def test_a_device_too_full_to_be_measured_is_planned_for_as_any(monkeypatch, group):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(probe, "_share_and_launch", full)
+    assert measure_machine(None, None, None, 2) == Machine(0.0, 1250, 0)
+    monkeypatch.setattr(probe, "_share_and_launch", lambda *_: (0.3, 900.7))
+    assert measure_machine(None, None, None, 1) == Machine(0.25, 2500, 900)
+
+
 BUDGET = 8 * GIB
 
 
@@ -65,7 +75,7 @@ def planner(asked, smallest=4 * GIB):
     def plan_with(beside):
         asked.append(beside)
         estimate = limit(BUDGET) - beside
-        return Plan(1, 0, 128, max(estimate, smallest), BUDGET, fits=estimate >= smallest)
+        return Plan(1, 2048, 0, 128, max(estimate, smallest), BUDGET, fits=estimate >= smallest)
 
     return plan_with
 

@@ -43,7 +43,10 @@ def plan(monkeypatch, asked):
 
     def make(peak_of, fn="fit", before=None, tokens=50_000, least=least, machine=MACHINE):
         mine.peak_of, mine.least, mine.machine = peak_of, least, machine
-        data = SimpleNamespace(most_tokens=lambda: tokens, heaviest=lambda merge: merges.append(merge) or batch(True))
+        data = SimpleNamespace(
+            most_tokens=lambda counts: {count: count * tokens for count in counts},
+            heaviest=lambda merge: merges.append(merge) or batch(True),
+        )  # fmt: skip
         merges = data.merges = []
         trainer = SimpleNamespace(
             strategy=SimpleNamespace(root_device=torch.device("cpu")), world_size=1, num_devices=1,
@@ -122,6 +125,7 @@ def test_a_resumed_run_computes_as_many_micro_batches_at_once_as_before_where_th
     *_, merged = plan(lambda engine: 0, before=1)
     assert merged == [1]
     assert [plan(lambda engine: 0, before=one)[1].merge for one in (None, 3, 4, 8)] == [2, 2, 4, 2]
+
 
 def test_a_host_that_does_not_pin_is_not_asked_again(plan, asked):
     def unpinned(engine):
