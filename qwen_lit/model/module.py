@@ -147,10 +147,6 @@ class QwenModule(L.LightningModule):
         self.model = add_adapter(base, self.lora_config, self.gradient_checkpointing)
         if sharded:
             shard_layers(self.model, device)
-            # DDP reduces the adapter alone: the shards differ from rank to rank.
-            frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
-            frozen += [name for name, _ in self.named_buffers()]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
         if str(self.lora_config.init_lora_weights).lower().startswith(("pissa", "olora")):
             # These change the base; the exported adapter is the difference from where it started.
             self.initial_adapter = tempfile.TemporaryDirectory(prefix="qwen_lit_")
@@ -158,6 +154,11 @@ class QwenModule(L.LightningModule):
         if self.neftune_noise_alpha > 0:
             base.get_input_embeddings().register_forward_hook(self._add_noise)  # type: ignore[operator]
         self._choose_engine()
+        if sharded or self.host_embedding:
+            # DDP reduces the adapter alone: shards differ from rank to rank, and an embedding on the CPU is no part.
+            frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+            frozen += [name for name, _ in self.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
     def _choose_engine(self) -> None:
         """The fast engine with its memory plan where it can run, PEFT's own path elsewhere.
@@ -193,6 +194,22 @@ class QwenModule(L.LightningModule):
                 setattr(trainer, name, getattr(trainer, name) // plan.merge)
         measured = "" if peak is None else f", measured {peak / GIB:.2f}"
         self.engine_told, self.plan = f"fast, {plan}{measured}", plan
+
+    @property
+    def host_embedding(self) -> bool:
+        """Whether the plan has put the embedding on the CPU."""
+        return self.plan is not None and self.plan.host_embedding
+
+    def to(self, *args: Any, **kwargs: Any) -> "QwenModule":
+        """As of any module, but an embedding that the plan has put on the CPU stays there."""
+        if not self.host_embedding:
+            return super().to(*args, **kwargs)
+        embedding = cast(Any, self.model).base_model.model.get_input_embeddings()
+        weight, embedding.weight = embedding.weight, None
+        try:
+            return super().to(*args, **kwargs)
+        finally:
+            embedding.weight = weight
 
     @property
     def state_bytes(self) -> int:

@@ -1,8 +1,13 @@
 """A whole run on the device: what it plans, it measures, and then it trains."""
 
+from dataclasses import replace
+
 import pytest
 
 from qwen_lit.cli import main
+from qwen_lit.kernels.engine import FastEngine
+from qwen_lit.kernels.plan import choose
+from qwen_lit.model import planning
 
 pytestmark = pytest.mark.gpu
 
@@ -17,3 +22,18 @@ def test_fit_measures_its_plan_and_trains(on_the_gpu, caplog):
     caplog.set_level("INFO")
     assert main([*on_the_gpu, "--trainer.max_steps", "3"]) == 0
     assert "engine     fast, micro-batches merged by" in caplog.text and "GiB, measured 0." in caplog.text
+
+
+def test_an_embedding_that_is_planned_for_the_cpu_is_there_while_the_run_trains(on_the_gpu, monkeypatch):
+    plain, seen = FastEngine.loss_sum, []
+
+    def loss_sum(self, batch):
+        seen.append((self.model.get_input_embeddings().weight.device.type, batch["input_ids"].device.type))
+        return plain(self, batch)
+
+    monkeypatch.setattr(planning, "choose", lambda *given: replace(choose(*given), host_embedding=True))
+    monkeypatch.setattr(FastEngine, "loss_sum", loss_sum)
+    assert main([*on_the_gpu, "--trainer.max_steps", "3"]) == 0
+    # The machine is measured before it is planned for.
+    planned = seen[seen.index(("cpu", "cuda")) :]
+    assert set(planned) == {("cpu", "cuda")} and len(planned) > 3

@@ -1,0 +1,22 @@
+"""The module as Lightning handles it."""
+
+import torch
+
+from qwen_lit.config import Lora
+from qwen_lit.kernels.plan import Plan
+from qwen_lit.model.load import add_adapter, load_base
+from qwen_lit.model.module import QwenModule
+
+
+def test_an_embedding_that_is_planned_for_the_cpu_stays_there_when_all_else_is_moved(model_folder):
+    lora = Lora(r=4, target_modules=["q_proj"])
+    for host in (False, True):
+        module = QwenModule(str(model_folder), lora)
+        module.model = add_adapter(load_base(str(model_folder), None, torch.device("cpu")), lora, False)
+        module.plan = Plan(1, 2048, 2, 128, 0, 0, host_embedding=host)
+        weight = module.model.get_input_embeddings().weight.clone()
+        assert module.to("meta") is module and module.device.type == "meta"
+        there = {name for name, one in module.named_parameters() if one.device.type == "cpu"}
+        assert there == ({"model.base_model.model.model.embed_tokens.weight"} if host else set())
+        if host:
+            assert torch.equal(module.model.get_input_embeddings().weight, weight)
