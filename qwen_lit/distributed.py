@@ -83,8 +83,8 @@ def _watch_children(processes: list[Any]) -> None:
 
 
 def watch_parent() -> None:
-    """End this process soon after the one that has started it, when it is a further rank of a machine."""
-    if int(os.environ.get("LOCAL_RANK", "0") or 0) > 0:
+    """End this process soon after the one that has started it: torchrun, or the first rank of a machine."""
+    if int(os.environ.get("LOCAL_RANK", "0") or 0) > 0 or "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_watch_parent, args=(os.getppid(),), name="watch-parent", daemon=True).start()
 
 

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -180,3 +182,37 @@ def test_torchrun_starts_the_ranks_as_well(command, two, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert same(two, out)
+
+
+def runs(process):
+    """Whether it does; one that has ended can wait for whoever asks how."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_rank_ends_with_what_has_started_it_and_a_run_of_one_process_does_not(tmp_path):
+    child = "from qwen_lit import distributed; distributed.GRACE = 0.0; distributed.watch_parent()\n"
+    (tmp_path / "child.py").write_text(child + "print('watching', flush=True); import time; time.sleep(120)")
+    (tmp_path / "parent.py").write_text(
+        "import os, subprocess, sys, time\n"
+        "for more in ({}, {'LOCAL_RANK': '1'}, {'LOCAL_RANK': '0', 'TORCHELASTIC_RUN_ID': 'none'}):\n"
+        "    environment = {k: v for k, v in os.environ.items() if k not in ('LOCAL_RANK', 'TORCHELASTIC_RUN_ID')}\n"
+        f"    made = subprocess.Popen([sys.executable, {str(tmp_path / 'child.py')!r}], env=environment | more,\n"
+        "                            stdout=subprocess.PIPE)\n"
+        "    made.stdout.readline()\n"
+        "    print(made.pid, flush=True)\n"
+        "time.sleep(120)"
+    )
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    children = [psutil.Process(int(parent.stdout.readline())) for _ in range(3)]
+    try:
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 30
+        while any(map(runs, children[1:])) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert [runs(one) for one in children] == [True, False, False]
+    finally:
+        for one in children:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
