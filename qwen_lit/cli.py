@@ -52,7 +52,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Called on rank zero before the model is loaded."""
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         folder = Path(self.config["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
@@ -147,7 +147,7 @@ class QwenCLI(LightningCLI):
         keys = {"ckpt_path", *self._subcommand_method_arguments.get(name, [])}
         config = Namespace({key: value for key, value in self.config[name].items() if key not in keys})
         parser = self._subcommand_parsers[name]
-        self.trainer.fit_config = parser.dump(config, skip_none=False, skip_validation=True)  # type: ignore[attr-defined]
+        self.trainer.fit_config = parser.dump(config, skip_unset=False, skip_validation=True)  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Export):
                 self._dump_config()
@@ -222,8 +222,10 @@ def set_up_logging() -> None:
     if level == "DEBUG":
         logging.getLogger().setLevel(level)
     else:
+        # Lightning wraps the model for several ranks on a stream of its own.
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node.s stream does not match")
         warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*(instantiate_classes|add_instantiator|skip_none).*")
+        warnings.filterwarnings("ignore", message=".*(instantiate_classes|add_instantiator).*")
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

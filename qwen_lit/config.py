@@ -16,3 +16,9 @@ class Quantization(BitsAndBytesConfig):
 @dataclass
 class Lora(LoraConfig):
     """PEFT's LoraConfig: which linears are adapted, and how."""
+
+    def __post_init__(self) -> None:
+        """PEFT warns of a ``loftq_config`` that is not used; the parser makes one where none is given."""
+        if self.init_lora_weights != "loftq":
+            self.loftq_config = {}
+        super().__post_init__()
