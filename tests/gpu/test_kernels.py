@@ -188,7 +188,8 @@ def member(width, out, rank, four_bit, dropout, bias=True):
         made.load_state_dict(layer.state_dict())
         layer = made
     layer = layer.to(DEVICE)
-    a, b = ((0.2 * random(*size, dtype=torch.float32)).requires_grad_() for size in ((rank, width), (out, rank)))
+    # Products take A and B in their own dtype; these are the same numbers in both.
+    a, b = ((0.2 * random(*size, dtype=LOW)).float().requires_grad_() for size in ((rank, width), (out, rank)))
     named = layer.bias.data.to(LOW) if bias else None
     made = Member(layer.weight, named, a if rank else None, b if rank else None, 0.5, dropout)
     return made, full_weight([made], LOW).double().clone()
