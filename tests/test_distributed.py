@@ -177,10 +177,18 @@ def test_machines_with_different_rows_are_refused_on_both(command, tmp_path):
 def test_torchrun_starts_the_ranks_as_well(command, two, tmp_path):
     out = tmp_path / "out"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    done = subprocess.run(
-        [*launcher, "qwen_lit", *command(out, *TWO)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    started = subprocess.Popen(
+        [*launcher, "qwen_lit", *command(out, *TWO)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+    )  # fmt: skip
+    try:
+        told, _ = started.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        for rank in psutil.Process(started.pid).children(recursive=True):
+            # It tells what each of its threads waits for.
+            rank.send_signal(signal.SIGABRT)
+        told, _ = started.communicate(timeout=60)
+    assert started.returncode == 0, told
     assert same(two, out)
 
 
