@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from peft import LoraConfig
+from peft import LoftQConfig, LoraConfig
 from transformers import BitsAndBytesConfig
 
 
@@ -19,6 +19,6 @@ class Lora(LoraConfig):
 
     def __post_init__(self) -> None:
         """PEFT warns of a ``loftq_config`` that is not used; the parser makes one where none is given."""
-        if self.init_lora_weights != "loftq":
+        if self.init_lora_weights != "loftq" and self.loftq_config == LoftQConfig():
             self.loftq_config = {}
         super().__post_init__()

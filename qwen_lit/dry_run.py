@@ -17,12 +17,15 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.store import step_files
 from qwen_lit.export.adapter import CHUNK_ELEMENTS
 from qwen_lit.flops import measured_flops, token_flops
-from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, needed, relative_time, time_of
+from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, relative_time, time_of
+from qwen_lit.model.planning import merges_of
 
 STEPS = 4
 """Optimizer steps that are measured; the first one warms up and is left out."""
 CARDS = (8, 16, 24, 40, 80)
 """GiB for which the arithmetic answers when no budget is given."""
+MOST = 192 * GIB
+"""Bytes of a card up to which more memory is advised."""
 
 
 class Probe(Callback):
@@ -125,15 +128,14 @@ def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict
     """Plans from the shapes alone, for one budget or for usual cards."""
     model = arithmetic_model(module)
     shape, static = Shape.of(model, module.state_bytes), static_bytes(model, module.quantization_config)
-    accumulate = trainer.accumulate_grad_batches
-    sizes = data.most_tokens([n for n in range(accumulate, 0, -1) if accumulate % n == 0])
+    sizes, mean = data.most_tokens(merges_of(trainer)), data.mean_tokens()
     result = common(trainer, module, data, model) | {"measured": False, "weights_gib": round(static / GIB, 2)}
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
-        plan = choose(shape, static, size, sizes)
+        plan = choose(shape, static, size, sizes, mean=mean)
         plans.append(_told(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, shape), 3)})
-    return result | {"plans": plans, "advice": advice(shape, static, choose(
-        shape, static, budget or CARDS[-1] * GIB, sizes), module, data, model)}  # fmt: skip
+    plan = choose(shape, static, budget or CARDS[-1] * GIB, sizes, mean=mean)
+    return result | {"plans": plans, "advice": advice(shape, static, plan, sizes, module, data, model)}
 
 
 def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
     device = trainer.strategy.root_device
     model = arithmetic_model(module)
     result = common(trainer, module, data, model)
-    limit = measured_flops(device)
+    limit, sizes = measured_flops(device), data.most_tokens(merges_of(trainer))
     probe, data.heaviest_first = Probe(), True
     checkpoint = next(one for one in trainer.callbacks if isinstance(one, RunCheckpoint))
     trainer.callbacks = [probe, checkpoint]
@@ -187,7 +189,7 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
     if plan is not None:
         shape = Shape.of(module.model, module.state_bytes)
         static = static_bytes(model, module.quantization_config)
-        result |= _told(plan) | {"advice": advice(shape, static, plan, module, data, model)}
+        result |= _told(plan) | {"advice": advice(shape, static, plan, sizes, module, data, model)}
     return result
 
 
@@ -205,18 +207,21 @@ def _told(plan: Plan) -> dict[str, Any]:
     }
 
 
-def advice(shape: Shape, static: int, plan: Plan, module: Any, data: Any, model: Any) -> list[str]:
+def advice(
+    shape: Shape, static: int, plan: Plan, sizes: dict[int, int], module: Any, data: Any, model: Any
+) -> list[str]:
     """What would make it faster or smaller, with the gain of each by the planner's own arithmetic."""
     tokens, found = data.most_tokens()[1], []
     own, held = time_of(plan, shape), plan.resident_layers / shape.layers
     if plan.recompute_layers:
-        peak = shape.peak(static, plan.tokens, 0, plan.loss_chunk)
-        whole = needed(peak + plan.resident_layers * shape.resident)
-        gain = own / relative_time(0.0, plan.tokens, held) - 1
-        found.append(f"faster: with {whole / GIB:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
+        budgets = range(plan.budget, MOST, GIB // 4)
+        larger = (choose(shape, static, budget, sizes, mean=data.mean_tokens()) for budget in budgets)
+        kept = next((one for one in larger if not one.recompute_layers), plan)
+        gain, size = own / time_of(kept, shape) - 1, kept.budget / GIB
+        if gain > 0.02:
+            found.append(f"faster: with {size:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
     if not data.packing:
-        lengths = data.train_rows.column("length")
-        mean = float(lengths.sum()) / max(1, len(data.batches(data.train_rows)))
+        mean = data.mean_tokens()
         full = data.batch_size * data.max_length
         now, then = (relative_time(0.0, max(1, int(one * plan.merge)), held) for one in (mean, full))
         gain = now / then - 1

@@ -285,6 +285,11 @@ class QwenDataModule(L.LightningDataModule):
         sizes = sorted((int(lengths[batch].sum()) for batch in self.batches(self.train_rows)), reverse=True)
         return {count: sum(sizes[:count]) for count in counts}
 
+    def mean_tokens(self) -> float:
+        """Tokens of a micro-batch of an epoch on average, without padding."""
+        assert self.train_rows is not None
+        return float(self.train_rows.column("length").sum()) / max(1, len(self.batches(self.train_rows)))
+
     def heaviest(self, merge: int) -> Batch:
         """The largest so many micro-batches as one."""
         rows = self.train_rows

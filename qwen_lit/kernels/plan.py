@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -34,7 +34,9 @@ class Plan:
     merge: int
     """Micro-batches of the configuration that are computed as one."""
     tokens: int
-    """Of the largest of these."""
+    """Of the largest of these together."""
+    mean: float
+    """Tokens of so many on average."""
     recompute_layers: int
     loss_chunk: int
     """Rows of logits that exist at a time."""
@@ -218,7 +220,7 @@ def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
 
 
 def relative_time(
-    recomputed: float, tokens: int, held: float = 0.0, launch: int = 0, away: float = 0.0
+    recomputed: float, tokens: float, held: float = 0.0, launch: int = 0, away: float = 0.0
 ) -> float:
     """Time of a token, over that of one that keeps everything in an endless micro-batch.
 
@@ -238,12 +240,12 @@ def relative_time(
 
 
 def time_of(plan: Plan, shape: Shape, launch: int = 0) -> float:
-    """``relative_time`` of a plan, for its largest micro-batch."""
+    """``relative_time`` of a plan, for a micro-batch of usual size."""
     recomputed, held, away = (
         count / shape.layers for count in (plan.recompute_layers, plan.resident_layers, plan.offload_layers)
     )
     moves = plan.host_embedding or plan.offload or plan.piece > 0
-    return relative_time(recomputed, plan.tokens, held, launch, away) * (SCANT if moves else 1.0)
+    return relative_time(recomputed, plan.mean, held, launch, away) * (SCANT if moves else 1.0)
 
 
 def _gaps(longest: int, tokens: int) -> float:
@@ -264,14 +266,9 @@ def limit(budget: int) -> int:
     return int(budget * (1 - MARGIN)) - LIBRARIES
 
 
-def needed(estimate: int) -> int:
-    """The smallest budget under which a plan with this estimate is chosen."""
-    return int((estimate + LIBRARIES) / (1 - MARGIN)) + 1
-
-
 def choose(
     shape: Shape, static: int, budget: int, sizes: Mapping[int, int], machine: Machine = Machine(),  # noqa: B008
-    only: int | None = None,
+    only: int | None = None, mean: float | None = None,
 ) -> Plan:
     """The fastest plan that fits.
 
@@ -283,22 +280,26 @@ def choose(
             1 is among them.
         machine: that the plan is for.
         only: so many are computed as one, if that fits.
+        mean: tokens of a micro-batch of the configuration on average, by which time is judged; those of the largest
+            where it is not given.
 
     Returns:
         The plan; the smallest one when none fits.
     """
     every = sorted(sizes, reverse=True)
+    means = {merge: tokens if mean is None else mean * merge for merge, tokens in sizes.items()}
     for merges in [[only], every] if only is not None and only in sizes else [every]:
-        small = _small(shape, static, budget, sizes, merges, machine)
-        plans = _usual(shape, static, budget, sizes, merges, machine) + [plan for plan in small if plan.fits]
+        small = _small(shape, static, budget, sizes, means, merges, machine)
+        plans = [*_usual(shape, static, budget, sizes, means, merges, machine), *(plan for plan in small if plan.fits)]
         if plans:
             return min(plans, key=lambda plan: (time_of(plan, shape, machine.launch), plan.offload_layers))
     return small[-1]
 
 
 def _usual(
-    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], merges: list[int], machine: Machine
-) -> list[Plan]:
+    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], means: Mapping[int, float], merges: list[int],
+    machine: Machine,
+) -> list[Plan]:  # fmt: skip
     """All plans that fit and leave everything where it is but the activations of some layers."""
     usable = limit(budget)
     chunk = max(128, min(2048, int(0.02 * budget) // shape.vocabulary // 128 * 128))
@@ -318,15 +319,15 @@ def _usual(
             left = usable - estimate - int(max(FRAGMENTS, gaps) * (estimate - static))
             held = min(shape.layers, max(0, left // shape.resident)) if shape.resident else 0
             estimate += held * shape.resident
-            plans.append(
-                Plan(merge, tokens, recompute, chunk, estimate, budget, resident_layers=held, offload_layers=away)
-            )
+            plan = Plan(merge, tokens, means[merge], recompute, chunk, estimate, budget)
+            plans.append(replace(plan, resident_layers=held, offload_layers=away))
     return plans
 
 
 def _small(
-    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], merges: list[int], machine: Machine
-) -> list[Plan]:
+    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], means: Mapping[int, float], merges: list[int],
+    machine: Machine,
+) -> list[Plan]:  # fmt: skip
     """Plans that recompute every layer, from what costs least time to what takes least memory."""
     longest = sizes[1]
     ways = [
@@ -346,7 +347,8 @@ def _small(
         estimate = shape.peak(static, tokens, shape.layers, 128, host, off, piece)
         gaps = int(_gaps(longest, tokens) * (estimate - static + shape.embedding * host))
         fits = estimate + gaps <= limit(budget)
-        plans.append(Plan(merge, tokens, shape.layers, 128, estimate, budget, host, off, piece, fits=fits))
+        plan = Plan(merge, tokens, means[merge], shape.layers, 128, estimate, budget, host, off, piece, fits=fits)
+        plans.append(plan)
     return plans
 
 

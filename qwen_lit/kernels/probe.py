@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,8 @@ def settle(plan_with: Callable[[int], Plan], peak_of: Callable[[Plan], int | Non
         peak_of: its measured peak; None where it did not fit.
 
     Returns:
-        The plan and its peak. Where each of a few took too much it is the smallest plan there is, and the peak None if
-        that did not fit either.
+        The plan, which ``fits`` where its peak does, and that peak. Where each of a few took too much it is the
+        smallest plan there is, and the peak None if that did not fit either.
     """
     beside = 0
     for left in reversed(range(TRIES)):
@@ -148,4 +149,7 @@ def settle(plan_with: Callable[[int], Plan], peak_of: Callable[[Plan], int | Non
         beside = max(2 * beside, plan.budget // 32) if peak is None else beside + max(peak - plan.estimate, GIB // 16)
         if left == 1:
             beside = plan.budget
-    return plan, peak
+    if beside == plan.budget:
+        # Nothing is beside it; all of the budget only kept other plans out.
+        plan = replace(plan, estimate=plan.estimate - beside)
+    return (plan if peak is None else replace(plan, fits=peak <= limit(plan.budget))), peak

@@ -207,9 +207,12 @@ class QwenModule(L.LightningModule):
         embedding = cast(Any, self.model).base_model.model.get_input_embeddings()
         weight, embedding.weight = embedding.weight, None
         try:
-            return super().to(*args, **kwargs)
+            super().to(*args, **kwargs)
         finally:
             embedding.weight = weight
+        for dtype in (one for one in (*args, *kwargs.values()) if isinstance(one, torch.dtype)):
+            embedding.to(dtype)
+        return self
 
     @property
     def state_bytes(self) -> int:

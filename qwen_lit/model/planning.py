@@ -41,9 +41,7 @@ def planned_engine(
         torch.OutOfMemoryError: no plan fits.
     """
     device = trainer.strategy.root_device
-    limits = [trainer.limit_train_batches, trainer.val_check_interval]
-    common = math.gcd(trainer.accumulate_grad_batches, *(one for one in limits if isinstance(one, int)))
-    sizes = data.most_tokens([n for n in range(common, 0, -1) if common % n == 0])
+    sizes = data.most_tokens(merges_of(trainer))
     free = free_memory(device)
     budget = least(trainer, min(budget or free, free))
     shape = Shape.of(model, state_bytes)
@@ -58,7 +56,7 @@ def planned_engine(
         if engine is not None:
             engine.release()
         torch.cuda.empty_cache()
-        return choose(shape, static + beside, budget, sizes, machine, before)
+        return choose(shape, static + beside, budget, sizes, machine, before, data.mean_tokens())
 
     def peak_of(plan: Plan) -> int | None:
         nonlocal engine, machine
@@ -86,6 +84,13 @@ def planned_engine(
     if peak is None or engine is None:
         raise torch.OutOfMemoryError(f"the heaviest micro-batch does not fit: {plan}")
     return engine, plan, peak
+
+
+def merges_of(trainer: Any) -> list[int]:
+    """How many micro-batches of the configuration may be computed as one, from most to 1."""
+    limits = [trainer.limit_train_batches, trainer.val_check_interval]
+    common = math.gcd(trainer.accumulate_grad_batches, *(one for one in limits if isinstance(one, int)))
+    return [n for n in range(common, 0, -1) if common % n == 0]
 
 
 def _machine(trainer: Any, model: Any, shape: Shape) -> Machine:

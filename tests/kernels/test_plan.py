@@ -78,6 +78,14 @@ def test_short_rows_share_a_micro_batch_where_memory_is_least_too():
     assert plan.tokens <= 600 and plan.fits
 
 
+def test_one_long_row_does_not_keep_short_ones_from_sharing_a_micro_batch():
+    sizes = {8: 10_000, 4: 9000, 2: 8500, 1: 8192}
+    largest, usual = (choose(SEVEN, STATIC, 24 * GIB, sizes, Machine(launch=3500), mean=one) for one in (None, 250.0))
+    assert usual.merge == 8 and largest.merge == 1
+    alone, shared = (time_of(replace(one, mean=250.0 * one.merge), SEVEN, 3500) for one in (largest, usual))
+    assert shared < 0.5 * alone
+
+
 def test_a_long_row_leaves_room_for_the_gaps_between_large_blocks_at_every_budget():
     shape = replace(SEVEN, embedding=304_128 * 3584)
     for budget in (8, 12, 16, 20, 24, 40, 80):

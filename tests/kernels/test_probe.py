@@ -75,7 +75,8 @@ def planner(asked, smallest=4 * GIB):
     def plan_with(beside):
         asked.append(beside)
         estimate = limit(BUDGET) - beside
-        return Plan(1, 2048, 0, 128, max(estimate, smallest), BUDGET, fits=estimate >= smallest)
+        fits = estimate >= smallest
+        return Plan(1, 2048, 2048, 0, 128, estimate if fits else smallest + beside, BUDGET, fits=fits)
 
     return plan_with
 
@@ -100,8 +101,8 @@ def test_what_did_not_fit_is_planned_smaller_and_smaller():
 
 def test_the_last_plan_that_is_tried_is_the_smallest_and_its_failure_is_told():
     asked = []
-    plan, peak = settle(planner(asked), lambda plan: None if plan.estimate > 4 * GIB else plan.estimate)
-    assert len(asked) == TRIES and not plan.fits and peak == plan.estimate == 4 * GIB
+    plan, peak = settle(planner(asked), lambda plan: None if plan.fits else 4 * GIB)
+    assert len(asked) == TRIES and plan.fits and peak == plan.estimate == 4 * GIB
     for too_much in (lambda plan: None, lambda plan: 2 * BUDGET):
         plan, peak = settle(planner(asked), too_much)
         assert not plan.fits and peak == too_much(plan)

@@ -45,6 +45,7 @@ def plan(monkeypatch, asked):
         mine.peak_of, mine.least, mine.machine = peak_of, least, machine
         data = SimpleNamespace(
             most_tokens=lambda counts: {count: count * tokens for count in counts},
+            mean_tokens=lambda: tokens,
             heaviest=lambda merge: merges.append(merge) or batch(True),
         )  # fmt: skip
         merges = data.merges = []
