@@ -222,8 +222,9 @@ def set_up_logging() -> None:
     if level == "DEBUG":
         logging.getLogger().setLevel(level)
     else:
-        # Lightning wraps the model for several ranks on a stream of its own.
-        warnings.filterwarnings("ignore", message="The AccumulateGrad node.s stream does not match")
+        # Of Lightning, which wraps the model for several ranks on a stream of its own, and of PEFT's own use of names.
+        for told in ("The AccumulateGrad node.s stream does not match", ".is_gradient_checkpointing. is deprecated"):
+            warnings.filterwarnings("ignore", message=told)
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*(instantiate_classes|add_instantiator).*")
         for name in ("lightning.pytorch", "lightning.fabric"):
