@@ -95,7 +95,7 @@ def static_bytes(model: Any, quantization: Any) -> int:
     return total
 
 
-def common(trainer: Any, module: Any, data: Any, model: Any) -> dict[str, Any]:
+def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int) -> dict[str, Any]:
     """What is known without a GPU: steps, tokens, disk and memory for the export."""
     rows = data.train_rows
     lengths, supervised = rows.column("length"), rows.column("supervised")
@@ -114,7 +114,7 @@ def common(trainer: Any, module: Any, data: Any, model: Any) -> dict[str, Any]:
         "steps": steps,
         "epochs": trainer.max_epochs,
         "tokens_per_step": round(tokens * (trainer.max_epochs or 1) / max(1, steps)),
-        "heaviest_micro_batch_tokens": data.most_tokens()[1],
+        "heaviest_micro_batch_tokens": largest_batch,
         "flops_per_token": token_flops(model, length, share)[0],
         "checkpoint_mb": round(checkpoint / 1e6, 1),
         "disk_gb": round((checkpoint * (keep + 1) + 4 * trained + weights) / 1e9, 2),
@@ -129,13 +129,13 @@ def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict
     model = arithmetic_model(module)
     shape, static = Shape.of(model, module.state_bytes), static_bytes(model, module.quantization_config)
     sizes, mean = data.most_tokens(merges_of(trainer)), data.mean_tokens()
-    result = common(trainer, module, data, model) | {"measured": False, "weights_gib": round(static / GIB, 2)}
+    result = common(trainer, module, data, model, sizes[1])
+    result |= {"measured": False, "weights_gib": round(static / GIB, 2)}
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
         plan = choose(shape, static, size, sizes, mean=mean)
-        plans.append(_told(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, shape), 3)})
-    plan = choose(shape, static, budget or CARDS[-1] * GIB, sizes, mean=mean)
-    return result | {"plans": plans, "advice": advice(shape, static, plan, sizes, module, data, model)}
+        plans.append(_told(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, shape, mean), 3)})
+    return result | {"plans": plans, "advice": advice(shape, static, plan, sizes, mean, module, data, model)}
 
 
 def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
@@ -146,8 +146,9 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
     """
     device = trainer.strategy.root_device
     model = arithmetic_model(module)
-    result = common(trainer, module, data, model)
-    limit, sizes = measured_flops(device), data.most_tokens(merges_of(trainer))
+    sizes, mean = data.most_tokens(merges_of(trainer)), data.mean_tokens()
+    result = common(trainer, module, data, model, sizes[1])
+    limit = measured_flops(device)
     probe, data.heaviest_first = Probe(), True
     checkpoint = next(one for one in trainer.callbacks if isinstance(one, RunCheckpoint))
     trainer.callbacks = [probe, checkpoint]
@@ -189,7 +190,7 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
     if plan is not None:
         shape = Shape.of(module.model, module.state_bytes)
         static = static_bytes(model, module.quantization_config)
-        result |= _told(plan) | {"advice": advice(shape, static, plan, sizes, module, data, model)}
+        result |= _told(plan) | {"advice": advice(shape, static, plan, sizes, mean, module, data, model)}
     return result
 
 
@@ -208,20 +209,19 @@ def _told(plan: Plan) -> dict[str, Any]:
 
 
 def advice(
-    shape: Shape, static: int, plan: Plan, sizes: dict[int, int], module: Any, data: Any, model: Any
+    shape: Shape, static: int, plan: Plan, sizes: dict[int, int], mean: float, module: Any, data: Any, model: Any
 ) -> list[str]:
     """What would make it faster or smaller, with the gain of each by the planner's own arithmetic."""
-    tokens, found = data.most_tokens()[1], []
-    own, held = time_of(plan, shape), plan.resident_layers / shape.layers
+    found = []
+    own, held = time_of(plan, shape, mean), plan.resident_layers / shape.layers
     if plan.recompute_layers:
         budgets = range(plan.budget, MOST, GIB // 4)
-        larger = (choose(shape, static, budget, sizes, mean=data.mean_tokens()) for budget in budgets)
+        larger = (choose(shape, static, budget, sizes, mean=mean) for budget in budgets)
         kept = next((one for one in larger if not one.recompute_layers), plan)
-        gain, size = own / time_of(kept, shape) - 1, kept.budget / GIB
+        gain, size = own / time_of(kept, shape, mean) - 1, kept.budget / GIB
         if gain > 0.02:
             found.append(f"faster: with {size:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
     if not data.packing:
-        mean = data.mean_tokens()
         full = data.batch_size * data.max_length
         now, then = (relative_time(0.0, max(1, int(one * plan.merge)), held) for one in (mean, full))
         gain = now / then - 1
@@ -233,10 +233,10 @@ def advice(
     whole, half = (
         shape.peak(static, share, plan.recompute_layers, plan.loss_chunk, plan.host_embedding,
                    plan.offload, plan.piece, plan.offload_layers)
-        for share in (plan.tokens, plan.tokens // 2)
+        for share in (sizes[plan.merge], sizes[plan.merge] // 2)
     )  # fmt: skip
     if whole - half > GIB // 8:
-        found.append(f"smaller: data.max_length {tokens // 2} takes {(whole - half) / GIB:.1f} GiB less")
+        found.append(f"smaller: data.max_length {sizes[1] // 2} takes {(whole - half) / GIB:.1f} GiB less")
     lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved = lora // 2 * (8 + module.state_bytes)
     found.append(f"smaller: lora_config.r {module.lora_config.r // 2} takes {saved / GIB:.2f} GiB less")

@@ -278,25 +278,27 @@ class QwenDataModule(L.LightningDataModule):
         batches = itertools.islice(order, last - first + 1)
         return [[self.train_rows.place(row)[0] for row in batch] for batch in batches]
 
-    def most_tokens(self, counts: Sequence[int] = (1,)) -> dict[int, int]:
+    def most_tokens(self, counts: Sequence[int]) -> dict[int, int]:
         """Tokens of the largest micro-batches of an epoch together, without padding, by how many they are."""
         assert self.train_rows is not None
         lengths = self.train_rows.column("length")
-        sizes = sorted((int(lengths[batch].sum()) for batch in self.batches(self.train_rows)), reverse=True)
+        sizes = [int(lengths[batch].sum()) for batch in self._heaviest_first(self.train_rows)]
         return {count: sum(sizes[:count]) for count in counts}
 
     def mean_tokens(self) -> float:
         """Tokens of a micro-batch of an epoch on average, without padding."""
         assert self.train_rows is not None
-        return float(self.train_rows.column("length").sum()) / max(1, len(self.batches(self.train_rows)))
+        return float(self.train_rows.column("length").sum()) / self.micro_batches(1)
 
     def heaviest(self, merge: int) -> Batch:
         """The largest so many micro-batches as one."""
         rows = self.train_rows
         assert rows is not None
+        return self._collate([rows[row] for batch in self._heaviest_first(rows)[:merge] for row in batch])
+
+    def _heaviest_first(self, rows: Rows) -> list[list[int]]:
         lengths = rows.column("length")
-        batches = sorted(self.batches(rows), key=lambda batch: -int(lengths[batch].sum()))
-        return self._collate([rows[row] for batch in batches[:merge] for row in batch])
+        return sorted(self.batches(rows), key=lambda batch: -int(lengths[batch].sum()))
 
     def micro_batches(self, ranks: int) -> int:
         """Micro-batches of an epoch on each rank, before merging."""
@@ -317,10 +319,8 @@ class QwenDataModule(L.LightningDataModule):
     def _order(self, rows: Rows, shuffled: bool) -> EpochOrder:
         rank = self.trainer.global_rank if self.trainer else 0
         ranks = self.trainer.world_size if self.trainer else 1
-        batches = self.batches(rows)
-        if self.heaviest_first:
-            lengths = rows.column("length")
-            batches, shuffled = sorted(batches, key=lambda batch: -int(lengths[batch].sum())), False
+        batches = self._heaviest_first(rows) if self.heaviest_first else self.batches(rows)
+        shuffled = shuffled and not self.heaviest_first
         return EpochOrder(batches, self.seed, rank, ranks, shuffled, self.merge)
 
     @property

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -33,10 +33,6 @@ class Plan:
 
     merge: int
     """Micro-batches of the configuration that are computed as one."""
-    tokens: int
-    """Of the largest of these together."""
-    mean: float
-    """Tokens of so many on average."""
     recompute_layers: int
     loss_chunk: int
     """Rows of logits that exist at a time."""
@@ -239,13 +235,13 @@ def relative_time(
     return max(device, launch * (1 + 0.5 * recomputed) / tokens)
 
 
-def time_of(plan: Plan, shape: Shape, launch: int = 0) -> float:
-    """``relative_time`` of a plan, for a micro-batch of usual size."""
+def time_of(plan: Plan, shape: Shape, tokens: float, launch: int = 0) -> float:
+    """``relative_time`` of a plan, for micro-batches of so many tokens in the configuration."""
     recomputed, held, away = (
         count / shape.layers for count in (plan.recompute_layers, plan.resident_layers, plan.offload_layers)
     )
     moves = plan.host_embedding or plan.offload or plan.piece > 0
-    return relative_time(recomputed, plan.mean, held, launch, away) * (SCANT if moves else 1.0)
+    return relative_time(recomputed, tokens * plan.merge, held, launch, away) * (SCANT if moves else 1.0)
 
 
 def _gaps(longest: int, tokens: int) -> float:
@@ -287,19 +283,18 @@ def choose(
         The plan; the smallest one when none fits.
     """
     every = sorted(sizes, reverse=True)
-    means = {merge: tokens if mean is None else mean * merge for merge, tokens in sizes.items()}
+    usual = sizes[1] if mean is None else mean
     for merges in [[only], every] if only is not None and only in sizes else [every]:
-        small = _small(shape, static, budget, sizes, means, merges, machine)
-        plans = [*_usual(shape, static, budget, sizes, means, merges, machine), *(plan for plan in small if plan.fits)]
+        small = _small(shape, static, budget, sizes, merges, machine)
+        plans = _usual(shape, static, budget, sizes, merges, machine) + [plan for plan in small if plan.fits]
         if plans:
-            return min(plans, key=lambda plan: (time_of(plan, shape, machine.launch), plan.offload_layers))
+            return min(plans, key=lambda plan: (time_of(plan, shape, usual, machine.launch), plan.offload_layers))
     return small[-1]
 
 
 def _usual(
-    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], means: Mapping[int, float], merges: list[int],
-    machine: Machine,
-) -> list[Plan]:  # fmt: skip
+    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], merges: list[int], machine: Machine
+) -> list[Plan]:
     """All plans that fit and leave everything where it is but the activations of some layers."""
     usable = limit(budget)
     chunk = max(128, min(2048, int(0.02 * budget) // shape.vocabulary // 128 * 128))
@@ -319,15 +314,13 @@ def _usual(
             left = usable - estimate - int(max(FRAGMENTS, gaps) * (estimate - static))
             held = min(shape.layers, max(0, left // shape.resident)) if shape.resident else 0
             estimate += held * shape.resident
-            plan = Plan(merge, tokens, means[merge], recompute, chunk, estimate, budget)
-            plans.append(replace(plan, resident_layers=held, offload_layers=away))
+            plans.append(Plan(merge, recompute, chunk, estimate, budget, resident_layers=held, offload_layers=away))
     return plans
 
 
 def _small(
-    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], means: Mapping[int, float], merges: list[int],
-    machine: Machine,
-) -> list[Plan]:  # fmt: skip
+    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], merges: list[int], machine: Machine
+) -> list[Plan]:
     """Plans that recompute every layer, from what costs least time to what takes least memory."""
     longest = sizes[1]
     ways = [
@@ -347,8 +340,7 @@ def _small(
         estimate = shape.peak(static, tokens, shape.layers, 128, host, off, piece)
         gaps = int(_gaps(longest, tokens) * (estimate - static + shape.embedding * host))
         fits = estimate + gaps <= limit(budget)
-        plan = Plan(merge, tokens, means[merge], shape.layers, 128, estimate, budget, host, off, piece, fits=fits)
-        plans.append(plan)
+        plans.append(Plan(merge, shape.layers, 128, estimate, budget, host, off, piece, fits=fits))
     return plans
 
 

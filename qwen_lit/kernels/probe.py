@@ -63,7 +63,7 @@ def measure_machine(engine: Any, shape: Shape, batch: Any, processes: int) -> Ma
     except RuntimeError as error:
         if not is_full(error):
             raise
-        # What is left then has room for one plan alone, the smallest.
+        # The plans that fit then send no layer to the host.
         share = launch = 0.0
     return Machine(share=min(1.0, int(share * STEPS) / STEPS), memory=memory, launch=int(launch))
 

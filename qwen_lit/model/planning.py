@@ -41,7 +41,7 @@ def planned_engine(
         torch.OutOfMemoryError: no plan fits.
     """
     device = trainer.strategy.root_device
-    sizes = data.most_tokens(merges_of(trainer))
+    sizes, mean = data.most_tokens(merges_of(trainer)), data.mean_tokens()
     free = free_memory(device)
     budget = least(trainer, min(budget or free, free))
     shape = Shape.of(model, state_bytes)
@@ -56,7 +56,7 @@ def planned_engine(
         if engine is not None:
             engine.release()
         torch.cuda.empty_cache()
-        return choose(shape, static + beside, budget, sizes, machine, before, data.mean_tokens())
+        return choose(shape, static + beside, budget, sizes, machine, before, mean)
 
     def peak_of(plan: Plan) -> int | None:
         nonlocal engine, machine

@@ -39,7 +39,7 @@ def test_a_plan_stays_under_its_budget(budget):
 
 def test_more_memory_never_gives_a_slower_plan():
     plans = [choose(SEVEN, STATIC, budget * GIB // 8, EIGHT) for budget in range(8 * 8, 80 * 8)]
-    costs = [time_of(plan, SEVEN) for plan in plans]
+    costs = [time_of(plan, SEVEN, 2048) for plan in plans]
     assert costs == sorted(costs, reverse=True)
     assert plans[-1].merge == 8 and plans[-1].recompute_layers == 0
     assert plans[0].recompute_layers > 20
@@ -53,7 +53,7 @@ def test_nor_does_it_for_a_small_model(sizes):
         again=2 * (8 * 1024 + 3 * 3072), resident=2 * 15_700_000,
     )  # fmt: skip
     static, budgets = GIB // 2, [budget * GIB // 16 for budget in range(24, 24 * 16)]
-    costs = [time_of(choose(small, static, budget, sizes), small) for budget in budgets]
+    costs = [time_of(choose(small, static, budget, sizes), small, sizes[1]) for budget in budgets]
     assert costs == sorted(costs, reverse=True)
 
 
@@ -75,15 +75,14 @@ def test_short_rows_share_a_micro_batch_where_memory_is_least_too():
     assert all(plan.host_embedding and plan.estimate <= limit(plan.budget) for plan in plans)
     # The host's memory holds the inputs of so many tokens alone.
     plan = choose(smaller, STATIC, int(5.1 * GIB), sizes, Machine(memory=600 * 28 * 7168))
-    assert plan.tokens <= 600 and plan.fits
+    assert sizes[plan.merge] <= 600 and plan.fits
 
 
 def test_one_long_row_does_not_keep_short_ones_from_sharing_a_micro_batch():
-    sizes = {8: 10_000, 4: 9000, 2: 8500, 1: 8192}
-    largest, usual = (choose(SEVEN, STATIC, 24 * GIB, sizes, Machine(launch=3500), mean=one) for one in (None, 250.0))
-    assert usual.merge == 8 and largest.merge == 1
-    alone, shared = (time_of(replace(one, mean=250.0 * one.merge), SEVEN, 3500) for one in (largest, usual))
-    assert shared < 0.5 * alone
+    sizes, machine = {8: 10_000, 4: 9000, 2: 8500, 1: 8192}, Machine(launch=3500)
+    shared, alone = (choose(SEVEN, STATIC, 24 * GIB, one, machine, mean=250.0) for one in (sizes, {1: 8192}))
+    assert shared.merge == 8 > choose(SEVEN, STATIC, 24 * GIB, sizes, machine).merge
+    assert time_of(shared, SEVEN, 250.0, 3500) < 0.5 * time_of(alone, SEVEN, 250.0, 3500)
 
 
 def test_a_long_row_leaves_room_for_the_gaps_between_large_blocks_at_every_budget():
@@ -182,7 +181,7 @@ def test_offloading_is_planned_where_the_link_has_room_and_the_host_memory():
         for share in (0.0, 0.25, 0.5, 1.0):
             plan = choose(shape, STATIC, budget * GIB, EIGHT, Machine(share))
             assert plan.offload_layers <= share * 28 and plan.estimate < budget * GIB
-            times.append(time_of(plan, SEVEN))
+            times.append(time_of(plan, SEVEN, 2048))
         assert times == sorted(times, reverse=True) and times[-1] < times[0]
     full = choose(shape, STATIC, 8 * GIB, EIGHT, Machine(1.0, 2 * GIB))
     assert 0 < full.offload_layers < choose(shape, STATIC, 8 * GIB, EIGHT, Machine(1.0)).offload_layers
@@ -199,7 +198,7 @@ def test_inputs_are_not_sent_to_a_host_without_the_memory_for_them():
 def test_a_host_that_launches_slowly_is_given_larger_micro_batches():
     plans = [choose(SEVEN, STATIC, 16 * GIB, EIGHT, Machine(launch=launch)) for launch in (0, 3500)]
     assert [plan.merge for plan in plans] == [1, 2]
-    assert time_of(plans[0], SEVEN, 3500) > 1.1 * time_of(plans[1], SEVEN, 3500)
+    assert time_of(plans[0], SEVEN, 2048, 3500) > 1.1 * time_of(plans[1], SEVEN, 2048, 3500)
 
 
 def test_layers_that_go_to_the_host_are_spread_evenly():

@@ -76,7 +76,7 @@ def planner(asked, smallest=4 * GIB):
         asked.append(beside)
         estimate = limit(BUDGET) - beside
         fits = estimate >= smallest
-        return Plan(1, 2048, 2048, 0, 128, estimate if fits else smallest + beside, BUDGET, fits=fits)
+        return Plan(1, 0, 128, estimate if fits else smallest + beside, BUDGET, fits=fits)
 
     return plan_with
 
