@@ -99,6 +99,14 @@ def test_loss_and_gradients_equal_pefts_whatever_is_kept_recomputed_or_on_the_ho
             assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), name
 
 
+def test_with_its_adapters_disabled_a_model_has_the_loss_of_its_base():
+    model, one = adapted("qwen2", lora_dropout=0.3, target_modules=ALL), batch(True)
+    with_them = float(FastEngine(model).loss_sum(one).detach())
+    with model.disable_adapter(), torch.no_grad():
+        found, wanted = FastEngine(model).loss_sum(one), reference(model, one)
+    assert torch.isclose(found, wanted, rtol=1e-5) and abs(float(found) - with_them) > 1e-3 * with_them
+
+
 @pytest.mark.parametrize("lengths", [(1,), (2, 2, 2), (3,) * 400])
 def test_odd_packs_work(lengths):
     model, one = adapted("qwen2"), batch(True, lengths)
