@@ -23,7 +23,8 @@ from transformers import AutoTokenizer
 
 from qwen_lit.data.chatml import Encoder
 from qwen_lit.data.datamodule import QwenDataModule
-from qwen_lit.data.records import RowError, parse_line, parse_row
+from qwen_lit.data.faults import RowError
+from qwen_lit.data.records import parse_line, parse_row
 from qwen_lit.data.sources import read_rows
 
 

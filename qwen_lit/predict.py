@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from qwen_lit.data.records import RowError, parse_line, parse_row
+from qwen_lit.data.faults import RowError
+from qwen_lit.data.records import parse_line, parse_row
 from qwen_lit.errors import UserError
 from qwen_lit.export.serving import end_tokens
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 from qwen_lit.data.control import guard
 from qwen_lit.data.difference import parting
 from qwen_lit.data.fast import FastDiffers, FastEncoder
+from qwen_lit.data.faults import DataError, RowError, snippet
 from qwen_lit.data.overlong import shorten
 from qwen_lit.data.parts import untrained
-from qwen_lit.data.records import Conversation, DataError, RowError, snippet
+from qwen_lit.data.records import Conversation
 from qwen_lit.data.render import Draft, Renderer
 
 IGNORED = -100

@@ -3,7 +3,8 @@
 import re
 from typing import Any
 
-from qwen_lit.data.records import Conversation, RowError, snippet
+from qwen_lit.data.faults import RowError, snippet
+from qwen_lit.data.records import Conversation
 
 CONTROL = re.compile(r"<\|[^<>|]{1,40}\|>")
 

@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from qwen_lit.data.batches import Batch, Collate, EpochOrder, ResumableLoader, group
+from qwen_lit.data.faults import DataError
 from qwen_lit.data.prepare import PROVED, Report, Task, judge, prepare, read_report
 from qwen_lit.data.prove import prove
-from qwen_lit.data.records import DataError
 from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Source, as_sources, expand
 from qwen_lit.errors import UserError, refuse_changes

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from qwen_lit.data.records import snippet
+from qwen_lit.data.faults import snippet
 
 AROUND = 6
 """Tokens shown on either side of those that differ."""

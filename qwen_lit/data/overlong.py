@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from qwen_lit.data.records import RowError
+from qwen_lit.data.faults import RowError
 from qwen_lit.data.render import Draft, Messages
 
 OLDEST, SHORTENED = "oldest turns dropped", "longest user text shortened"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qwen_lit.data.records import RowError
+from qwen_lit.data.faults import RowError
 
 OPEN_THINK, CLOSE_THINK = "<think>", "</think>"
 OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"

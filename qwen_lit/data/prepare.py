@@ -22,7 +22,8 @@ import pyarrow as pa
 
 from qwen_lit.data.chatml import Encoder, Example
 from qwen_lit.data.fast import FastDiffers, FastEncoder
-from qwen_lit.data.records import Conversation, DataError, Fault, RowError, parse_line, parse_row
+from qwen_lit.data.faults import DataError, Fault, RowError
+from qwen_lit.data.records import Conversation, parse_line, parse_row
 from qwen_lit.data.rows import SCHEMA, as_batch
 from qwen_lit.data.sources import Chunk, RawRow, Source, digest, expand, read_chunks
 

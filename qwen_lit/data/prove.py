@@ -20,8 +20,8 @@ from typing import Any
 import pyarrow as pa
 
 from qwen_lit.data.difference import difference
+from qwen_lit.data.faults import DataError
 from qwen_lit.data.prepare import PROVED, Task, cache_key, encoded
-from qwen_lit.data.records import DataError
 from qwen_lit.data.rows import Rows
 from qwen_lit.errors import RunError
 

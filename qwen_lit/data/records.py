@@ -5,28 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-class DataError(ValueError):
-    """The data cannot be used as it is; the message says what to mend."""
-
-
-class RowError(DataError):
-    """One row cannot be used; ``kind`` groups equal faults."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A row that is not trained, and why."""
-
-    source: str
-    """``path:line``."""
-    kind: str
-    message: str
-    """With a snippet of the row."""
+from qwen_lit.data.faults import RowError, snippet
 
 
 @dataclass
@@ -55,12 +34,6 @@ ORDER: dict[str, set[str | None]] = {
     "tool": {"assistant", "tool"},
 }
 ENCODINGS = ("utf-16", "gb18030", "big5", "cp1252")
-
-
-def snippet(line: bytes | str) -> str:
-    """The start of a row, on one line and short enough to print."""
-    text = line.decode("utf-8", "replace") if isinstance(line, bytes) else line
-    return repr(text[:80] + ("…" if len(text) > 80 else ""))
 
 
 def parse_line(line: bytes) -> Any:

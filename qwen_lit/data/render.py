@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen_lit.data.records import DataError, RowError
+from qwen_lit.data.faults import DataError, RowError
 from qwen_lit.data.sandbox import answer_at_once
 
 Messages = list[dict[str, Any]]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen_lit.data.records import DataError, snippet
+from qwen_lit.data.faults import DataError, snippet
 
 BOM = b"\xef\xbb\xbf"
 CHUNK_BYTES, CHUNK_ROWS = 500_000, 1000

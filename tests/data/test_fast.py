@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from qwen_lit.data import fast
 from qwen_lit.data.fast import PROVEN, FastEncoder, is_proven, model_digest, usual_text
+from qwen_lit.data.faults import DataError
 from qwen_lit.data.prepare import PROVED, Task, prepare, read_report
 from qwen_lit.data.prove import prove
-from qwen_lit.data.records import DataError
 from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Source
 from tests.conftest import QWEN_PATTERN

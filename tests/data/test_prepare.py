@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from qwen_lit.data.faults import DataError
 from qwen_lit.data.prepare import Task, cache_key, judge, prepare, read_report
-from qwen_lit.data.records import DataError
 from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Source, read_rows
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from qwen_lit.data.faults import DataError
 from qwen_lit.data.prepare import PROVED, Task, prepare
 from qwen_lit.data.prove import Prover, prove
-from qwen_lit.data.records import DataError
 from qwen_lit.data.rows import SCHEMA
 from qwen_lit.data.sources import Source
 from qwen_lit.errors import RunError

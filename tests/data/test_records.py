@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen_lit.data.faults import RowError
 from qwen_lit.data.prepare import Task, prepare, read_report
-from qwen_lit.data.records import RowError, parse_line, parse_row
+from qwen_lit.data.records import parse_line, parse_row
 from qwen_lit.data.sources import Source
 
 HERE = Path(__file__).parent
