@@ -3,6 +3,8 @@
 import tempfile
 import textwrap
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from qwen_lit.export.adapter import CHUNK_ELEMENTS
 from qwen_lit.flops import measured_flops, token_flops
 from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, relative_time, time_of
 from qwen_lit.model.planning import merges_of
+from qwen_lit.quantization import Held, base_name
 
 STEPS = 4
 """Optimizer steps that are measured; the first one warms up and is left out."""
@@ -76,20 +79,20 @@ def arithmetic_model(module: Any) -> Any:
         return get_peft_model(base, module.lora_config)
 
 
-def static_bytes(model: Any, quantization: Any) -> int:
+def static_bytes(model: Any, held: Mapping[str, Held]) -> int:
     """Bytes of the weights as they will stand on the device.
 
-    NF4 takes half a byte a number, a byte a block of 64 and, with double quantisation, four bytes a 256 of these;
-    without it four bytes a block.
+    Args:
+        model: the PEFT model without weights, of ``arithmetic_model``.
+        held: how the base's quantised weights are held.
     """
     total = 0
     for name, parameter in model.named_parameters():
-        count = parameter.numel()
-        if "lora_" in name:
+        count, own = parameter.numel(), base_name(name)
+        if parameter.requires_grad:
             total += 4 * count
-        elif quantization is not None and "proj" in name and parameter.ndim == 2:
-            double = getattr(quantization, "bnb_4bit_use_double_quant", False)
-            total += count // 2 + count // 64 * (1 if double else 4) + (count // 64 // 64 if double else 0)
+        elif own in held:
+            total += held[own].bytes_of(count, parameter.shape[0])
         else:
             total += 2 * count
     return total
@@ -127,7 +130,8 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
 def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict[str, Any]:
     """Plans from the shapes alone, for one budget or for usual cards."""
     model = arithmetic_model(module)
-    shape, static = Shape.of(model, module.state_bytes), static_bytes(model, module.quantization_config)
+    held = module.held_weights(trainer.strategy.root_device)
+    shape, static = Shape.of(model, module.state_bytes), static_bytes(model, held)
     sizes, mean = data.most_tokens(merges_of(trainer)), data.mean_tokens()
     result = common(trainer, module, data, model, sizes[1])
     result |= {"measured": False, "weights_gib": round(static / GIB, 2)}
@@ -189,7 +193,7 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
     }
     if plan is not None:
         shape = Shape.of(module.model, module.state_bytes)
-        static = static_bytes(model, module.quantization_config)
+        static = static_bytes(model, module.held_weights(device))
         result |= _told(plan) | {"advice": advice(shape, static, plan, sizes, mean, module, data, model)}
     return result
 
@@ -241,11 +245,13 @@ def advice(
     saved = lora // 2 * (8 + module.state_bytes)
     found.append(f"smaller: lora_config.r {module.lora_config.r // 2} takes {saved / GIB:.2f} GiB less")
     config = module.quantization_config
-    if config is None or not getattr(config, "load_in_4bit", False):
+    if config is None or not config.load_in_4bit:
         found.append("smaller: quantization_config nf4 takes about a quarter of the weights' memory")
     elif not config.bnb_4bit_use_double_quant:
-        count = sum(p.numel() for name, p in model.named_parameters() if "proj" in name and "lora_" not in name)
-        found.append(f"smaller: bnb_4bit_use_double_quant: true takes {count / 64 * 3 / GIB:.2f} GiB less")
+        held = module.held_weights(torch.device("cpu"))
+        double = {name: replace(one, double=True) for name, one in held.items()}
+        less = static_bytes(model, held) - static_bytes(model, double)
+        found.append(f"smaller: bnb_4bit_use_double_quant: true takes {less / GIB:.2f} GiB less")
     return found
 
 

@@ -49,6 +49,7 @@ def page(summary: dict[str, Any]) -> str:
         "<h2>Curves</h2><div class=curves>" + "".join(one for one in curves if one) + "</div>",
         samples(summary["samples"]),
         verdict(summary),
+        not_exported(summary["export"]),
         "<h2>Data</h2>" + table(summary["data"]),
         "<h2>Run</h2>" + table({**run, "resumed at step": ", ".join(map(str, summary["resumed_at"])) or "never"}),
         "<h2>Throughput</h2>" + table({one.replace("_", " "): value for one, value in summary["throughput"].items()}),
@@ -183,6 +184,13 @@ def verdict(summary: dict[str, Any]) -> str:
         f"{found['tokens']:,} tokens</p><table><tr><th><th>loss<th>KL from the adapter<th>same top token"
         f"<tr><th>adapter on its base<td>{found['adapter_loss']:.4f}<td><td>{rows}</table>"
     )
+
+
+def not_exported(export: dict[str, Any]) -> str:
+    """What could not be exported, and the command to try again."""
+    if not export:
+        return ""
+    return f"<h2>Not exported</h2>{table(export['missing'])}<p>Once that is put right: {_text(export['again'])}</p>"
 
 
 def table(values: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from qwen_lit.data.rows import Rows
 from qwen_lit.dry_run import arithmetic, lines, measure
 from qwen_lit.errors import UserError
 from qwen_lit.export.pipeline import adapter_from_checkpoint
+from qwen_lit.export.push import check_repository, push
 from qwen_lit.kernels.plan import parse_bytes
 from qwen_lit.model.load import load_base
 from qwen_lit.predict import predict
@@ -144,17 +145,19 @@ class QwenTrainer(Trainer):
             push_to_hub: repository to upload final_model/ to, as NAME/MODEL.
         """
         callback = next(one for one in self.callbacks if isinstance(one, Export))  # type: ignore[attr-defined]
+        if push_to_hub:
+            check_repository(push_to_hub)
+            if not callback.merge:
+                raise UserError("push_to_hub uploads final_model/, which needs export.merge: true.")
+        source = Path(ckpt_path) if ckpt_path else callback.folder / "lora_adapter"
+        if not source.is_file() and not (source / "adapter_config.json").is_file():
+            raise UserError(f"no adapter in {source}; run fit first, or give --ckpt_path.")
         datamodule.prepare_data()
         datamodule.setup()
         self._data_connector.attach_datamodule(model, datamodule)
-        source = Path(ckpt_path) if ckpt_path else callback.folder / "lora_adapter"
-        callback.from_checkpoint(self, source, model.lora_config, model.name, model.quantization_config)
+        callback.from_checkpoint(self, source, model)
         if push_to_hub:
-            from huggingface_hub import HfApi
-
-            api = HfApi()
-            api.create_repo(push_to_hub, exist_ok=True)
-            api.upload_folder(repo_id=push_to_hub, folder_path=str(callback.folder / "final_model"))
+            push(callback.folder / "final_model", push_to_hub)
 
     def predict(  # type: ignore[override]
         self,

@@ -1,7 +1,11 @@
 """When fit ends: the adapter, and the merged model that other tools load."""
 
+import copy
 import logging
+import shlex
 import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,18 +13,24 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
 
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
-from qwen_lit.export.folder import commit_folder
+from qwen_lit.errors import UserError
+from qwen_lit.export.adapter import RESIDUAL_INITS, UNSUPPORTED
+from qwen_lit.export.card import Told, finish_adapter
+from qwen_lit.export.folder import ExportError, commit_folder
 from qwen_lit.export.gguf import GgufType
-from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, run
-from qwen_lit.export.serving import Told
+from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part, run
 from qwen_lit.export.verdict import Verdict
+from qwen_lit.quantization import base_name
 
 log = logging.getLogger(__name__)
+MERGED = "final_model"
 
 
 class Export(Callback):
@@ -51,6 +61,20 @@ class Export(Callback):
         self.folder = Path(output_dir)
         self.training_config: dict[str, Any] = {}
         self.told: Told | None = None
+        self.missing: dict[str, str] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """What cannot be exported is known before anything is trained.
+
+        Raises:
+            UserError: the adapter cannot be merged, or GGUF cannot be written.
+        """
+        if stage != "fit" or not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        module = cast(Any, pl_module)
+        check_mergeable(module.lora_config, module.config)
+        if self.gguf is not None and find_spec("gguf") is None:
+            raise UserError("export.gguf needs the gguf package: pip install 'qwen_lit[gguf]', or set it to null.")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export once training is complete; an interrupted run leaves its checkpoints alone."""
@@ -62,29 +86,42 @@ class Export(Callback):
         assert module.model is not None
         adapter = self.folder / "lora_adapter"
         partial = adapter.with_name(adapter.name + ".tmp")
-        shutil.rmtree(partial, ignore_errors=True)
-        initial = module.initial_adapter.name if module.initial_adapter else None
-        module.model.save_pretrained(
-            str(partial), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
-        )
-        commit_folder(partial, adapter)
-        log.info("adapter written to %s", adapter)
+        with part(adapter.name, self.missing):
+            shutil.rmtree(partial, ignore_errors=True)
+            initial = module.initial_adapter.name if module.initial_adapter else None
+            module.model.save_pretrained(
+                str(partial), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
+            )
+            finish_adapter(partial, module.name)
+            commit_folder(partial, adapter)
+            log.info("adapter written to %s", adapter)
         names = {"train/loss": "train, last step", "val/loss": "validation, last", "val/perplexity": "perplexity"}
         metrics = {text: float(trainer.callback_metrics[key]) for key, text in names.items()
                    if key in trainer.callback_metrics}  # fmt: skip
-        self.export(trainer, adapter, module.name, module.quantization_config, metrics)
+        if adapter.name not in self.missing:
+            with part(MERGED, self.missing):
+                self.export(trainer, adapter, module, metrics)
+        if self.missing:
+            cast(Any, trainer).exit_code = 1
+            print(f"error: {self.said()}", file=sys.stderr)
 
-    def from_checkpoint(self, trainer: L.Trainer, path: Path, lora: LoraConfig, name: str, quantization: Any) -> None:
-        """The same without training: from a checkpoint of ``fit``, or from an adapter folder."""
+    def from_checkpoint(self, trainer: L.Trainer, path: Path, module: Any) -> None:
+        """The same without training: from a checkpoint of ``fit``, or from an adapter folder.
+
+        Raises:
+            ExportError: something could not be exported.
+        """
         adapter = path
         if path.is_file():
             adapter = self.folder / "lora_adapter"
-            adapter_from_checkpoint(path, lora, name, adapter)
+            adapter_from_checkpoint(path, module.lora_config, module.name, adapter)
             log.info("adapter written to %s", adapter)
-        self.export(trainer, adapter, name, quantization, {})
+        self.export(trainer, adapter, module, {})
+        if self.missing:
+            raise ExportError(self.said())
 
-    def export(self, trainer: Any, adapter: Path, name: str, quantization: Any, losses: dict[str, float]) -> None:
-        """Merge an adapter folder and write what belongs to it."""
+    def export(self, trainer: Any, adapter: Path, module: Any, losses: dict[str, float]) -> None:
+        """Merge an adapter folder and write what belongs to it; what fails is in ``missing``."""
         if not self.merge:
             return
         data: QwenDataModule = trainer.datamodule
@@ -92,18 +129,17 @@ class Export(Callback):
         held_out = data.val_rows if len(data.val_rows) else data.train_rows
         device = trainer.strategy.root_device
         # The merged model, which answers a few prompts, may need that memory.
-        engine = getattr(trainer.lightning_module, "fast", None)
-        if engine is not None:
-            engine.release()
+        if module.fast is not None:
+            module.fast.release()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         job = Job(
             adapter_dir=adapter,
-            base_dir=base_folder(name),
-            out_dir=self.folder / "final_model",
+            base_dir=base_folder(module.name),
+            out_dir=self.folder / MERGED,
             tokenizer=data.tokenizer,
-            told=Told(config=self.training_config, data=data.facts(), losses=losses),
-            quantization=quantization.to_dict() if quantization else None,
+            told=Told(config=self.training_config, data=data.facts(), losses=losses, missing=self.missing),
+            held=module.held_weights(device),
             merge_base=self.merge_base,
             gguf=self.gguf,
             held_out=spread(held_out, self.verdict_rows),
@@ -111,7 +147,52 @@ class Export(Callback):
             taught=spread(data.train_rows, self.smoke_rows),
             device=device,
         )
-        self.told = run(job, lambda verdict: _log_verdict(trainer, verdict))
+        self.told = job.told
+        run(job, lambda verdict: _log_verdict(trainer, verdict))
+
+    def again(self) -> str:
+        """The command that exports once more what is missing."""
+        changed = str(self.training_config["model"]["lora_config"]["init_lora_weights"]).lower()
+        config = shlex.quote(str(self.folder / "config.yaml"))
+        if "lora_adapter" not in self.missing:
+            return f"python -m qwen_lit export --config {config}"
+        command = "fit" if changed.startswith(RESIDUAL_INITS) else "export"
+        return f"python -m qwen_lit {command} --config {config} --ckpt_path last"
+
+    def said(self) -> str:
+        """One line on what is missing."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.missing.items():
+            by_reason.setdefault(reason, []).append(name)
+        reasons = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in by_reason.items())
+        return f"not exported: {reasons}. What was trained is safe; once that is put right: {self.again()}"
+
+
+def check_mergeable(lora: LoraConfig, config: Any) -> None:
+    """Refuse to train what cannot be merged afterwards.
+
+    Args:
+        lora: PEFT's LoraConfig.
+        config: of the base model.
+
+    Raises:
+        UserError: an option of PEFT's is set that changes more than weights, or the base itself.
+    """
+    init = str(lora.init_lora_weights).lower()
+    options = [f"{key}: {value}" for key in UNSUPPORTED if (value := getattr(lora, key, None))]
+    if init.startswith(RESIDUAL_INITS) and not init.startswith(("pissa", "olora")):
+        options.append(f"init_lora_weights: {init}")
+    if lora.lora_bias:
+        with torch.device("meta"):
+            model = get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(lora))
+        layers = [(name, one) for name, one in model.named_modules() if isinstance(one, LoraLayer)]
+        options += [f"lora_bias on {base_name(name)}, which has no bias," for name, one in layers
+                    if getattr(one.get_base_layer(), "bias", None) is None]  # fmt: skip
+    if options:
+        raise UserError(
+            f"model.lora_config.{options[0]} cannot be merged into the base; leave it out, or set export.merge to "
+            "false and serve lora_adapter/ with PEFT."
+        )
 
 
 def _log_verdict(trainer: Any, verdict: Verdict) -> None:

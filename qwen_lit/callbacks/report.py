@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import Callback
 
 from qwen_lit.callbacks.export import Export
 from qwen_lit.callbacks.metrics import Throughput
-from qwen_lit.export.serving import LIBRARIES
+from qwen_lit.export.card import LIBRARIES
+from qwen_lit.quantization import count_linears, described
 from qwen_lit.report import page
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class RunReport(Callback):
             "history": self.history,
             "samples": [json.loads(line) for line in lines],
             "versions": {name: version(name) for name in LIBRARIES},
+            "export": {"missing": export.missing, "again": export.again()} if export.missing else {},
             "config": export.training_config,
         }
 
@@ -143,17 +145,13 @@ def start_lines(trainer: Any, module: Any) -> dict[str, str]:
     per_step = accumulate * trainer.world_size
     batches = data.micro_batches(trainer.world_size)
     steps = data.total_steps(trainer)
-    config = module.quantization_config
-    bits = "none, bf16"
-    if config is not None:
-        double = ", double" if getattr(config, "bnb_4bit_use_double_quant", False) else ""
-        bits = f"{getattr(config, 'bnb_4bit_quant_type', '8 bits')}{double}" if config.load_in_4bit else "8 bits"
+    held = module.held_weights(trainer.strategy.root_device)
     lora = module.lora_config
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules))
     return {
         "model": f"{module.name} ({_count(total)} parameters)",
         "trained": f"{trained:,} ({trained / total:.2%}): r={lora.r}, alpha={lora.lora_alpha} on {targets}",
-        "base": f"quantisation {bits}",
+        "base": f"quantisation {described(held, count_linears(module.model))}",
         "engine": module.engine_told,
         "data": f"{len(rows):,} rows, {tokens:,} tokens, {supervised / max(1, tokens):.0%} supervised; "
         f"{len(data.val_rows):,} rows held out",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Model folders: streamed reading and writing, atomic replacement, and the small files a server needs."""
+"""Model folders: streamed reading and writing, and atomic replacement."""
 
 from __future__ import annotations
 
@@ -107,19 +107,6 @@ class BaseModel:
         tensor: torch.Tensor = self._handle.get_tensor(name)
         self._read += tensor.nbytes
         return tensor
-
-
-def nf4_roundtrip(weight: torch.Tensor, quantization: dict[str, Any]) -> torch.Tensor:
-    """bf16 (out, in) -> 4-bit -> bf16 (out, in), as the base was while the adapter was trained."""
-    import bitsandbytes.functional as bnb
-
-    packed, state = bnb.quantize_4bit(
-        weight.to(torch.bfloat16).contiguous(),
-        blocksize=int(quantization.get("blocksize", 64)),
-        compress_statistics=bool(quantization.get("bnb_4bit_use_double_quant", True)),
-        quant_type=str(quantization.get("bnb_4bit_quant_type", "nf4")),
-    )
-    return bnb.dequantize_4bit(packed, state).to(torch.bfloat16)
 
 
 def plan_shards(base: BaseModel, names: dict[str, str], limit: int) -> list[list[tuple[str, torch.dtype, list[int]]]]:
@@ -251,13 +238,6 @@ def begin_folder(out_dir: Path, sources: list[Path], fingerprint: str) -> Path:
 def shard_name(number: int, count: int) -> str:
     """The file name of a shard, counted from 1."""
     return f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-
-
-def is_quantized(name: str, dimensions: int, quantization: dict[str, Any]) -> bool:
-    """Whether bitsandbytes holds a weight in 4 bits: the linears, but not the head, embedding and norms."""
-    skip = quantization.get("llm_int8_skip_modules") or ["lm_head"]
-    plain = ("model.embed_tokens.weight", "lm_head.weight")
-    return dimensions == 2 and name not in plain and not any(part in name for part in skip)
 
 
 def commit_folder(tmp: Path, out_dir: Path) -> None:

@@ -81,7 +81,7 @@ def write_gguf(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> f
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    log.info("%s written and read back (%.2f GB)", path, path.stat().st_size / 1e9)
+    log.info("%s written and read back (%.2f GB)", path.name, path.stat().st_size / 1e9)
     return worst
 
 

@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +24,14 @@ from qwen_lit.export.folder import (
     ShardWriter,
     begin_folder,
     commit_folder,
-    is_quantized,
-    nf4_roundtrip,
     plan_shards,
     read_json,
     shard_name,
     write_json,
 )
 from qwen_lit.files import file_digest
+from qwen_lit.names import hub_name
+from qwen_lit.quantization import Held
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ class MergeReport:
     max_delta: float
 
 
-def _untie(adapter: Adapter, base: BaseModel, config: dict[str, Any]) -> dict[str, str]:
-    """Map each output name to its base name, settling the tie of embedding and head.
+def untie(adapter: Adapter, base: BaseModel, config: dict[str, Any]) -> dict[str, str]:
+    """Map each output name to its base name, settling the tie of embedding and head in ``adapter`` and ``config``.
 
     A tied head is not written. An adapter that changes one of the two apart from the other ends the tie:
     both are written and ``config["tie_word_embeddings"]`` becomes false.
@@ -64,14 +64,17 @@ def _untie(adapter: Adapter, base: BaseModel, config: dict[str, Any]) -> dict[st
         adapter.full.pop(HEAD, None)
         adapter.full[EMBED] = tensors[0]
     elif changed:
-        log.warning("the adapter changes %s alone: the merged model has untied embeddings", ", ".join(sorted(changed)))
         config["tie_word_embeddings"] = False
         names[HEAD] = EMBED
     return names
 
 
-def _check(adapter: Adapter, base: BaseModel, names: dict[str, str]) -> None:
-    """Every key of the adapter has its base weight, of a fitting shape."""
+def check_fits(adapter: Adapter, base: BaseModel, names: dict[str, str]) -> None:
+    """Every key of the adapter has its base weight, of a fitting shape.
+
+    Raises:
+        ExportError: one has not.
+    """
     for name in (*adapter.pairs, *adapter.full, *adapter.bias):
         if name not in names:
             raise ExportError(f"the adapter changes {name}, which the base model does not have")
@@ -95,14 +98,17 @@ def _tensors(
     base: BaseModel,
     adapter: Adapter,
     names: dict[str, str],
-    quantization: dict[str, Any] | None,
+    held: Mapping[str, Held],
     device: torch.device | None,
 ) -> Iterator[tuple[str, torch.Tensor, float | None]]:
     """Yield (name, finished tensor, largest |delta| or None where no LoRA pair applies), in the order of names."""
     for name, source in names.items():
-        weight = adapter.full.pop(name) if name in adapter.full else base.get(source)
-        if quantization is not None and is_quantized(name, weight.dim(), quantization):
-            weight = nf4_roundtrip(weight if device is None else weight.to(device), quantization)
+        if name in adapter.full:
+            weight = adapter.full.pop(name)
+        else:
+            weight = base.get(source)
+            if name in held:
+                weight = held[name].round_trip(weight if device is None else weight.to(device))
         if name in adapter.bias:
             weight = weight.float() + adapter.bias.pop(name)
         pair = adapter.pairs.pop(name, None)
@@ -140,7 +146,7 @@ def merge_adapter(
     out_dir: Path,
     *,
     merge_base: Literal["original", "dequantized"] = "original",
-    quantization: dict[str, Any] | None = None,
+    held: Mapping[str, Held] | None = None,
     max_shard_bytes: int = 4 * 2**30,
     finish: Callable[[Path], None] | None = None,
     device: torch.device | None = None,
@@ -157,8 +163,8 @@ def merge_adapter(
         adapter_dir: PEFT folder (adapter_config.json, adapter_model.safetensors).
         base_dir: original, unquantised model folder (model.safetensors, or shards with their index).
         out_dir: the folder to make.
-        merge_base: what W is: the original, or its linear weights after a 4-bit round trip, as trained on.
-        quantization: BitsAndBytesConfig keys for "dequantized" (plus ``blocksize``); default NF4, double, 64.
+        merge_base: what W is: the original, or, for the weights of ``held``, what they were while training.
+        held: how the base's quantised weights were held, for "dequantized".
         max_shard_bytes: size limit of a shard; a single larger tensor still makes one.
         finish: called with the temporary folder before the rename, to add files.
         device: where the products run; default the CPU.
@@ -172,17 +178,22 @@ def merge_adapter(
         raise ExportError(f"merge_base is {merge_base!r}; original or dequantized is expected")
     adapter_dir, base_dir, out_dir = (Path(path).resolve() for path in (adapter_dir, base_dir, out_dir))
     adapter, base, config = read_adapter(adapter_dir), BaseModel(base_dir), read_json(base_dir / "config.json")
-    names = _untie(adapter, base, config)
-    _check(adapter, base, names)
+    tied = config.get("tie_word_embeddings")
+    names = untie(adapter, base, config)
+    if config.get("tie_word_embeddings") != tied:
+        log.warning("the adapter changes the embedding or the head alone: the merged model has untied embeddings")
+    check_fits(adapter, base, names)
     shards = plan_shards(base, names, max_shard_bytes)
     config.pop("quantization_config", None)
-    config.pop("torch_dtype", None)
-    config["dtype"] = "bfloat16"
+    if not hub_name(str(config.get("_name_or_path"))):
+        config.pop("_name_or_path", None)
+    # transformers 5 reads dtype, earlier ones torch_dtype.
+    config["dtype"] = config["torch_dtype"] = "bfloat16"
 
     total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
-    settings = (quantization or {}) if merge_base == "dequantized" else None
+    rounded = dict(held or {}) if merge_base == "dequantized" else {}
     tmp = begin_folder(
-        out_dir, [base_dir, adapter_dir], _fingerprint(adapter_dir, base, settings, max_shard_bytes, names)
+        out_dir, [base_dir, adapter_dir], _fingerprint(adapter_dir, base, rounded, max_shard_bytes, names)
     )
     weight_map: dict[str, str] = {}
     deltas: list[float] = []
@@ -200,7 +211,7 @@ def merge_adapter(
                 continue
             mine = {name: names[name] for name, _, _ in shard}
             with ShardWriter(tmp / file, shard) as writer:
-                for name, tensor, delta in _tensors(base, adapter, mine, settings, device):
+                for name, tensor, delta in _tensors(base, adapter, mine, rounded, device):
                     writer.write(name, tensor)
                     if delta is not None:
                         deltas.append(delta)
@@ -208,11 +219,11 @@ def merge_adapter(
         if adapter.pairs or adapter.full or adapter.bias or len(deltas) != expected:
             raise ExportError(f"not every weight of {adapter_dir} was merged: {len(deltas)} of {expected} LoRA pairs")
         write_json(tmp / "config.json", config)
-        if finish is not None:
-            finish(tmp)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(tmp / "model.safetensors.index.json", index)
+        if finish is not None:
+            finish(tmp)
         commit_folder(tmp, out_dir)
     except OSError as error:
         shutil.rmtree(tmp, ignore_errors=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,13 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_lit.export.adapter import RESIDUAL_INITS
+from qwen_lit.export.card import AdapterFacts, Told, finish_adapter, model_card
 from qwen_lit.export.folder import ExportError, commit_folder
 from qwen_lit.export.gguf import GgufType, write_gguf
-from qwen_lit.export.merge import merge_adapter
-from qwen_lit.export.serving import Told, end_tokens, model_card, untrained_end, write_serving_files
+from qwen_lit.export.merge import MergeReport, merge_adapter
+from qwen_lit.export.serving import end_tokens, untrained_end, write_serving_files
 from qwen_lit.export.verdict import Verdict, measure
+from qwen_lit.quantization import Held
 
 log = logging.getLogger(__name__)
 MergeBase = Literal["auto", "original", "dequantized"]
@@ -35,8 +38,8 @@ class Job:
     out_dir: Path
     tokenizer: Any
     told: Told
-    quantization: dict[str, Any] | None = None
-    """BitsAndBytesConfig keys of the base as trained; None for a bf16 base."""
+    held: Mapping[str, Held] = field(default_factory=dict)
+    """How the base's quantised weights were held in training; empty for a bf16 base."""
     merge_base: MergeBase = "original"
     gguf: GgufType | None = None
     held_out: Sequence[Example] = ()
@@ -49,7 +52,7 @@ class Job:
 
 
 def run(job: Job, tell: Callable[[Verdict], None] = lambda verdict: None) -> Told:
-    """Measure, merge, write, try.
+    """Measure, merge, write, try; what of it fails is named in ``missing``, and the rest is done.
 
     Args:
         job: what to export.
@@ -57,48 +60,83 @@ def run(job: Job, tell: Callable[[Verdict], None] = lambda verdict: None) -> Tol
 
     Returns:
         What the model card tells.
-
-    Raises:
-        ExportError: see ``merge_adapter`` and ``write_gguf``.
     """
     told = job.told
-    told.merge_base = "original" if job.merge_base == "auto" or job.quantization is None else job.merge_base
+    told.merge_base = "original" if job.merge_base == "auto" or not job.held else job.merge_base
+    told.held_in = " and ".join(sorted({str(one) for one in job.held.values()}))
+    told.adapter_path = _seen_from(job.out_dir, job.adapter_dir)
     if job.held_out:
-        verdict = measure(job.adapter_dir, job.base_dir, job.held_out, job.quantization, job.device)
-        if job.merge_base == "auto":
-            told.merge_base = verdict.best
-        told.verdict = verdict.as_dict() | {"kind": job.kind}
-        log.info("does the merged model answer as trained? %d %s rows:", verdict.rows, job.kind)
-        for line in verdict.lines():
-            log.info("  %s", line)
-        hint = "" if told.merge_base == verdict.best else f"; export.merge_base: {verdict.best} would answer nearer"
-        log.info("  merged into the %s weights%s", told.merge_base, hint)
-        if warning := verdict.warning(told.merge_base):
-            log.warning(warning)
-        tell(verdict)
+        with part("the verdict", told.missing):
+            _judge(job, tell)
+    with part(job.out_dir.name, told.missing):
+        report = _merge(job)
+    if job.out_dir.name not in told.missing and job.taught and fits(report.bytes, job.device):
+        with part("the answers to trained prompts", told.missing):
+            told.stopped = try_prompts(job)
+            said = "%d of %d trained prompts ended by themselves"
+            (log.info if told.stopped[0] == told.stopped[1] else log.warning)(said, *told.stopped)
+            card = job.out_dir / "README.md"
+            card.with_suffix(".tmp").write_text(model_card(told), encoding="utf-8")
+            os.replace(card.with_suffix(".tmp"), card)
+    return told
+
+
+@contextmanager
+def part(name: str, missing: dict[str, str]) -> Iterator[None]:
+    """A part of the export: one that fails is noted, with the reason, and does not take the rest with it."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (ExportError, OSError, MemoryError, torch.OutOfMemoryError)):
+            log.exception("%s could not be made", name)
+        missing[name] = (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _judge(job: Job, tell: Callable[[Verdict], None]) -> None:
+    """Compare the merges with the adapter, and choose one where that is asked for."""
+    told = job.told
+    verdict = measure(job.adapter_dir, job.base_dir, job.held_out, job.held, job.device)
+    if job.merge_base == "auto":
+        told.merge_base = verdict.best
+    told.verdict = verdict.as_dict() | {"kind": job.kind}
+    log.info("does the merged model answer as trained? %d %s rows:", verdict.rows, job.kind)
+    for line in verdict.lines():
+        log.info("  %s", line)
+    hint = "" if told.merge_base == verdict.best else f"; export.merge_base: {verdict.best} would answer nearer"
+    log.info("  merged into the %s weights%s", told.merge_base, hint)
+    if warning := verdict.warning(told.merge_base):
+        log.warning(warning)
+    tell(verdict)
+
+
+def _merge(job: Job) -> MergeReport:
+    """The merged model with all that stands beside it; a GGUF file that fails is left out."""
+    told = job.told
+    told.adapter = AdapterFacts.read(job.adapter_dir)
     if warning := untrained_end(job.base_dir, job.tokenizer):
         log.warning(warning)
+    gguf = f"model-{job.gguf}.gguf"
 
     def finish(folder: Path) -> None:
-        write_serving_files(folder, job.base_dir, job.tokenizer, told)
+        if job.gguf is not None:
+            with part(gguf, told.missing):
+                write_gguf(folder, folder / gguf, job.gguf, job.tokenizer)
+        source = f"./{gguf}" if (folder / gguf).is_file() else "."
+        write_serving_files(folder, job.base_dir, job.tokenizer, told, source)
 
     base: Literal["original", "dequantized"] = "dequantized" if told.merge_base == "dequantized" else "original"
     report = merge_adapter(
-        job.adapter_dir, job.base_dir, job.out_dir, merge_base=base, quantization=job.quantization, finish=finish,
-        device=job.device,
-    )  # fmt: skip
+        job.adapter_dir, job.base_dir, job.out_dir, merge_base=base, held=job.held, finish=finish, device=job.device
+    )
     speed = report.bytes / 1e9 / report.seconds
     log.info("merged model written to %s (%.2f GB, %.2f GB/s)", job.out_dir, report.bytes / 1e9, speed)
-    if job.gguf is not None:
-        write_gguf(job.out_dir, job.out_dir / f"model-{job.gguf}.gguf", job.gguf, job.tokenizer)
-    if job.taught and fits(report.bytes, job.device):
-        told.stopped = try_prompts(job)
-        said = "%d of %d trained prompts ended by themselves"
-        (log.info if told.stopped[0] == told.stopped[1] else log.warning)(said, *told.stopped)
-        card = job.out_dir / "README.md"
-        card.with_suffix(".tmp").write_text(model_card(told), encoding="utf-8")
-        os.replace(card.with_suffix(".tmp"), card)
-    return told
+    return report
+
+
+def _seen_from(folder: Path, adapter: Path) -> str:
+    """The adapter's path in commands that are run in the model folder."""
+    beside = adapter.resolve().parent == folder.resolve().parent
+    return f"../{adapter.name}" if beside else str(adapter.resolve())
 
 
 def fits(size: int, device: torch.device) -> bool:
@@ -154,4 +192,5 @@ def adapter_from_checkpoint(path: Path, lora: Any, base_name: str, out_dir: Path
     config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base_name, True
     config.save_pretrained(str(partial))
     save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    finish_adapter(partial, base_name)
     commit_folder(partial, out_dir)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
-from importlib.metadata import version
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qwen_lit.export.adapter import EMBED, HEAD
+from qwen_lit.export.card import Told, model_card
 from qwen_lit.export.folder import BaseModel, ExportError, read_json, write_json
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
 MODELFILE = '''# ollama create NAME -f Modelfile
 FROM {source}
 TEMPLATE """{{{{ range $i, $m := .Messages }}}}{default}<|im_start|>{{{{ $m.Role }}}}
@@ -27,19 +25,11 @@ TEMPLATE """{{{{ range $i, $m := .Messages }}}}{default}<|im_start|>{{{{ $m.Role
 DEFAULT_SYSTEM = '{{ if and (eq $i 0) (ne $m.Role "system") }}%s{{ end }}'
 
 
-@dataclass
-class Told:
-    """What the model card tells of a run; what is not known is left out."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    """The configuration of the run."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """Rows, tokens, share supervised, fingerprint."""
-    losses: dict[str, float] = field(default_factory=dict)
-    verdict: dict[str, Any] | None = None
-    merge_base: str = "original"
-    stopped: tuple[int, int] | None = None
-    """Prompts that ended by themselves, of so many."""
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def end_tokens(tokenizer: Any) -> list[int]:
@@ -57,18 +47,75 @@ def end_tokens(tokenizer: Any) -> list[int]:
     return ends
 
 
-def write_serving_files(out_dir: Path, base_dir: Path, tokenizer: Any, told: Told) -> None:
+def write_serving_files(out_dir: Path, base_dir: Path, tokenizer: Any, told: Told, source: str = ".") -> None:
     """Write tokenizer files with the chat template, generation and training config, Modelfile and model card.
-
-    The generation config starts from the base model's, so its sampling settings stay. Its ``eos_token_id`` lists
-    ``<|im_end|>`` and ``<|endoftext|>``, those of them that the vocabulary has: a chat-tuned base model stops at
-    the end of its turn.
 
     Args:
         out_dir: existing folder that receives the files (``merge_adapter`` passes its temporary one to ``finish``).
         base_dir: folder of the original model.
         tokenizer: a transformers tokenizer.
         told: for the card; values that JSON has no form for are written as text.
+        source: the folder or GGUF file that the Modelfile names.
+
+    Raises:
+        ExportError: the vocabulary has no end token at all, or a file of the base is not JSON.
+    """
+    copy_tokenizer(base_dir, out_dir, tokenizer)
+    generation = generation_settings(base_dir, tokenizer)
+    write_json(out_dir / "generation_config.json", generation)
+    write_json(out_dir / "training_config.json", told.config)
+    (out_dir / "Modelfile").write_text(modelfile(tokenizer, generation, source), encoding="utf-8")
+    (out_dir / "README.md").write_text(model_card(told), encoding="utf-8")
+
+
+def copy_tokenizer(base_dir: Path, out_dir: Path, tokenizer: Any) -> None:
+    """Copy the base's tokenizer files byte for byte: other versions of transformers may not read what is written anew.
+
+    The chat template stands in tokenizer_config.json, where old readers look, and in chat_template.jinja, where new
+    ones do; it is added where the base lacks it.
+
+    Args:
+        base_dir: folder of the original model.
+        out_dir: existing folder that receives the files.
+        tokenizer: as trained with, for its chat template.
+
+    Raises:
+        ExportError: tokenizer_config.json is not JSON.
+    """
+    for path in sorted(path for pattern in TOKENIZER_FILES for path in base_dir.glob(pattern)):
+        target = out_dir / path.relative_to(base_dir)
+        target.parent.mkdir(exist_ok=True)
+        # Not copy2: the copy may be written to where the base's may not.
+        shutil.copyfile(path, target)
+    template = tokenizer.get_chat_template()
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if not (out_dir / "chat_template.jinja").is_file():
+        (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+        # A reader of this file does not look for further templates in tokenizer_config.json.
+        for name, text in named.items():
+            if name != "default":
+                beside = out_dir / "additional_chat_templates"
+                beside.mkdir(exist_ok=True)
+                (beside / f"{name}.jinja").write_text(text, encoding="utf-8", newline="")
+    path = out_dir / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if _default_template(config.get("chat_template")) != template:
+        write_json(path, config | {"chat_template": template})
+
+
+def _default_template(value: Any) -> str | None:
+    """Of a tokenizer_config.json, which holds one template, or a list of them with names."""
+    if isinstance(value, list):
+        return next((one.get("template") for one in value if one.get("name") == "default"), None)
+    return value if isinstance(value, str) else None
+
+
+def generation_settings(base_dir: Path, tokenizer: Any) -> dict[str, Any]:
+    """The base's generation config with the end tokens of a chat.
+
+    Its ``eos_token_id`` lists ``<|im_end|>`` and ``<|endoftext|>``, those of them that the vocabulary has: a
+    chat-tuned base model stops at the end of its turn. Sampling settings go with ``do_sample``, without which
+    transformers loads them but does not save them again: they turn it on, unless the base says that it is off.
 
     Raises:
         ExportError: the vocabulary has no end token at all, or the base's generation config is not JSON.
@@ -80,11 +127,13 @@ def write_serving_files(out_dir: Path, base_dir: Path, tokenizer: Any, told: Tol
     generation["eos_token_id"] = ends
     pad = tokenizer.pad_token_id
     generation["pad_token_id"] = int(pad) if pad is not None else ends[-1]
-    tokenizer.save_pretrained(str(out_dir))
-    write_json(out_dir / "generation_config.json", generation)
-    write_json(out_dir / "training_config.json", told.config)
-    (out_dir / "Modelfile").write_text(modelfile(tokenizer, generation), encoding="utf-8")
-    (out_dir / "README.md").write_text(model_card(told), encoding="utf-8")
+    sampling = {name for name in SAMPLING if generation.get(name) is not None}
+    if generation.get("do_sample") is False or generation.get("temperature") == 0:
+        generation = {name: value for name, value in generation.items() if name not in sampling}
+        generation["do_sample"] = False
+    elif sampling:
+        generation["do_sample"] = True
+    return generation
 
 
 def default_system(tokenizer: Any) -> str:
@@ -131,55 +180,3 @@ def untrained_end(base_dir: Path, tokenizer: Any) -> str | None:
         "<|im_end|> was never trained in this base model, so it may not stop: start from its Instruct version, or add "
         "model.lora_config.modules_to_save: [lm_head] (and embed_tokens)."
     )
-
-
-def model_card(told: Told) -> str:
-    """README.md of the merged model: what it is, how it is served, and what it was trained on."""
-    model = told.config.get("model", {})
-    base = model.get("model_name_or_path", "?")
-    lora = model.get("lora_config", {})
-    parts = [
-        f"---\nbase_model: {base}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        "tags: [qwen_lit, lora, merged]\n---",
-        f"# {Path(base).name}, taught from instructions",
-        f"A LoRA adapter (r={lora.get('r')}, alpha={lora.get('lora_alpha')}) trained on `{base}` and merged into its "
-        + ("bf16 weights." if told.merge_base == "original" else "weights as they were trained on, in 4 bits."),
-        "## Serve",
-        "```bash\nvllm serve .\npython -m sglang.launch_server --model-path .\nollama create taught -f Modelfile\n```",
-        "The adapter alone, on its base:",
-        f"```bash\nvllm serve {base} --enable-lora --max-lora-rank {_rank(lora)} "
-        "--lora-modules taught=../lora_adapter\n"
-        f"python -m sglang.launch_server --model-path {base} --lora-paths taught=../lora_adapter\n```",
-    ]
-    if told.data:
-        parts += ["## Data", _table(told.data)]
-    if told.losses:
-        parts += ["## Losses", _table({name: f"{value:.4f}" for name, value in told.losses.items()})]
-    if told.verdict:
-        rows = "".join(
-            f"| merge, {name}{' (this model)' if name == told.merge_base else ''} | {one['loss']:.4f} "
-            f"| {one['kl']:.5f} | {one['same_top']:.2%} |\n"
-            for name, one in told.verdict["merges"].items()
-        )
-        parts += [
-            "## Does it answer as trained?",
-            f"On {told.verdict['rows']} {told.verdict.get('kind', 'held-out')} rows, {told.verdict['tokens']} tokens:",
-            "| | loss | KL from the adapter | same top token |\n|---|---|---|---|\n"
-            f"| adapter on its base | {told.verdict['adapter_loss']:.4f} | | |\n{rows}",
-        ]
-    if told.stopped:
-        parts.append(f"{told.stopped[0]} of {told.stopped[1]} trained prompts ended at `<|im_end|>` by themselves.")
-    parts += ["## Versions", _table({name: version(name) for name in LIBRARIES})]
-    settings = json.dumps(told.config, indent=1, ensure_ascii=False, default=str)
-    parts += ["## Configuration", f"<details><summary>all of it</summary>\n\n```json\n{settings}\n```\n</details>"]
-    return "\n\n".join(parts) + "\n"
-
-
-def _rank(lora: dict[str, Any]) -> int:
-    """vLLM takes these ranks."""
-    wanted = max([int(lora.get("r") or 8), *map(int, (lora.get("rank_pattern") or {}).values())])
-    return next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= wanted), wanted)
-
-
-def _table(values: dict[str, Any]) -> str:
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in values.items())

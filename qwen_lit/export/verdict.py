@@ -1,20 +1,22 @@
-"""Which merge answers as trained: the adapter on the 4-bit base against each, on held-out rows, layer by layer."""
+"""Which merge answers as trained: the adapter on its base against each, on held-out rows, layer by layer."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_lit.export.adapter import EMBED, HEAD, Adapter, Pair, apply_pair, read_adapter
-from qwen_lit.export.folder import BaseModel, is_quantized, nf4_roundtrip
+from qwen_lit.export.folder import BaseModel, read_json
+from qwen_lit.export.merge import check_fits, untie
+from qwen_lit.quantization import Held
 
 log = logging.getLogger(__name__)
 LOUD_LOSS = 0.05
@@ -82,7 +84,7 @@ def measure(
     adapter_dir: Path,
     base_dir: Path,
     examples: Sequence[tuple[Any, Any]],
-    quantization: dict[str, Any] | None,
+    held: Mapping[str, Held],
     device: torch.device,
 ) -> Verdict:
     """Run the rows through the adapter on its base and through each merge, one decoder layer in memory at a time.
@@ -91,18 +93,23 @@ def measure(
         adapter_dir: PEFT folder.
         base_dir: original model folder.
         examples: token ids ``[t]`` and trained ranges ``[k, 2]`` of each row.
-        quantization: BitsAndBytesConfig keys of the base as trained; None for a bf16 base.
+        held: how the base's quantised weights were held in training; empty for a bf16 base.
         device: where it runs, in bf16.
 
     Returns:
         Figures of the merges ``original`` and, for a quantised base, ``dequantized``.
+
+    Raises:
+        ExportError: the adapter does not fit the base, or cannot be merged.
     """
     adapter, base = read_adapter(adapter_dir), BaseModel(base_dir)
-    variants = ["adapter", "original", *(["dequantized"] if quantization else [])]
+    variants = ["adapter", "original", *(["dequantized"] if held else [])]
+    names = untie(adapter, base, read_json(base_dir / "config.json"))
+    check_fits(adapter, base, names)
     config = AutoConfig.from_pretrained(base_dir)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    weights = _Weights(adapter, base, quantization, bool(config.tie_word_embeddings), device)
+    weights = _Weights(adapter, base, names, held, device)
     rotary = type(model.model.rotary_emb)(config).to(device)
     rows = [torch.tensor(ids, dtype=torch.int64, device=device)[None] for ids, _ in examples]
     with torch.no_grad():
@@ -130,28 +137,39 @@ class _Weights:
     """The weights of a module in the adapter's or a merge's version, read from the base's files."""
 
     def __init__(
-        self, adapter: Adapter, base: BaseModel, quantization: dict[str, Any] | None, tied: bool, device: torch.device
+        self, adapter: Adapter, base: BaseModel, names: dict[str, str], held: Mapping[str, Held], device: torch.device
     ) -> None:
-        self.adapter, self.base, self.quantization = adapter, base, quantization
-        self.tied, self.device = tied, device
-
-    def _trained_on(self, name: str, weight: Tensor) -> Tensor:
-        if self.quantization is None or not is_quantized(name, weight.dim(), self.quantization):
-            return weight
-        return nf4_roundtrip(weight.to(self.device), self.quantization)
+        self.adapter, self.base, self.names, self.held, self.device = adapter, base, names, held, device
 
     def of(self, name: str, variant: str) -> Tensor:
-        """One weight in bf16 on the device; for the adapter's version, without what its hook adds."""
-        source = EMBED if name == HEAD and self.tied and HEAD not in self.base.where else name
-        weight = self.adapter.full.get(name, self.base.get(source))
-        if variant != "original":
-            weight = self._trained_on(name, weight)
+        """One weight in bf16 on the device; for the adapter's version, without what PEFT adds beside it."""
+        if name in self.adapter.full:
+            weight = self.adapter.full[name]
+        else:
+            weight = self.base.get(self.names[name])
+            if variant != "original" and name in self.held:
+                weight = self.held[name].round_trip(weight.to(self.device))
         if name in self.adapter.bias:
             weight = weight.float() + self.adapter.bias[name].to(weight.device)
         pair = self.adapter.pairs.get(name)
-        if pair is not None and (variant != "adapter" or pair.magnitude is not None or pair.embedding):
+        if pair is not None and not (variant == "adapter" and _stands_beside(pair)):
             weight, _ = apply_pair(weight, pair, self.device)
         return weight.to(self.device, torch.bfloat16)
+
+    def head(self, variant: str) -> Callable[[Tensor], Tensor]:
+        """The output layer; a tied one is the embedding."""
+        name = HEAD if HEAD in self.names else EMBED
+        weight = self.of(name, variant)
+        pair = self.adapter.pairs.get(name)
+        if variant != "adapter" or pair is None or not _stands_beside(pair):
+            return lambda rows: linear(rows, weight)
+        added = _Added(pair, self.device)
+        return lambda rows: added(None, (rows,), linear(rows, weight))
+
+    @property
+    def heads_differ(self) -> bool:
+        """Whether the output layer is another in each version."""
+        return HEAD in self.adapter.pairs or HEAD in self.held
 
     def load(self, module: nn.Module, prefix: str, variant: str) -> list[Any]:
         """Fill a module; returns the hooks that add the adapter's share, where it is not merged."""
@@ -161,9 +179,14 @@ class _Weights:
         if variant == "adapter":
             for name, one in module.named_modules():
                 pair = self.adapter.pairs.get(f"{prefix}{name}.weight")
-                if pair is not None and pair.magnitude is None and not pair.embedding:
+                if pair is not None and _stands_beside(pair):
                     hooks.append(one.register_forward_hook(_Added(pair, self.device)))
         return hooks
+
+
+def _stands_beside(pair: Pair) -> bool:
+    """Whether a pair's share is added to what the weight makes, and not to the weight."""
+    return pair.magnitude is None and not pair.embedding
 
 
 class _Added:
@@ -174,7 +197,7 @@ class _Added:
         self.a, self.b = (one.to(device, torch.bfloat16) for one in (pair.a, pair.b))
         self.scaling = pair.scaling
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module | None, inputs: Any, output: Tensor) -> Tensor:
         return output + (inputs[0] @ self.a.T @ self.b.T) * self.scaling
 
 
@@ -188,17 +211,16 @@ def _compare(
         torch.tensor(ids, dtype=torch.int64, device=weights.device)[where + 1]
         for (ids, _), where in zip(examples, wanted, strict=True)
     ])  # fmt: skip
-    heads: dict[str, Tensor] = {}
+    heads: dict[str, Callable[[Tensor], Tensor]] = {}
     final: dict[str, Tensor] = {}
     for name in variants:
         norm.weight.data.copy_(weights.of("model.norm.weight", name))
         final[name] = torch.cat([norm(one)[0][where] for one, where in zip(hidden[name], wanted, strict=True)])
-        # The head is not quantised: it differs only where the adapter holds it.
-        heads[name] = heads["adapter"] if heads and HEAD not in weights.adapter.pairs else weights.of(HEAD, name)
+        heads[name] = weights.head(name) if not heads or weights.heads_differ else heads["adapter"]
     losses, kls, tops = ({name: 0.0 for name in variants} for _ in range(3))
     for start in range(0, len(targets), CHUNK):
         part = slice(start, start + CHUNK)
-        logits = {name: (final[name][part] @ heads[name].T).float() for name in variants}
+        logits = {name: heads[name](final[name][part]).float() for name in variants}
         own = log_softmax(logits["adapter"], dim=-1)
         for name in variants:
             losses[name] += float(cross_entropy(logits[name], targets[part], reduction="sum"))

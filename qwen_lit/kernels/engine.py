@@ -53,10 +53,18 @@ def why_not(model: Any, device: torch.device) -> str | None:
             return f"lora_config.{option} is set"
     if len(model.active_adapters) != 1:
         return "not exactly one adapter is active"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" not in name:
+            return f"{name} is trained too"
     known = {id(layer) for block in base.model.layers for layer in linears(block).values()}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and id(module) not in known:
             return f"{name} has an adapter"
+        if getattr(module, "lora_variant", None):
+            return f"{name} has a variant of LoRA"
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return f"lm_head is a {type(head).__name__}"
     for block in base.model.layers:
         found = linears(block)
         for group in GROUPS:

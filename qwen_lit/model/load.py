@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qwen_lit.errors import UserError
+from qwen_lit.names import HUB_NAME
 
 SUPPORTED = ("qwen2", "qwen3")
-HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
 def check_model_path(name: str) -> None:

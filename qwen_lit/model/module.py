@@ -31,6 +31,7 @@ from qwen_lit.model.optim import (
 )
 from qwen_lit.model.planning import planned_engine
 from qwen_lit.model.resume import compare, merge_of, recount, settings
+from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class QwenModule(L.LightningModule):
         Args:
             model_name_or_path: a local folder with the model's files, or a hub name.
             lora_config: PEFT's LoraConfig.
-            quantization_config: transformers' BitsAndBytesConfig; null trains LoRA on a bf16 base.
+            quantization_config: transformers' BitsAndBytesConfig; null, or one with neither load_in_4bit nor
+                load_in_8bit, trains LoRA on a bf16 base.
             learning_rate: peak learning rate.
             optimizer: paged_adamw_8bit, paged_adamw_32bit or adamw.
             lr_scheduler: cosine, linear or constant, after the warmup.
@@ -101,7 +103,6 @@ class QwenModule(L.LightningModule):
         self.shard_base = shard_base
         self.name = model_name_or_path
         self.lora_config = lora_config
-        self.quantization_config = quantization_config
         self.learning_rate = learning_rate
         self.optimizer_name: OptimizerName = optimizer
         self.schedule_name: ScheduleName = lr_scheduler
@@ -117,7 +118,11 @@ class QwenModule(L.LightningModule):
         self.model: PeftModel | None = None
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.config = load_config(model_name_or_path)
+        self.quantization_config = usable(quantization_config, self.config)
+        self.quantized: dict[str, Held] | None = None
         check_targets(self.config, lora_config)
+        if lora_config.modules_to_save:
+            check_trained_whole(self.held_weights(torch.device("cpu")), lora_config.modules_to_save)
         self.max_skipped_steps, self.skipped_steps, self.skipped_in_a_row = max_skipped_steps, 0, 0
         # Losses since the last optimizer step, kept on the device so that no micro-batch waits for the host.
         self.window: list[Tensor] = []
@@ -144,6 +149,7 @@ class QwenModule(L.LightningModule):
         device = self.trainer.strategy.root_device
         sharded = self.shard_base and self.trainer.world_size > 1
         base = load_base(self.name, self.quantization_config, torch.device("cpu") if sharded else device)
+        self.quantized = loaded_weights(base)
         self.model = add_adapter(base, self.lora_config, self.gradient_checkpointing)
         if sharded:
             shard_layers(self.model, device)
@@ -160,6 +166,16 @@ class QwenModule(L.LightningModule):
             frozen += [name for name, _ in self.named_buffers()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
+    def held_weights(self, device: torch.device) -> dict[str, Held]:
+        """How the base's quantised weights are held, by name; before it is loaded, how they would be.
+
+        Args:
+            device: where it would be loaded.
+        """
+        if self.quantized is not None:
+            return self.quantized
+        return planned_weights(self.config, self.quantization_config, device)
+
     def _choose_engine(self) -> None:
         """The fast engine with its memory plan where it can run, PEFT's own path elsewhere.
 
@@ -175,6 +191,10 @@ class QwenModule(L.LightningModule):
         if self.engine_name == "reference" or reason:
             self.engine_told = "reference" + (f" ({reason})" if reason and self.engine_name == "auto" else "")
             return
+        quantization = self.quantization_config
+        if quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype != torch.bfloat16:
+            given = str(quantization.bnb_4bit_compute_dtype).removeprefix("torch.")
+            log.info("the fast engine computes in bfloat16; bnb_4bit_compute_dtype %s is for the reference", given)
         data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         # Documents lie end to end: nothing is computed for padding.
         data.unpadded = True

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from qwen_lit.export import CONVERTED_MARKER, ExportError, merge_adapter
+from qwen_lit.quantization import Held
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and PEFT deprecations
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -137,7 +138,8 @@ def test_dequantized_merges_into_the_trained_weights(tmp_path: Path) -> None:
 
     base_dir = make_base(tmp_path / "base", "qwen2")
     adapter = make_adapter(base_dir, tmp_path / "adapter", target_modules=["q_proj"])
-    merge_adapter(adapter, base_dir, tmp_path / "out", merge_base="dequantized")
+    held = {name: Held("nf4", 64, True) for name in tensors(base_dir) if "_proj.weight" in name}
+    merge_adapter(adapter, base_dir, tmp_path / "out", merge_base="dequantized", held=held)
     base, lora, got = tensors(base_dir), load_file(adapter / "adapter_model.safetensors"), tensors(tmp_path / "out")
     for name, weight in base.items():
         want = weight
@@ -225,7 +227,21 @@ def test_own_export_is_replaced(tmp_path: Path) -> None:
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as handle:
         assert handle.metadata()["format"] == "pt" and len(list(handle.keys())) == report.tensors
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["dtype"] == "bfloat16" and "quantization_config" not in config
+    base = json.loads((base_dir / "config.json").read_text())
+    assert config == base | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+
+
+def test_the_config_keeps_the_keys_of_the_base_and_no_path_of_a_machine(tmp_path: Path) -> None:
+    base_dir = make_base(tmp_path / "base", "qwen2")
+    adapter = make_adapter(base_dir, tmp_path / "adapter")
+    plain = json.loads((base_dir / "config.json").read_text()) | {"own_key": [1], "torch_dtype": "float32"}
+    plain.pop("dtype")
+    merged = plain | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    for name, kept in (("Qwen/Qwen2.5-7B", {"_name_or_path": "Qwen/Qwen2.5-7B"}), ("/home/me/base", {}), ("", {})):
+        written = plain | {"_name_or_path": name, "quantization_config": {"quant_method": "none"}}
+        (base_dir / "config.json").write_text(json.dumps(written))
+        merge_adapter(adapter, base_dir, tmp_path / "out")
+        assert json.loads((tmp_path / "out" / "config.json").read_text()) == merged | kept
 
 
 def test_failure_leaves_the_old_export(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from jinja2 import Environment
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GenerationConfig
 
-from qwen_lit.export.serving import Told, default_system, model_card, modelfile, untrained_end, write_serving_files
+from qwen_lit.export.card import Told
+from qwen_lit.export.serving import default_system, modelfile, untrained_end, write_serving_files
 from tests.export.test_merge import make_base
 
 CHAT = [
@@ -55,20 +57,89 @@ def test_a_template_without_a_default_system_prompt_gets_none(qwen_tokenizer):
     assert ollama_renders(modelfile(qwen_tokenizer, {}), CHAT[1:]) == wanted
 
 
-def test_the_end_tokens_of_a_chat_are_the_model_s_end_tokens(tokenizer, tmp_path):
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "generation_config.json").write_text('{"top_p": 0.8, "do_sample": true, "eos_token_id": 7}')
-    out = tmp_path / "out"
-    out.mkdir()
+@pytest.fixture
+def base(tokenizer, tmp_path):
+    folder = tmp_path / "base"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def served(base, out, tokenizer, generation, told=None):
+    """What ``write_serving_files`` makes of a base with this generation config."""
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    out.mkdir(exist_ok=True)
+    write_serving_files(out, base, tokenizer, told or Told())
+    return json.loads((out / "generation_config.json").read_text())
+
+
+def test_the_end_tokens_of_a_chat_are_the_model_s_end_tokens(tokenizer, base, tmp_path):
     config = {"seed": 1, "path": Path("x"), "text": "你好"}
-    write_serving_files(out, base, tokenizer, Told(config=config))
-    generation = json.loads((out / "generation_config.json").read_text())
+    given = {"top_p": 0.8, "do_sample": True, "eos_token_id": 7}
+    generation = served(base, tmp_path / "out", tokenizer, given, Told(config=config))
     vocab = tokenizer.get_vocab()
-    assert generation["eos_token_id"] == [vocab["<|im_end|>"], vocab["<|endoftext|>"]]
-    assert generation["pad_token_id"] == vocab["<|endoftext|>"] and generation["top_p"] == 0.8
-    assert json.loads((out / "training_config.json").read_text("utf-8")) == {**config, "path": "x"}
-    assert (out / "chat_template.jinja").read_text() == tokenizer.chat_template
+    ends = [vocab["<|im_end|>"], vocab["<|endoftext|>"]]
+    assert generation == {"top_p": 0.8, "do_sample": True, "eos_token_id": ends, "pad_token_id": ends[1]}
+    assert json.loads((tmp_path / "out" / "training_config.json").read_text("utf-8")) == {**config, "path": "x"}
+
+
+SAMPLED = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (SAMPLED, SAMPLED | {"do_sample": True}),
+        (SAMPLED | {"do_sample": True}, SAMPLED | {"do_sample": True}),
+        (SAMPLED | {"do_sample": False, "repetition_penalty": 1.1}, {"do_sample": False, "repetition_penalty": 1.1}),
+        ({"temperature": 0.0}, {"do_sample": False}),
+        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+    ],
+)
+def test_a_model_with_these_sampling_settings_loads_and_saves_again(tokenizer, base, tmp_path, given, kept):
+    generation = served(base, tmp_path / "out", tokenizer, given)
+    assert {name: value for name, value in generation.items() if "token_id" not in name} == kept
+    GenerationConfig.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    written = (tmp_path / "out" / "Modelfile").read_text()
+    assert ("PARAMETER temperature 0.7" in written) == ("temperature" in kept)
+
+
+def test_tokenizer_files_are_those_of_the_base_byte_for_byte(tokenizer, base, tmp_path):
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = tokenizer.chat_template
+    (base / "tokenizer_config.json").write_text(json.dumps(config, indent=7))
+    (base / "chat_template.jinja").unlink()
+    (base / "merges.txt").write_bytes("a b\r\n好".encode())
+    (base / "special_tokens_map.json").write_text('{"eos_token":   "<|im_end|>"}')
+    (base / "pytorch_model.bin").write_text("not copied")
+    served(base, tmp_path / "out", tokenizer, {})
+    files = {"tokenizer.json", "tokenizer_config.json", "merges.txt", "special_tokens_map.json"}
+    for name in files:
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == tokenizer.chat_template
+    more = {"chat_template.jinja", "generation_config.json", "training_config.json", "Modelfile", "README.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files | more
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+def test_a_template_that_stands_in_one_place_stands_in_both(tokenizer, base, tmp_path):
+    before = json.loads((base / "tokenizer_config.json").read_text())
+    assert "chat_template" not in before and (base / "chat_template.jinja").is_file()
+    served(base, tmp_path / "out", tokenizer, {})
+    after = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert after == before | {"chat_template": tokenizer.chat_template}
+    assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
+
+
+def test_every_template_of_a_base_with_several_is_found_by_old_and_new_readers(tokenizer, base, tmp_path):
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    templates = {"default": tokenizer.chat_template, "tool_use": "tools: " + tokenizer.chat_template}
+    config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    (base / "chat_template.jinja").unlink()
+    several = AutoTokenizer.from_pretrained(base)
+    served(base, tmp_path / "out", several, {})
+    assert (tmp_path / "out" / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == several.chat_template == templates
 
 
 def test_a_base_that_never_learned_to_stop_is_named(tokenizer, tmp_path):
@@ -83,17 +154,3 @@ def test_a_base_that_never_learned_to_stop_is_named(tokenizer, tmp_path):
         changed[tokenizer.get_vocab()["<|im_end|>"]] *= factor
         save_file({**tensors, "lm_head.weight": changed.bfloat16()}, path, metadata={"format": "pt"})
         assert bool(untrained_end(base, tokenizer)) == named
-
-
-def test_the_card_tells_data_losses_verdict_and_how_to_serve():
-    model = {"model_name_or_path": "Qwen/Qwen2.5-7B-Instruct", "lora_config": {"r": 48, "lora_alpha": 64}}
-    merges = {"original": {"loss": 1.5, "kl": 0.02, "same_top": 0.95}}
-    told = Told(
-        config={"model": model},
-        data={"share supervised": "81.0%", "fingerprint": "10 rows, abc"}, losses={"train, last step": 1.25},
-        verdict={"rows": 3, "tokens": 99, "adapter_loss": 1.4, "merges": merges, "kind": "held-out"}, stopped=(3, 3),
-    )  # fmt: skip
-    card = model_card(told)
-    for words in ("base_model: Qwen/Qwen2.5-7B-Instruct", "81.0%", "10 rows, abc", "1.2500", "95.00%", "3 of 3",
-                  "vllm serve .", "--max-lora-rank 64", "sglang", "ollama create"):  # fmt: skip
-        assert words in card, words

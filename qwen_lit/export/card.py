@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""The README of what is exported: what it is, how it is served, and what it was trained on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen_lit.export.folder import open_tensors, read_json, write_json
+from qwen_lit.names import base_reference, hub_name
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter folder says of itself."""
+
+    config: dict[str, Any]
+    """Its adapter_config.json."""
+    rank: int
+    """The largest of its weights."""
+    ends: tuple[str, ...]
+    """Which of ``embed_tokens`` and ``lm_head`` have LoRA."""
+
+    @classmethod
+    def read(cls, adapter_dir: Path) -> AdapterFacts:
+        """Read the config, and the names and shapes of the weights.
+
+        Raises:
+            ExportError: a file is missing or broken.
+        """
+        config, rank, ends = read_json(adapter_dir / "adapter_config.json"), 0, set()
+        with open_tensors(adapter_dir / "adapter_model.safetensors") as handle:
+            for name in handle.keys():
+                if ".lora_A." in name or name.endswith((".lora_A", ".lora_embedding_A")):
+                    rank = max(rank, handle.get_slice(name).get_shape()[0])
+                ends |= {end for end in ("embed_tokens", "lm_head") if f"{end}.lora_" in name}
+        return cls(config, rank or int(config.get("r") or 8), tuple(sorted(ends)))
+
+    def unserved(self) -> list[str]:
+        """What is in the adapter that vLLM and SGLang refuse, or scale wrongly without a word."""
+        found = {
+            "DoRA": self.config.get("use_dora"),
+            "modules_to_save": self.config.get("modules_to_save"),
+            "trained biases": self.config.get("bias", "none") != "none" or self.config.get("lora_bias"),
+            "LoRA on " + " and ".join(self.ends): self.ends,
+            "an alpha or a rank of its own for some modules":
+                self.config.get("rank_pattern") or self.config.get("alpha_pattern"),
+            "trained tokens": self.config.get("trainable_token_indices"),
+        }  # fmt: skip
+        return [name for name, there in found.items() if there]
+
+
+@dataclass
+class Told:
+    """What the model card tells of a run; what is not known is left out."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """The configuration of the run."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Rows, tokens, share supervised, fingerprint."""
+    losses: dict[str, float] = field(default_factory=dict)
+    verdict: dict[str, Any] | None = None
+    merge_base: str = "original"
+    held_in: str = ""
+    """What the base was held in while training, as nf4; empty for bf16."""
+    stopped: tuple[int, int] | None = None
+    """Prompts that ended by themselves, of so many."""
+    adapter: AdapterFacts | None = None
+    adapter_path: str = "../lora_adapter"
+    """Of the adapter, seen from the model folder, or absolute."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """What could not be exported, and why."""
+
+
+def model_card(told: Told) -> str:
+    """README.md of the merged model."""
+    base = str(told.config.get("model", {}).get("model_name_or_path", "?"))
+    lora = told.adapter.config if told.adapter else {}
+    weights = f"weights as they were trained on, in {told.held_in}."
+    parts = [
+        _front_matter(base, {"library_name": "transformers", "tags": ["qwen_lit", "lora", "merged"]}),
+        f"# {Path(base).name}, taught from instructions",
+        f"A LoRA adapter (r={lora.get('r')}, alpha={lora.get('lora_alpha')}) trained on `{base}` and merged into its "
+        + ("bf16 weights." if told.merge_base == "original" else weights),
+        "## Serve",
+        "In this folder:",
+        "```bash\nvllm serve .\npython -m sglang.launch_server --model-path .\nollama create taught -f Modelfile\n```",
+        *(_adapter_alone(told.adapter, base, told.adapter_path) if told.adapter else []),
+    ]
+    if told.data:
+        parts += ["## Data", _table(told.data)]
+    if told.losses:
+        parts += ["## Losses", _table({name: f"{value:.4f}" for name, value in told.losses.items()})]
+    if told.verdict:
+        rows = "".join(
+            f"| merge, {name}{' (this model)' if name == told.merge_base else ''} | {one['loss']:.4f} "
+            f"| {one['kl']:.5f} | {one['same_top']:.2%} |\n"
+            for name, one in told.verdict["merges"].items()
+        )
+        parts += [
+            "## Does it answer as trained?",
+            f"On {told.verdict['rows']} {told.verdict.get('kind', 'held-out')} rows, {told.verdict['tokens']} tokens:",
+            "| | loss | KL from the adapter | same top token |\n|---|---|---|---|\n"
+            f"| adapter on its base | {told.verdict['adapter_loss']:.4f} | | |\n{rows}",
+        ]
+    if told.stopped:
+        parts.append(f"{told.stopped[0]} of {told.stopped[1]} trained prompts ended at `<|im_end|>` by themselves.")
+    parts += ["## Versions", _table({name: version(name) for name in LIBRARIES})]
+    settings = json.dumps(told.config, indent=1, ensure_ascii=False, default=str)
+    parts += ["## Configuration", f"<details><summary>all of it</summary>\n\n```json\n{settings}\n```\n</details>"]
+    return "\n\n".join(parts) + "\n"
+
+
+def finish_adapter(folder: Path, base: str) -> None:
+    """Let an adapter folder name its base so that any tool finds it, and give it a card that the hub takes.
+
+    Args:
+        folder: as PEFT has written it.
+        base: the base model's folder or hub name.
+    """
+    config = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": base_reference(base)}
+    write_json(folder / "adapter_config.json", config)
+    facts = AdapterFacts.read(folder)
+    parts = [
+        _front_matter(base, {"library_name": "peft", "tags": ["qwen_lit", "lora"]}),
+        f"# LoRA adapter for {Path(base).name}",
+        f"r={config.get('r')}, alpha={config.get('lora_alpha')}, trained on `{base}`.",
+        "## Serve",
+        *_adapter_alone(facts, base, "."),
+    ]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _front_matter(base: str, facts: dict[str, Any]) -> str:
+    """The card's YAML; a base that is not on the hub is left out, as the hub refuses the card otherwise."""
+    values = facts | {"pipeline_tag": "text-generation"}
+    if hub_name(base):
+        values["base_model"] = base
+    return f"---\n{yaml.safe_dump(values, allow_unicode=True, sort_keys=False)}---"
+
+
+def _adapter_alone(facts: AdapterFacts, base: str, path: str) -> list[str]:
+    """How a server takes the adapter beside its base, or why it does not."""
+    if unserved := facts.unserved():
+        return [f"vLLM and SGLang do not serve this adapter on its base, because of {', '.join(unserved)}: serve the "
+                "merged model."]  # fmt: skip
+    base, path = shlex.quote(base_reference(base)), shlex.quote(f"taught={path}")
+    rank = next((rank for rank in VLLM_RANKS if rank >= facts.rank), facts.rank)
+    lines = [f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {path}"]
+    if not facts.config.get("use_rslora"):
+        lines.append(f"python -m sglang.launch_server --model-path {base} --lora-paths {path}")
+    alone = ["The adapter alone, on its base, in this folder:", "```bash\n" + "\n".join(lines) + "\n```"]
+    if facts.config.get("use_rslora"):
+        alone.append("SGLang scales rank-stabilised LoRA (use_rslora) wrongly: serve the merged model with it.")
+    return alone
+
+
+def _table(values: dict[str, Any]) -> str:
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in values.items())

@@ -1,0 +1,17 @@
+"""What a base model is called: a folder here, or a name on the hub."""
+
+import re
+from pathlib import Path
+
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", re.ASCII)
+
+
+def hub_name(name: str) -> str | None:
+    """The name, where it is one of the hub; None for a folder."""
+    return name if HUB_NAME.match(name) and not Path(name).is_dir() else None
+
+
+def base_reference(name: str) -> str:
+    """The base as other tools find it from any folder: the absolute path of a folder, or the hub's name."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name

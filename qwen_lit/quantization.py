@@ -1,0 +1,176 @@
+"""Which weights of the base are quantised, and how: asked of the loaded model, or of transformers' own rule before."""
+
+import copy
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes.functional as F
+import torch
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from qwen_lit.errors import UserError
+
+log = logging.getLogger(__name__)
+HEAD = "lm_head"
+WRAPPED = "base_model.model."
+"""What PEFT puts before the names of the base."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """How bitsandbytes holds one weight."""
+
+    kind: str
+    """nf4, fp4 or int8."""
+    blocksize: int = 0
+    """Numbers that share a scale; 0 for int8, where each row has one."""
+    double: bool = False
+    """Whether the scales are quantised too."""
+
+    def __str__(self) -> str:
+        return self.kind + ", double" * self.double
+
+    def bytes_of(self, numbers: int, rows: int) -> int:
+        """Memory of a weight, scales included: 4 bytes each, or, where they are quantised, 1 and 4 for each 256."""
+        if self.kind == "int8":
+            return numbers + 4 * rows
+        blocks = -(-numbers // self.blocksize)
+        return -(-numbers // 2) + (blocks + 4 * -(-blocks // 256) if self.double else 4 * blocks)
+
+    def round_trip(self, weight: Tensor) -> Tensor:
+        """What the products see of a weight that is loaded from its file.
+
+        Args:
+            weight: ``[out, in]`` as stored, on the device where it is quantised.
+
+        Returns:
+            ``[out, in]`` in bf16, or in float32 for int8, whose products are scaled in float32.
+        """
+        loaded = weight.to(torch.bfloat16).contiguous()
+        if self.kind == "int8":
+            values, scales, _ = F.int8_vectorwise_quant(loaded.to(torch.float16))
+            return F.int8_vectorwise_dequant(values, scales)
+        packed, state = F.quantize_4bit(
+            loaded, blocksize=self.blocksize, compress_statistics=self.double, quant_type=self.kind
+        )
+        return F.dequantize_4bit(packed, state)
+
+
+def usable(quantization: BitsAndBytesConfig | None, config: Any) -> BitsAndBytesConfig | None:
+    """The quantisation that will be used; None for a base in bf16.
+
+    transformers takes a configuration that sets neither ``load_in_4bit`` nor ``load_in_8bit`` for 4 bits, in FP4; here
+    it is none. A head that is tied to the embedding cannot be quantised: bitsandbytes would find no scales in it.
+
+    Args:
+        quantization: as configured.
+        config: of the base model.
+
+    Raises:
+        UserError: bitsandbytes has no such quantisation, or it saves nothing.
+    """
+    if quantization is None:
+        return None
+    if not quantization.is_quantizable():
+        log.info("model.quantization_config sets neither load_in_4bit nor load_in_8bit: the base is held in bf16")
+        return None
+    kind = quantization.bnb_4bit_quant_type
+    if quantization.load_in_4bit and kind not in ("nf4", "fp4"):
+        raise UserError(f"model.quantization_config.bnb_4bit_quant_type is {kind!r}; nf4 or fp4 is expected.")
+    if quantization.load_in_8bit and quantization.llm_int8_has_fp16_weight:
+        raise UserError(
+            "model.quantization_config.llm_int8_has_fp16_weight keeps the base in 16 bits and only computes in 8; "
+            "leave it false, or set quantization_config to null."
+        )
+    skipped = quantization.llm_int8_skip_modules
+    for pattern in skipped or []:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(
+                f"model.quantization_config.llm_int8_skip_modules: {pattern!r} is no name and no pattern ({error})."
+            ) from error
+    if skipped is not None and config.tie_word_embeddings and HEAD not in skipped:
+        quantization = copy.copy(quantization)
+        quantization.llm_int8_skip_modules = [*skipped, HEAD]
+    return quantization
+
+
+def base_name(name: str) -> str:
+    """The base's own name of a module or parameter that PEFT has wrapped."""
+    return name.removeprefix(WRAPPED).replace(".base_layer", "")
+
+
+def loaded_weights(model: nn.Module) -> dict[str, Held]:
+    """How a model's quantised weights are held, by the names of the base.
+
+    Args:
+        model: loaded, or prepared for loading; with or without an adapter.
+    """
+    found: dict[str, Held] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        own = base_name(name) + ".weight"
+        if isinstance(module, Linear4bit) and isinstance(weight, Params4bit):
+            found[own] = Held(weight.quant_type, weight.blocksize, weight.compress_statistics)
+        elif isinstance(module, Linear8bitLt) and isinstance(weight, Int8Params):
+            found[own] = Held("int8")
+    return found
+
+
+def planned_weights(
+    config: Any, quantization: BitsAndBytesConfig | None, device: torch.device
+) -> dict[str, Held]:
+    """The same before a weight is read: transformers' own quantizer on a model without weights.
+
+    Args:
+        config: of the base model.
+        quantization: as ``usable`` returns it.
+        device: where the base will be loaded; ``llm_int8_enable_fp32_cpu_offload`` quantises nothing on the CPU.
+    """
+    if quantization is None:
+        return {}
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map={"": str(device)})
+    return loaded_weights(model)
+
+
+def described(held: dict[str, Held], linears: int) -> str:
+    """What a base is held in, in a few words.
+
+    Args:
+        held: its quantised weights.
+        linears: of the model, in all.
+    """
+    kinds = " and ".join(sorted({str(one) for one in held.values()}))
+    return f"{kinds}, {len(held)} of {linears} linears" if held else "none, bf16"
+
+
+def count_linears(model: nn.Module) -> int:
+    """Linears of the base, its head included, without those of an adapter."""
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name)
+    return len({base_name(name).split(".modules_to_save")[0].removesuffix(".original_module") for name in names})
+
+
+def check_trained_whole(held: dict[str, Held], modules: Iterable[str]) -> None:
+    """Refuse to train a quantised weight as a whole: it has no gradient.
+
+    Raises:
+        UserError: ``modules_to_save`` names one.
+    """
+    for module in modules:
+        for name, how in held.items():
+            own = name.removesuffix(".weight")
+            if own == module or own.endswith("." + module):
+                raise UserError(
+                    f"model.lora_config.modules_to_save names {module}, but {own} is held in {how.kind} and cannot be "
+                    f"trained whole; add {module} to model.quantization_config.llm_int8_skip_modules."
+                )
