@@ -303,6 +303,8 @@ def test_a_second_backward_is_refused_rather_than_wrong():
     [
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias is trained too"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head has an adapter"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head has an adapter"),
     ],
 )
