@@ -13,8 +13,13 @@ from qwen_lit.cli import main
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--model.lora_config.use_dora", "true"], ["--model.lora_config.modules_to_save", "[lm_head]"]],
-    ids=["lora", "dora", "modules_to_save"],
+    [
+        [],
+        ["--model.lora_config.use_dora", "true"],
+        ["--model.lora_config.modules_to_save", "[lm_head]"],
+        ["--model.lora_config.target_modules", "[q_proj,lm_head]"],
+    ],
+    ids=["lora", "dora", "modules_to_save", "head"],
 )
 def test_an_export_from_a_checkpoint_is_the_one_of_the_run(arguments, tmp_path, options, caplog):
     out = tmp_path / "out"
@@ -22,6 +27,9 @@ def test_an_export_from_a_checkpoint_is_the_one_of_the_run(arguments, tmp_path, 
     run += ["--export.merge_base", "auto"]
     assert main(run) == 0
     assert "does the merged model answer as trained? 5 held-out rows" in caplog.text
+    summary = json.loads((out / "summary.json").read_text())
+    # The validation at the end of training has measured the adapter on the same rows.
+    assert summary["verdict"]["adapter_loss"] == pytest.approx(summary["losses"]["val_loss"], abs=0.002)
     first = {path.name: path.read_bytes() for path in (out / "final_model").iterdir()}
     adapter = load_file(out / "lora_adapter" / "adapter_model.safetensors")
     assert {"model.safetensors", "model-f16.gguf", "README.md", "Modelfile", "training_config.json"} <= set(first)
