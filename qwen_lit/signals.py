@@ -1,15 +1,17 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: between two optimizer steps while training, at once elsewhere."""
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C: between two optimizer steps while training, at once elsewhere."""
 
 import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 log = logging.getLogger(__name__)
-WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopped(BaseException):
@@ -34,6 +36,9 @@ class Interrupts:
         first = self.received is None
         self.received = signum
         if not self.deferred:
+            # A stop under way clears up; another signal must not cut that short.
+            if _stopping():
+                return
             raise Stopped(signum)
         if first:
             again = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
@@ -57,6 +62,41 @@ class Interrupts:
 INTERRUPTS = Interrupts()
 
 
+def _stopping() -> bool:
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Signals wait meanwhile, so that a process begun here takes none before it says how."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_to_parent(*_: object) -> None:
+    """In a process that works for another: only SIGTERM ends it by itself, as whoever began it ends it otherwise."""
+    for signum in WATCHED:
+        signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after the one that began it, however that ends."""
+    threading.Thread(target=_end_with, args=(parent,), name="end-with-parent", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
     """Signals stop the command with its exit code; the former handlers come back afterwards."""
@@ -77,4 +117,6 @@ def watched() -> Iterator[None]:
 def _set(handler: object) -> None:
     if threading.current_thread() is threading.main_thread():
         for signum in WATCHED:
-            signal.signal(signum, handler)  # type: ignore[arg-type]
+            # nohup ignores SIGHUP, and means it.
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, handler)  # type: ignore[arg-type]

@@ -1,11 +1,12 @@
 """Proof that a killed run comes out as if nothing had happened, on the user's own model, data and card."""
 
+import contextlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,20 +80,32 @@ def verify(config: str, folder: Path, steps: int) -> Verdict:
         return subprocess.Popen(command)
 
     def finish(process: subprocess.Popen[bytes]) -> None:
-        if process.wait():
+        with _ended(process):
+            process.wait()
+        if process.returncode:
             raise RunError(f"a run ended with exit code {process.returncode}; its messages stand above.")
 
     finish(start("whole"))
-    killed = start("killed")
     checkpoint = folder / "killed" / "checkpoints" / f"step={half:08d}.ckpt"
-    while not (checkpoint.is_file() and manifest_of(checkpoint).is_file()):
-        if killed.poll() is not None:
-            raise RunError(f"the run ended with exit code {killed.returncode} before its checkpoint at step {half}.")
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    with _ended(start("killed")) as killed:
+        while not (checkpoint.is_file() and manifest_of(checkpoint).is_file()):
+            if killed.poll() is not None:
+                raise RunError(
+                    f"the run ended with exit code {killed.returncode} before its checkpoint at step {half}."
+                )
+            time.sleep(0.005)
     finish(start("killed", "--ckpt_path", "last"))
     return compare(folder / "whole", folder / "killed", half)
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Whatever happens meanwhile, the process is gone afterwards, by SIGKILL."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def compare(whole: Path, killed: Path, half: int) -> Verdict:

@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from qwen_lit.data.encoding import Task
 from qwen_lit.data.faults import DataError
-from qwen_lit.data.prepare import Task
 from qwen_lit.data.prove import Prover
 from qwen_lit.distributed import gathered, least
 from qwen_lit.errors import RunError, UserError

@@ -11,9 +11,9 @@ import numpy as np
 
 from qwen_lit.data.chatml import UNTHOUGHT
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.encoding import Report
 from qwen_lit.data.overlong import OLDEST, SHORTENED
 from qwen_lit.data.packing import fill
-from qwen_lit.data.prepare import Report
 from qwen_lit.data.rows import Rows
 
 PERCENTILES = (50, 90, 95, 99, 100)

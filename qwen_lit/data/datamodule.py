@@ -16,12 +16,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from qwen_lit.data.batches import Batch, Collate, EpochOrder, ResumableLoader, group
+from qwen_lit.data.encoding import Report, Task
 from qwen_lit.data.faults import DataError
-from qwen_lit.data.prepare import PROVED, Report, Task, judge, prepare, read_report
+from qwen_lit.data.prepare import PROVED, judge, prepare, read_report
 from qwen_lit.data.prove import prove
 from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Source, as_sources, expand
 from qwen_lit.errors import UserError, refuse_changes
+from qwen_lit.signals import leave_to_parent
 
 log = logging.getLogger(__name__)
 
@@ -333,6 +335,7 @@ class QwenDataModule(L.LightningDataModule):
             "dataset": rows,
             "collate_fn": self._collate,
             "num_workers": self.num_workers,
+            "worker_init_fn": leave_to_parent,
             "pin_memory": torch.cuda.is_available(),
         }
         order = self._order(rows, shuffled)

@@ -11,8 +11,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,12 @@ from typing import Any
 import pyarrow as pa
 
 from qwen_lit.data.difference import difference
+from qwen_lit.data.encoding import Task, encoding
 from qwen_lit.data.faults import DataError
-from qwen_lit.data.prepare import PROVED, Task, cache_key, encoded
+from qwen_lit.data.prepare import PROVED, cache_key
 from qwen_lit.data.rows import Rows
 from qwen_lit.errors import RunError
+from qwen_lit.signals import end_with
 
 
 def prove(task: Task, tokenizer: Any, folder: Path, processes: int | None = None) -> None:
@@ -64,10 +64,11 @@ def _compare(task: Task, tokenizer: Any, folder: Path, processes: int | None) ->
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{folder}: the prepared rows cannot be read ({error}); delete it and run again.") from error
     # Without the faster encoder each row is compared with ``apply_chat_template`` by the process that encodes it.
-    batches = (batch for batch, _, _ in encoded(task, tokenizer, processes, None) if batch is not None)
-    for kept, own in itertools.zip_longest(stored, batches):
-        if kept is None or own is None or not kept.equals(own):
-            raise DataError(_told(_rows(kept), _rows(own), tokenizer, folder))
+    with encoding(task, tokenizer, processes, None, "comparing rows with the chat template's own ids") as chunks:
+        batches = (batch for batch, _, _ in chunks if batch is not None)
+        for kept, own in itertools.zip_longest(stored, batches):
+            if kept is None or own is None or not kept.equals(own):
+                raise DataError(_told(_rows(kept), _rows(own), tokenizer, folder))
 
 
 def _changed(task: Task, tokenizer: Any, folder: Path) -> bool:
@@ -171,16 +172,10 @@ class Prover:
         self.process.wait()
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
 def main() -> None:
     """Prove what stands on standard input; the last line of the output is the answer."""
     parent, prepared, tokenizer = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)
     error = None
     try:
         for folder, task in prepared.items():

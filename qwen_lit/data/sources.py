@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen_lit.data.faults import DataError, snippet
+from qwen_lit.progress import Progress
 
 BOM = b"\xef\xbb\xbf"
 CHUNK_BYTES, CHUNK_ROWS = 500_000, 1000
@@ -50,6 +51,8 @@ class Chunk:
     """Whole lines, or rows that the file format has parsed already."""
     first: int = 1
     """The number of the first line."""
+    share: float = 1.0
+    """Of the file that ends with it."""
 
     def rows(self) -> list[RawRow]:
         """Its rows; blank lines are none."""
@@ -90,9 +93,13 @@ def digest(path: Path) -> str:
     Raises:
         DataError: it cannot be read.
     """
+    found = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb") as file, Progress(f"reading {path.name}", path.stat().st_size, "B") as progress:
+            while block := file.read(2**20):
+                found.update(block)
+                progress.advance(len(block))
+            return found.hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
@@ -113,35 +120,35 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
         if path.suffix == ".parquet":
             yield from _batched(path, _parquet(path))
             return
-        with _open(path) as file:
+        with path.open("rb") as raw, _open(path, raw) as file:
             start = file.peek(4096)[:4096] if isinstance(file, io.BufferedReader) else b""
             if start.removeprefix(BOM).lstrip()[:1] == b"[":
                 yield from _batched(path, _array(path, file.read()))
                 return
-            first = 1
+            first, size = 1, path.stat().st_size
             while block := file.read(CHUNK_BYTES):
                 block += file.readline()
-                yield Chunk(str(path), block, first)
+                yield Chunk(str(path), block, first, raw.tell() / max(size, 1))
                 first += block.count(b"\n")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
 
 
-def _batched(path: Path, rows: Iterator[RawRow]) -> Iterator[Chunk]:
+def _batched(path: Path, rows: Iterator[tuple[RawRow, float]]) -> Iterator[Chunk]:
     while batch := list(itertools.islice(rows, CHUNK_ROWS)):
-        yield Chunk(str(path), batch)
+        yield Chunk(str(path), [row for row, _ in batch], share=batch[-1][1])
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path, raw: BinaryIO) -> BinaryIO:
     if path.suffix == ".gz":
-        return io.BufferedReader(gzip.open(path))  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.open(raw))  # type: ignore[arg-type]
     if path.suffix == ".zst":
         try:
             import zstandard
         except ImportError as error:
             raise DataError(f"{path}: needs the zstandard package: pip install 'qwen_lit[zstd]'.") from error
-        return io.BufferedReader(_Frames(path.open("rb"), zstandard))
-    return path.open("rb")
+        return io.BufferedReader(_Frames(raw, zstandard))
+    return raw
 
 
 class _Frames(io.RawIOBase):
@@ -176,7 +183,8 @@ class _Frames(io.RawIOBase):
             raise OSError(f"damaged zstd data: {error}") from error
 
 
-def _array(path: Path, raw: bytes) -> Iterator[RawRow]:
+def _array(path: Path, raw: bytes) -> Iterator[tuple[RawRow, float]]:
+    """Each row, and the share of the file that ends with it."""
     try:
         text = raw.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -203,14 +211,15 @@ def _array(path: Path, raw: bytes) -> Iterator[RawRow]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: the JSON array breaks off ({error}).") from error
         number += 1
-        yield RawRow(f"{path}:{line}" + (f"[{on_line}]" if on_line > 1 else ""), row)
+        yield RawRow(f"{path}:{line}" + (f"[{on_line}]" if on_line > 1 else ""), row), position / len(text)
     position += 1
     if skip():
         line += text.count("\n", counted, position)
         raise DataError(f"{path}:{line}: something follows the JSON array: {snippet(text[position:])}")
 
 
-def _parquet(path: Path) -> Iterator[RawRow]:
+def _parquet(path: Path) -> Iterator[tuple[RawRow, float]]:
+    """Likewise."""
     import pyarrow
     import pyarrow.parquet
 
@@ -220,7 +229,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield RawRow(f"{path}:{number}", _without_none(row))
+                yield RawRow(f"{path}:{number}", _without_none(row)), number / file.metadata.num_rows
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: is not Parquet that can be read ({error}).") from error
 

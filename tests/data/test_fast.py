@@ -167,7 +167,7 @@ def test_a_tokenizer_that_does_more_has_no_faster_encoder(qwen_tokenizer, change
 def large(qwen_tokenizer, tmp_path, monkeypatch):
     from tests.data.test_chatml import template
 
-    monkeypatch.setattr("qwen_lit.data.prepare.LARGE_BYTES", 0)
+    monkeypatch.setattr("qwen_lit.data.encoding.LARGE_BYTES", 0)
     qwen_tokenizer.chat_template = template("qwen3")
     path = tmp_path / "a.jsonl"
     rows = [{"instruction": f"第{n}个问题?", "output": f"Answer {n}." if n % 3 else f"한국 {n}"} for n in range(300)]
@@ -187,7 +187,7 @@ def test_a_large_dataset_is_what_the_tokenizer_alone_would_make(large, qwen_toke
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: way == "started anew")
     with_it = prepare(large, qwen_tokenizer, tmp_path / "fast", processes=1 if way == "one process" else 2)
     assert bool(used) == (way == "one process")
-    monkeypatch.setattr("qwen_lit.data.prepare.LARGE_BYTES", 10**9)
+    monkeypatch.setattr("qwen_lit.data.encoding.LARGE_BYTES", 10**9)
     assert contents(prepare(large, qwen_tokenizer, tmp_path / "plain")) == contents(with_it)
 
 
@@ -221,7 +221,7 @@ def test_a_row_that_differs_where_none_is_sampled_is_found_by_the_full_compariso
 
 
 def test_small_datasets_are_compared_while_they_are_prepared(large, qwen_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("qwen_lit.data.prepare.LARGE_BYTES", 10**9)
+    monkeypatch.setattr("qwen_lit.data.encoding.LARGE_BYTES", 10**9)
     assert (prepare(large, qwen_tokenizer, tmp_path / "plain") / PROVED).is_file()
 
 
@@ -242,6 +242,6 @@ def test_an_encoder_that_differs_in_one_row_is_not_used_for_any(
     monkeypatch.setattr(FastEncoder, "encode", spoiled)
     found = prepare(large, qwen_tokenizer, tmp_path / "fast", processes=1)
     assert "differs from the model's own" in caplog.text
-    monkeypatch.setattr("qwen_lit.data.prepare.LARGE_BYTES", 10**9)
+    monkeypatch.setattr("qwen_lit.data.encoding.LARGE_BYTES", 10**9)
     assert contents(prepare(large, qwen_tokenizer, tmp_path / "plain")) == contents(found)
     assert len(Rows(found)) == 300

@@ -1,0 +1,117 @@
+"""How far work is: a bar on a terminal, a line every ten seconds in a log file, nothing for what is short."""
+
+import contextlib
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+PATIENCE, EVERY = 2.0, 10.0
+"""Seconds of work of which nothing is said, and between two lines of a log file."""
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """Without tqdm's thread: processes are forked beside it."""
+
+    monitor_interval = 0
+
+
+class Progress:
+    """Use as a context; ``advance`` tells it of each piece that is done."""
+
+    def __init__(self, what: str, total: float | None = None, unit: str = "") -> None:
+        """Begins to count time.
+
+        Args:
+            what: is done, such as "preparing rows".
+            total: of all pieces; None where it is not known.
+            unit: of ``total`` and of ``advance``; ``B`` is bytes, none is a share that is not shown as a number.
+        """
+        self.what, self.total, self.unit = what, total, unit
+        self.done, self.counts = 0.0, dict[str, int]()
+        self.began = time.monotonic()
+        self.next = self.began + PATIENCE
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}" if total and not unit else None
+            self.bar = _Bar(
+                total=total, desc=what, unit=unit, unit_scale=True, delay=PATIENCE, leave=False, dynamic_ncols=True,
+                file=sys.stderr, bar_format=form,
+            )  # fmt: skip
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, done: float, **counts: int) -> None:
+        """So much more is done.
+
+        Args:
+            done: in the unit of ``total``.
+            counts: what else has been counted with it, such as ``rows=500``.
+        """
+        self.done += done
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.set_postfix_str(", ".join(self._counted(now)), refresh=False)
+            self.bar.update(done)
+        elif now >= self.next:
+            self.next = now + EVERY
+            log.info("%s", self.line(now))
+
+    def line(self, now: float) -> str:
+        """What is done, how fast, and how long it takes still.
+
+        Args:
+            now: seconds, as ``time.monotonic`` counts them.
+        """
+        parts = [f"{self.done / self.total:.0%}"] if self.total else []
+        if self.unit:
+            shown = [_size(value) if self.unit == "B" else f"{value:,.0f}" for value in (self.done, self.total or 0)]
+            unit = "" if self.unit == "B" else f" {self.unit}"
+            parts.append(f"{shown[0]} of {shown[1]}{unit}" if self.total else f"{shown[0]}{unit}")
+        parts += self._counted(now)
+        if self.total and self.done:
+            left = (now - self.began) * max(0.0, self.total / self.done - 1)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        return f"{self.what}: {', '.join(parts)}"
+
+    def _counted(self, now: float) -> list[str]:
+        seconds = max(now - self.began, 1e-3)
+        return [f"{count:,} {name} ({count / seconds:,.0f}/s)" for name, count in self.counts.items()]
+
+
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """For work in one piece: what it is after two seconds, and then how long it has taken."""
+    ended = threading.Event()
+    began = time.monotonic()
+
+    def tell() -> None:
+        wait = PATIENCE
+        while not ended.wait(wait):
+            log.info("%s: %s so far", what, timedelta(seconds=round(time.monotonic() - began)))
+            wait = EVERY
+
+    thread = threading.Thread(target=tell, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
