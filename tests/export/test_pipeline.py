@@ -40,7 +40,8 @@ def test_an_export_from_a_checkpoint_is_the_one_of_the_run(arguments, tmp_path, 
     from_checkpoint = load_file(out / "lora_adapter" / "adapter_model.safetensors")
     assert sorted(adapter) == sorted(from_checkpoint)
     assert all(torch.equal(adapter[name], from_checkpoint[name]) for name in adapter)
-    assert "weights as they were trained on" in (out / "final_model" / "README.md").read_text()
+    card = (out / "final_model" / "README.md").read_text()
+    assert ("weights as they were trained on" in card) == (summary["verdict"]["best"] == "dequantized")
     assert main(["export", *run[1:], "--export.merge_base", "original"]) == 0
     assert "weights as they were trained on" not in (out / "final_model" / "README.md").read_text()
 

@@ -305,7 +305,6 @@ def test_a_second_backward_is_refused_rather_than_wrong():
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias is trained too"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head has an adapter"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head has an adapter"),
     ],
 )
 def test_what_it_cannot_do_is_said_in_a_line(options, reason):
