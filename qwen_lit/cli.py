@@ -1,7 +1,6 @@
 """The command line: LightningCLI's sections and links, and its exit codes."""
 
 import fcntl
-import json
 import logging
 import os
 import sys
@@ -13,9 +12,11 @@ from typing import Any
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
+from qwen_lit.callbacks.accepted import check_trainer, explained
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.export import Export
 from qwen_lit.callbacks.logger import RunLogger
@@ -23,8 +24,9 @@ from qwen_lit.callbacks.metrics import Throughput
 from qwen_lit.callbacks.progress import RunProgress
 from qwen_lit.callbacks.proof import Proof
 from qwen_lit.callbacks.report import RunReport
+from qwen_lit.callbacks.resumed import Resumed
 from qwen_lit.callbacks.samples import Samples
-from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, manifest_of
+from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, step_of
 from qwen_lit.chat import main as chat
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import watch_parent
@@ -105,6 +107,7 @@ class QwenCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """What can be known to be wrong before any class is built."""
         config = self.config[self.subcommand]
+        check_trainer(config, str(self.subcommand))
         accelerator = config.trainer.accelerator
         if accelerator in ("gpu", "cuda"):
             import torch
@@ -133,7 +136,10 @@ class QwenCLI(LightningCLI):
             self.trainer_defaults["callbacks"] += ours
         plugins = config.trainer.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+            raise UserError(f"trainer: {explained(error)}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         """The proof goes before the export, which it holds back."""
@@ -174,12 +180,6 @@ def find_checkpoint(given: str | None, output_dir: Path) -> Path | None:
     if given and not Path(given).is_file() and not (Path(given) / "adapter_config.json").is_file():
         raise UserError(f"ckpt_path: no such file: {given}; give a file, or last.")
     return Path(given) if given else None
-
-
-def step_of(path: Path) -> int | None:
-    """Optimizer steps done at a checkpoint, from its manifest."""
-    manifest = manifest_of(path)
-    return int(json.loads(manifest.read_text(encoding="utf-8"))["step"]) if manifest.is_file() else None
 
 
 def hold(output_dir: Path) -> Any:
@@ -257,7 +257,7 @@ def _run(cli: QwenCLI, args: list[str]) -> int:
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             trainer_defaults={
-                "callbacks": [Throughput(), RunReport()],
+                "callbacks": [Resumed(), Throughput(), RunReport()],
                 "enable_model_summary": False,
                 "enable_checkpointing": True,
                 "use_distributed_sampler": False,

@@ -206,9 +206,15 @@ class RunCheckpoint(Checkpoint):
         return {
             "saved_step": self.saved_step,
             "best": self.best,
-            "rng": self.rng or [_get_rng()],
+            "rng": self.rng,
             "validation_due": self.validation_due,
         }
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A file that Lightning's own callback saves holds the generators of every rank too."""
+        mine = checkpoint.get("callbacks", {}).get(self.state_key)
+        if mine is not None and not self.rng:
+            mine["rng"] = _gather(trainer, _get_rng())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the counters; the generators follow in ``on_train_start``."""

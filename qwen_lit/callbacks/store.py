@@ -29,7 +29,9 @@ STEP_FILE = re.compile(r"^step=(\d+)\.ckpt$")
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Copies a checkpoint to host memory, and writes it beside its target in a thread while training goes on.
 
-    ``failure`` is what the last write ended with; ``wait`` lets it end.
+    A file that is saved without ``storage_options``, as Lightning's own callbacks do, is there when the call returns:
+    they link, read and remove it at once. ``failure`` is what the run's own last write ended with; ``wait`` lets a
+    write end.
     """
 
     def __init__(self) -> None:
@@ -43,10 +45,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Args:
             checkpoint: tensors and plain values; all of it may change once this returns.
             path: the file.
-            storage_options: ``manifest``, a dict to write beside it, and ``then``, called after a write that succeeds.
+            storage_options: ``manifest``, a dict to write beside it, and ``then``, called after a write that succeeds;
+                without them it is written before this returns.
+
+        Raises:
+            OSError: it is written at once, and the disk refuses.
         """
         self.wait()
-        options = storage_options or {}
+        if storage_options is None:
+            told = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
+            write_checkpoint(to_host(checkpoint), Path(path), told)
+            return
+        options = storage_options
         task = (to_host(checkpoint), Path(path), options.get("manifest", {}), options.get("then"))
         self.pending = self.pool.submit(self._write, *task)
 
@@ -70,6 +80,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if pending is not None:
             pending.result()
 
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint, or a folder of them, and its manifest."""
+        self.wait()
+        super().remove_checkpoint(path)
+        manifest_of(Path(path)).unlink(missing_ok=True)
+
     def teardown(self) -> None:
         """No checkpoint is left half-written when the trainer ends."""
         self.wait()
@@ -80,6 +96,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: it holds anything else; pickled code is refused, never run.
         """
+        self.wait()
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -173,6 +190,16 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, manifest: dict[str,
 def manifest_of(path: Path) -> Path:
     """The manifest that stands beside a checkpoint."""
     return path.with_suffix(".json")
+
+
+def step_of(path: Path) -> int | None:
+    """Optimizer steps done at a checkpoint; None where neither its manifest nor the file tells."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(manifest_of(path).read_text(encoding="utf-8"))["step"])
+    # What is wrong with a file is told where it is restored.
+    with contextlib.suppress(OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+        return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+    return None
 
 
 def is_whole(path: Path) -> bool:
