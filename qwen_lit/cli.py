@@ -32,6 +32,7 @@ from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import watch_parent
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.export import ExportError
+from qwen_lit.model.duration import check_duration
 from qwen_lit.model.load import load_tokenizer
 from qwen_lit.model.module import QwenModule
 from qwen_lit.signals import Stopped, watched
@@ -50,14 +51,28 @@ OUT_OF_MEMORY = """out of GPU memory. The levers, in order:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the whole configuration to ``output_dir/config.yaml``, and as text to TensorBoard."""
+    """Writes the whole configuration to ``output_dir/config.yaml``, and as text to TensorBoard, when training begins.
+
+    By then every check has passed. What a resumed run was trained with until here is kept as ``config-STEP.yaml``.
+    """
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Nothing yet: Lightning would write before the checkpoint is compared."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write it."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Called on rank zero before the model is loaded."""
+        """Called on rank zero."""
         text = self.parser.dump(self.config, skip_unset=False)
         folder = Path(self.config["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(text, encoding="utf-8")
+        path, earlier = folder / "config.yaml", folder / f"config-{trainer.global_step}.yaml"
+        if trainer.global_step and path.is_file() and not earlier.exists():
+            path.rename(earlier)
+        path.write_text(text, encoding="utf-8")
         if isinstance(trainer.logger, RunLogger):
             trainer.logger.add_text("config", "```yaml\n" + text + "\n```", trainer.logger.first_step)
 
@@ -107,6 +122,7 @@ class QwenCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """What can be known to be wrong before any class is built."""
         config = self.config[self.subcommand]
+        check_duration(config, str(self.subcommand))
         check_trainer(config, str(self.subcommand))
         accelerator = config.trainer.accelerator
         if accelerator in ("gpu", "cuda"):
@@ -125,7 +141,7 @@ class QwenCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with TensorBoard in ``output_dir/logs`` and checkpoints that are whole or absent."""
         config = self.config[self.subcommand]
-        if config.trainer.logger in (None, True) and self.subcommand not in ("fit", "validate", "export"):
+        if config.trainer.logger in (None, True) and self.subcommand not in ("fit", "export"):
             kwargs["logger"] = False
         elif config.trainer.logger in (None, True):
             step = step_of(self.checkpoint) if self.subcommand == "fit" and self.checkpoint else None

@@ -17,11 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.store import step_files
+from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS
 from qwen_lit.flops import measured_flops, token_flops
+from qwen_lit.kernels.engine import why_not
 from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, relative_time, time_of
+from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps
 from qwen_lit.model.planning import merges_of
-from qwen_lit.quantization import Held, base_name
+from qwen_lit.quantization import HEAD, Held, base_name
 
 STEPS = 4
 """Optimizer steps that are measured; the first one warms up and is left out."""
@@ -102,7 +105,9 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
     """What is known without a GPU: steps, tokens, disk and memory for the export."""
     rows = data.train_rows
     lengths, supervised = rows.column("length"), rows.column("supervised")
-    tokens, steps = int(lengths.sum()), data.total_steps(trainer)
+    tokens, of_epoch = int(lengths.sum()), epoch_steps(trainer, data)
+    trained_share = min(1.0, epoch_batches(trainer, data) * data.merge / data.micro_batches(trainer.world_size))
+    steps = total_steps(trainer, data)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checkpoint = trained * (4 + module.state_bytes)
     weights = 2 * sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
@@ -115,8 +120,9 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
         "tokens_per_epoch": tokens,
         "supervised_share": round(share, 4),
         "steps": steps,
-        "epochs": trainer.max_epochs,
-        "tokens_per_step": round(tokens * (trainer.max_epochs or 1) / max(1, steps)),
+        "epochs": round(steps / of_epoch, 2) if steps else None,
+        "steps_per_epoch": of_epoch,
+        "tokens_per_step": round(tokens * trained_share / max(1, of_epoch)),
         "heaviest_micro_batch_tokens": largest_batch,
         "flops_per_token": token_flops(model, length, share)[0],
         "checkpoint_mb": round(checkpoint / 1e6, 1),
@@ -134,12 +140,38 @@ def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict
     shape, static = Shape.of(model, module.state_bytes), static_bytes(model, held)
     sizes, mean = data.most_tokens(merges_of(trainer)), data.mean_tokens()
     result = common(trainer, module, data, model, sizes[1])
-    result |= {"measured": False, "weights_gib": round(static / GIB, 2)}
+    reason = reference_because(module, model, held)
+    if reason and module.engine_name == "fast":
+        raise UserError(f"model.engine is fast, but {reason}; set it to auto.")
+    engine = f"reference ({reason})" if reason else "fast"
+    result |= {"measured": False, "engine": engine, "weights_gib": round(static / GIB, 2)}
+    if reason:
+        # The fast engine's arithmetic knows nothing of what PEFT's own path keeps for backward.
+        return result | {"plans": [], "fits": budget is None or static <= budget, "advice": []}
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
         plan = choose(shape, static, size, sizes, mean=mean)
         plans.append(_told(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, shape, mean), 3)})
-    return result | {"plans": plans, "advice": advice(shape, static, plan, sizes, mean, module, data, model)}
+    result |= {"plans": plans, "fits": any(one["fits"] for one in plans)}
+    return result | {"advice": advice(shape, static, plan, sizes, mean, module, data, model)}
+
+
+def reference_because(module: Any, model: Any, held: Mapping[str, Held]) -> str | None:
+    """Why ``fit`` will run PEFT's own path on a GPU; None where the fast engine will run.
+
+    Args:
+        module: with the settings.
+        model: of ``arithmetic_model``.
+        held: how the base's weights will be held.
+    """
+    if module.engine_name == "reference":
+        return "as model.engine says"
+    if module.shard_base:
+        return "the base is sharded"
+    for name, one in held.items():
+        if one.kind == "int8" or name.startswith(HEAD):
+            return f"{name.removesuffix('.weight')} is held in {one}"
+    return why_not(model, torch.device("meta"))
 
 
 def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
@@ -156,7 +188,7 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
     probe, data.heaviest_first = Probe(), True
     checkpoint = next(one for one in trainer.callbacks if isinstance(one, RunCheckpoint))
     trainer.callbacks = [probe, checkpoint]
-    trainer.fit_loop.epoch_loop.max_steps = min(STEPS, result["steps"])
+    trainer.fit_loop.epoch_loop.max_steps = min(STEPS, result["steps"] or STEPS)
     trainer.limit_val_batches = 0
     trainer.num_sanity_val_steps = 0
     trainer.loggers = []
@@ -172,8 +204,7 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
                     zip(probe.tokens, probe.seconds, strict=True))  # fmt: skip
     speed = steady[len(steady) // 2]
     bound = limit / result["flops_per_token"]
-    epochs = trainer.max_epochs or 1
-    seconds = result["tokens_per_epoch"] * epochs / speed
+    of_step = result["tokens_per_step"] / speed
     plan = module.plan
     result |= {
         "measured": True,
@@ -187,8 +218,8 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
         "first_step_seconds": round(probe.seconds[0], 2),
         "validation_seconds": round(probe.validation, 2),
         "checkpoint_stall_seconds": round(checkpoint.stalled, 3),
-        "epoch_seconds": round(seconds / epochs),
-        "run_seconds": round(seconds),
+        "epoch_seconds": round(result["steps_per_epoch"] * of_step),
+        "run_seconds": round(result["steps"] * of_step) if result["steps"] else None,
         "advice": [],
     }
     if plan is not None:
@@ -260,7 +291,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     out = [
         f"data        {result['rows']:,} rows, {result['tokens_per_epoch']:,} tokens an epoch, "
         f"{result['supervised_share']:.0%} supervised",
-        f"run         {result['steps']:,} optimizer steps, about {result['tokens_per_step']:,} tokens each",
+        f"run         {_steps(result)}, about {result['tokens_per_step']:,} tokens each",
     ]
     if result["measured"]:
         out.append(f"card        {result['device']}, {result['card_tflops']} TFLOP/s in a large product")
@@ -279,6 +310,12 @@ def lines(result: dict[str, Any]) -> list[str]:
         ]
     else:
         out.append("no GPU is seen: this is arithmetic from the shapes, not a measurement")
+        out.append(f"engine      {result['engine']} on a GPU")
+        if not result["plans"]:
+            out.append(
+                f"memory      weights {result['weights_gib']:.2f} GiB{', which do not fit' * (not result['fits'])}; "
+                "what this engine needs beside them has no arithmetic: run plan on the GPU"
+            )
         for plan in result["plans"]:
             how = f"{plan['merged_micro_batches']} merged, {plan['recomputed_layers']} layers recomputed"
             how += ", embedding on the CPU" * plan["embedding_on_cpu"]
@@ -293,5 +330,13 @@ def lines(result: dict[str, Any]) -> list[str]:
     return [part for line in out for part in textwrap.wrap(line, 80, subsequent_indent=" " * 12)]
 
 
-def _time(seconds: float) -> str:
+def _steps(result: dict[str, Any]) -> str:
+    if result["steps"] is None:
+        return f"no known end, {result['steps_per_epoch']:,} optimizer steps an epoch"
+    return f"{result['steps']:,} optimizer steps"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "as long as trainer.max_time"
     return str(timedelta(seconds=round(seconds))) if seconds >= 1 else f"{seconds:.2f} s"

@@ -19,6 +19,7 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.pipeline import adapter_from_checkpoint
 from qwen_lit.export.push import check_repository, push
 from qwen_lit.kernels.plan import parse_bytes
+from qwen_lit.model.duration import check_limits, total_steps
 from qwen_lit.model.load import load_base
 from qwen_lit.predict import predict
 from qwen_lit.verify import verify
@@ -96,6 +97,7 @@ class QwenTrainer(Trainer):
         """
         datamodule.prepare_data()
         datamodule.setup()
+        check_limits(self, datamodule)
         self._data_connector.attach_datamodule(model, datamodule)
         model.trainer = self
         if memory_budget:
@@ -106,7 +108,7 @@ class QwenTrainer(Trainer):
             result = arithmetic(self, model, datamodule, model.memory_budget)
         for line in [dumps(result, indent=1)] if json else lines(result):
             print(line)
-        unfit = result["measured"] is False and not any(plan["fits"] for plan in result["plans"])
+        unfit = result["measured"] is False and not result["fits"]
         self.exit_code = 1 if unfit else 0
 
     def verify_resume(self, model: Any, datamodule: QwenDataModule, steps: int = 6) -> None:
@@ -121,7 +123,8 @@ class QwenTrainer(Trainer):
         # Its runs are short, and each would wait for this at its end.
         datamodule.prove()
         datamodule.setup()
-        steps = min(steps, datamodule.total_steps(self))
+        check_limits(self, datamodule)
+        steps = min(steps, total_steps(self, datamodule) or steps)
         if steps < 2:
             raise UserError("verify-resume: the run has a single optimizer step; give more rows or epochs.")
         output_dir = Path(yaml.safe_load(self.fit_config)["output_dir"])

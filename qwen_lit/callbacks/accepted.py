@@ -122,8 +122,8 @@ def _check_package(key: str, kind: type) -> None:
 def _check_options(trainer: Any) -> None:
     if not trainer.enable_checkpointing:
         raise UserError(
-            "trainer.enable_checkpointing is false, but a run always saves what it goes on from; to save seldom, raise "
-            "checkpoint.every_n_train_steps."
+            "trainer.enable_checkpointing is false, but a run always saves what it goes on from; to save seldom, "
+            "raise checkpoint.every_n_train_steps."
         )
     if trainer.barebones:
         raise UserError("trainer.barebones turns off what saves and reports a run; leave it out.")
@@ -204,8 +204,8 @@ def check_held_out(callbacks: Iterable[Any], rows: int) -> None:
         monitor = getattr(one, "monitor", None)
         if not rows and monitor in VALIDATED and getattr(one, "strict", True):
             raise UserError(
-                f"trainer.callbacks: {type(one).__name__} monitors {monitor}, but data.val_size holds out no row; give "
-                "a larger share, or a count such as data.val_size: 8."
+                f"trainer.callbacks: {type(one).__name__} monitors {monitor}, but data.val_size holds out no row; "
+                "give a larger share, or a count such as data.val_size: 8."
             )
 
 

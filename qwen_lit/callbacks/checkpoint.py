@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from qwen_lit.callbacks.resumed import has_ended
 from qwen_lit.callbacks.store import AtomicCheckpointIO, clear_partial, remove, step_files
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.model.resume import settings
@@ -40,7 +41,7 @@ class RunCheckpoint(Checkpoint):
         self.folder = Path(output_dir) / "checkpoints"
         self.saved_step = self.seen_step = 0
         self.best = float("inf")
-        self.validation_due = False
+        self.validation_due = self.ending = False
         self.rng: list[dict[str, Any]] = []
         self.stalled = 0.0
         """Seconds that training has waited for saving."""
@@ -85,6 +86,7 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         """After an optimizer step: save when it is time, or when a signal asks to stop."""
         step = trainer.global_step
+        self._finish_step(trainer)
         if step == self.seen_step:
             return
         self.seen_step = step
@@ -93,14 +95,25 @@ class RunCheckpoint(Checkpoint):
         # A failed write is tried again before the next one is due.
         retry = self._io(trainer).failure is not None and step % max(1, self.every_n_train_steps // 10) == 0
         if step != self.saved_step or retry:
-            # Once the loops have ended, Lightning counts an epoch cut short by max_steps as done.
-            last = step == trainer.max_steps
+            # Once the loops have ended, Lightning counts an epoch cut short as done.
+            last = step == trainer.max_steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)
             if stop or due or retry or last or step % self.every_n_train_steps == 0:
                 self.validation_due = due
                 self._save(trainer, pl_module)
                 self.validation_due = False
         if stop:
             self._stop(trainer)
+
+    def _finish_step(self, trainer: Any) -> None:
+        """Let a run that is asked to end, by its time or by early stopping, end between two optimizer steps.
+
+        In the middle of one, the micro-batches that are computed would be lost.
+        """
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            self.ending = self.ending or trainer.should_stop
+            trainer.should_stop = False
+        elif self.ending:
+            trainer.should_stop = True
 
     def on_validation_batch_end(
         self,
@@ -128,8 +141,11 @@ class RunCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the best checkpoint by validation loss."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._finish_step(trainer)
         loss = trainer.callback_metrics.get("val/loss")
-        if loss is None or trainer.sanity_checking or trainer.state.fn != "fit":
+        if loss is None:
             return
         if float(loss) < self.best:
             self.best = float(loss)
@@ -139,7 +155,10 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end of the run, wherever it falls between two periodic saves."""
-        if trainer.global_step != self.saved_step or self._io(trainer).failure is not None:
+        # What early stopping has counted at the end of the epoch belongs to it: the run stays ended.
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        stopped = any(has_ended(one) and one._check_on_train_epoch_end for one in callbacks)
+        if trainer.global_step != self.saved_step or self._io(trainer).failure is not None or stopped:
             self._save(trainer, pl_module)
         self._io(trainer).wait()
         INTERRUPTS.deferred = False

@@ -202,7 +202,7 @@ def _log_verdict(trainer: Any, verdict: Verdict) -> None:
             for name, one in verdict.merges.items():
                 values |= {f"export/{name}_loss": one.loss, f"export/{name}_kl": one.kl}
                 values[f"export/{name}_same_top"] = one.same_top
-            logger.log_metrics(values, trainer.global_step)
+            logger.log_metrics(values, trainer.global_step - 1)
             logger.save()
 
 

@@ -1,4 +1,7 @@
-"""TensorBoard that never ends a run: one curve across resumes, and a full disk is a warning."""
+"""TensorBoard that never ends a run: one curve across resumes, and a full disk is a warning.
+
+Its steps are those of the log and of the checkpoints: 1 is the first optimizer step. Lightning counts from 0.
+"""
 
 import contextlib
 import logging
@@ -20,9 +23,10 @@ class RunLogger(TensorBoardLogger):
 
         Args:
             output_dir: of the run.
-            resumed_step: what an earlier run wrote from this step on is hidden, as it is trained again.
+            resumed_step: what an earlier run wrote after this step is hidden, as it is trained again.
         """
-        super().__init__(output_dir, name="logs", version="", purge_step=resumed_step)
+        after = None if resumed_step is None else resumed_step + 1
+        super().__init__(output_dir, name="logs", version="", purge_step=after)
         self.first_step, self.silent = resumed_step or 0, False
 
     @classmethod
@@ -47,10 +51,10 @@ class RunLogger(TensorBoardLogger):
             self.silent = True
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Write scalars, unless writing has failed before."""
+        """Write scalars at Lightning's step, which is one less, unless writing has failed before."""
         if not self.silent:
             with self._guarded():
-                super().log_metrics(metrics, step)
+                super().log_metrics(metrics, None if step is None else step + 1)
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         """Write a text, unless writing has failed before."""

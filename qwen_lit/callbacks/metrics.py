@@ -1,4 +1,7 @@
-"""Throughput, where the time goes, and memory: counted on the host without waiting for the device."""
+"""Throughput, where the time goes, and memory: counted on the host without waiting for the device.
+
+Each rank counts its own; at the logging interval they are added up.
+"""
 
 import time
 from dataclasses import dataclass, field
@@ -31,6 +34,32 @@ class Counts:
         """What has come since ``other``."""
         return Counts(**{name: value - getattr(other, name) for name, value in vars(self).items()})
 
+    def over_ranks(self, trainer: L.Trainer) -> "Counts":
+        """Tokens of all ranks; steps and seconds of one rank on average. All ranks call this."""
+        if trainer.world_size == 1:
+            return self
+        sums = torch.tensor(list(vars(self).values()), dtype=torch.float64, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(sums)
+        summed = dict(zip(vars(self), sums.tolist(), strict=True))
+        own = ("tokens", "supervised", "computed")
+        return Counts(**{name: value if name in own else value / trainer.world_size for name, value in summed.items()})
+
+
+def is_logged(trainer: Any, step: int) -> bool:
+    """Whether an optimizer step is one of those at ``trainer.log_every_n_steps``; 0 logs none."""
+    return bool(trainer.log_every_n_steps) and step % trainer.log_every_n_steps == 0
+
+
+def memory(trainer: Any) -> dict[str, float]:
+    """GPU memory in GiB of the rank that has most of it: now, and at most so far."""
+    if trainer.strategy.root_device.type != "cuda":
+        return {}
+    used = torch.tensor([torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()], dtype=torch.float64)
+    if trainer.world_size > 1:
+        used = used.to(trainer.strategy.root_device)
+        torch.distributed.all_reduce(used, op=torch.distributed.ReduceOp.MAX)
+    return dict(zip(("memory_gib", "peak_memory_gib"), (used / 2**30).tolist(), strict=True))
+
 
 @dataclass(eq=False)
 class Throughput(Callback):
@@ -44,12 +73,14 @@ class Throughput(Callback):
     recomputed: float = 0.0
     """Share of the layers that are computed twice."""
     peak: float | None = None
+    """Operations a second of all cards."""
     step: int = 0
+    seen_step: int = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock; a resumed run counts from its own first step."""
         self.started, self.step = time.perf_counter(), trainer.global_step
-        self.counts, self.last = Counts(), Counts()
+        self.seen_step, self.counts, self.last = self.step, Counts(), Counts()
         module: Any = pl_module
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         lengths, supervised = data.train_rows.column("length"), data.train_rows.column("supervised")
@@ -61,6 +92,7 @@ class Throughput(Callback):
         self.recomputed = again / layers
         device = trainer.strategy.root_device
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.peak = self.peak and self.peak * trainer.world_size
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validation is timed apart."""
@@ -74,30 +106,32 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count; log once the interval is full, on an optimizer step."""
+        """Count; log at the trainer's interval, on an optimizer step."""
         self.counts.tokens += batch["tokens"]
         self.counts.supervised += batch["targets"].numel()
         self.counts.computed += batch["input_ids"].numel()
-        self.counts.steps = trainer.global_step - self.step
-        since = self.counts.steps - self.last.steps
-        if since >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            now = self._now(trainer)
-            for name, value in self.panel(now.minus(self.last)).items():
+        step = trainer.global_step
+        if step == self.seen_step:
+            return
+        self.seen_step, self.counts.steps = step, step - self.step
+        if is_logged(trainer, step):
+            for name, value in self.latest(trainer).items():
                 pl_module.log(f"train/{name}", value)
-            pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])
-            self.last = now
 
     def _now(self, trainer: Any) -> Counts:
-        loader = trainer.train_dataloader
         saved = next((one.stalled for one in trainer.callbacks if isinstance(one, RunCheckpoint)), 0.0)
-        seconds = time.perf_counter() - self.started
-        return Counts(
-            **{**vars(self.counts), "waiting": getattr(loader, "waited", 0.0), "saving": saved, "seconds": seconds}
-        )
+        seconds, waited = time.perf_counter() - self.started, trainer.datamodule.waited
+        return Counts(**{**vars(self.counts), "waiting": waited, "saving": saved, "seconds": seconds})
+
+    def latest(self, trainer: Any) -> dict[str, float]:
+        """The panel since it was asked for last; empty without a step. All ranks call this."""
+        now = self._now(trainer)
+        since, self.last = now.minus(self.last), now
+        return self.panel(since.over_ranks(trainer)) | memory(trainer) if since.steps else {}
 
     def whole(self, trainer: Any) -> dict[str, float]:
-        """The panel of the run so far."""
-        return self.panel(self._now(trainer))
+        """The panel of the run so far. All ranks call this."""
+        return self.panel(self._now(trainer).over_ranks(trainer)) | memory(trainer)
 
     def panel(self, counts: Counts) -> dict[str, float]:
         """Rates and shares of a stretch of training.
@@ -119,7 +153,4 @@ class Throughput(Callback):
         }
         if self.peak:
             panel["flop_use"] = panel["model_tflops"] * 1e12 / self.peak
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            panel["memory_gib"] = torch.cuda.memory_allocated() / 2**30
-            panel["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return panel

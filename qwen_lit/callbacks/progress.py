@@ -9,6 +9,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from qwen_lit.callbacks.metrics import is_logged
+from qwen_lit.model.duration import total_steps
+
 log = logging.getLogger(__name__)
 SHOWN = {"train/loss": "loss", "val/loss": "val", "train/lr": "lr", "train/tokens_per_second": "tok/s"}
 
@@ -22,8 +25,8 @@ class RunProgress(TQDMProgressBar):
         self.plain = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         if self.plain:
             self.disable()
-        self.began, self.first, self.total = 0.0, 0, 0
-        self.shown_step = 0
+        self.began, self.first, self.shown_step = 0.0, 0, 0
+        self.total: int | None = None
 
     def enable(self) -> None:
         """A bar, where it can be drawn."""
@@ -40,19 +43,27 @@ class RunProgress(TQDMProgressBar):
         super().on_train_start(*arguments)
         trainer = arguments[0]
         self.began, self.first = time.perf_counter(), trainer.global_step
-        self.total = trainer.datamodule.total_steps(trainer)
+        self.shown_step = self.first
+        self.total = total_steps(trainer, trainer.datamodule)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """In a log file: a line after each logged step."""
+        """In a log file: a line after each logged step, and after the last one."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         step = trainer.global_step
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.plain and trainer.is_global_zero and step != self.shown_step and step % every == 0:
+        if not self.plain or not trainer.is_global_zero or step == self.shown_step:
+            return
+        if is_logged(trainer, step) or step == self.total:
             self.shown_step = step
-            left = (time.perf_counter() - self.began) / max(1, step - self.first) * (self.total - step)
-            shown = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
+            metrics = self.get_metrics(trainer, pl_module)
+            if getattr(pl_module, "skipped_in_a_row", 0):
+                metrics["loss"] = "none, skipped"
+            shown = "  ".join(f"{name} {value}" for name, value in metrics.items())
+            if self.total is None:
+                log.info("step %d  %s  no known end", step, shown)
+                return
+            left = (time.perf_counter() - self.began) / max(1, step - self.first) * max(0, self.total - step)
             log.info("step %d of %d  %s  %s left", step, self.total, shown, timedelta(seconds=round(left)))
 
 

@@ -4,16 +4,18 @@ import json
 import logging
 import os
 import textwrap
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 
 from qwen_lit.callbacks.export import Export
-from qwen_lit.callbacks.metrics import Throughput
+from qwen_lit.callbacks.metrics import Throughput, is_logged
 from qwen_lit.export.card import LIBRARIES
+from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps, warmup_steps
 from qwen_lit.quantization import count_linears, described
 from qwen_lit.report import page
 
@@ -35,12 +37,14 @@ class RunReport(Callback):
         """Nothing is known yet."""
         self.history: dict[str, list[list[float]]] = {}
         self.step = -1
+        self.first: int | None = None
+        """Where this command began to train; None until it does."""
         self.resumed: list[int] = []
         self.begun: dict[str, str] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what will be trained."""
-        self.step = trainer.global_step
+        self.step = self.first = trainer.global_step
         if trainer.global_step:
             self.resumed.append(trainer.global_step)
         if trainer.is_global_zero:
@@ -57,15 +61,19 @@ class RunReport(Callback):
         if step == self.step:
             return
         self.step = step
-        if step % trainer.log_every_n_steps == 0 or step <= 1:  # type: ignore[attr-defined]
-            for name in KEPT:
-                if name != "val/loss" and name in trainer.callback_metrics:
-                    self._keep(name, step, float(trainer.callback_metrics[name]))
+        # A step that is skipped has no loss; what stands there is the one's before.
+        if (is_logged(trainer, step) or step <= 1) and not getattr(pl_module, "skipped_in_a_row", 0):
+            self._keep_all(step, trainer.callback_metrics)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the validation loss."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
             self._keep("val/loss", trainer.global_step, float(trainer.callback_metrics["val/loss"]))
+
+    def _keep_all(self, step: int, metrics: Any) -> None:
+        for name in KEPT:
+            if name != "val/loss" and name in metrics:
+                self._keep(name, step, float(metrics[name]))
 
     def _keep(self, name: str, step: int, value: float) -> None:
         curve = self.history.setdefault(KEPT[name], [])
@@ -83,15 +91,32 @@ class RunReport(Callback):
         self.history, self.resumed = state_dict["history"], state_dict["resumed"]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The panel of the whole run, while the device still knows."""
-        if trainer.is_global_zero:
-            self.panel = _throughput(trainer).whole(trainer)
-            for line in panel_lines(self.panel, getattr(pl_module, "skipped_steps", 0)):
-                log.info(line)
+        """The last step, wherever the interval falls, and the panel of the whole run, while the device still knows."""
+        throughput = _throughput(trainer)
+        latest = {f"train/{name}": value for name, value in throughput.latest(trainer).items()}
+        self.panel = throughput.whole(trainer)
+        if not trainer.is_global_zero:
+            return
+        self._log_last(trainer, latest, skipped=bool(getattr(pl_module, "skipped_in_a_row", 0)))
+        for line in [*loss_lines(self.history), *panel_lines(self.panel, getattr(pl_module, "skipped_steps", 0))]:
+            log.info(line)
+
+    def _log_last(self, trainer: Any, latest: dict[str, float], skipped: bool) -> None:
+        step = trainer.global_step
+        if step == self.first or is_logged(trainer, step) or skipped:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        metrics |= latest
+        self._keep_all(step, metrics)
+        for logger in trainer.loggers:
+            # Lightning's loggers count steps from 0.
+            logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step - 1)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the summary and the page, after the export."""
         run: Any = trainer
+        if trainer.is_global_zero and self.first in (None, trainer.global_step):
+            log.warning("nothing was trained: %s", nothing_left(trainer))
         if trainer.is_global_zero and not run.fast_dev_run and not trainer.interrupted:
             for export in run.callbacks:
                 if isinstance(export, Export):
@@ -131,6 +156,16 @@ def write(folder: Path, summary: dict[str, Any]) -> None:
     log.info("report written to %s", folder / "report.html")
 
 
+def nothing_left(trainer: Any) -> str:
+    """Why a run has made no step."""
+    step, epochs = trainer.global_step, trainer.max_epochs
+    if trainer.should_stop:
+        return f"the run was ended at step {step} before this command's first step"
+    if 0 < trainer.max_steps <= step:
+        return f"step {step} is made, and trainer.max_steps is {trainer.max_steps}; raise it to go on"
+    return f"step {step} is made, and trainer.max_epochs is {epochs}; raise it to go on"
+
+
 def _throughput(trainer: Any) -> Throughput:
     return next(one for one in trainer.callbacks if isinstance(one, Throughput))
 
@@ -141,10 +176,10 @@ def start_lines(trainer: Any, module: Any) -> dict[str, str]:
     trained, total = module.model.get_nb_trainable_parameters()
     rows = data.train_rows
     tokens, supervised = int(rows.column("length").sum()), int(rows.column("supervised").sum())
-    accumulate = trainer.accumulate_grad_batches * data.merge
-    per_step = accumulate * trainer.world_size
-    batches = data.micro_batches(trainer.world_size)
-    steps = data.total_steps(trainer)
+    in_epoch = epoch_batches(trainer, data)
+    of_epoch = epoch_steps(trainer, data)
+    per_step = min(trainer.accumulate_grad_batches, in_epoch) * data.merge * trainer.world_size
+    share = in_epoch * data.merge / data.micro_batches(trainer.world_size)
     held = module.held_weights(trainer.strategy.root_device)
     lora = module.lora_config
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules))
@@ -157,17 +192,45 @@ def start_lines(trainer: Any, module: Any) -> dict[str, str]:
         f"{len(data.val_rows):,} rows held out",
         "step": f"{per_step} micro-batches of {data.batch_size} x {data.max_length} tokens"
         + (", packed" if data.packing else " at most")
-        + f", about {tokens // max(1, batches * trainer.world_size) * per_step:,} tokens",
-        "run": f"{steps:,} optimizer steps, {trainer.max_epochs} epochs, learning rate {module.learning_rate:g} "
-        f"({module.schedule_name}), {module.optimizer_name}",
+        + f", about {tokens * min(1.0, share) / max(1, of_epoch):,.0f} tokens",
+        "run": run_line(trainer, data, module),
         "device": f"{trainer.world_size} x {trainer.strategy.root_device.type}, precision {trainer.precision}",
         "output": str(next((one.folder for one in trainer.callbacks if isinstance(one, Export)), "")),
         "begins at": f"step {trainer.global_step}" + (" (resumed)" if trainer.global_step else ""),
     }
 
 
+def run_line(trainer: Any, data: Any, module: Any) -> str:
+    """How long the run is, and what the learning rate does in that time."""
+    steps, of_epoch = total_steps(trainer, data), epoch_steps(trainer, data)
+    limit = next((one._duration for one in trainer.callbacks if isinstance(one, Timer)), None)
+    time = "" if limit is None else f"at most {timedelta(seconds=round(limit))}"
+    warmup = warmup_steps(module.warmup_ratio, trainer, data)
+    schedule = f"{module.schedule_name}, {warmup:,} of warmup"
+    if steps is None:
+        how_long = f"no known end, {time}; {_plural(of_epoch, 'optimizer step')} an epoch"
+    else:
+        cut = trainer.max_epochs < 0 or steps == trainer.max_steps
+        epochs = f"{steps / of_epoch:.3g}" if cut else str(trainer.max_epochs)
+        how_long = f"{_plural(steps, 'optimizer step')}, {epochs} epoch{'s' * (epochs != '1')} of {of_epoch:,}"
+        how_long += f", {time} (the schedule is that of all steps)" if time else ""
+    return f"{how_long}, learning rate {module.learning_rate:g} ({schedule}), {module.optimizer_name}"
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.1f} million"
+
+
+def loss_lines(history: dict[str, list[list[float]]]) -> list[str]:
+    """The last losses that are known, with their steps."""
+    names = {"loss": "training", "val_loss": "validation"}
+    told = [f"{text} {history[name][-1][1]:.4f} at step {history[name][-1][0]:,}" for name, text in names.items()
+            if history.get(name)]  # fmt: skip
+    return [f"loss         {', '.join(told)}"] if told else []
 
 
 def panel_lines(panel: dict[str, float], skipped: int) -> list[str]:

@@ -11,6 +11,15 @@ from qwen_lit.callbacks.accepted import check_held_out
 log = logging.getLogger(__name__)
 
 
+def has_ended(callback: Any) -> bool:
+    """Whether a callback is an EarlyStopping that has stopped its run."""
+    if not isinstance(callback, EarlyStopping):
+        return False
+    wanted = callback.stopping_threshold
+    reached = wanted is not None and bool(callback.monitor_op(callback.best_score, wanted))
+    return reached or callback.wait_count >= max(1, callback.patience)
+
+
 class Resumed(Callback):
     """Looks after the callbacks that the configuration names."""
 
@@ -25,17 +34,24 @@ class Resumed(Callback):
             check_held_out(trainer.callbacks, len(data.val_rows))  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Each command has its own ``max_time``: time that an earlier one has used up is not counted again."""
-        checkpoint.get("callbacks", {}).pop("Timer", None)
+        """What the configuration says of these callbacks holds, not what it said when the checkpoint was written.
+
+        Each command has its own ``max_time``: time that an earlier one has used up is not counted again.
+        """
+        states = checkpoint.get("callbacks", {})
+        states.pop("Timer", None)
+        for one in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(one, EarlyStopping) and one.state_key in states:
+                states[one.state_key]["patience"] = one.patience
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that early stopping has ended stays ended."""
         for one in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(one, EarlyStopping) and one.wait_count >= one.patience > 0:
+            if has_ended(one):
                 log.warning(
-                    "early stopping has ended this run: %s is no better for %d checks; to go on, raise its patience",
-                    one.monitor, one.wait_count,
-                )  # fmt: skip
+                    "early stopping by %s has ended this run already; to go on, raise its patience, or leave it out",
+                    one.monitor,
+                )
                 trainer.should_stop = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -151,8 +151,6 @@ class ResumableLoader(DataLoader[Any]):
         super().__init__(batch_sampler=order, generator=torch.Generator().manual_seed(order.seed), **options)
         self.data, self.order = data, order
         self.position, self.resumed = 0, False
-        self.waited = 0.0
-        """Seconds that training has waited for batches."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         epoch = self.data.trainer.current_epoch if self.data.trainer else 0
@@ -164,7 +162,7 @@ class ResumableLoader(DataLoader[Any]):
         while True:
             started = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - started
+            self.data.waited += time.perf_counter() - started
             if batch is None:
                 return
             self.position += 1

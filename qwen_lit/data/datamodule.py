@@ -98,6 +98,8 @@ class QwenDataModule(L.LightningDataModule):
         self.cache = Path(cache_dir or f"{cache_home}/qwen_lit").expanduser()
         self.num_proc, self.num_workers, self.seed = num_proc, num_workers, seed
         self.merge, self.unpadded, self.heaviest_first = 1, packing, False
+        self.waited = 0.0
+        """Seconds that training has waited for batches."""
         self.tokenizer: Any = None
         self.prepared: dict[Path, Task] = {}
         """Folder of prepared rows to what it was prepared from."""
@@ -307,22 +309,12 @@ class QwenDataModule(L.LightningDataModule):
         assert self.train_rows is not None
         return math.ceil(len(self.batches(self.train_rows)) / ranks)
 
-    def total_steps(self, trainer: L.Trainer) -> int:
-        """Optimizer steps of the run, from the number of batches, the accumulation and the trainer's limits."""
-        batches = math.ceil(self.micro_batches(trainer.world_size) / self.merge)
-        limit = trainer.limit_train_batches
-        if limit is not None:
-            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        steps = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
-        if trainer.max_epochs is None or trainer.max_epochs < 0:
-            return max(1, trainer.max_steps)
-        return max(1, min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps)
-
     def _order(self, rows: Rows, shuffled: bool) -> EpochOrder:
         rank = self.trainer.global_rank if self.trainer else 0
         ranks = self.trainer.world_size if self.trainer else 1
         batches = self._heaviest_first(rows) if self.heaviest_first else self.batches(rows)
-        shuffled = shuffled and not self.heaviest_first
+        # Overfitting is to see the same batches in every epoch.
+        shuffled = shuffled and not self.heaviest_first and not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
         return EpochOrder(batches, self.seed, rank, ranks, shuffled, self.merge)
 
     @property

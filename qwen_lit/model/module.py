@@ -3,6 +3,7 @@
 import logging
 import math
 import tempfile
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -18,6 +19,7 @@ from qwen_lit.distributed import agree, watch_children
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.kernels.engine import FastEngine, why_not
 from qwen_lit.kernels.plan import GIB, Plan, parse_bytes
+from qwen_lit.model.duration import check_limits, total_steps, warmup_steps
 from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config, shard_layers
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.optim import (
@@ -128,16 +130,21 @@ class QwenModule(L.LightningModule):
         self.window: list[Tensor] = []
         self.window_tokens = 0
         self.last_batch = 0
+        self.total_steps: int | None = 0
+        """Optimizer steps of the run; None where it has no known end."""
+        self.resumed_total: int | None = 0
+        """As many as it had when the checkpoint was written; 0 where it does not say."""
         self.validated = torch.zeros(2)
 
     def setup(self, stage: str) -> None:
         """Make sure that all ranks are about to train the same.
 
         Raises:
-            UserError: they are not.
+            UserError: they are not, or the limits leave nothing to train.
         """
         if stage == "fit":
             data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+            check_limits(self.trainer, data)
             told = settings(self)
             agree(self.trainer, {**data.state_dict(), **told["frozen"], **told["free"]})
             watch_children(self.trainer)
@@ -247,13 +254,22 @@ class QwenModule(L.LightningModule):
         if self.trainer.world_size > 1 and not self.trainer.global_step:
             # Ranks train other rows, and so drop out other numbers.
             torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
+        factor = self._schedule()
+        if self.resumed_total not in (0, self.total_steps):
+            log.warning(
+                "the run had %s optimizer steps until here, and has %s from here on; the learning rate follows",
+                self.resumed_total or "any number of", self.total_steps or "any number of",
+            )  # fmt: skip
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             repage(optimizer)
-            configure_groups(optimizer, cast(Any, config.scheduler), self.group_settings)
+            scheduler = cast(Any, config.scheduler)
+            scheduler.lr_lambdas = [factor] * len(optimizer.param_groups)
+            configure_groups(optimizer, scheduler, self.group_settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the configuration."""
-        checkpoint["settings"] = settings(self) | {"skipped_steps": self.skipped_steps}
+        counts = {"skipped_steps": self.skipped_steps, "total_steps": self.total_steps}
+        checkpoint["settings"] = settings(self) | counts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the configuration of the checkpoint with this one.
@@ -265,7 +281,7 @@ class QwenModule(L.LightningModule):
             return
         then, now = checkpoint["settings"], settings(self)
         compare(then, now)
-        self.skipped_steps = then["skipped_steps"]
+        self.skipped_steps, self.resumed_total = then["skipped_steps"], then.get("total_steps", 0)
         data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         recount(progress, then["merge"], now["merge"], data.micro_batches(self.trainer.world_size))
@@ -317,6 +333,8 @@ class QwenModule(L.LightningModule):
             self.skipped_in_a_row = 0
             self.log("train/loss", loss / max(tokens, 1), prog_bar=True)
             self.log("train/grad_norm", norm)
+            # Later the schedule has moved on to the next step's.
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
             self.log("train/supervised_tokens", tokens)
         else:
             self._skip_step(optimizer, loss)
@@ -366,24 +384,19 @@ class QwenModule(L.LightningModule):
         self.log("val/loss", loss, prog_bar=True)
         self.log("val/perplexity", loss.exp())
 
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run.
-
-        Counted from the data's length: ``trainer.estimated_stepping_batches`` builds the loaders early, and then
-        their restored position is lost.
-        """
-        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
-        return data.total_steps(self.trainer)
-
     def configure_optimizers(self) -> Any:
         """The named optimizer over the adapter's parameters, and its schedule, stepped at each optimizer step."""
         groups = parameter_groups(self, self.learning_rate, self.weight_decay, self.lora_plus_ratio)
         optimizer = build_optimizer(self.optimizer_name, groups, self.betas)
         self.group_settings = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in groups]
-        total = self.total_steps()
-        warmup = round(total * self.warmup_ratio)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(self.schedule_name, warmup, total))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    def _schedule(self) -> Callable[[int], float]:
+        """Over the steps that the run has by the limits of now."""
+        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        self.total_steps = total_steps(self.trainer, data)
+        return schedule(self.schedule_name, warmup_steps(self.warmup_ratio, self.trainer, data), self.total_steps)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained parameters alone: the frozen base is read again from its own folder."""

@@ -141,13 +141,16 @@ def configure_groups(
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def schedule(name: ScheduleName, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate at a step: a linear warmup, then ``name`` down to zero at ``total_steps``."""
+def schedule(name: ScheduleName, warmup_steps: int, total_steps: int | None) -> Callable[[int], float]:
+    """The factor on the learning rate at a step: a linear warmup, then ``name`` down to zero at ``total_steps``.
+
+    Without them, the rate stays up: nobody knows where the run ends.
+    """
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        if name == "constant":
+        if name == "constant" or total_steps is None:
             return 1.0
         done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return 1.0 - done if name == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

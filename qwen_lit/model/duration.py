@@ -1,0 +1,145 @@
+"""How long a run is: its limits, its optimizer steps, and whether they have an end."""
+
+import logging
+import math
+from typing import Any
+
+from qwen_lit.callbacks.accepted import TRAINING
+from qwen_lit.errors import UserError
+
+log = logging.getLogger(__name__)
+EPOCHS = 3
+"""Where nothing else ends the run."""
+
+
+def check_duration(config: Any, command: str) -> None:
+    """Give the run an end where the configuration names none, and refuse one whose schedule would have none.
+
+    Args:
+        config: of the command, with the sections ``trainer`` and ``model``; changed in place.
+        command: whose configuration it is.
+
+    Raises:
+        UserError: nothing would be trained, or nobody could say when the learning rate has to be down.
+    """
+    trainer = config.trainer
+    trainer.max_steps = -1 if trainer.max_steps is None else trainer.max_steps
+    limit = _max_time(trainer)
+    if trainer.max_epochs is None and trainer.max_steps == -1 and limit is None:
+        trainer.max_epochs = EPOCHS
+        if command in TRAINING:
+            log.info("trainer.max_epochs is not given: the run takes %d epochs", EPOCHS)
+    if command not in TRAINING:
+        return
+    for name in ("max_steps", "max_epochs"):
+        value = getattr(trainer, name)
+        if value is not None and (value == 0 or value < -1):
+            raise UserError(f"trainer.{name} is {value}, so nothing would be trained; give a number above 0.")
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; it must be at least 1."
+        )
+    if trainer.limit_train_batches == 0:
+        raise UserError("trainer.limit_train_batches is 0, so nothing would be trained; leave it out.")
+    epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+    if trainer.min_epochs and 0 < epochs < trainer.min_epochs:
+        raise UserError(f"trainer.min_epochs is {trainer.min_epochs}, above trainer.max_epochs {epochs}; lower it.")
+    if epochs > 0 or trainer.max_steps > 0 or trainer.fast_dev_run:
+        return
+    if limit is None:
+        raise UserError(
+            "trainer.max_epochs is -1, so the run has no end and the learning rate none to fall to; set "
+            "trainer.max_steps, or a number of epochs."
+        )
+    if config.model.lr_scheduler != "constant":
+        raise UserError(
+            f"trainer.max_time is {limit}, but without trainer.max_epochs or trainer.max_steps nobody knows how many "
+            f"steps the learning rate has to fall over ({config.model.lr_scheduler}); set one of them, or "
+            "model.lr_scheduler: constant."
+        )
+    trainer.max_epochs = -1
+
+
+def _max_time(trainer: Any) -> Any:
+    """The time after which the run ends, by the option or by a Timer."""
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else []
+    timers = [one.init_args.duration for one in callbacks if one.class_path.endswith(".Timer")]
+    return next((one for one in (trainer.max_time, *timers) if one is not None), None)
+
+
+def check_limits(trainer: Any, data: Any) -> None:
+    """Refuse limits that the data cannot fill, once its rows are counted and before the model is loaded.
+
+    A share of the micro-batches becomes their number, so that it stays the same when several are computed as one.
+
+    Raises:
+        UserError: nothing would be trained, or validation would never come.
+    """
+    batches = data.micro_batches(trainer.world_size)
+    limit = trainer.limit_train_batches
+    if isinstance(limit, float) and limit < 1:
+        if not int(batches * limit):
+            raise UserError(
+                f"trainer.limit_train_batches is {limit} of {batches} micro-batches, which is none; give a larger "
+                "share, or their number."
+            )
+        trainer.limit_train_batches = int(batches * limit)
+    batches, every = epoch_batches(trainer, data), trainer.val_check_interval
+    validates = trainer.limit_val_batches and trainer.check_val_every_n_epoch is not None
+    if isinstance(every, int) and not isinstance(every, bool) and every > batches and validates:
+        raise UserError(
+            f"trainer.val_check_interval is {every}, but an epoch has {batches} micro-batches; lower it, or set "
+            "trainer.check_val_every_n_epoch: null to count over epochs."
+        )
+    total, least = total_steps(trainer, data), trainer.min_steps
+    if total is not None and least and least > total:
+        raise UserError(
+            f"trainer.min_steps is {least}, but the run has {total} optimizer steps; raise trainer.max_epochs, or "
+            "lower it."
+        )
+
+
+def epoch_batches(trainer: Any, data: Any) -> int:
+    """Batches of an epoch on each rank, as Lightning counts them."""
+    batches = math.ceil(data.micro_batches(trainer.world_size) / data.merge)
+    limit = trainer.limit_train_batches
+    if limit is None:
+        return batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def epoch_steps(trainer: Any, data: Any) -> int:
+    """Optimizer steps of an epoch; its last one may have fewer micro-batches."""
+    return math.ceil(epoch_batches(trainer, data) / trainer.accumulate_grad_batches)
+
+
+def total_steps(trainer: Any, data: Any) -> int | None:
+    """Optimizer steps of the whole run: those that are made, and those to come by the limits of now.
+
+    Counted from the data's length: ``trainer.estimated_stepping_batches`` builds the loaders early, and then their
+    restored position is lost.
+
+    Returns:
+        The number; None where the run has no known end.
+    """
+    epochs, loop = trainer.max_epochs, trainer.fit_loop
+    if epochs is None or epochs < 0:
+        return trainer.max_steps if trainer.max_steps > 0 else None
+    batches, every = epoch_batches(trainer, data), trainer.accumulate_grad_batches
+    progress = loop.epoch_progress.current
+    inside = progress.ready > progress.processed
+    ready = loop.epoch_loop.batch_progress.current.ready
+    left = math.ceil(batches / every) - ready // every if inside and ready < batches else 0
+    epochs_left = max(0, epochs - (progress.ready if inside else progress.processed))
+    total = int(trainer.global_step + left + epochs_left * math.ceil(batches / every))
+    return min(total, max(trainer.max_steps, trainer.global_step)) if trainer.max_steps > 0 else total
+
+
+def warmup_steps(ratio: float, trainer: Any, data: Any) -> int:
+    """Steps over which the learning rate rises: a share of the run's, or of an epoch's where no end is known.
+
+    At least one where there is a share, and fewer than the run has.
+    """
+    total = total_steps(trainer, data) or epoch_steps(trainer, data)
+    # A share such as 0.07 of 100 is a little above 7 in binary.
+    return min(math.ceil(round(total * ratio, 6)), max(total - 1, 0))
