@@ -1,7 +1,9 @@
 """Conversations to token ids and labels, through the tokenizer's own chat template."""
 
 import difflib
+import math
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +17,10 @@ from qwen_lit.data.records import Conversation
 from qwen_lit.data.render import Draft, Renderer
 
 IGNORED = -100
+LONGER = 8
+"""Characters of a text for each token it may have, above which it has more in all likelihood."""
+GROUP = 1_000_000
+"""Characters that are tokenised at once, which bounds memory."""
 HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 ESCAPED, TRAILING, UNTHOUGHT = (
@@ -104,13 +110,21 @@ class Encoder:
         """
         outcomes = self.drafts(conversations)
         drafts = [draft for outcome in outcomes if not isinstance(outcome, RowError) for draft in outcome]
-        encoded = self._tokenised([draft.text for draft in drafts])
-        self._prove(drafts, encoded)
-        ids = iter(encoded)
+        examples = iter([example for some in _grouped(drafts) for example in self._examples(some)])
         return [
-            [outcome] if isinstance(outcome, RowError) else [self._example(draft, next(ids)) for draft in outcome]
-            for outcome in outcomes
+            [outcome] if isinstance(outcome, RowError) else [next(examples) for _ in outcome] for outcome in outcomes
         ]
+
+    def _examples(self, drafts: list[Draft]) -> list[Example | RowError]:
+        """The example of each draft, or why there is none."""
+        # What is longer by far is cut before it is tokenised: each turn of a long conversation is a draft.
+        most = LONGER * self.max_length if self.overlong == "truncate" else math.inf
+        usual = [draft for draft in drafts if len(draft.text) <= most]
+        encoded = self._tokenised([draft.text for draft in usual])
+        used = [pair for pair in zip(usual, encoded, strict=True) if len(pair[1]) <= self.max_length]
+        self._prove([draft for draft, _ in used], [ids for _, ids in used])
+        ids = iter(encoded)
+        return [self._example(draft, next(ids) if len(draft.text) <= most else None) for draft in drafts]
 
     def drafts(self, conversations: list[Conversation]) -> list[list[Draft] | RowError]:
         """For each conversation what is to be tokenised, rendered; or why it cannot be used."""
@@ -167,23 +181,25 @@ class Encoder:
             draft.turns = [turn]
         return versions
 
-    def _example(self, draft: Draft, ids: list[int]) -> Example | RowError:
-        """The example of a draft, or why there is none."""
+    def _example(self, draft: Draft, ids: list[int] | None) -> Example | RowError:
         try:
             return self._cut_to_fit(draft, ids)
         except RowError as error:
             return error
 
-    def _cut_to_fit(self, draft: Draft, ids: list[int]) -> Example:
+    def _cut_to_fit(self, draft: Draft, ids: list[int] | None) -> Example:
         """The example of a draft, cut where it is too long.
+
+        Args:
+            draft: rendered.
+            ids: of its text; None where it is too long in all likelihood.
 
         Raises:
             RowError: it cannot be cut, or the template leaves out what is to be trained, or hides where it stands.
         """
         self._complete(draft)
-        spans = self._spans(ids, draft)
-        if len(ids) > self.max_length:
-            if self.overlong != "truncate":
+        if ids is None or len(ids) > self.max_length:
+            if ids is not None and self.overlong != "truncate":
                 kind = "overlong" if self.overlong == "drop" else "too long"
                 raise RowError(kind, f"has {len(ids)} tokens, more than data.max_length {self.max_length}.")
             draft, ids = shorten(
@@ -191,8 +207,7 @@ class Encoder:
                 lambda text: self.backend.encode(text, add_special_tokens=False).offsets,
             )  # fmt: skip
             self._prove([draft], [ids])
-            spans = self._spans(ids, draft)
-        return Example(ids, spans, draft.source, "; ".join(draft.notes))
+        return Example(ids, self._spans(ids, draft), draft.source, "; ".join(draft.notes))
 
     @staticmethod
     def _complete(draft: Draft) -> None:
@@ -295,3 +310,15 @@ class Encoder:
     def _differs(source: str, lines: list[str]) -> None:
         shown = "".join(f"\n  {line}" for line in lines)
         raise DataError(f"{source}: token ids differ from the exported tokenizer's own:{shown}")
+
+
+def _grouped(drafts: list[Draft]) -> Iterator[list[Draft]]:
+    group, size = list[Draft](), 0
+    for draft in drafts:
+        if group and size + len(draft.text) > GROUP:
+            yield group
+            group, size = [], 0
+        group.append(draft)
+        size += len(draft.text)
+    if group:
+        yield group
