@@ -368,3 +368,20 @@ def test_a_checkpoint_file_that_is_named_must_exist():
 
     with pytest.raises(UserError, match="no such file"):
         find_checkpoint("nowhere.ckpt", Path("."))
+
+
+@pytest.mark.parametrize("room", [0, 64, 1000])
+def test_a_disk_that_fills_anywhere_in_a_checkpoint_is_the_error_that_is_raised(tmp_path, monkeypatch, room):
+    class Full(store._Digested):
+        left = room
+
+        def write(self, data):
+            self.left -= len(data)
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr(store, "_Digested", Full)
+    with pytest.raises(OSError, match="No space left"):
+        store.write_checkpoint({"state_dict": {"a": torch.zeros(4000)}}, tmp_path / "step=1.ckpt", {"step": 1})
+    assert not list(tmp_path.iterdir())

@@ -98,7 +98,10 @@ class Export(Callback):
         names = {"train/loss": "train, last step", "val/loss": "validation, last", "val/perplexity": "perplexity"}
         metrics = {text: float(trainer.callback_metrics[key]) for key, text in names.items()
                    if key in trainer.callback_metrics}  # fmt: skip
-        if adapter.name not in self.missing:
+        if adapter.name in self.missing:
+            # What there is of it takes the room that the report needs.
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
             with part(MERGED, self.missing):
                 self.export(trainer, adapter, module, metrics)
         if self.missing:

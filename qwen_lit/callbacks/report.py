@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import textwrap
 from datetime import timedelta
 from importlib.metadata import version
@@ -120,7 +121,12 @@ class RunReport(Callback):
         if trainer.is_global_zero and not run.fast_dev_run and not trainer.interrupted:
             for export in run.callbacks:
                 if isinstance(export, Export):
-                    write(export.folder, self.summary(trainer, pl_module, export))
+                    try:
+                        write(export.folder, self.summary(trainer, pl_module, export))
+                    except OSError as error:
+                        run.exit_code = 1
+                        where = f"{export.folder} ({error.strerror or error})"
+                        print(f"error: the report could not be written to {where}.", file=sys.stderr)
 
     def summary(self, trainer: Any, module: Any, export: Export) -> dict[str, Any]:
         """All of it as plain values."""
@@ -151,8 +157,12 @@ def write(folder: Path, summary: dict[str, Any]) -> None:
     text = json.dumps(summary, indent=1, ensure_ascii=False, default=str)
     for name, content in (("summary.json", text), ("report.html", page(summary))):
         partial = folder / f"{name}.tmp"
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, folder / name)
+        try:
+            partial.write_text(content, encoding="utf-8")
+            os.replace(partial, folder / name)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
     log.info("report written to %s", folder / "report.html")
 
 

@@ -168,7 +168,13 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, manifest: dict[str,
     try:
         with partial.open("wb") as file:
             digested = _Digested(file)
-            torch.save(checkpoint, cast(Any, digested))
+            try:
+                torch.save(checkpoint, cast(Any, digested))
+            except RuntimeError as error:
+                # torch closes its archive where the disk has refused, and then complains of the archive.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
             file.flush()
             os.fsync(file.fileno())
         digest, size = digested.sha256.hexdigest(), partial.stat().st_size

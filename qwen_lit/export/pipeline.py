@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qwen_lit.export.adapter import RESIDUAL_INITS
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 MergeBase = Literal["auto", "original", "dequantized"]
 Example = tuple[Any, Any]
 """Token ids ``[t]`` and trained ranges ``[k, 2]``."""
+EXPECTED = (ExportError, OSError, MemoryError, SafetensorError, torch.OutOfMemoryError)
+"""What a user can put right, told in a line; anything else is told with where it happened."""
 
 
 @dataclass
@@ -87,7 +90,7 @@ def part(name: str, missing: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (ExportError, OSError, MemoryError, torch.OutOfMemoryError)):
+        if not isinstance(error, EXPECTED):
             log.exception("%s could not be made", name)
         missing[name] = (str(error) or type(error).__name__).splitlines()[0]
 

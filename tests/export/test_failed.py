@@ -156,3 +156,13 @@ def test_a_run_on_a_local_folder_can_be_pushed_and_a_hub_that_is_away_is_one_lin
     assert "Traceback" not in text and "me/other" not in Hub.kept
     assert main([*export, "not a/name/at all"]) == 2
     assert main([*export, "me/other", "--export.merge", "false"]) == 2
+
+
+def test_a_disk_without_room_for_the_report_is_one_line(run, tmp_path, capsys, monkeypatch):
+    plain, full = os.replace, fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (full if Path(b).name == "report.html" else plain)(a, b))
+    assert main([*run, "--export.verdict_rows", "0"]) == 1
+    line, _ = told(capsys)
+    assert line == f"error: the report could not be written to {tmp_path / 'out'} (No space left on device)."
+    assert (tmp_path / "out" / "lora_adapter" / "adapter_model.safetensors").is_file()
+    assert not list((tmp_path / "out").glob("*.tmp"))
