@@ -2,6 +2,7 @@
 
 import html
 import math
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,7 @@ def report_lines(report: Report) -> Iterable[str]:
     yield f"rows            {report.rows:,} read, {report.examples:,} examples"
     for name, count in report.rows_per_source.items():
         yield f"  {count:>12,}  {name}"
+    yield from textwrap.wrap(report.expanded(), 80, initial_indent="expanded        ", subsequent_indent="  ")
     yield "formats         " + (", ".join(f"{name} {count:,}" for name, count in report.formats.items()) or "none")
     for title, counts in (("faulty", report.faults), ("dropped", report.dropped), ("changed", report.changed)):
         yield f"{title:<15} " + (", ".join(f"{kind} {count:,}" for kind, count in counts.items()) or "none")

@@ -213,6 +213,8 @@ class QwenDataModule(L.LightningDataModule):
             for kind, count in getattr(self.report, name).items():
                 what = {"faults": "skipped", "dropped": "dropped", "changed": "changed"}[name]
                 log.warning("%d rows %s: %s (named in %s)", count, what, kind, folder / "rows.log")
+        if told := self.report.expanded():
+            log.info("%s", told)
         supervised, tokens = self.train_rows.column("supervised").sum(), self.train_rows.column("length").sum()
         log.info(
             "%d rows to train on (%s tokens, %.0f %% supervised), %d to validate",

@@ -43,11 +43,24 @@ class Report:
     first: list[Fault] = field(default_factory=list)
     """The first faults, in the order of the files."""
     examples: int = 0
+    taken: int = 0
+    """Rows of which there are examples."""
+
+    def expanded(self) -> str:
+        """What became of rows of which each trained turn is an example of its own; empty where each row is one."""
+        if self.examples <= self.taken or not self.taken:
+            return ""
+        each = f"{self.examples / self.taken:.3g} each"
+        return (
+            f"{self.taken:,} rows became {self.examples:,} examples ({each}): each answer is trained with the history "
+            "that the server shows; data.expand_turns: off trains a row once"
+        )
 
     def add(self, other: "Report") -> None:
         """Take in the counts of a later chunk."""
         self.rows += other.rows
         self.examples += other.examples
+        self.taken += other.taken
         for name in ("rows_per_source", "formats", "faults", "dropped", "changed"):
             mine = getattr(self, name)
             for key, count in getattr(other, name).items():
@@ -163,6 +176,7 @@ class Worker:
             dropped.update(["overlong turn"] * len(errors))
             named += [f"{conversation.source}: overlong turn: {error}" for error in errors]
             examples = [one for one in outcome if isinstance(one, Example)]
+            report.taken += 1
             for example in examples:
                 columns["input_ids"].append(example.input_ids)
                 columns["spans"].append([place for span in example.spans for place in span])

@@ -1,10 +1,12 @@
 """``inspect`` tells what would be trained, and fails when something would be lost."""
 
 import json
+import shutil
 
 import pytest
 
 from qwen_lit.cli import main
+from tests.data.test_chatml import template
 
 
 @pytest.fixture
@@ -36,6 +38,24 @@ def test_faults_drops_and_cuts_make_it_fail(inspect, rows):
     assert code == 1 and "1 rows dropped: overlong" in out
     code, out = inspect([*rows, {"instruction": "long " * 500, "output": "b"}], "--data.max_length", "200")
     assert code == 1 and "1 rows cut: longest user text shortened" in out
+
+
+def test_rows_of_which_each_answer_is_an_example_are_told_with_the_way_out(
+    inspect, rows, model_folder, tmp_path, caplog
+):
+    folder = shutil.copytree(model_folder, tmp_path / "qwen3")
+    (folder / "chat_template.jinja").write_text(template("qwen3"), encoding="utf-8")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 4
+    chats, page = [{"messages": turns}, {"messages": turns[:4]}, *rows[:2]], tmp_path / "page.html"
+    options = ["--model.model_name_or_path", str(folder), "--html", str(page)]
+    code, out = inspect(chats, *options)
+    told = "4 rows became 8 examples (2 each): each answer is trained with the history that the server shows; "
+    told += "data.expand_turns: off trains a row once"
+    assert code == 0 and told in caplog.text
+    assert told in " ".join(out.split())
+    assert "<tr><th>expanded<td>4 rows became 8 examples" in page.read_text(encoding="utf-8")
+    code, out = inspect(chats, *options, "--data.expand_turns", "off")
+    assert "4 read, 4 examples" in out and "became" not in out + page.read_text(encoding="utf-8")
 
 
 def test_duplicates_are_named(inspect, rows):
