@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from qwen_lit.data.chatml import UNTHOUGHT
+from qwen_lit.data.columns import is_harmless, listed
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.encoding import Report
 from qwen_lit.data.overlong import OLDEST, SHORTENED
 from qwen_lit.data.packing import fill
 from qwen_lit.data.rows import Rows
 
+LOSSES = (OLDEST, SHORTENED, UNTHOUGHT)
 PERCENTILES = (50, 90, 95, 99, 100)
 
 
@@ -47,6 +49,15 @@ class Audit:
     """Optimizer steps of an epoch."""
     problems: list[str] = field(default_factory=list)
     """What would be lost or trained wrongly; empty when the data is right."""
+    notes: list[str] = field(default_factory=list)
+    """What is trained otherwise than it stands in its row, or not read."""
+
+    @property
+    def verdict(self) -> str:
+        """One line: what is lost, or that nothing is, with what should be looked at."""
+        if self.problems:
+            return "; ".join([*self.problems, *self.notes])
+        return "no row is lost, but look at: " + "; ".join(self.notes) if self.notes else "nothing is lost"
 
 
 def audit(data: QwenDataModule, accumulate: int) -> Audit:
@@ -83,10 +94,11 @@ def audit(data: QwenDataModule, accumulate: int) -> Audit:
         batches=len(batches),
         steps=math.ceil(len(batches) / accumulate),
     )
-    result.problems = _problems(report, rows, end)
+    result.problems, result.notes = _problems(report, rows, end), _notes(report)
     if result.val_report is not None:
         found = _problems(result.val_report, Rows(data.val_rows.folder), end)
         result.problems += [f"validation: {problem}" for problem in found]
+        result.notes += [f"validation: {note}" for note in _notes(result.val_report)]
     return result
 
 
@@ -95,9 +107,16 @@ def _problems(report: Report, rows: Rows, end: int) -> list[str]:
     masked, endless = int((rows.column("supervised") == 0).sum()), _endless(rows, end)
     found = [f"{count} rows faulty: {kind}" for kind, count in report.faults.items()]
     found += [f"{count} rows dropped: {kind}" for kind, count in report.dropped.items()]
-    found += [f"{n} rows cut: {kind}" for kind, n in report.changed.items() if kind in (OLDEST, SHORTENED, UNTHOUGHT)]
+    found += [f"{n} rows cut: {kind}" for kind, n in report.changed.items() if kind in LOSSES]
     found += [f"{masked} rows train nothing"] * bool(masked)
     return found + [f"{endless} rows have an answer without <|im_end|>"] * bool(endless)
+
+
+def _notes(report: Report) -> list[str]:
+    """What of one prepared folder is not lost, and yet not as it stands in the files."""
+    found = [f"{count} rows: {kind}" for kind, count in report.changed.items() if kind not in LOSSES]
+    unread = {name: count for name, count in report.unread.items() if not is_harmless(name)}
+    return found + [f"not read: {listed(unread)}"] * bool(unread)
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
@@ -153,6 +172,7 @@ def report_lines(report: Report) -> Iterable[str]:
     yield "formats         " + (", ".join(f"{name} {count:,}" for name, count in report.formats.items()) or "none")
     for title, counts in (("faulty", report.faults), ("dropped", report.dropped), ("changed", report.changed)):
         yield f"{title:<15} " + (", ".join(f"{kind} {count:,}" for kind, count in counts.items()) or "none")
+    yield "not read        " + (listed(report.unread) or "none")
     for fault in report.first:
         yield f"  {fault.source}: {fault.message}"
 
@@ -180,7 +200,7 @@ def _figures(result: Audit) -> Iterable[str]:
         yield f"  ≤{edge:>8,} {'█' * round(48 * count / most):<48} {count:,}"
     yield f"train / val     {result.train:,} / {result.val:,}"
     yield f"batches         {result.batches:,} in an epoch, {result.fill:.1%} full, {result.steps:,} optimizer steps"
-    yield "verdict         " + ("nothing is lost" if not result.problems else "; ".join(result.problems))
+    yield f"verdict         {result.verdict}"
 
 
 def pieces(rows: Rows, number: int, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -263,10 +283,9 @@ def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: An
         )
         title = html.escape(f"{place} {note and f'({note})'}")
         shown.append(f"<details open><summary>{title}</summary><pre>{body}</pre></details>")
-    verdict = "; ".join(result.problems) or "nothing is lost"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Dataset audit</title><style>{STYLE}</style>'
-        f'<h1>Dataset audit</h1><p class="{"bad" if result.problems else "good"}">{html.escape(verdict)}</p>'
+        f'<h1>Dataset audit</h1><p class="{"bad" if result.problems else "good"}">{html.escape(result.verdict)}</p>'
         f"<table>{table}</table><h2>Tokens in a row</h2><table>{bars}</table>"
         + (f"<h2>First faults</h2><ul>{faults}</ul>" if faults else "")
         + f"<h2>Rows</h2><p>Trained text is <mark>marked</mark>.</p>{''.join(shown)}</html>"

@@ -23,10 +23,12 @@ GROUP = 1_000_000
 """Characters that are tokenised at once, which bounds memory."""
 HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
-ESCAPED, TRAILING, UNTHOUGHT = (
+ESCAPED, TRAILING, UNTHOUGHT, SPLIT, MERGED = (
     "control tokens escaped",
     "turns after the last answer left out",
     "reasoning left out by the chat template",
+    "text before </think> made a thought by the chat template",
+    "newlines before an answer in one token with its header, not trained",
 )
 
 
@@ -94,7 +96,13 @@ class Encoder:
         self.end = tokenizer.convert_tokens_to_ids(END)
         self.empty_think = self._ids(EMPTY_THINK)
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        self.inserts_think = EMPTY_THINK in self.renderer.text(probe) or tokenizer.apply_chat_template(
+        rendered = self.renderer.text(probe)
+        if HEADER not in rendered or END not in rendered.partition(HEADER)[2]:
+            raise DataError(
+                f"the chat template renders an answer without {HEADER!r} … {END!r}: {snippet(rendered[-80:])}; use "
+                "the chat template of a Qwen2 or Qwen3 model."
+            )
+        self.inserts_think = EMPTY_THINK in rendered or tokenizer.apply_chat_template(
             probe[:1], tokenize=False, add_generation_prompt=True, enable_thinking=False
         ).endswith(EMPTY_THINK)
 
@@ -151,9 +159,10 @@ class Encoder:
             RowError: a control token stands in a message.
         """
         try:
-            notes = [ESCAPED] if guard(conversation, self.control, self.control_tokens) else []
+            escaped = guard(conversation, self.control, self.control_tokens)
         except RecursionError as error:
             raise RowError("bad JSON", "is nested too deep.") from error
+        notes = conversation.notes + [ESCAPED] * escaped
         turns = [number for number, wanted in enumerate(conversation.train) if wanted]
         if self.train_on == "last":
             turns = turns[-1:]
@@ -229,6 +238,8 @@ class Encoder:
                 pieces = (opened.strip().removeprefix("<think>").strip(), rest.strip())
                 if not all(piece in turn for piece in pieces):
                     raise RowError("template", f"loses assistant text to the chat template: {snippet(content)}")
+                if not content.lstrip().startswith("<think>") and SPLIT not in draft.notes:
+                    draft.notes.append(SPLIT)
             if thought.strip() not in turn and UNTHOUGHT not in draft.notes:
                 draft.notes.append(UNTHOUGHT)
 
@@ -258,6 +269,7 @@ class Encoder:
                     "template", f"the chat template renders no {HEADER!r} … {END} for message {number}."
                 ) from error
             begin = start + len(self.header)
+            self._check_header(ids[begin - 1], number, draft)
             if self.inserts_think and ids[begin : begin + len(self.empty_think)] == self.empty_think:
                 begin += len(self.empty_think)
             if number in draft.turns and "parts" in message:
@@ -265,6 +277,20 @@ class Encoder:
             elif number in draft.turns:
                 spans.append((begin, position))
         return spans
+
+    def _check_header(self, last: int, number: int, draft: Draft) -> None:
+        """The last token of a header is its newline, alone or with newlines that begin the answer.
+
+        Raises:
+            RowError: it is another.
+        """
+        if last == self.header[-1]:
+            return
+        text = self.backend.decode([last], skip_special_tokens=False)
+        if text.strip("\n"):
+            raise RowError("template", f"the chat template ends the header of message {number} with {text!r}.")
+        if number in draft.turns and MERGED not in draft.notes:
+            draft.notes.append(MERGED)
 
     def _trained_parts(self, begin: int, end: int, draft: Draft, message: dict[str, Any]) -> list[tuple[int, int]]:
         """The ranges of ``[begin, end)`` that hold no character of an untrained part; the last ends the turn."""

@@ -6,7 +6,16 @@ from typing import Any
 from qwen_lit.data.faults import RowError, snippet
 from qwen_lit.data.records import Conversation
 
+ENDS = ("<|endoftext|>", "<|im_end|>")
 CONTROL = re.compile(r"<\|[^<>|]{1,40}\|>")
+
+
+def _refused(text: str, token: str) -> str:
+    """Why a text with a control token is not taken; escaped at its end, the token would be taught as text."""
+    where = f"has {token} inside a message: {snippet(text[max(0, text.index(token) - 20) :])}"
+    if token in ENDS and text.rstrip().endswith(token) and text.count(token) == 1:
+        return f"{where}; remove it: the chat template ends each turn by itself."
+    return f"{where}; fix it, or set data.control_tokens: escape."
 
 
 def guard(conversation: Conversation, control: frozenset[str], policy: str) -> bool:
@@ -32,12 +41,7 @@ def guard(conversation: Conversation, control: frozenset[str], policy: str) -> b
                 return value
             for token in set(CONTROL.findall(value)) & control:
                 if policy == "error":
-                    at = value.index(token)
-                    raise RowError(
-                        "control token",
-                        f"has {token} inside a message: {snippet(value[max(0, at - 20) :])}; mend it, or set "
-                        "data.control_tokens: escape.",
-                    )
+                    raise RowError("control token", _refused(value, token))
                 value, escaped = value.replace(token, "<\u200b" + token[1:]), True
             return value
         if isinstance(value, list):

@@ -16,8 +16,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from qwen_lit.data.batches import Batch, Collate, EpochOrder, ResumableLoader, group
+from qwen_lit.data.columns import tell_unread
 from qwen_lit.data.encoding import Report, Task
 from qwen_lit.data.faults import DataError
+from qwen_lit.data.kinds import passed_over
+from qwen_lit.data.layouts import check_fields
 from qwen_lit.data.prepare import PROVED, judge, prepare, read_report
 from qwen_lit.data.prove import prove
 from qwen_lit.data.rows import Rows
@@ -43,6 +46,7 @@ class QwenDataModule(L.LightningDataModule):
         train_on: Literal["all", "last"] = "all",
         expand_turns: Literal["auto", "off"] = "auto",
         control_tokens: Literal["error", "escape"] = "error",
+        odd_turns: Literal["error", "merge"] = "error",
         on_bad_row: Literal["error", "skip"] = "error",
         max_bad_share: float = 0.1,
         fields: dict[str, str] | None = None,
@@ -66,6 +70,9 @@ class QwenDataModule(L.LightningDataModule):
             train_on: all assistant turns, or the last one alone.
             expand_turns: auto trains each turn with the history it will really see; off takes a row as one.
             control_tokens: text like <|im_start|> inside a message: error, or escape it.
+            odd_turns: turns in an order that chat templates do not expect: error, or merge, which joins turns of one
+                role in a row with an empty line, and keeps a greeting, a later system prompt, or a question after a
+                tool's result.
             on_bad_row: error stops with the faults named; skip counts them, writes them down and goes on.
             max_bad_share: with skip, the share of faulty rows above which it stops all the same.
             fields: our field name to the file's, where they differ, as {instruction: question, output: answer}.
@@ -94,6 +101,11 @@ class QwenDataModule(L.LightningDataModule):
             "control_tokens": control_tokens,
         }
         self.on_bad_row, self.max_bad_share, self.fields = on_bad_row, max_bad_share, fields or {}
+        self.odd_turns = odd_turns
+        try:
+            check_fields(self.fields)
+        except DataError as error:
+            raise UserError(f"data.fields: {error}") from error
         cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.cache = Path(cache_dir or f"{cache_home}/qwen_lit").expanduser()
         self.num_proc, self.num_workers, self.seed = num_proc, num_workers, seed
@@ -118,7 +130,7 @@ class QwenDataModule(L.LightningDataModule):
                 self._prepare(sources)
 
     def _prepare(self, sources: list[Source]) -> Path:
-        task = Task(sources, self.encoder_options, self.fields)
+        task = Task(sources, self.encoder_options, self.fields, self.odd_turns)
         try:
             folder = prepare(task, self.tokenizer, self.cache, self.num_proc)
             self.prepared[folder] = task
@@ -179,7 +191,10 @@ class QwenDataModule(L.LightningDataModule):
             return np.uint64(int(self.val_size * 2**64))
         distinct, count = np.unique(hashes), int(self.val_size)
         if count >= len(distinct):
-            raise UserError(f"data.val_size is {count}, but there are {len(distinct)} distinct rows.")
+            raise UserError(
+                f"data.val_size is {count}, but there are {len(distinct)} distinct rows; give a smaller count, or a "
+                "share such as 0.1."
+            )
         # What a count has once held out stays held out when the files grow: the limit is kept beside the rows.
         name = json.dumps([[str(Path(source.path).absolute()) for source in self.sources], count])
         kept = self.cache / f"split-{hashlib.sha256(name.encode()).hexdigest()[:32]}.txt"
@@ -215,6 +230,12 @@ class QwenDataModule(L.LightningDataModule):
                 log.warning("%d rows %s: %s (named in %s)", count, what, kind, folder / "rows.log")
         if told := self.report.expanded():
             log.info("%s", told)
+        if (dropped := sum(self.report.dropped.values())) > self.max_bad_share * self.report.rows:
+            log.warning(
+                "%.0f %% of all rows are dropped: too long for data.max_length %d; raise it, or shorten them",
+                100 * dropped / max(1, self.report.rows), self.max_length,
+            )  # fmt: skip
+        tell_unread(self.report.unread)
         supervised, tokens = self.train_rows.column("supervised").sum(), self.train_rows.column("length").sum()
         log.info(
             "%d rows to train on (%s tokens, %.0f %% supervised), %d to validate",
@@ -352,6 +373,9 @@ def _checked(key: str, given: Any) -> list[Source]:
         sources = as_sources(given)
         for source in sources:
             expand(source)
+            folder = Path(source.path).expanduser()
+            if folder.is_dir() and (others := passed_over(folder)):
+                log.warning("%s: not read: %s", source.path, ", ".join(others))
             if source.weight <= 0 or (source.max_rows is not None and source.max_rows < 1):
                 raise DataError(f"{source.path}: weight and max_rows must be above 0.")
     except DataError as error:

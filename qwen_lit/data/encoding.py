@@ -39,7 +39,9 @@ class Report:
     dropped: dict[str, int] = field(default_factory=dict)
     """Good rows that are too long to train, by kind."""
     changed: dict[str, int] = field(default_factory=dict)
-    """Examples that differ from their row, by what was done."""
+    """Examples that differ from their row or are odd, by how."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Rows with a column, or a key of a message, that nothing reads, by its name."""
     first: list[Fault] = field(default_factory=list)
     """The first faults, in the order of the files."""
     examples: int = 0
@@ -61,7 +63,7 @@ class Report:
         self.rows += other.rows
         self.examples += other.examples
         self.taken += other.taken
-        for name in ("rows_per_source", "formats", "faults", "dropped", "changed"):
+        for name in ("rows_per_source", "formats", "faults", "dropped", "changed", "unread"):
             mine = getattr(self, name)
             for key, count in getattr(other, name).items():
                 mine[key] = mine.get(key, 0) + count
@@ -75,6 +77,7 @@ class Task:
     sources: list[Source]
     encoder: dict[str, Any]
     fields: dict[str, str]
+    odd_turns: str = "error"
 
 
 Encoded = tuple[Any, Report, list[str]]
@@ -142,6 +145,7 @@ class Worker:
         exact_every = 1 if fast is None else EXACT_EVERY
         self.encoder = Encoder(tokenizer, **task.encoder, exact_every=exact_every, fast=fast)
         self.fields: Mapping[str, str] = task.fields
+        self.odd_turns = task.odd_turns
 
     def __call__(self, chunk: tuple[int, str, Chunk]) -> Encoded:
         """Encode one chunk.
@@ -163,6 +167,7 @@ class Worker:
         wrong: dict[int, RowError] = {}
         parsed = self._parse(rows, wrong)
         report.formats = dict(Counter(conversation.format for _, conversation, _ in parsed))
+        report.unread = dict(Counter(name for _, conversation, _ in parsed for name in conversation.unread))
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         changed, dropped = Counter[str](), Counter[str]()
         outcomes = self.encoder.encode([conversation for _, conversation, _ in parsed])
@@ -205,7 +210,7 @@ class Worker:
         for place, row in enumerate(rows):
             try:
                 content = parse_line(row.content) if isinstance(row.content, bytes) else row.content
-                conversation = parse_row(content, row.source, self.fields)
+                conversation = parse_row(content, row.source, self.fields, self.odd_turns)
                 parsed.append((place, conversation, content_hash(conversation)))
             except RowError as error:
                 wrong[place] = error

@@ -21,7 +21,7 @@ from qwen_lit.data.rows import SCHEMA
 from qwen_lit.data.sources import digest, expand
 
 log = logging.getLogger(__name__)
-VERSION = 2
+VERSION = 3
 PROVED = "proved"
 """The name of the file that stands in a prepared folder once every row has been compared token for token."""
 
@@ -32,7 +32,7 @@ def cache_key(task: Task, tokenizer: Any) -> str:
     Raises:
         DataError: a file is missing or cannot be read.
     """
-    parts: list[Any] = [VERSION, task.encoder, task.fields]
+    parts: list[Any] = [VERSION, task.encoder, task.fields, task.odd_turns]
     for source in task.sources:
         parts.append([source.path, [[str(file), digest(file)] for file in expand(source)]])
     parts += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, sorted(tokenizer.all_special_tokens)]
@@ -117,10 +117,10 @@ def judge(report: Report, on_bad_row: str, max_bad_share: float) -> None:
     if bad > len(report.first):
         text += f"\n  … and {bad - len(report.first)} more"
     if on_bad_row == "error":
-        raise DataError(f"{text}\nMend them, or set data.on_bad_row: skip.")
+        raise DataError(f"{text}\nFix them, or set data.on_bad_row: skip.")
     if bad > max_bad_share * report.rows:
         raise DataError(
-            f"{text}\nThat is more than data.max_bad_share {max_bad_share}; mend them, or raise the share."
+            f"{text}\nThat is more than data.max_bad_share {max_bad_share}; fix them, or raise the share."
         )
 
 

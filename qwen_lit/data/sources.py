@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen_lit.data.faults import DataError, snippet
+from qwen_lit.data.faults import DataError, RowError, snippet
+from qwen_lit.data.kinds import METADATA, ROWS, not_there, refuse_file, refuse_folder
+from qwen_lit.data.strict import decoder
 from qwen_lit.progress import Progress
 
 BOM = b"\xef\xbb\xbf"
@@ -73,17 +75,23 @@ def expand(source: Source) -> list[Path]:
     """The files of a source, in order.
 
     Raises:
-        DataError: its path matches no file.
+        DataError: its path matches no file, or one that holds no rows.
     """
     path = Path(source.path).expanduser()
     if path.is_file():
+        refuse_file(path)
         return [path]
+    if path.is_dir():
+        refuse_folder(path)
     pattern = glob.escape(str(path)) + "/*" if path.is_dir() else str(path)
-    suffixes = (".jsonl", ".json", ".gz", ".zst", ".parquet")
     files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-    files = [file for file in files if file.is_file() and (not path.is_dir() or file.suffix in suffixes)]
+    files = [file for file in files if file.is_file() and file.name not in METADATA]
+    if path.is_dir():
+        files = [file for file in files if file.suffix in ROWS]
     if not files:
-        raise DataError(f"no such dataset: {source.path}; give the path of a JSONL file.")
+        raise not_there(source.path)
+    for file in files:
+        refuse_file(file)
     return files
 
 
@@ -189,7 +197,7 @@ def _array(path: Path, raw: bytes) -> Iterator[tuple[RawRow, float]]:
         text = raw.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 at byte {error.start}; save the file as UTF-8.") from error
-    decoder, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    plain, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
     position, line, counted, on_line, number = text.index("[") + 1, 1, 0, 0, 0
 
     def skip() -> str:
@@ -208,6 +216,10 @@ def _array(path: Path, raw: bytes) -> Iterator[tuple[RawRow, float]]:
         counted, on_line = position, 1 if line != before else on_line + 1
         try:
             row, position = decoder.raw_decode(text, position)
+        except RowError:
+            # As a line of its own it is told as one.
+            end = plain.raw_decode(text, position)[1]
+            row, position = text[position:end].encode(), end
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: the JSON array breaks off ({error}).") from error
         number += 1

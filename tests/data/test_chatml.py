@@ -268,3 +268,40 @@ def test_one_turn_that_is_too_long_does_not_cost_the_others(qwen_tokenizer):
     (outcome,) = encoder.encode([parse_row(row, "a:1")])
     assert [isinstance(one, RowError) for one in outcome] == [False, True, False]
     assert outcome[1].kind == "overlong"
+
+
+def test_a_template_without_the_header_of_chatml_is_refused_at_once(plain):
+    header = "'<|im_start|>' + message.role + '\\n'"
+    assert header in plain.tokenizer.chat_template
+    plain.tokenizer.chat_template = plain.tokenizer.chat_template.replace(header, header.replace("\\n", " "))
+    with pytest.raises(DataError, match="renders an answer without"):
+        Encoder(plain.tokenizer, max_length=4096)
+
+
+def test_newlines_before_an_answer_that_merge_with_the_header_are_told(plain):
+    (example,) = encode(plain, {"messages": [U, {"role": "assistant", "content": "\n\nA"}]})
+    assert trained(plain, example) == ["A<|im_end|>"]
+    assert example.note == "newlines before an answer in one token with its header, not trained"
+
+
+def test_text_that_the_template_makes_a_thought_is_told(qwen_tokenizer):
+    qwen_tokenizer.chat_template = template("qwen3")
+    encoder = Encoder(qwen_tokenizer, max_length=4096)
+    (example,) = encode(encoder, {"messages": [U, {"role": "assistant", "content": "Use </think> to close."}]})
+    assert example.note == "text before </think> made a thought by the chat template"
+    (example,) = encode(encoder, {"messages": [U, {"role": "assistant", "content": "<think>\nT\n</think>\n\nA"}]})
+    assert example.note == "" and trained(encoder, example) == ["<think>\nT\n</think>\n\nA<|im_end|>"]
+
+
+def test_merged_turns_and_characters_that_are_not_trained_are_told_apart_by_their_tokens(encoder):
+    ranges = [{"begin_offset": begin, "end_offset": end, "train": True} for begin, end in ((0, 5), (9, 12))]
+    answer = {"role": "assistant", "content": "Hello bad end", "train_detail": ranges}
+    (example,) = encode(encoder, {"messages": [U, answer]})
+    assert "".join(trained(encoder, example)).replace(EMPTY_THINK, "") == "Hello end<|im_end|>"
+    row = {"messages": [U, {**A, "train": False}, {"role": "assistant", "content": "Yes."}]}
+    (outcome,) = encoder.encode([parse_row(row, "a:1", odd_turns="merge")])
+    assert "".join(trained(encoder, outcome[0])).replace(EMPTY_THINK, "").strip() == "Yes.<|im_end|>"
+    greeted = {"messages": [{"role": "assistant", "content": "Hello!"}, U, A]}
+    (outcome,) = encoder.encode([parse_row(greeted, "a:1", odd_turns="merge")])
+    assert trained(encoder, outcome[0])[0].endswith(A["content"] + "<|im_end|>") and len(outcome) == 1
+    assert "assistant\nHello!<|im_end|>" in encoder.tokenizer.decode(outcome[0].input_ids)
