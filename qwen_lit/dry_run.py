@@ -23,7 +23,7 @@ from qwen_lit.flops import measured_flops, token_flops
 from qwen_lit.kernels.engine import why_not
 from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, relative_time, time_of
 from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps
-from qwen_lit.model.planning import merges_of
+from qwen_lit.model.planning import merge_limit, merges_of
 from qwen_lit.quantization import HEAD, Held, base_name
 
 STEPS = 4
@@ -152,6 +152,8 @@ def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict
     for size in [budget] if budget else [card * GIB for card in CARDS]:
         plan = choose(shape, static, size, sizes, mean=mean)
         plans.append(_told(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, shape, mean), 3)})
+    if limit := merge_limit(trainer):
+        result["engine"] += f", {limit}"
     result |= {"plans": plans, "fits": any(one["fits"] for one in plans)}
     return result | {"advice": advice(shape, static, plan, sizes, mean, module, data, model)}
 
@@ -310,7 +312,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         ]
     else:
         out.append("no GPU is seen: this is arithmetic from the shapes, not a measurement")
-        out.append(f"engine      {result['engine']} on a GPU")
+        out.append(f"engine      on a GPU {result['engine']}")
         if not result["plans"]:
             out.append(
                 f"memory      weights {result['weights_gib']:.2f} GiB{', which do not fit' * (not result['fits'])}; "

@@ -1,18 +1,24 @@
 """What a run tells: its start, its panel, its summary and its page; and the callbacks of others beside ours."""
 
-import importlib.util
 import json
+import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qwen_lit.callbacks.metrics import Counts, Throughput
 from qwen_lit.cli import main
 from qwen_lit.flops import peak_flops, token_flops
+from qwen_lit.model.optim import schedule
 from qwen_lit.report import chart, number, scale
-from tests.runs import stopping
+from tests.runs import stopping, trace
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,117 @@ def test_the_summary_holds_the_whole_run_across_a_resume(run):
     assert summary["resumed_at"] == [4] and summary["skipped_steps"] == 0
     assert [point[0] for point in summary["history"]["val_loss"]] == [5, 10]
     assert summary["data"]["examples trained"] == 53 and summary["verdict"]["rows"] == 6
-    assert 0.5 < summary["throughput"]["fill"] <= 1 and summary["throughput"]["model_tflops"] > 0
+
+
+def test_a_run_s_figures_are_those_of_its_rows_however_fast_it_was(arguments, tmp_path, model_folder, dataset, rows):
+    assert main([*arguments, "--samples.rows", "0", "--export.merge", "false"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    panel, data = summary["throughput"], summary["data"]
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+
+    def tokens(messages: list[dict], **options) -> int:
+        return len(tokenizer.apply_chat_template(messages, **options)["input_ids"])
+
+    asked = [[{"role": "user", "content": row["instruction"]}] for row in rows]
+    whole = [[*ask, {"role": "assistant", "content": row["output"]}] for ask, row in zip(asked, rows, strict=True)]
+    lengths = np.array([tokens(one) for one in whole])
+    # What is trained ends with <|im_end|>; a newline follows it.
+    answers = lengths - [tokens(one, add_generation_prompt=True) for one in asked] - 1
+    assert data["tokens in an epoch"] == lengths.sum() and data["supervised tokens"] == answers.sum()
+    share = answers.sum() / lengths.sum()
+    # Rates are timed, their quotients are not.
+    rate = panel["tokens_per_second"]
+    assert panel["supervised_tokens_per_second"] / rate == pytest.approx(share, rel=1e-5)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    once, again = token_flops(model, float((lengths**2).sum() / lengths.sum()), float(share))
+    assert panel["model_tflops"] * 1e12 / rate == pytest.approx(once, rel=1e-5)
+    assert panel["recompute_tflops"] * 1e12 / rate == pytest.approx(again, rel=1e-5), "every layer is recomputed"
+    shares = [panel[f"share_{name}"] for name in ("waiting_for_data", "saving", "validating")]
+    assert all(0 <= one < 1 for one in shares) and sum(shares) <= 1
+    assert 0.5 < panel["fill"] <= 1
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "logs"))
+    events.Reload()
+    return {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_counts_the_steps_of_the_log_and_shows_what_each_was_made_with(run):
+    found, lines = scalars(run), trace(run)
+    assert found["train/loss"] == [(line["step"], pytest.approx(line["loss"])) for line in lines]
+    factor = schedule("cosine", 1, 10)
+    assert found["train/lr"] == [(n, pytest.approx(2e-4 * factor(n - 1))) for n in range(1, 11)]
+    supervised = json.loads((run / "summary.json").read_text())["data"]["supervised tokens"]
+    assert sum(value for _, value in found["train/supervised_tokens"]) == 2 * supervised
+    assert found["train/skipped_steps"] == [(n, 0.0) for n in range(1, 11)]
+    assert [step for step, _ in found["val/loss"]] == [5, 10]
+    assert found["val/perplexity"] == [(step, pytest.approx(math.exp(value))) for step, value in found["val/loss"]]
+    assert all(value > 0 for _, value in found["train/grad_norm"])
+    assert [step for step, _ in found["export/adapter_loss"]] == [10]
+    of_table = set(re.findall(r"`(train/\w+)`", Path("README.md").read_text(encoding="utf-8")))
+    only_on_a_gpu = {"train/flop_use", "train/memory_gib", "train/peak_memory_gib"}
+    assert of_table - only_on_a_gpu == {tag for tag in found if tag.startswith("train/")}
+
+
+def test_a_run_shorter_than_the_interval_shows_the_loss_of_its_last_step_everywhere(command, tmp_path, caplog):
+    out = tmp_path / "out"
+    options = ["--trainer.log_every_n_steps", "10", "--trainer.max_steps", "4", "--samples.rows", "0"]
+    bar = ["--trainer.enable_progress_bar", "true", "--export.merge", "true", "--export.smoke_rows", "0"]
+    assert main(command(out, *options, *bar)) == 0
+    last = trace(out)[-1]["loss"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["losses"]["loss"] == pytest.approx(last) and summary["history"]["loss"][-1][0] == 4
+    assert f"step 4 of 4  loss {last:.3f}" in caplog.text and f"training {last:.4f} at step 4" in caplog.text
+    assert scalars(out)["train/loss"] == [(4, pytest.approx(last))]
+    assert scalars(out)["train/tokens_per_second"][0][0] == 4
+    for page in ("report.html", "final_model/README.md"):
+        assert f"{last:.4f}" in (out / page).read_text(encoding="utf-8"), page
+
+
+def test_the_figures_follow_log_every_n_steps_after_a_resume(command, tmp_path):
+    out, quick = tmp_path / "out", ["--samples.rows", "0", "--trainer.log_every_n_steps", "4"]
+    assert main(command(out, *quick, *stopping(3))) == 143
+    assert main(command(out, *quick, "--ckpt_path", "last")) == 0
+    assert [step for step, _ in scalars(out)["train/tokens_per_second"]] == [4, 8, 10]
+    assert [step for step, _ in scalars(out)["train/loss"]] == [4, 8, 10]
+
+
+def test_the_configuration_is_written_by_fit_alone_and_kept_for_each_attempt(command, tmp_path, capsys):
+    out, quick = tmp_path / "out", ["--samples.rows", "0", "--trainer.max_steps", "3"]
+    assert main(command(out, *quick, "--data.batch_size", "0")) == 2
+    assert not (out / "config.yaml").exists()
+    assert main(command(out, *quick)) == 0
+    first = (out / "config.yaml").read_text()
+    assert "max_steps: 3" in first and "learning_rate: 0.0002" in first
+    events = sorted(path.name for path in (out / "logs").iterdir())
+    other = ["--model.learning_rate", "0.003"]
+    for name in ("validate", "plan", "inspect"):
+        assert main([name, *command(out, *other)[1:]]) == 0
+    assert sorted(path.name for path in (out / "logs").iterdir()) == events
+    assert main(command(out, *other, "--ckpt_path", "last", "--data.batch_size", "2")) == 2
+    assert "data.batch_size" in capsys.readouterr().err
+    assert (out / "config.yaml").read_text() == first and not list(out.glob("config-*.yaml"))
+    assert main(command(out, *other, "--ckpt_path", "last", "--samples.rows", "0", "--trainer.max_steps", "5")) == 0
+    assert (out / "config-3.yaml").read_text() == first
+    assert "learning_rate: 0.003" in (out / "config.yaml").read_text()
+
+
+def test_validate_without_rows_is_refused_and_without_a_checkpoint_says_what_it_measures(command, tmp_path, caplog):
+    out = tmp_path / "out"
+    assert main(["validate", *command(out)[1:], "--data.val_size", "0"]) == 2
+    assert main(["validate", *command(out)[1:]]) == 0
+    assert "the base with an adapter that has learnt nothing" in caplog.text
+    assert not out.exists() or not list(out.rglob("*.yaml"))
+
+
+def test_a_share_that_holds_out_nothing_says_what_to_write(arguments, caplog):
+    assert main(["inspect", *arguments[1:], "--data.val_size", "0.001"]) == 0
+    assert "data.val_size is 0.001, which holds out none of 25 distinct rows" in caplog.text
+    assert "such as data.val_size: 2" in caplog.text
 
 
 def test_the_page_needs_nothing_else_and_shows_curves_samples_and_verdict(run):
@@ -79,9 +195,6 @@ def test_the_start_is_told_in_lines_of_eighty_columns(command, tmp_path, caplog)
 
 
 def test_the_panel_counts_four_operations_a_frozen_parameter(model_folder):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.from_pretrained(model_folder)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
@@ -114,6 +227,40 @@ def test_without_a_gpu_the_plan_is_arithmetic_and_says_so(command, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--model.lora_config.use_dora", "true"], "lora_config.use_dora is set"),
+        (["--model.lora_config.modules_to_save", "[lm_head]"], "lora_config.modules_to_save is set"),
+        (["--model.lora_config.bias", "lora_only"], "is trained too"),
+        (["--model.engine", "reference"], "as model.engine says"),
+        (["--model.quantization_config", "{load_in_8bit: true, load_in_4bit: false}"], "is held in int8"),
+        (["--model.quantization_config.llm_int8_skip_modules", "[q_proj]"], "lm_head is held in nf4"),
+        (["--model.lora_config.target_modules", "[q_proj, lm_head]"], "lm_head has an adapter"),
+    ],
+)
+def test_the_plan_tells_where_the_fast_engine_will_not_run_and_estimates_nothing_for_the_other(
+    command, tmp_path, capsys, options, reason
+):
+    arguments = ["plan", *command(tmp_path / "out")[1:], *options]
+    assert main([*arguments, "--json", "true"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["engine"].startswith("reference (") and reason in result["engine"] and result["plans"] == []
+    assert main(arguments) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert reason in text and "merged" not in text.split("disk")[0] and "has no arithmetic" in text
+
+
+def test_the_plan_tells_what_keeps_micro_batches_apart_and_a_step_of_what_is_trained(command, tmp_path, capsys):
+    options = ["--trainer.accumulate_grad_batches", "4", "--trainer.limit_train_batches", "6", "--json", "true"]
+    assert main(["plan", *command(tmp_path / "out")[1:], *options, "--trainer.val_check_interval", "3"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert "at most 1 merged, by trainer.limit_train_batches 6 and trainer.val_check_interval 3" in result["engine"]
+    # 14 micro-batches an epoch, of which 6 are trained in 2 steps.
+    assert result["steps"] == 4 and result["steps_per_epoch"] == 2 and result["epochs"] == 2
+    assert result["tokens_per_step"] == round(result["tokens_per_epoch"] * 6 / 14 / 2)
+
+
 def test_a_budget_that_nothing_fits_is_said_with_exit_code_1(command, tmp_path, capsys):
     assert main(["plan", *command(tmp_path / "out")[1:], "--memory_budget", "100MiB"]) == 1
     assert "does not fit" in capsys.readouterr().out
@@ -128,20 +275,6 @@ def test_a_log_file_gets_lines_without_control_codes(command, tmp_path):
     assert done.returncode == 0
     assert re.search(rb"step 2 of 2  loss \d+\.\d+  lr ", done.stderr)
     assert b"\x1b" not in done.stderr + done.stdout and b"\r" not in done.stderr + done.stdout
-
-
-LOGGERS = {"CSVLogger": None, "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
-INSTALLED = [name for name, package in LOGGERS.items() if package is None or importlib.util.find_spec(package)]
-
-
-@pytest.mark.parametrize("name", INSTALLED)
-def test_lightning_s_own_loggers_work_from_the_configuration(command, tmp_path, name, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    logger = [f"--trainer.logger={name}", f"--trainer.logger.save_dir={tmp_path / 'log'}"]
-    assert main(command(tmp_path / "out", *logger, "--trainer.max_steps", "2")) == 0
-    if name == "CSVLogger":
-        assert "train/loss" in next((tmp_path / "log").rglob("metrics.csv")).read_text()
-    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_early_stopping_and_a_profiler_work_from_the_configuration(command, tmp_path):

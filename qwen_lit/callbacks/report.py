@@ -19,6 +19,7 @@ from qwen_lit.export.card import LIBRARIES
 from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps, warmup_steps
 from qwen_lit.quantization import count_linears, described
 from qwen_lit.report import page
+from qwen_lit.signals import Stopped
 
 log = logging.getLogger(__name__)
 KEPT = {
@@ -102,16 +103,19 @@ class RunReport(Callback):
         for line in [*loss_lines(self.history), *panel_lines(self.panel, getattr(pl_module, "skipped_steps", 0))]:
             log.info(line)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """A run that is stopped after a step has not logged it yet, and the resumed one will not make it again."""
+        ends = isinstance(exception, Stopped) and trainer.training and trainer.global_step == self.step != self.first
+        if ends and is_logged(trainer, self.step) and not getattr(pl_module, "skipped_in_a_row", 0):
+            _log_to_all(trainer, _training_metrics(trainer))
+
     def _log_last(self, trainer: Any, latest: dict[str, float], skipped: bool) -> None:
         step = trainer.global_step
         if step == self.first or is_logged(trainer, step) or skipped:
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
-        metrics |= latest
+        metrics = _training_metrics(trainer) | latest
         self._keep_all(step, metrics)
-        for logger in trainer.loggers:
-            # Lightning's loggers count steps from 0.
-            logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step - 1)
+        _log_to_all(trainer, metrics)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the summary and the page, after the export."""
@@ -140,7 +144,7 @@ class RunReport(Callback):
             "resumed_at": self.resumed,
             "skipped_steps": module.skipped_steps,
             "losses": {name: curve[-1][1] for name, curve in self.history.items() if name.endswith("loss")},
-            "throughput": {name: round(value, 4) for name, value in panel.items()},
+            "throughput": {name: float(f"{value:.6g}") for name, value in panel.items()},
             "data": trainer.datamodule.facts(),
             "verdict": verdict,
             "stopped": export.told.stopped if export.told else None,
@@ -164,6 +168,16 @@ def write(folder: Path, summary: dict[str, Any]) -> None:
             partial.unlink(missing_ok=True)
             raise
     log.info("report written to %s", folder / "report.html")
+
+
+def _training_metrics(trainer: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+
+
+def _log_to_all(trainer: Any, metrics: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        # Lightning's loggers count steps from 0.
+        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, trainer.global_step - 1)
 
 
 def nothing_left(trainer: Any) -> str:

@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from qwen_lit.callbacks.accepted import check_held_out
+from qwen_lit.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +28,16 @@ class Resumed(Callback):
         """Once the rows are split, before the model is loaded: will there be what is monitored?
 
         Raises:
-            UserError: a callback monitors a validation that has no rows.
+            UserError: a callback monitors a validation that has no rows, or ``validate`` has none.
         """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit":
             check_held_out(trainer.callbacks, len(data.val_rows))  # type: ignore[attr-defined]
+        if stage == "validate":
+            if not len(data.val_rows):
+                raise UserError("validate: no row is held out; set data.val_size or data.val_dataset_path.")
+            if trainer.resumed_from is None:  # type: ignore[attr-defined]
+                log.warning("no --ckpt_path is given: this measures the base with an adapter that has learnt nothing")
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """What the configuration says of these callbacks holds, not what it said when the checkpoint was written.

@@ -181,6 +181,11 @@ class QwenDataModule(L.LightningDataModule):
         if not len(self.train_rows):
             names = ", ".join(source.path for source in self.sources)
             raise UserError(f"no row of {names} is left to train on; see {folder / 'rows.log'}.")
+        if self.val_size and not self.val_sources and not len(val):
+            log.warning(
+                "data.val_size is %s, which holds out none of %d distinct rows; give a larger share, or a count, such "
+                "as data.val_size: %d", self.val_size, len(np.unique(hashes)), min(8, max(1, len(hashes) // 10)),
+            )  # fmt: skip
         self._tell(folder)
 
     def _limit(self, hashes: np.ndarray) -> Any:

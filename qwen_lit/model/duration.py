@@ -84,6 +84,9 @@ def check_limits(trainer: Any, data: Any) -> None:
                 "share, or their number."
             )
         trainer.limit_train_batches = int(batches * limit)
+    elif isinstance(limit, int) and limit >= batches:
+        # No limit at all; as a number it would keep micro-batches from being computed as one.
+        trainer.limit_train_batches = 1.0
     batches, every = epoch_batches(trainer, data), trainer.val_check_interval
     validates = trainer.limit_val_batches and trainer.check_val_every_n_epoch is not None
     if isinstance(every, int) and not isinstance(every, bool) and every > batches and validates:

@@ -31,7 +31,7 @@ from qwen_lit.model.optim import (
     repage,
     schedule,
 )
-from qwen_lit.model.planning import planned_engine
+from qwen_lit.model.planning import LIMITS, merge_limit, planned_engine
 from qwen_lit.model.resume import compare, merge_of, recount, settings
 from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 
@@ -214,13 +214,13 @@ class QwenModule(L.LightningModule):
         self.fast, plan, peak = planned_engine(
             trainer, self.model, data, self.memory_budget, self.state_bytes, merge_of(trainer.resumed_from)
         )
-        data.merge = plan.merge
+        data.merge, limit = plan.merge, merge_limit(trainer)
         trainer.accumulate_grad_batches //= plan.merge
-        for name in ("limit_train_batches", "val_check_interval"):
+        for name in LIMITS:
             if isinstance(getattr(trainer, name), int):
                 setattr(trainer, name, getattr(trainer, name) // plan.merge)
         measured = "" if peak is None else f", measured {peak / GIB:.2f}"
-        self.engine_told, self.plan = f"fast, {plan}{measured}", plan
+        self.engine_told, self.plan = f"fast, {plan}{measured}{'; ' * bool(limit)}{limit}", plan
 
     @property
     def host_embedding(self) -> bool:

@@ -18,6 +18,8 @@ from qwen_lit.kernels.plan import Machine, Plan, Shape, apply, choose, free_memo
 from qwen_lit.kernels.probe import STEPS, is_full, measure_machine, measure_peak, settle
 
 NEVER = 2**62
+LIMITS = ("limit_train_batches", "val_check_interval")
+"""Of the Trainer, counted in batches: so many that are computed as one must divide them."""
 
 
 def planned_engine(
@@ -88,9 +90,22 @@ def planned_engine(
 
 def merges_of(trainer: Any) -> list[int]:
     """How many micro-batches of the configuration may be computed as one, from most to 1."""
-    limits = [trainer.limit_train_batches, trainer.val_check_interval]
+    limits = [getattr(trainer, name) for name in LIMITS]
     common = math.gcd(trainer.accumulate_grad_batches, *(one for one in limits if isinstance(one, int)))
     return [n for n in range(common, 0, -1) if common % n == 0]
+
+
+def merge_limit(trainer: Any) -> str:
+    """What keeps all micro-batches of an optimizer step from being computed as one, and how to free them."""
+    step, most = trainer.accumulate_grad_batches, merges_of(trainer)[0]
+    held_by = [
+        f"trainer.{name} {getattr(trainer, name)}"
+        for name in LIMITS
+        if isinstance(getattr(trainer, name), int) and getattr(trainer, name) % step
+    ]
+    if not held_by:
+        return ""
+    return f"at most {most} merged, by {' and '.join(held_by)}: a multiple of {step} micro-batches would be faster"
 
 
 def _machine(trainer: Any, model: Any, shape: Shape) -> Machine:
