@@ -105,6 +105,15 @@ def test_each_row_is_trained_once_an_epoch_over_all_ranks(two):
     }
 
 
+def test_the_figures_of_two_ranks_are_of_both(two):
+    summary = json.loads((two / "summary.json").read_text())
+    panel, data = summary["throughput"], summary["data"]
+    # Both epochs were trained whole: of one rank's rows alone this would be another share.
+    share = data["supervised tokens"] / data["tokens in an epoch"]
+    assert panel["supervised_tokens_per_second"] / panel["tokens_per_second"] == pytest.approx(share, rel=1e-5)
+    assert [step for step, _ in summary["history"]["tokens_per_second"]] == list(range(1, summary["steps"] + 1))
+
+
 @pytest.mark.parametrize("asked", ["the other rank", "both"])
 def test_a_signal_to_any_rank_stops_all_and_the_resumed_run_is_the_whole_one(command, two, tmp_path, asked):
     out = tmp_path / "out"
