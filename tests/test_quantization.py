@@ -124,7 +124,8 @@ def test_what_is_said_is_what_is_loaded_and_what_is_merged(base, tmp_path, case)
 def test_a_base_in_another_dtype_is_quantised_from_bf16(tmp_path, options, dtype):
     folder = make_base(tmp_path / "base", "qwen2")
     for path in folder.glob("*.safetensors"):
-        save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path, {"format": "pt"})
+        numbers = {name: (value.float() * 1.003).to(dtype) for name, value in load_file(path).items()}
+        save_file(numbers, path, {"format": "pt"})
     adapter = make_adapter(folder, tmp_path / "adapter", target_modules=["v_proj"])
     model = load_base(str(folder), BitsAndBytesConfig(**options), CPU)
     merge_adapter(adapter, folder, tmp_path / "out", merge_base="dequantized", held=loaded_weights(model))
