@@ -184,3 +184,13 @@ def test_a_logger_gets_the_last_step_wherever_the_interval_falls(command, tmp_pa
         text = next(Path(tmp_path / "log").rglob("metrics.csv")).read_text().splitlines()
         last = dict(zip(text[0].split(","), text[-1].split(","), strict=True))
         assert float(last["train/loss"]) == pytest.approx(trace(tmp_path / "out")[-1]["loss"])
+
+
+def test_a_file_of_weights_alone_is_no_run_to_go_on_with(command, tmp_path, capsys):
+    out = tmp_path / "out"
+    mine = callback("ModelCheckpoint", save_weights_only="true", filename="weights")
+    quick = ["--samples.rows", "0", "--trainer.max_epochs", "1"]
+    assert main(command(out, *quick, *mine)) == 0
+    path = str(out / "model_checkpoints" / "weights.ckpt")
+    assert main(command(out, *quick, "--ckpt_path", path)) == 2
+    assert "was saved with save_weights_only" in capsys.readouterr().err

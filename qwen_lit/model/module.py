@@ -279,6 +279,11 @@ class QwenModule(L.LightningModule):
         """
         if self.trainer.state.fn != "fit":
             return
+        if "optimizer_states" not in checkpoint:
+            raise UserError(
+                "ckpt_path: this checkpoint was saved with save_weights_only, and no run can go on from it; export "
+                "and predict can use it."
+            )
         then, now = checkpoint["settings"], settings(self)
         compare(then, now)
         self.skipped_steps, self.resumed_total = then["skipped_steps"], then.get("total_steps", 0)
