@@ -35,6 +35,7 @@ from qwen_lit.export import ExportError
 from qwen_lit.model.duration import check_duration
 from qwen_lit.model.load import load_tokenizer
 from qwen_lit.model.module import QwenModule
+from qwen_lit.parsing import Parser
 from qwen_lit.signals import Stopped, watched
 from qwen_lit.trainer import QwenTrainer
 
@@ -270,6 +271,7 @@ def _run(cli: QwenCLI, args: list[str]) -> int:
             QwenModule,
             QwenDataModule,
             trainer_class=QwenTrainer,
+            parser_class=Parser,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             trainer_defaults={

@@ -24,7 +24,7 @@ from qwen_lit.data.layouts import check_fields
 from qwen_lit.data.prepare import PROVED, judge, prepare, read_report
 from qwen_lit.data.prove import prove
 from qwen_lit.data.rows import Rows
-from qwen_lit.data.sources import Source, as_sources, expand
+from qwen_lit.data.sources import Scalar, Source, as_sources, expand
 from qwen_lit.errors import UserError, refuse_changes
 from qwen_lit.signals import leave_to_parent
 
@@ -36,8 +36,8 @@ class QwenDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        dataset_path: str | list[str | Source],
-        val_dataset_path: str | list[str | Source] | None = None,
+        dataset_path: str | list[str | dict[str, Scalar]],
+        val_dataset_path: str | list[str | dict[str, Scalar]] | None = None,
         val_size: float = 0.0,
         batch_size: int = 1,
         max_length: int = 2048,
@@ -91,7 +91,7 @@ class QwenDataModule(L.LightningDataModule):
         if val_size < 0 or (val_size > 1 and val_size != int(val_size)):
             raise UserError(f"data.val_size is {val_size}; give a share below 1, or a whole count of rows.")
         self.sources = _checked("dataset_path", dataset_path)
-        self.val_sources = _checked("val_dataset_path", val_dataset_path) if val_dataset_path else []
+        self.val_sources = _checked("val_dataset_path", val_dataset_path) if val_dataset_path is not None else []
         self.val_size, self.batch_size, self.max_length, self.packing = val_size, batch_size, max_length, packing
         self.encoder_options: dict[str, Any] = {
             "max_length": max_length,
@@ -381,7 +381,7 @@ def _checked(key: str, given: Any) -> list[Source]:
             folder = Path(source.path).expanduser()
             if folder.is_dir() and (others := passed_over(folder)):
                 log.warning("%s: not read: %s", source.path, ", ".join(others))
-            if source.weight <= 0 or (source.max_rows is not None and source.max_rows < 1):
+            if not 0 < source.weight < math.inf or (source.max_rows is not None and source.max_rows < 1):
                 raise DataError(f"{source.path}: weight and max_rows must be above 0.")
     except DataError as error:
         raise UserError(f"data.{key}: {error}") from error

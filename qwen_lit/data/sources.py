@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ from qwen_lit.progress import Progress
 
 BOM = b"\xef\xbb\xbf"
 CHUNK_BYTES, CHUNK_ROWS = 500_000, 1000
+Scalar = str | int | float | bool | None
 
 
 @dataclass
@@ -65,18 +66,41 @@ class Chunk:
         return [RawRow(f"{self.path}:{number}", line) for number, line in rows if line]
 
 
-def as_sources(dataset_path: str | Sequence[str | Source]) -> list[Source]:
-    """A path, a list of paths or of sources, as sources."""
+def as_sources(dataset_path: str | Sequence[str | Mapping[str, Scalar]]) -> list[Source]:
+    """A path, or a list of paths and of ``Source`` fields, as sources.
+
+    Raises:
+        DataError: an item has an unknown key, or a value of another kind, or the list is empty.
+    """
     given = [dataset_path] if isinstance(dataset_path, str) else dataset_path
-    return [Source(one) if isinstance(one, str) else one for one in given]
+    if not given:
+        raise DataError("an empty list; give at least one path.")
+    return [Source(one) if isinstance(one, str) else _source(one) for one in given]
+
+
+def _source(item: Mapping[str, Scalar]) -> Source:
+    kinds = {"path": (str,), "weight": (int, float), "max_rows": (int, type(None))}
+    for key, value in item.items():
+        if key not in kinds:
+            raise DataError(f"an item has the key {key!r}; its keys are path, weight and max_rows.")
+        if isinstance(value, bool) or not isinstance(value, kinds[key]):
+            wanted = {"path": "a text", "weight": "a number", "max_rows": "a whole number or null"}[key]
+            raise DataError(f"{item.get('path')}: {key} is {value!r}; give {wanted}.")
+    if "path" not in item:
+        raise DataError(f"the item {dict(item)} has no path.")
+    return Source(**item)  # type: ignore[arg-type]
 
 
 def expand(source: Source) -> list[Path]:
     """The files of a source, in order.
 
     Raises:
-        DataError: its path matches no file, or one that holds no rows.
+        DataError: its path matches no file, one that holds no rows, or is not one of this machine.
     """
+    if re.match(r"\w[\w+.-]*://", source.path):
+        raise DataError(f"{source.path} is an address, and only local files are read; download it and give its path.")
+    if not source.path.strip():
+        raise DataError("an empty path; give the path of a JSONL file.")
     path = Path(source.path).expanduser()
     if path.is_file():
         refuse_file(path)
@@ -88,6 +112,8 @@ def expand(source: Source) -> list[Path]:
     files = [file for file in files if file.is_file() and file.name not in METADATA]
     if path.is_dir():
         files = [file for file in files if file.suffix in ROWS]
+    if not files and path.is_dir():
+        raise DataError(f"{source.path} holds no file that ends in {', '.join(ROWS)}; give the file itself.")
     if not files:
         raise not_there(source.path)
     for file in files:

@@ -8,7 +8,6 @@ import torch
 
 from qwen_lit.data.batches import EpochOrder, group
 from qwen_lit.data.datamodule import QwenDataModule
-from qwen_lit.data.sources import Source
 from qwen_lit.errors import UserError
 
 
@@ -80,8 +79,8 @@ def test_sources_have_weights_and_caps(module, tmp_path):
         [],
         dataset_path=[
             str(tmp_path / "a.jsonl"),
-            Source(str(tmp_path / "b.jsonl"), weight=2.5),
-            Source(str(tmp_path / "c.jsonl"), max_rows=30),
+            {"path": str(tmp_path / "b.jsonl"), "weight": 2.5},
+            {"path": str(tmp_path / "c.jsonl"), "max_rows": 30},
         ],
     )
     counts = np.bincount(data.train_rows.column("source"))

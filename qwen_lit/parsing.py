@@ -1,0 +1,144 @@
+"""The parser of the command line: a value stays what was given, and what cannot be parsed is one line."""
+
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import get_loader, set_loader
+from jsonargparse._actions import _ActionConfigLoad
+from lightning.pytorch.cli import LightningArgumentParser
+
+from qwen_lit.errors import UserError
+
+NONE = ("none", "false", "nil", "no")
+"""What people write for null."""
+NULL = ("", "null", "Null", "NULL", "~")
+PATHS = ("output_dir", "ckpt_path", "row", "html", "source", "target")
+"""Top-level keys that name a file or folder of the user's; the sections see to their own."""
+LONGEST = 200
+_yaml = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """YAML; but a text that is a comment to YAML, such as a prompt that begins with #, is not null."""
+    value = _yaml(text)
+    return text if value is None and text.strip() not in NULL else value
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, which reads no file but ``--config`` and a section's YAML.
+
+    jsonargparse reads any file whose name stands where a type holds a class, a dataset as well, and takes what it says
+    for the value.
+    """
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """As jsonargparse's, but a value that names a file is its name."""
+        added = super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
+        for action in self._actions:
+            if type(action) is _ActionConfigLoad:
+                action.__class__ = _Section
+        return added
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's; what is wrong in the file is told with its name.
+
+        Raises:
+            UserError: the file is no configuration.
+        """
+        try:
+            return super().parse_path(cfg_path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{cfg_path}: is not UTF-8, so no configuration; save it as UTF-8.") from error
+        except UserError as error:
+            raise UserError(f"{cfg_path}: {error}") from error
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the command, unless this parser only tries whether a value fits.
+
+        Raises:
+            UserError: with the message in one line.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
+        if message.startswith("Unexpected config:"):
+            message = "is not a configuration of the form KEY: VALUE."
+        raise UserError(one_line(message)) from ex
+
+
+class _Section(_ActionConfigLoad):
+    """A section of the configuration: its keys, or a YAML file that holds them."""
+
+    def _load_config(self, value: Any, parser: Any) -> Any:
+        if isinstance(value, str) and not value.endswith((".yaml", ".yml")) and not value.lstrip().startswith("{"):
+            raise TypeError(
+                f"{self.dest} is a section of keys, not {shortened(value)!r}; "
+                f"give --{self.dest}.KEY VALUE, or a file that ends in .yaml"
+            )
+        try:
+            return super()._load_config(value, parser)
+        except UnicodeDecodeError as error:
+            raise TypeError(f"{value}: is not UTF-8; save it as UTF-8") from error
+
+
+def expand_paths(config: Any) -> None:
+    """Put the home folder in the place of ``~`` in the paths of a command's configuration."""
+    for key in PATHS:
+        if config.get(key):
+            config[key] = expanded(config[key])
+
+
+def expanded(path: str) -> str:
+    """The path with the home folder for ``~``; as it is where there is none."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def one_line(message: str) -> str:
+    """A message of jsonargparse as one line that names the key, the value and what is expected."""
+    key, text = "", message
+    while found := re.match(r'[\s-]*(?:Parser key "([^"]+)":|Unable to load config [^\n]*\n)\s*', text):
+        key, text = found[1] or key, text[found.end() :]
+    union = re.search(
+        r"Subtypes: \[([^\n]*)\]\n(.*)\n\s*Given value type: <class '([\w.]+)'>\n\s*Given value: (.*)", text, re.S
+    )
+    single = re.search(r"Expected an? ([^\n]*?)()()\. Got value: (.*)", text, re.S)
+    if told := re.search(r"Option '(.*?)' is not accepted|does not accept option '(.*?)'", text):
+        key, text = "", f"there is no key {'.'.join(filter(None, (key, told[1] or told[2])))}; --help lists all"
+    elif found := union or single:
+        types, value = re.sub(r", (?![^\[]*\])", " or ", _named(found[1])), shortened(found[4].strip())
+        text = f"expected {types}, not {value!r}{_causes(found[2])}{_remedy(types, value, found[3])}"
+    text = shortened(" ".join(text.split()), 3 * LONGEST)
+    return f"{key}: {text}" if key else text
+
+
+def _causes(errors: str) -> str:
+    """What is told of a class beside the kind of value."""
+    lines = [line.strip(" -") for line in errors.splitlines()]
+    plain = ("Expected", "Errors:", "Subtypes:", "Given", "Does not validate", "Problem with", "Not a valid subclass")
+    causes = [line for line in lines if line and not line.startswith(plain) and not line.startswith("a ")]
+    return f" ({_named(causes[0])})" if causes else ""
+
+
+def _remedy(types: str, value: str, kind: str) -> str:
+    if value.lower() in NONE and "null" in types:
+        return "; write null for none"
+    if kind == "str" and "list[str]" in types:
+        return f"; give a list, as [{value}]"
+    if kind != "str" and re.search(r"\bstr\b", types):
+        return "; a text that YAML takes for something else goes in quotes"
+    return ""
+
+
+def _named(types: str) -> str:
+    """Types as a user writes them."""
+    types = re.sub(r"<class '([^']*)'>", r"\1", types).replace("NoneType", "null")
+    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types)
+
+
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """Text that may be long, such as a file's content, as far as a line has room."""
+    return text if len(text) <= longest else text[:longest] + " ..."
