@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from qwen_lit.errors import UserError
+from qwen_lit.errors import UserError, shortened
 from qwen_lit.export.serving import end_tokens
+from qwen_lit.model.load import check_weights
 
 HELP = """/system TEXT  begin anew under a system prompt        /reset  begin anew
 /think        switch thinking on or off (Qwen3)       /save FILE.jsonl  keep the conversation as a row
@@ -84,8 +85,11 @@ class Chat:
         if name == "/save" and rest:
             if not any(one["role"] == "assistant" for one in self.messages):
                 return "there is no answer to save yet"
-            with Path(rest).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+            try:
+                with Path(rest).expanduser().open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+            except OSError as error:
+                return f"cannot write to {rest} ({error.strerror or error}); give another file"
             return f"saved to {rest}"
         return HELP
 
@@ -110,7 +114,8 @@ def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
     if not adapter.is_file() and not (folder / "config.json").is_file():
         raise UserError(f"chat: {path} holds neither an adapter nor a model; give lora_adapter/ or final_model/.")
     quantize = adapter.is_file() if quantize is None else quantize
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else folder
+    base = str(Path(base_of(adapter)).expanduser() if adapter.is_file() else folder)
+    check_weights(base)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
@@ -122,12 +127,25 @@ def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
         )
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise UserError(f"chat: cannot load {base} ({str(error).splitlines()[0]})") from error
+        reason = shortened(" ".join(str(error).split()))
+        raise UserError(f"chat: cannot load {base} ({reason}); give a model whose base is here.") from error
     if adapter.is_file():
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(folder))
     return model.eval(), tokenizer
+
+
+def base_of(adapter: Path) -> str:
+    """The base that an ``adapter_config.json`` names.
+
+    Raises:
+        UserError: it names none.
+    """
+    try:
+        return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"chat: {adapter} names no base ({error}); export the adapter again.") from error
 
 
 def main(args: list[str]) -> int:
@@ -143,6 +161,9 @@ def main(args: list[str]) -> int:
     parser.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=None,
                         help="hold the base in 4 bits; default for an adapter")  # fmt: skip
     given = parser.parse_args(args)
+    if given.max_new_tokens < 1:
+        print(f"error: --max_new_tokens is {given.max_new_tokens}; it must be at least 1.", file=sys.stderr)
+        return 2
     quantize = given.load_in_4bit
     try:
         model, tokenizer = load(given.path, quantize)

@@ -28,20 +28,24 @@ from qwen_lit.callbacks.resumed import Resumed
 from qwen_lit.callbacks.samples import Samples
 from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, step_of
 from qwen_lit.chat import main as chat
+from qwen_lit.checks import check_paths, check_values
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import watch_parent
-from qwen_lit.errors import RunError, UserError
+from qwen_lit.errors import RunError, UserError, shortened
 from qwen_lit.export import ExportError
+from qwen_lit.kernels.plan import parse_bytes
 from qwen_lit.model.duration import check_duration
-from qwen_lit.model.load import load_tokenizer
+from qwen_lit.model.load import check_weights, load_tokenizer
 from qwen_lit.model.module import QwenModule
-from qwen_lit.parsing import Parser
+from qwen_lit.parsing import Parser, expand_paths, expanded
 from qwen_lit.signals import Stopped, watched
 from qwen_lit.trainer import QwenTrainer
 
 log = logging.getLogger("qwen_lit")
 ALIASES = {"verify-resume": "verify_resume"}
 SKIPPED = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
+LOADING = ("fit", "validate", "verify_resume", "export", "predict")
+"""Commands that read the base's weights."""
 OUT_OF_MEMORY = """out of GPU memory. The levers, in order:
   data.batch_size {batch_size} (lower it, raise trainer.accumulate_grad_batches {accumulate} by as much)
   model.gradient_checkpointing {checkpointing} (true keeps only layer inputs)
@@ -97,9 +101,8 @@ class QwenCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Export, "export")
         parser.add_lightning_class_args(Samples, "samples")
-        parser.link_arguments("output_dir", "checkpoint.output_dir")
-        parser.link_arguments("output_dir", "export.output_dir")
-        parser.link_arguments("output_dir", "samples.output_dir")
+        for section in ("checkpoint", "export", "samples"):
+            parser.link_arguments("output_dir", f"{section}.output_dir", compute_fn=expanded)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     @staticmethod
@@ -123,6 +126,11 @@ class QwenCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """What can be known to be wrong before any class is built."""
         config = self.config[self.subcommand]
+        expand_paths(config)
+        check_values(config)
+        check_paths(str(self.subcommand), config)
+        if config.get("memory_budget"):
+            parse_bytes(config.memory_budget)
         check_duration(config, str(self.subcommand))
         check_trainer(config, str(self.subcommand))
         accelerator = config.trainer.accelerator
@@ -138,6 +146,13 @@ class QwenCLI(LightningCLI):
         self.checkpoint = find_checkpoint(config.get("ckpt_path"), Path(config.output_dir))
         if config.get("ckpt_path") == "last" and self.checkpoint is None and self.subcommand != "fit":
             raise UserError(f"ckpt_path: there is no checkpoint in {config.output_dir}; run fit first or give a file.")
+
+    def instantiate_classes(self) -> None:
+        """Build the sections; what a library refuses of its own keys is the user's to change."""
+        try:
+            super().instantiate_classes()
+        except (AttributeError, MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+            raise UserError(f"configuration: {explained(error)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with TensorBoard in ``output_dir/logs`` and checkpoints that are whole or absent."""
@@ -164,6 +179,8 @@ class QwenCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Hand the tokenizer to the data, and the written configuration to the export."""
+        if self.subcommand in LOADING:
+            check_weights(self.model.name)
         self.datamodule.tokenizer = load_tokenizer(self.model.name)
         name = str(self.subcommand)
         self.trainer.resumed_from = self.checkpoint  # type: ignore[attr-defined]
@@ -286,6 +303,7 @@ def _run(cli: QwenCLI, args: list[str]) -> int:
             args=args,
         )
     except UserError as error:
+        log.debug("where it was found", exc_info=error)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ExportError, RunError) as error:
@@ -317,5 +335,16 @@ def failed(error: Exception, cli: QwenCLI) -> int:
         print(f"error: {text}", file=sys.stderr)
         return 1
     traceback.print_exception(error)
-    print("error: the run broke off; what it has saved is whole, go on with --ckpt_path last", file=sys.stderr)
+    trainer = getattr(cli, "trainer", None)
+    reason = f"{type(error).__name__}: {shortened(' '.join(str(error).split()))}"
+    if trainer is not None and trainer.state.fn == "fit" and _saved(cli):
+        text = f"the run broke off ({reason}); what it has saved is whole, go on with --ckpt_path last"
+    else:
+        text = f"{getattr(cli, 'subcommand', None) or 'the command line'} failed: {reason}"
+    print(f"error: {text}", file=sys.stderr)
     return 1
+
+
+def _saved(cli: QwenCLI) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    return last_checkpoint(Path(cli.config[cli.subcommand].output_dir) / "checkpoints") is not None

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+LONGEST = 200
+"""Characters of a value in a message."""
+
 
 class UserError(Exception):
     """Bad usage or input. The message names the thing, the value and the remedy; the command exits with 2."""
@@ -26,3 +29,8 @@ def refuse_changes(changes: dict[str, tuple[Any, Any]]) -> None:
             f"the checkpoint is of another run:{lines}\n"
             "Give what that run began with, or another output_dir to start a new one."
         )
+
+
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """Text that may be long, such as a file's content, as far as a line has room."""
+    return text if len(text) <= longest else text[:longest] + " ..."

@@ -5,18 +5,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import get_loader, set_dumper, set_loader
 from jsonargparse._actions import _ActionConfigLoad
 from lightning.pytorch.cli import LightningArgumentParser
 
-from qwen_lit.errors import UserError
+from qwen_lit.checks import NONE
+from qwen_lit.errors import LONGEST, UserError, shortened
 
-NONE = ("none", "false", "nil", "no")
-"""What people write for null."""
 NULL = ("", "null", "Null", "NULL", "~")
 PATHS = ("output_dir", "ckpt_path", "row", "html", "source", "target")
 """Top-level keys that name a file or folder of the user's; the sections see to their own."""
-LONGEST = 200
 _yaml = get_loader("yaml")
 
 
@@ -26,7 +24,24 @@ def _load(text: str) -> Any:
     return text if value is None and text.strip() not in NULL else value
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that the loader would take for something else, such as 1e3, which is a number to it alone."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    try:
+        plain = "\n" in text or isinstance(_yaml(text), str)
+    except yaml.YAMLError:
+        plain = True
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else "'")
+
+
+_Dumper.add_representer(str, _quoted)
 set_loader("yaml", _load, (yaml.YAMLError,))
+set_dumper(
+    "yaml",
+    lambda data: yaml.dump(data, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False),
+)
 
 
 class Parser(LightningArgumentParser):
@@ -137,8 +152,3 @@ def _named(types: str) -> str:
     """Types as a user writes them."""
     types = re.sub(r"<class '([^']*)'>", r"\1", types).replace("NoneType", "null")
     return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types)
-
-
-def shortened(text: str, longest: int = LONGEST) -> str:
-    """Text that may be long, such as a file's content, as far as a line has room."""
-    return text if len(text) <= longest else text[:longest] + " ..."

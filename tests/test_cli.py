@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,61 @@ def test_help_explains_every_key_of_our_own(capsys):
 def test_an_export_of_the_last_checkpoint_where_there_is_none_is_refused(arguments, capsys):
     assert main(["export", *arguments[1:], "--ckpt_path", "last"]) == 2
     assert "there is no checkpoint in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--model.lora_config.target_modules", "q_proj"], "'q_proj' is a regular expression that matches no linear's"),
+        (["--model.quantization_config.bnb_4bit_compute_dtype", "bf16"], "is 'bf16'; write bfloat16 or float16"),
+        (["--model.lora_config.lora_dropout", "1.5"], "model.lora_config.lora_dropout is 1.5"),
+        (["--model.memory_budget", "none"], "model.memory_budget is 'none'; write null for none"),
+        (["--data.num_proc", "0"], "data.num_proc is 0; it must be at least 1"),
+        (["--export.verdict_rows", "-1"], "export.verdict_rows is -1"),
+        (["--samples.max_new_tokens", "0"], "samples.max_new_tokens is 0"),
+        (["--data.cache_dir", "README.md/cache"], "data.cache_dir: README.md/cache cannot be made"),
+        (["--output_dir", "s3://bucket/out"], "output_dir: s3://bucket/out is an address"),
+    ],
+)
+def test_what_can_be_known_is_one_line_before_rows_are_read(arguments, change, words, capsys):
+    assert main([*arguments, *change]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and words in told
+
+
+def test_a_base_that_cannot_be_trained_is_refused_before_rows_are_read(arguments, model_folder, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    command = [*arguments, "--model.model_name_or_path", str(base), "--data.cache_dir", str(tmp_path / "cache")]
+
+    def told() -> str:
+        assert main(command) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("error: ") and text.count("\n") == 1 and not (tmp_path / "cache").exists()
+        return text
+
+    template = base / "chat_template.jinja"
+    good = template.read_text()
+    template.write_text("{% for m in messages %}")
+    assert "the chat template" in told()
+    template.write_text(good)
+    weights = base / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert "model.safetensors is damaged" in told()
+    weights.rename(base / "pytorch_model.bin")
+    assert "only pytorch_model.bin" in told()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    assert "is quantised already (gptq); give the original bf16 model" in told()
+    (base / "config.json").write_text("{")
+    assert "cannot read the config" in told()
+
+
+def test_a_command_without_an_adapter_and_fit_from_one_name_the_remedy(arguments, tmp_path, capsys):
+    assert main(["export", *arguments[1:]]) == 2
+    assert "run fit first, or give --ckpt_path" in capsys.readouterr().err
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    assert main([*arguments, "--ckpt_path", str(tmp_path / "lora")]) == 2
+    assert "is an adapter folder; fit takes a file of checkpoints/, or last" in capsys.readouterr().err

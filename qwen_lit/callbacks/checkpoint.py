@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from qwen_lit.callbacks.resumed import has_ended
 from qwen_lit.callbacks.store import AtomicCheckpointIO, clear_partial, remove, step_files
-from qwen_lit.errors import RunError, UserError
+from qwen_lit.checks import check_ranges
+from qwen_lit.errors import RunError
 from qwen_lit.model.resume import settings
 from qwen_lit.signals import INTERRUPTS
 
@@ -33,10 +34,7 @@ class RunCheckpoint(Checkpoint):
         Raises:
             UserError: a number is out of range.
         """
-        if every_n_train_steps < 1:
-            raise UserError(f"checkpoint.every_n_train_steps is {every_n_train_steps}; it must be at least 1.")
-        if keep < 2:
-            raise UserError(f"checkpoint.keep is {keep}; keep at least 2, as the newest can be in the making.")
+        check_ranges("checkpoint", locals())
         self.every_n_train_steps, self.keep = every_n_train_steps, keep
         self.folder = Path(output_dir) / "checkpoints"
         self.saved_step = self.seen_step = 0

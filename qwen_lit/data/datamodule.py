@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from qwen_lit.checks import check_ranges, check_writable
 from qwen_lit.data.batches import Batch, Collate, EpochOrder, ResumableLoader, group
 from qwen_lit.data.columns import tell_unread
 from qwen_lit.data.encoding import Report, Task
@@ -84,12 +85,12 @@ class QwenDataModule(L.LightningDataModule):
         Raises:
             UserError: a file is missing or a number is out of range.
         """
+        check_ranges("data", locals())
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 8)):
-            if value < least:
-                raise UserError(f"data.{name} is {value}; it must be at least {least}.")
-        if val_size < 0 or (val_size > 1 and val_size != int(val_size)):
+        if val_size > 1 and val_size != int(val_size):
             raise UserError(f"data.val_size is {val_size}; give a share below 1, or a whole count of rows.")
+        if max_bad_share > 1:
+            raise UserError(f"data.max_bad_share is {max_bad_share}; it must be a share from 0 to 1.")
         self.sources = _checked("dataset_path", dataset_path)
         self.val_sources = _checked("val_dataset_path", val_dataset_path) if val_dataset_path is not None else []
         self.val_size, self.batch_size, self.max_length, self.packing = val_size, batch_size, max_length, packing
@@ -107,7 +108,8 @@ class QwenDataModule(L.LightningDataModule):
         except DataError as error:
             raise UserError(f"data.fields: {error}") from error
         cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.cache = Path(cache_dir or f"{cache_home}/qwen_lit").expanduser()
+        self.cache = Path(os.path.expanduser(cache_dir or f"{cache_home}/qwen_lit"))
+        check_writable("data.cache_dir", self.cache)
         self.num_proc, self.num_workers, self.seed = num_proc, num_workers, seed
         self.merge, self.unpadded, self.heaviest_first = 1, packing, False
         self.waited = 0.0
@@ -136,8 +138,11 @@ class QwenDataModule(L.LightningDataModule):
             self.prepared[folder] = task
             judge(read_report(folder), self.on_bad_row, self.max_bad_share)
             return folder
-        except (DataError, OSError) as error:
+        except DataError as error:
             raise UserError(str(error)) from error
+        except OSError as error:
+            reason = f"{self.cache} cannot be used ({error})"
+            raise UserError(f"data.cache_dir: {reason}; set it to a folder that you can write to.") from error
 
     def unproven(self) -> dict[Path, Task]:
         """Of what is prepared, where not every row has been compared yet."""

@@ -1,21 +1,32 @@
 """Finding, checking and loading the base model, and putting the adapter on it."""
 
+import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from jinja2 import TemplateSyntaxError
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from qwen_lit.errors import UserError
+from qwen_lit.errors import UserError, shortened
 from qwen_lit.names import HUB_NAME
 
+INDEX = "model.safetensors.index.json"
 SUPPORTED = ("qwen2", "qwen3")
+
+
+def is_folder(name: str) -> bool:
+    """Whether the base is a local folder; ``~`` is the home folder."""
+    return Path(name).expanduser().is_dir()
 
 
 def check_model_path(name: str) -> None:
@@ -44,7 +55,7 @@ def check_shards(folder: Path) -> None:
     Raises:
         UserError: it does, or it is not an index.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         return
     try:
@@ -58,23 +69,56 @@ def check_shards(folder: Path) -> None:
             raise UserError(f"model_name_or_path: {folder} lacks {name}, which its index names; fetch it again.")
 
 
+def check_weights(name: str) -> None:
+    """Reject a folder whose weights cannot be read, from the heads of its files.
+
+    Raises:
+        UserError: there are no safetensors, or one of them is damaged.
+    """
+    folder = Path(name).expanduser()
+    if not is_folder(name):
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / "model.safetensors").is_file() and not (folder / INDEX).is_file():
+        others = sorted(one.name for one in folder.iterdir() if one.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        has = f"only {', '.join(others[:3])}" if others else "no weights"
+        raise UserError(
+            f"model_name_or_path: {name} has {has}; weights are read from model.safetensors or its shards. Fetch "
+            "those, or load it with transformers and save_pretrained it again."
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except Exception as error:
+            reason = shortened(" ".join(str(error).split()))
+            raise UserError(f"model_name_or_path: {file} is damaged ({reason}); fetch it again.") from error
+
+
 def load_config(name: str) -> Any:
-    """The model's config, if it is a dense Qwen.
+    """The model's config, if it is a dense Qwen whose weights are not quantised yet.
 
     Raises:
         UserError: the config cannot be had, or its ``model_type`` is not one of ``SUPPORTED``.
     """
     check_model_path(name)
     try:
-        config = AutoConfig.from_pretrained(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        config = AutoConfig.from_pretrained(str(Path(name).expanduser()) if is_folder(name) else name)
+    except Exception as error:
         raise UserError(
-            f"model_name_or_path: cannot read the config of {name} ({reason}); download the model and give its folder."
+            f"model_name_or_path: cannot read the config of {name} ({_reason(error)}); fetch the model again and give "
+            "its folder."
         ) from error
     if config.model_type not in SUPPORTED:
         raise UserError(
             f"model_name_or_path: {name} is a {config.model_type!r}, not a Qwen2, Qwen2.5 or Qwen3 dense model."
+        )
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
+        raise UserError(
+            f"model_name_or_path: {name} is quantised already ({getattr(kind, 'value', kind)}); give the original "
+            "bf16 model, which model.quantization_config quantises while it is read."
         )
     return config
 
@@ -83,34 +127,74 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer that stands beside the model.
 
     Raises:
-        UserError: there is none that loads.
+        UserError: there is none that loads, or its chat template is no template.
     """
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model_name_or_path: {name} has no tokenizer that loads ({reason}).") from error
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise UserError(f"model_name_or_path: {name} has no tokenizer that loads ({_reason(error)}).") from error
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else [templates or ""]:
+        try:
+            _compile_jinja_template(template)
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"model_name_or_path: the chat template of {name} is broken (line {error.lineno}: {error.message}); "
+                "fetch chat_template.jinja or tokenizer_config.json again."
+            ) from error
+    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return shortened(" ".join((str(error) or type(error).__name__).split()))
 
 
 def check_targets(config: Any, lora: LoraConfig) -> None:
-    """Reject LoRA targets that name nothing in the model, before any weight is read.
+    """Reject LoRA targets that PEFT would refuse or pass over, before any weight is read.
+
+    PEFT takes a text for a regular expression that is a module's whole name, and passes over a name of a list that
+    matches nothing.
 
     Raises:
-        UserError: a name in ``target_modules`` matches no linear of the model.
+        UserError: a name matches no module of the model, or PEFT cannot adapt what it matches.
     """
     targets = lora.target_modules
-    if targets is None:
+    if not targets and not lora.target_parameters:
         raise UserError("lora_config.target_modules is not set; name linears, for example [q_proj, k_proj, v_proj].")
-    if isinstance(targets, str):
-        targets = [targets]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        whole = target if target != "all-linear" else ".*"
-        if not any(name.endswith("." + target) or name == target or re.fullmatch(whole, name) for name in linears):
-            known = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise UserError(f"lora_config.target_modules: {target!r} matches no linear; the model has {known}.")
+    modules = dict(model.named_modules())
+    names = list(modules)
+    known = sorted({name.rsplit(".", 1)[-1] for name, one in modules.items() if isinstance(one, nn.Linear)})
+    named = {"target_modules": [] if isinstance(targets, str) else targets, "modules_to_save": lora.modules_to_save}
+    for key, listed in named.items():
+        for target in listed or []:
+            if not any(name == target or name.endswith("." + target) for name in names):
+                raise UserError(f"lora_config.{key}: {target!r} matches no linear; the model has {known}.")
+    if isinstance(targets, str) and targets != "all-linear":
+        check_pattern(targets, names, known)
+    plain = replace(copy.deepcopy(lora), init_lora_weights=True, use_dora=False)
+    try:
+        inject_adapter_in_model(plain, model, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"model.lora_config: {' '.join(str(error).split())}") from error
+
+
+def check_pattern(pattern: str, names: list[str], known: list[str]) -> None:
+    """Reject a regular expression of targets that is none, or that no module's whole name matches.
+
+    Raises:
+        UserError: with how a name is written instead.
+    """
+    try:
+        matched = any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise UserError(f"lora_config.target_modules: {pattern!r} is no regular expression ({error}).") from error
+    if not matched:
+        raise UserError(
+            f"lora_config.target_modules: the text {pattern!r} is a regular expression that matches no linear's whole "
+            f"name; write names as a list, [{pattern}], or all-linear. The model has {known}."
+        )
 
 
 def load_base(name: str, quantization: BitsAndBytesConfig | None, device: torch.device) -> nn.Module:

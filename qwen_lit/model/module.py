@@ -4,6 +4,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -12,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from qwen_lit.checks import check_ranges
 from qwen_lit.config import Lora, Quantization
 from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import QwenDataModule
@@ -20,7 +22,7 @@ from qwen_lit.errors import RunError, UserError
 from qwen_lit.kernels.engine import FastEngine, why_not
 from qwen_lit.kernels.plan import GIB, Plan, parse_bytes
 from qwen_lit.model.duration import check_limits, total_steps, warmup_steps
-from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config, shard_layers
+from qwen_lit.model.load import add_adapter, check_targets, is_folder, load_base, load_config, shard_layers
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.optim import (
     OptimizerName,
@@ -90,20 +92,16 @@ class QwenModule(L.LightningModule):
         Raises:
             UserError: the model or a setting cannot work.
         """
+        check_ranges("model", locals())
         super().__init__()
-        if learning_rate <= 0:
-            raise UserError(f"model.learning_rate is {learning_rate}; it must be above 0, for example 2.0e-4.")
-        if not 0 <= warmup_ratio < 1:
-            raise UserError(f"model.warmup_ratio is {warmup_ratio}; it must be at least 0 and below 1.")
-        if lora_config.r <= 0:
-            raise UserError(f"model.lora_config.r is {lora_config.r}; it must be above 0, for example 32.")
+        check_ranges("model.lora_config", vars(lora_config))
         if shard_base and quantization_config and quantization_config.bnb_4bit_quant_storage != torch.bfloat16:
             raise UserError(
                 "model.shard_base needs weights that shard; set "
                 "model.quantization_config.bnb_4bit_quant_storage to bfloat16."
             )
         self.shard_base = shard_base
-        self.name = model_name_or_path
+        self.name = str(Path(model_name_or_path).expanduser()) if is_folder(model_name_or_path) else model_name_or_path
         self.lora_config = lora_config
         self.learning_rate = learning_rate
         self.optimizer_name: OptimizerName = optimizer
@@ -119,7 +117,7 @@ class QwenModule(L.LightningModule):
         self.memory_budget = parse_bytes(memory_budget) if memory_budget else None
         self.model: PeftModel | None = None
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
-        self.config = load_config(model_name_or_path)
+        self.config = load_config(self.name)
         self.quantization_config = usable(quantization_config, self.config)
         self.quantized: dict[str, Held] | None = None
         check_targets(self.config, lora_config)
