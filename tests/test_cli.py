@@ -92,7 +92,7 @@ def test_an_export_of_the_last_checkpoint_where_there_is_none_is_refused(argumen
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--model.lora_config.target_modules", "q_proj"], "'q_proj' is a regular expression that matches no linear's"),
+        (["--model.lora_config.target_modules", "q_proj"], "'q_proj' is a regular expression that matches no"),
         (["--model.quantization_config.bnb_4bit_compute_dtype", "bf16"], "is 'bf16'; write bfloat16 or float16"),
         (["--model.lora_config.lora_dropout", "1.5"], "model.lora_config.lora_dropout is 1.5"),
         (["--model.memory_budget", "none"], "model.memory_budget is 'none'; write null for none"),
@@ -132,7 +132,7 @@ def test_a_base_that_cannot_be_trained_is_refused_before_rows_are_read(arguments
     weights.rename(base / "pytorch_model.bin")
     assert "only pytorch_model.bin" in told()
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     assert "is quantised already (gptq); give the original bf16 model" in told()
     (base / "config.json").write_text("{")
     assert "cannot read the config" in told()
