@@ -112,3 +112,43 @@ def poison_rank(trainer, rank):
             return plain(batch) * float("nan")
 
         module.loss_sum = poisoned
+
+
+class Record(L.Callback):
+    """Writes what a run begins with, what it is given, and how far the embeddings are from the table's."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.batches, self.noise = Path(path), [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self.first = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        table = pl_module.model.get_input_embeddings()
+
+        def look(module, given, output):
+            changed = (output - torch.nn.functional.embedding(given[0], module.weight)).abs().max()
+            self.noise.append((float(changed), output.shape[1] * output.shape[2], module.training))
+
+        table.register_forward_hook(look)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append({name: batch[name] for name in ("input_ids", "target_index", "targets")})
+
+    def on_fit_end(self, trainer, pl_module):
+        torch.save({"first": self.first, "batches": self.batches, "noise": self.noise}, self.path)
+
+
+def recording(path: Path) -> list[str]:
+    return ["--trainer.callbacks+=tests.runs.Record", f"--trainer.callbacks.path={path}"]
+
+
+def scalars(out: Path) -> dict[str, list[float]]:
+    """What TensorBoard shows, by name, in the order of the steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, dict[int, float]] = {}
+    for file in sorted((out / "logs").glob("events*")):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            found.setdefault(name, {}).update({event.step: event.value for event in events.Scalars(name)})
+    return {name: [values[step] for step in sorted(values)] for name, values in found.items()}

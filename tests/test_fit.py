@@ -69,7 +69,7 @@ def test_two_runs_with_one_seed_are_equal_and_a_resumed_one_equals_them(argument
     assert main([*arguments, "--ckpt_path", "last"]) == 0
     assert (out / "checkpoints" / "step=00000006.ckpt.corrupt").is_file()
     resumed = losses(out)
-    assert {5, 6} & set(resumed) or {4, 5} & set(resumed)
+    assert resumed == {step: whole[step] for step in list(whole)[4:]}
     for name, tensor in adapter(out).items():
         assert torch.equal(tensor, whole_adapter[name]), name
 
@@ -79,11 +79,6 @@ def test_a_checkpoint_holds_the_adapter_alone_and_no_code(arguments, tmp_path):
     path = last_checkpoint(tmp_path / "out" / "checkpoints")
     state = torch.load(path, weights_only=True)["state_dict"]
     assert state and all("lora_" in name for name in state)
-
-
-@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "adamw"])
-def test_every_optimizer_trains(arguments, optimizer):
-    assert main([*arguments, "--model.optimizer", optimizer, "--trainer.max_steps", "1"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -102,8 +97,3 @@ def test_every_variant_trains_and_exports_a_merge_that_answers_as_its_adapter(
     assert main([*arguments, *options, "--trainer.max_steps", "4", "--model.learning_rate", "0.002"]) == 0
     assert merge_error(tmp_path / "out", model_folder) < 0.02
     assert any(tensor.abs().max() > 1e-4 for name, tensor in adapter(tmp_path / "out").items() if "lora_B" in name)
-
-
-def test_training_goes_on_after_validation_and_keeps_the_best(arguments, tmp_path):
-    assert main([*arguments, "--data.val_size", "5", "--model.gradient_checkpointing", "false"]) == 0
-    assert (tmp_path / "out" / "checkpoints" / "best.ckpt").is_file()
