@@ -116,7 +116,8 @@ def _notes(report: Report) -> list[str]:
     """What of one prepared folder is not lost, and yet not as it stands in the files."""
     found = [f"{count} rows: {kind}" for kind, count in report.changed.items() if kind not in LOSSES]
     unread = {name: count for name, count in report.unread.items() if not is_harmless(name)}
-    return found + [f"not read: {listed(unread)}"] * bool(unread)
+    found += [f"not read: {listed(unread)}"] * bool(unread)
+    return found + [report.absent()] * bool(report.absent())
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:

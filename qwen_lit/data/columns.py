@@ -39,6 +39,8 @@ class Seen:
     """What was changed or is odd, in order."""
     unread: set[str] = field(default_factory=set)
     """Names of columns and keys that nothing reads."""
+    mapped: set[str] = field(default_factory=set)
+    """Columns of ``data.fields`` that the row has."""
     tools: Any = None
     """Tools that stand in a message."""
 
@@ -88,9 +90,8 @@ def leftover(row: dict[str, Any], used: set[str], messages: list[dict[str, Any]]
     Raises:
         RowError: one says something of training whose meaning is not certain.
     """
-    for key in row.keys() - used:
-        value = row[key]
-        if value in ("", [], {}) or (isinstance(value, str) and not value.strip()):
+    for key, value in row.items():
+        if key in used or value in ("", [], {}) or (isinstance(value, str) and not value.strip()):
             continue
         if ABOUT_TRAINING.search(key) and _flags(value):
             raise RowError(

@@ -246,6 +246,8 @@ class QwenDataModule(L.LightningDataModule):
                 100 * dropped / max(1, self.report.rows), self.max_length,
             )  # fmt: skip
         tell_unread(self.report.unread)
+        if absent := self.report.absent():
+            log.warning("%s", absent)
         supervised, tokens = self.train_rows.column("supervised").sum(), self.train_rows.column("length").sum()
         log.info(
             "%d rows to train on (%s tokens, %.0f %% supervised), %d to validate",

@@ -42,6 +42,8 @@ class Report:
     """Examples that differ from their row or are odd, by how."""
     unread: dict[str, int] = field(default_factory=dict)
     """Rows with a column, or a key of a message, that nothing reads, by its name."""
+    mapped: dict[str, int] = field(default_factory=dict)
+    """Rows with a column of ``data.fields``, by its name."""
     first: list[Fault] = field(default_factory=list)
     """The first faults, in the order of the files."""
     examples: int = 0
@@ -58,12 +60,17 @@ class Report:
             "that the server shows; data.expand_turns: off trains a row once"
         )
 
+    def absent(self) -> str:
+        """Which columns of ``data.fields`` no row has, or nothing."""
+        names = [name for name, count in self.mapped.items() if not count]
+        return f"no row has what data.fields names: {', '.join(names)}" if names and self.taken else ""
+
     def add(self, other: "Report") -> None:
         """Take in the counts of a later chunk."""
         self.rows += other.rows
         self.examples += other.examples
         self.taken += other.taken
-        for name in ("rows_per_source", "formats", "faults", "dropped", "changed", "unread"):
+        for name in ("rows_per_source", "formats", "faults", "dropped", "changed", "unread", "mapped"):
             mine = getattr(self, name)
             for key, count in getattr(other, name).items():
                 mine[key] = mine.get(key, 0) + count
@@ -167,6 +174,8 @@ class Worker:
         wrong: dict[int, RowError] = {}
         parsed = self._parse(rows, wrong)
         report.formats = dict(Counter(conversation.format for _, conversation, _ in parsed))
+        found = Counter(name for _, conversation, _ in parsed for name in conversation.mapped)
+        report.mapped = {name: found[name] for name in self.fields.values()}
         report.unread = dict(Counter(name for _, conversation, _ in parsed for name in conversation.unread))
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         changed, dropped = Counter[str](), Counter[str]()

@@ -177,15 +177,15 @@ def _single(row: dict[str, Any], ask: str, answer: str, fields: Mapping[str, str
                 question += "\n" + _text(row, passage)
             used.add(passage)
     messages.append(_said("user", question))
-    thoughts = [key for key in row.keys() & set(THOUGHT_COLUMNS) if isinstance(row[key], str) and row[key].strip()]
+    thoughts = [key for key in row if key in THOUGHT_COLUMNS and isinstance(row[key], str) and row[key].strip()]
     said = _text(row, answer)
     if answer == "solution" and _holds(row, "solution", "answer"):
         used.add("answer")
     if not thoughts and "<think>" not in said:
         return name, [*messages, _said("assistant", said)], used
     turn = {"role": "assistant", "content": said} | {key: row[key] for key in thoughts if key in THOUGHTS}
-    for key in set(thoughts) - set(THOUGHTS):
-        if turn.setdefault("reasoning_content", row[key]) != row[key]:
+    for key in thoughts:
+        if key not in THOUGHTS and turn.setdefault("reasoning_content", row[key]) != row[key]:
             raise RowError("two thoughts", f"has two thoughts that differ ({', '.join(sorted(thoughts))}).")
     return name, messages + read_messages([turn], None, seen), used | set(thoughts)
 

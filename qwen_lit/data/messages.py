@@ -36,13 +36,13 @@ UNCLOSED = "a thought that is never closed"
 NULLS = "null among the arguments of a tool call"
 
 
-def renamed(given: Message, fields: Mapping[str, str] | None, unread: set[str], before: str = "") -> Message:
+def renamed(given: Message, fields: Mapping[str, str] | None, seen: Seen, before: str = "") -> Message:
     """A row or message by our names; a field that is null is absent, as many writers mean it.
 
     Args:
         given: as the file has it.
         fields: our name to the file's.
-        unread: gains the names of fields in whose place another is read.
+        seen: gains the columns that were found, and the names of fields in whose place another is read.
         before: stands before such a name.
     """
     if None in given.values():
@@ -51,7 +51,8 @@ def renamed(given: Message, fields: Mapping[str, str] | None, unread: set[str], 
         return given
     found = {ours: given[theirs] for ours, theirs in fields.items() if theirs in given}
     taken = set(fields.values())
-    unread |= {before + key for key in found.keys() & given.keys() if key not in taken}
+    seen.mapped |= {fields[ours] for ours in found}
+    seen.unread |= {before + key for key in found.keys() & given.keys() if key not in taken}
     return {key: value for key, value in given.items() if key not in taken and key not in found} | found
 
 
@@ -74,7 +75,7 @@ def read_messages(turns: Any, fields: Mapping[str, str] | None, seen: Seen) -> l
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise RowError("wrong type", f"message {number} is a {type(turn).__name__}, not an object.")
-        turn = renamed(turn, fields, seen.unread, "messages.")
+        turn = renamed(turn, fields, seen, "messages.")
         messages += _turn(turn, number, seen)
     return messages
 
@@ -95,13 +96,11 @@ def read_exchanges(turns: list[Any], fields: Mapping[str, str] | None, seen: See
             raise RowError("wrong type", f"exchange {number} is no question with its answer: {snippet(repr(turn))}")
         if number == 0 and turn.get("system"):
             made.append({"role": "system", "content": turn["system"]})
-        extra = {key for key in turn.keys() - set(pair) if turn[key] not in (None, "")}
-        if number == 0:
-            extra.discard("system")
         refuse(turn, f"exchange {number}")
-        for key in extra:
-            marks.refuse_unsure(key, f"exchange {number}")
-        seen.unread |= {f"exchange.{key}" for key in extra}
+        for key, value in turn.items():
+            if key not in pair and value not in (None, "") and (number or key != "system"):
+                marks.refuse_unsure(key, f"exchange {number}")
+                seen.unread.add(f"exchange.{key}")
         made += [{"role": "user", "content": turn[pair[0]]}, {"role": "assistant", "content": turn[pair[1]]}]
     return read_messages(made, None, seen)
 
@@ -206,9 +205,8 @@ def _extras(
     what = f"message {number}"
     flag = marks.trained(turn, what)
     refuse(turn, what)
-    for key in turn.keys() - used - marks.NAMES:
-        value = turn[key]
-        if value in ("", [], {}):
+    for key, value in turn.items():
+        if key in used or key in marks.NAMES or value in ("", [], {}):
             continue
         if key in THOUGHTS and role == "assistant":
             if thought not in (None, value):
@@ -276,7 +274,7 @@ def _part(
     part: Any, number: int, texts: dict[str, str], parts: list[Message], calls: list[Message], seen: Seen
 ) -> None:
     """Add one typed part to a message's texts, parts and calls."""
-    part = renamed(part, None, seen.unread) if isinstance(part, dict) else {"type": "text", "text": part}
+    part = renamed(part, None, seen) if isinstance(part, dict) else {"type": "text", "text": part}
     given, what = part.get("type"), f"a part of message {number}"
     if given in MEDIA_TYPES:
         raise RowError("media", f"message {number} has a part of type {given!r}; only text is trained here.")
@@ -284,7 +282,9 @@ def _part(
     keys = ("text", "value", "tool_call") if kind == "tool_call" else ("text", "value", str(given))
     key = next((key for key in keys if key in part), "text")
     value, flag = part.get(key), marks.trained(part, what)
-    for extra in part.keys() - {"type", key} - marks.NAMES:
+    for extra in part:
+        if extra in ("type", key) or extra in marks.NAMES:
+            continue
         marks.refuse_unsure(extra, what)
         if part[extra] not in ("", [], {}):
             seen.unread.add(f"parts.{extra}")

@@ -33,6 +33,8 @@ class Conversation:
     """What was changed or is odd."""
     unread: list[str] = field(default_factory=list)
     """Columns, and keys of messages, that nothing reads."""
+    mapped: list[str] = field(default_factory=list)
+    """Columns of ``data.fields`` that the row has."""
 
 
 def parse_line(line: bytes) -> Any:
@@ -83,7 +85,7 @@ def parse_row(
     if not isinstance(row, dict):
         raise RowError("not an object", f"is of type {type(row).__name__}, not an object with fields.")
     seen = Seen()
-    row = renamed(row, fields, seen.unread)
+    row = renamed(row, fields, seen)
     if not REFUSED.isdisjoint(row):
         refuse(row, "the row")
     try:
@@ -103,7 +105,8 @@ def parse_row(
         raise RowError("no assistant turn", f"has no assistant turn: {snippet(messages[-1]['content'])}")
     if not any(train):
         raise RowError("nothing to train", "marks every assistant turn as not to be trained.")
-    return Conversation(messages, train, _tools(row, seen), source, name, list(seen.notes), sorted(seen.unread))
+    told = list(seen.notes), sorted(seen.unread), sorted(seen.mapped)
+    return Conversation(messages, train, _tools(row, seen), source, name, *told)
 
 
 def _with_system(row: dict[str, Any], messages: list[Message], odd_turns: str) -> list[Message]:

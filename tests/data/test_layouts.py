@@ -1,10 +1,12 @@
 """Layouts of known datasets are read as they are, marks of other trainers are honoured, and nothing is passed over."""
 
 import json
+import shutil
 
 import pytest
 
 from qwen_lit.cli import main
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.faults import RowError
 from qwen_lit.data.records import parse_line, parse_row
 
@@ -277,6 +279,33 @@ def test_folders_and_names_of_other_tools_are_named(inspect, tmp_path, caplog):
 def test_fields_that_nothing_reads_are_refused(inspect, fields, said):
     code, _, error = inspect("a.jsonl", [{"a": "Q", "b": "A"}], "--data.fields", fields)
     assert code == 2 and said in error
+
+
+def test_a_column_of_fields_that_no_row_has_is_told(inspect):
+    rows = [{"question": "Q", "answer": "A"}, {"question": "Q", "answer": "B", "rule": "S"}]
+    code, out, _ = inspect("a.jsonl", rows, "--data.fields", "{system: rule}")
+    assert code == 0 and "nothing is lost" in out
+    code, out, _ = inspect("a.jsonl", rows[:1], "--data.fields", "{system: rul}")
+    assert code == 0 and "look at: no row has what data.fields names: rul" in out
+
+
+def test_a_template_that_is_none_ends_in_a_line(inspect, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }")
+    options = ("--model.model_name_or_path", str(folder))
+    code, _, error = inspect("a.jsonl", [{"question": "Q", "answer": "A"}], *options)
+    assert code == 2 and "chat template cannot be read" in error and "Traceback" not in error
+
+
+def test_a_large_share_of_dropped_rows_is_told(tokenizer, tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    rows = [{"question": "Q", "answer": "A" * (1 if n % 5 == 0 else 900)} for n in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = QwenDataModule([str(path)], max_length=64, cache_dir=str(tmp_path / "cache"))
+    data.tokenizer = tokenizer
+    data.setup()
+    assert "80 % of all rows are dropped: too long for data.max_length 64" in caplog.text
 
 
 def test_the_fields_that_an_error_names_can_be_written_as_they_stand(inspect):
