@@ -162,7 +162,7 @@ class Encoder:
             escaped = guard(conversation, self.control, self.control_tokens)
         except RecursionError as error:
             raise RowError("bad JSON", "is nested too deep.") from error
-        notes = conversation.notes + [ESCAPED] * escaped
+        notes = [*conversation.notes, *[ESCAPED] * escaped]
         turns = [number for number, wanted in enumerate(conversation.train) if wanted]
         if self.train_on == "last":
             turns = turns[-1:]

@@ -24,6 +24,8 @@ PAIRS = {
 }
 """Columns of a question, and those that may hold its answer."""
 NAMED = {("instruction", "output"): "alpaca", ("prompt", "completion"): "prompt"}
+PLAIN = {"instruction", "input", "output"}
+"""The commonest layout, which needs no search."""
 SYSTEMS = ("system", "system_prompt", "system_message")
 PASSAGES = ("input", "context")
 """Columns whose text belongs to the question, after it."""
@@ -48,6 +50,8 @@ def read_layout(row: dict[str, Any], fields: Mapping[str, str] | None, seen: See
     Raises:
         RowError: no layout fits, more than one does, or what it holds cannot be used.
     """
+    if "output" in row and "instruction" in row and row.keys() <= PLAIN:
+        return _single(row, "instruction", "output", fields, seen)
     lists = [key for key in LISTS if key in row and (key != "data" or isinstance(row[key], list))]
     if lists:
         return _conversation(row, lists, fields, seen)

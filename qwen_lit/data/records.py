@@ -1,7 +1,7 @@
 """Rows to conversations: every layout told apart by itself, every fault named, nothing passed over without a word."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from qwen_lit.data.calls import read_tools
@@ -29,11 +29,11 @@ class Conversation:
     """``path:line``."""
     format: str
     """``alpaca``, ``messages``, ``sharegpt``, ``prompt``, or the columns of another layout."""
-    notes: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
     """What was changed or is odd."""
-    unread: list[str] = field(default_factory=list)
+    unread: tuple[str, ...] = ()
     """Columns, and keys of messages, that nothing reads."""
-    mapped: list[str] = field(default_factory=list)
+    mapped: tuple[str, ...] = ()
     """Columns of ``data.fields`` that the row has."""
 
 
@@ -95,18 +95,22 @@ def parse_row(
         if error.kind not in ("missing field", "raw text") or len(lower) < len(row) or lower.keys() == row.keys():
             raise
         row, (name, messages, used) = lower, read_layout(lower, fields, seen)
-    messages = _with_system(row, messages, odd_turns)
+    if not messages or not row.keys().isdisjoint(SYSTEMS):
+        messages = _with_system(row, messages, odd_turns)
     if row.keys() - used:
         used |= mark_row(row, messages)
         leftover(row, used, messages, seen)
     messages = ordered(messages, odd_turns, seen.notes)
     train = [message.pop("train") and message["role"] == "assistant" for message in messages]
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("no assistant turn", f"has no assistant turn: {snippet(messages[-1]['content'])}")
-    if not any(train):
+    if True not in train:
+        if not any(message["role"] == "assistant" for message in messages):
+            raise RowError("no assistant turn", f"has no assistant turn: {snippet(messages[-1]['content'])}")
         raise RowError("nothing to train", "marks every assistant turn as not to be trained.")
-    told = list(seen.notes), sorted(seen.unread), sorted(seen.mapped)
-    return Conversation(messages, train, _tools(row, seen), source, name, *told)
+    tools = _tools(row, seen) if seen.tools or "tools" in row or "functions" in row else None
+    found = Conversation(messages, train, tools, source, name, tuple(seen.notes))
+    if seen.unread or seen.mapped:
+        found.unread, found.mapped = tuple(sorted(seen.unread)), tuple(sorted(seen.mapped))
+    return found
 
 
 def _with_system(row: dict[str, Any], messages: list[Message], odd_turns: str) -> list[Message]:

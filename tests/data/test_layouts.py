@@ -86,7 +86,7 @@ def test_a_known_layout_is_read_as_it_is(name):
     found = parse_row(json.loads(json.dumps(row)), "a:1")
     assert found.messages == messages
     assert found.train == [message["role"] == "assistant" for message in messages]
-    assert found.unread == unread
+    assert list(found.unread) == unread
 
 
 FOUR = [U, A, U, B]
@@ -108,7 +108,7 @@ FOUR = [U, A, U, B]
 def test_what_a_row_says_of_its_own_training_is_done(row, train):
     found = parse_row(row, "a:1")
     assert [found.train[at] for at, one in enumerate(found.messages) if one["role"] == "assistant"] == train
-    assert found.unread == []
+    assert not found.unread
 
 
 def test_ranges_of_characters_are_trained_as_their_trainer_does():
@@ -131,7 +131,7 @@ def test_ranges_of_characters_are_trained_as_their_trainer_does():
 )
 def test_tools_are_found_wherever_they_stand(row, tools):
     found = parse_row(row, "a:1")
-    assert found.tools == tools and found.unread == []
+    assert found.tools == tools and not found.unread
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_tools_are_found_wherever_they_stand(row, tools):
 )
 def test_a_tools_result_that_is_no_text_is_written_as_json(given, content):
     found = parse_row({"messages": [U, CALLING, {"role": "tool", "content": given}, A]}, "a:1")
-    assert found.messages[2]["content"] == content and found.notes == ["tool results written as JSON text"]
+    assert found.messages[2]["content"] == content and found.notes == ("tool results written as JSON text",)
 
 
 def test_tags_around_results_are_left_to_the_template():
@@ -150,7 +150,8 @@ def test_tags_around_results_are_left_to_the_template():
 
 def test_a_null_argument_is_told():
     calling = {**CALLING, "tool_calls": [call("f", x=None)]}
-    assert parse_row({"messages": [U, calling, RESULT, A]}, "a:1").notes == ["null among the arguments of a tool call"]
+    found = parse_row({"messages": [U, calling, RESULT, A]}, "a:1")
+    assert found.notes == ("null among the arguments of a tool call",)
 
 
 GREETING = {"role": "assistant", "content": "Hello"}
@@ -198,13 +199,13 @@ def test_what_merging_would_move_stays_refused(turns):
 
 def test_an_empty_system_prompt_is_none():
     found = parse_row({"messages": [{"role": "system", "content": ""}, U, A]}, "a:1")
-    assert found.messages == [U, A] and found.notes == ["empty system prompt left out"]
+    assert found.messages == [U, A] and found.notes == ("empty system prompt left out",)
 
 
 def test_a_column_in_whose_place_another_is_read_is_told():
     row = {"instruction": "be kind", "question": "Q", "answer": "A"}
     found = parse_row(row, "a:1", {"instruction": "question", "output": "answer"})
-    assert found.messages == [U, A] and found.unread == ["instruction"]
+    assert found.messages == [U, A] and found.unread == ("instruction",)
 
 
 @pytest.fixture
