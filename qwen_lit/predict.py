@@ -1,7 +1,6 @@
 """Answer the rows of a JSONL into another, in batches, going on where an earlier run has stopped."""
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from qwen_lit.data.faults import RowError
 from qwen_lit.data.records import parse_line, parse_row
 from qwen_lit.errors import UserError
 from qwen_lit.export.serving import end_tokens
-
-log = logging.getLogger(__name__)
+from qwen_lit.progress import Progress
 
 
 def done_lines(path: Path) -> int:
@@ -84,7 +82,8 @@ def predict(
     ends, device = end_tokens(tokenizer), model.device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[-1]
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("a", encoding="utf-8") as file:
+    progress = Progress("answering", len(rows) - there, "rows")
+    with target.open("a", encoding="utf-8") as file, progress:
         for start in range(there, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             prompts = [
@@ -103,5 +102,5 @@ def predict(
                 text = tokenizer.decode(answer, skip_special_tokens=True)
                 file.write(json.dumps({**row, "prediction": text}, ensure_ascii=False) + "\n")
             file.flush()
-            log.info("%d of %d rows answered", start + len(batch), len(rows))
+            progress.advance(len(batch))
     return len(rows) - there, there

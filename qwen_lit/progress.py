@@ -5,13 +5,14 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 PATIENCE, EVERY = 2.0, 10.0
 """Seconds of work of which nothing is said, and between two lines of a log file."""
 
@@ -92,9 +93,20 @@ class Progress:
         return [f"{count:,} {name} ({count / seconds:,.0f}/s)" for name, count in self.counts.items()]
 
 
+def through(items: Collection[T], what: str, unit: str) -> Iterator[T]:
+    """The items; how many are done is shown."""
+    with Progress(what, len(items), unit) as progress:
+        for item in items:
+            yield item
+            progress.advance(1)
+
+
 @contextlib.contextmanager
 def told(what: str) -> Iterator[None]:
-    """For work in one piece: what it is after two seconds, and then how long it has taken."""
+    """For work in one piece that shows a bar of its own on a terminal: in a log file, how long it has taken."""
+    if sys.stderr.isatty():
+        yield
+        return
     ended = threading.Event()
     began = time.monotonic()
 

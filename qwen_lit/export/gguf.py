@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from qwen_lit.export.folder import BaseModel, ExportError, read_json
+from qwen_lit.progress import through
 
 log = logging.getLogger(__name__)
 GgufType = Literal["q8_0", "f16", "bf16"]
@@ -71,7 +72,7 @@ def write_gguf(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> f
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name in renamed:
+        for name in through(renamed, "writing GGUF", "tensors"):
             writer.write_tensor_data(gguf.quants.quantize(_numbers(base, name), stored[name]))
         writer.close()
         worst = compare(partial, base, renamed, kind)

@@ -31,6 +31,7 @@ from qwen_lit.export.folder import (
 )
 from qwen_lit.files import file_digest
 from qwen_lit.names import hub_name
+from qwen_lit.progress import Progress
 from qwen_lit.quantization import Held
 
 log = logging.getLogger(__name__)
@@ -210,9 +211,12 @@ def merge_adapter(
                 log.info("%s is there already (%d of %d)", file, number, len(shards))
                 continue
             mine = {name: names[name] for name, _, _ in shard}
-            with ShardWriter(tmp / file, shard) as writer:
+            size = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in shard)
+            what = f"merging, file {number} of {len(shards)}"
+            with ShardWriter(tmp / file, shard) as writer, Progress(what, size, "B") as progress:
                 for name, tensor, delta in _tensors(base, adapter, mine, rounded, device):
                     writer.write(name, tensor)
+                    progress.advance(tensor.nbytes)
                     if delta is not None:
                         deltas.append(delta)
             log.debug("%s written (%d of %d)", file, number, len(shards))

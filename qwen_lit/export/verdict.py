@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwen_lit.export.adapter import EMBED, HEAD, Adapter, Pair, apply_pair, read_adapter
 from qwen_lit.export.folder import BaseModel, read_json
 from qwen_lit.export.merge import check_fits, untie
+from qwen_lit.progress import through
 from qwen_lit.quantization import Held
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def measure(
         embed = weights.of(EMBED, "original")
         hidden = {name: [embed[row] for row in rows] for name in variants}
         del embed
-        for number, layer in enumerate(model.model.layers):
+        for number, layer in enumerate(through(model.model.layers, "comparing the merges", "layers")):
             layer.to_empty(device=device)
             for name in variants:
                 hooks = weights.load(layer, f"model.layers.{number}.", name)

@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.names import HUB_NAME
+from qwen_lit.progress import told
 
 INDEX = "model.safetensors.index.json"
 SUPPORTED = ("qwen2", "qwen3")
@@ -200,13 +201,14 @@ def check_pattern(pattern: str, names: list[str], known: list[str]) -> None:
 def load_base(name: str, quantization: BitsAndBytesConfig | None, device: torch.device) -> nn.Module:
     """The frozen base in bf16, its linears quantised while they are read, on ``device``."""
     where = str(device) if device.index is not None or device.type == "cpu" else f"{device.type}:0"
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=torch.bfloat16,
-        quantization_config=quantization,
-        device_map={"": where},
-        use_safetensors=True,
-    )
+    with told("loading the base"):
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=torch.bfloat16,
+            quantization_config=quantization,
+            device_map={"": where},
+            use_safetensors=True,
+        )
     model.requires_grad_(False)
     model.config.use_cache = False
     for module in model.modules():
