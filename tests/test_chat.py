@@ -1,8 +1,12 @@
 """Talking to what a run has left, and answering files with it."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qwen_lit.chat import Chat, load
 from qwen_lit.cli import main
@@ -22,10 +26,31 @@ def run(model_folder, dataset, tmp_path_factory):
     return out, arguments
 
 
+def likeliest(folder: Path, messages: list[dict], tokens: int) -> str:
+    """The greedy answer by plain transformers and PEFT; the base of an adapter is held as it was trained."""
+    config = json.loads((folder / "adapter_config.json").read_text()) if folder.name == "lora_adapter" else {}
+    base = config.get("base_model_name_or_path", folder)
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=four_bits if config else None
+    )
+    model = PeftModel.from_pretrained(model, folder) if config else model
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    out = model.eval().generate(**asked, do_sample=False, max_new_tokens=tokens)
+    answer = tokenizer.decode(out[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer
+    return answer
+
+
 @pytest.mark.parametrize("name", ["lora_adapter", "final_model", "."])
 def test_one_answer_from_an_adapter_a_merged_model_and_an_output_folder(run, name, capsys):
     assert main(["chat", str(run[0] / name), "--prompt", "Hi", "--greedy", "--max_new_tokens", "4"]) == 0
-    assert capsys.readouterr().out
+    folder = run[0] / ("final_model" if name == "." else name)
+    assert capsys.readouterr().out == likeliest(folder, [{"role": "user", "content": "Hi"}], 4) + "\n"
 
 
 def test_a_conversation_has_turns_a_system_prompt_and_is_saved_as_a_row(run, tmp_path):
@@ -60,6 +85,9 @@ def test_predictions_stand_beside_their_rows_and_go_on_after_a_torn_line(run, tm
     whole = target.read_bytes()
     lines = [json.loads(line) for line in whole.splitlines()]
     assert [{**row, "prediction": line["prediction"]} for row, line in zip(rows, lines, strict=True)] == lines
+    for row, line in zip(rows, lines, strict=True):
+        question = row.get("messages") or [{"role": "user", "content": row["instruction"]}]
+        assert line["prediction"] == likeliest(run[0] / "lora_adapter", question, 4)
     target.write_bytes(whole[: whole.index(b"\n") + 9])
     assert done_lines(target) == 1 and main(command) == 0
     assert [json.loads(line)["id"] for line in target.read_bytes().splitlines() if b'"id"' in line] == [7]

@@ -38,7 +38,8 @@ class Trace(Callback):
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
-        loss = trainer.logged_metrics.get("train/loss")
+        # A step that is skipped logs no loss; what stands there is that of the step before.
+        loss = None if getattr(pl_module, "skipped_in_a_row", 0) else trainer.logged_metrics.get("train/loss")
         value = float(loss) if loss is not None else None
         line = {"step": self.step, "epoch": trainer.current_epoch, "loss": value, "rows": self.rows}
         with self.path.open("a", encoding="utf-8") as file:
