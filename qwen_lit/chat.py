@@ -12,7 +12,9 @@ import torch
 
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.export.serving import end_tokens
-from qwen_lit.model.load import check_weights
+from qwen_lit.model.load import check_weights, load_config
+from qwen_lit.quantization import usable
+from qwen_lit.run import training_config
 
 HELP = """/system TEXT  begin anew under a system prompt        /reset  begin anew
 /think        switch thinking on or off (Qwen3)       /save FILE.jsonl  keep the conversation as a row
@@ -99,7 +101,7 @@ def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
 
     Args:
         path: ``lora_adapter/``, ``final_model/``, or the output folder that holds them.
-        quantize: hold the base in 4 bits.
+        quantize: hold an adapter's base in 4 bits, or not; None holds it as it was trained.
 
     Raises:
         UserError: it is none of these, or its base is not there.
@@ -113,17 +115,21 @@ def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
     adapter = folder / "adapter_config.json"
     if not adapter.is_file() and not (folder / "config.json").is_file():
         raise UserError(f"chat: {path} holds neither an adapter nor a model; give lora_adapter/ or final_model/.")
-    quantize = adapter.is_file() if quantize is None else quantize
     base = str(Path(base_of(adapter)).expanduser() if adapter.is_file() else folder)
     check_weights(base)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    config = BitsAndBytesConfig(
+    four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=True,
     )  # fmt: skip
+    config = four_bits if quantize else None
+    if quantize is None and adapter.is_file():
+        trained = training_config(folder).get("model")
+        held = trained.get("quantization_config") if trained else None
+        config = usable(BitsAndBytesConfig(**held), load_config(str(base))) if held else None if trained else four_bits
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.bfloat16, device_map={"": device}, quantization_config=config if quantize else None
+            base, dtype=torch.bfloat16, device_map={"": device}, quantization_config=config
         )
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
@@ -159,7 +165,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="most tokens of an answer")
     parser.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=None,
-                        help="hold the base in 4 bits; default for an adapter")  # fmt: skip
+                        help="hold the base in 4 bits, or not; default: as the adapter was trained")  # fmt: skip
     given = parser.parse_args(args)
     if given.max_new_tokens < 1:
         print(f"error: --max_new_tokens is {given.max_new_tokens}; it must be at least 1.", file=sys.stderr)

@@ -1,6 +1,5 @@
 """The command line: LightningCLI's sections and links, and its exit codes."""
 
-import fcntl
 import logging
 import os
 import sys
@@ -26,7 +25,7 @@ from qwen_lit.callbacks.proof import Proof
 from qwen_lit.callbacks.report import RunReport
 from qwen_lit.callbacks.resumed import Resumed
 from qwen_lit.callbacks.samples import Samples
-from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, step_of
+from qwen_lit.callbacks.store import AtomicCheckpointIO, step_of
 from qwen_lit.chat import main as chat
 from qwen_lit.checks import check_paths, check_values
 from qwen_lit.data.datamodule import QwenDataModule
@@ -34,10 +33,14 @@ from qwen_lit.distributed import watch_parent
 from qwen_lit.errors import RunError, UserError, shortened
 from qwen_lit.export import ExportError
 from qwen_lit.kernels.plan import parse_bytes
+from qwen_lit.model.base import fingerprint
 from qwen_lit.model.duration import check_duration
 from qwen_lit.model.load import check_weights, load_tokenizer
 from qwen_lit.model.module import QwenModule
 from qwen_lit.parsing import Parser, expand_paths, expanded
+from qwen_lit.model.resume import compare, stored
+from qwen_lit.model.trained import Trained, begin_from, check_shapes, find_adapter, read, take_over
+from qwen_lit.run import ADAPTER, find_checkpoint, hold, is_adapter, refuse_foreign, refuse_mixing, set_aside
 from qwen_lit.signals import Stopped, watched
 from qwen_lit.trainer import QwenTrainer
 
@@ -87,6 +90,8 @@ class QwenCLI(LightningCLI):
 
     checkpoint: Path | None = None
     """What the run goes on from."""
+    trained: Trained | None = None
+    """What is exported, asked or measured."""
     wanted: str | None = None
     """The subcommand, where it is known before parsing."""
 
@@ -139,13 +144,52 @@ class QwenCLI(LightningCLI):
 
             if not torch.cuda.is_available():
                 raise UserError(f"trainer.accelerator is {accelerator}, but no CUDA device is seen; set it to auto.")
+        given, folder = config.get("ckpt_path"), Path(config.output_dir)
         writes = self.subcommand in ("fit", "export") and not config.trainer.fast_dev_run
         first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
         if writes and first:
-            self.lock = hold(Path(config.output_dir))
-        self.checkpoint = find_checkpoint(config.get("ckpt_path"), Path(config.output_dir))
-        if config.get("ckpt_path") == "last" and self.checkpoint is None and self.subcommand != "fit":
-            raise UserError(f"ckpt_path: there is no checkpoint in {config.output_dir}; run fit first or give a file.")
+            self.lock = hold(folder)
+        self.checkpoint = find_checkpoint(given, folder, fresh=self.subcommand == "fit")
+        if self.subcommand == "fit":
+            self._begin(config, folder, first)
+        elif self.subcommand in ("export", "predict", "validate"):
+            self._use_trained(config, folder)
+
+    def _begin(self, config: Any, folder: Path, first: bool) -> None:
+        """Whether the run may begin, or go on, in its folder and with its adapter."""
+        if self.checkpoint is not None and self.checkpoint.is_dir():
+            raise UserError(
+                f"ckpt_path: {self.checkpoint} is an adapter, which holds no optimizer and no position to go on from; "
+                f"to start a new run from it, set model.init_adapter: {self.checkpoint}."
+            )
+        if config.model.init_adapter:
+            begin_from(config.model, read(self.checkpoint or find_adapter(config.model.init_adapter)))
+        if config.trainer.fast_dev_run:
+            return
+        refuse_mixing(folder, self.checkpoint)
+        if config.export.merge:
+            refuse_foreign(folder)
+        if first and self.checkpoint is None:
+            set_aside(folder)
+
+    def _use_trained(self, config: Any, folder: Path) -> None:
+        """An adapter is used with what it was trained with, whatever the configuration says."""
+        source = self.checkpoint
+        if source is None and self.subcommand != "validate":
+            source = folder / ADAPTER
+            if not is_adapter(source):
+                raise UserError(f"no adapter in {source}; run fit first, or give --ckpt_path.")
+        if source is None and config.model.init_adapter:
+            source = find_adapter(config.model.init_adapter)
+        config.model.init_adapter = None
+        if source is None:
+            return
+        if self.subcommand == "export" and source.is_file():
+            refuse_mixing(folder, source)
+        self.trained = read(source)
+        take_over(config.model, self.trained)
+        if self.subcommand == "validate" and source.is_dir():
+            config.model.init_adapter, self.checkpoint = str(source), None
 
     def instantiate_classes(self) -> None:
         """Build the sections; what a library refuses of its own keys is the user's to change."""
@@ -157,7 +201,9 @@ class QwenCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with TensorBoard in ``output_dir/logs`` and checkpoints that are whole or absent."""
         config = self.config[self.subcommand]
-        if config.trainer.logger in (None, True) and self.subcommand not in ("fit", "export"):
+        if config.trainer.logger in (None, True) and (
+            self.subcommand not in ("fit", "export") or config.trainer.fast_dev_run
+        ):
             kwargs["logger"] = False
         elif config.trainer.logger in (None, True):
             step = step_of(self.checkpoint) if self.subcommand == "fit" and self.checkpoint else None
@@ -184,66 +230,29 @@ class QwenCLI(LightningCLI):
         self.datamodule.tokenizer = load_tokenizer(self.model.name)
         name = str(self.subcommand)
         self.trainer.resumed_from = self.checkpoint  # type: ignore[attr-defined]
+        self.trainer.validated_from = self.checkpoint  # type: ignore[attr-defined]
         keys = {"ckpt_path", *self._subcommand_method_arguments.get(name, [])}
         config = Namespace({key: value for key, value in self.config[name].items() if key not in keys})
         parser = self._subcommand_parsers[name]
         self.trainer.fit_config = parser.dump(config, skip_unset=False, skip_validation=True)  # type: ignore[attr-defined]
+        self._dump_config()
+        self.model.run_config = self.config_dump
+        if name == "fit" and (then := stored(self.checkpoint)):
+            compare(then, self.config_dump, fingerprint(self.model.name))
+            # The run has its own weights by now.
+            self.model.init_adapter = None
+        if self.model.init_adapter is not None:
+            check_shapes(self.model.config, self.model.lora_config, self.model.init_adapter)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Export):
-                self._dump_config()
-                callback.training_config = self.config_dump
+                trained = self.trained.config if self.trained else {}
+                callback.training_config = trained or self.config_dump
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if "ckpt_path" in kwargs:
             kwargs["ckpt_path"] = str(self.checkpoint) if self.checkpoint else None
         return kwargs
-
-
-def find_checkpoint(given: str | None, output_dir: Path) -> Path | None:
-    """The file that ``--ckpt_path`` means: the newest whole one for ``last``, else the one that is named.
-
-    Raises:
-        UserError: there is no such file, or none that is whole.
-    """
-    if given == "last":
-        folder = output_dir / "checkpoints"
-        found = last_checkpoint(folder)
-        log.info("resuming from %s", found) if found else log.info("no checkpoint in %s: starting fresh", folder)
-        return found
-    if given and not Path(given).is_file() and not (Path(given) / "adapter_config.json").is_file():
-        raise UserError(f"ckpt_path: no such file: {given}; give a file, or last.")
-    return Path(given) if given else None
-
-
-def hold(output_dir: Path) -> Any:
-    """Lock the output folder for this process; the file returned holds the lock while it is open.
-
-    Raises:
-        UserError: another process writes there, or nobody can.
-    """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        file = (output_dir / ".lock").open("a+")
-        file.seek(0)
-        owner = file.read().strip()
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"output_dir: cannot write to {output_dir} ({reason}); give another folder.") from error
-    try:
-        # Of the process, not of the open file: the workers it forks do not keep it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"output_dir: process {owner} already trains into {output_dir}; wait for it, or give another folder."
-        ) from None
-    except OSError as error:
-        log.warning("output_dir: %s cannot be locked (%s); let no second process write there", output_dir, error)
-        return file
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def set_up_logging() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import tempfile
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qwen_lit.kernels.plan import parse_bytes
 from qwen_lit.model.duration import check_limits, total_steps
 from qwen_lit.model.load import load_base
 from qwen_lit.predict import predict
+from qwen_lit.run import ADAPTER, MERGED
 from qwen_lit.verify import verify
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ class QwenTrainer(Trainer):
     """The configuration of ``fit`` as YAML."""
     resumed_from: Path | None = None
     """The checkpoint with which ``fit`` goes on."""
+    validated_from: Path | None = None
+    """The checkpoint that ``validate`` measures."""
 
     def inspect(
         self, model: Any, datamodule: QwenDataModule, rows: int = 3, row: str | None = None, html: str | None = None
@@ -144,7 +148,7 @@ class QwenTrainer(Trainer):
         Args:
             model: names the base and the adapter's settings.
             datamodule: rows for the verdict.
-            ckpt_path: last, a checkpoint file, or an adapter folder; without it output_dir/lora_adapter.
+            ckpt_path: last, best, a checkpoint file, or an adapter folder; without it output_dir/lora_adapter.
             push_to_hub: repository to upload final_model/ to, as NAME/MODEL.
         """
         callback = next(one for one in self.callbacks if isinstance(one, Export))  # type: ignore[attr-defined]
@@ -152,15 +156,13 @@ class QwenTrainer(Trainer):
             check_repository(push_to_hub)
             if not callback.merge:
                 raise UserError("push_to_hub uploads final_model/, which needs export.merge: true.")
-        source = Path(ckpt_path) if ckpt_path else callback.folder / "lora_adapter"
-        if not source.is_file() and not (source / "adapter_config.json").is_file():
-            raise UserError(f"no adapter in {source}; run fit first, or give --ckpt_path.")
+        source = Path(ckpt_path) if ckpt_path else callback.folder / ADAPTER
         datamodule.prepare_data()
         datamodule.setup()
         self._data_connector.attach_datamodule(model, datamodule)
         callback.from_checkpoint(self, source, model)
         if push_to_hub:
-            push(callback.folder / "final_model", push_to_hub)
+            push(callback.folder / MERGED, push_to_hub)
 
     def predict(  # type: ignore[override]
         self,
@@ -179,21 +181,20 @@ class QwenTrainer(Trainer):
             datamodule: not used but for its tokenizer.
             source: JSONL in any of the formats of training.
             target: JSONL that gets each row with its prediction.
-            ckpt_path: last, a checkpoint file, or an adapter folder; without it output_dir/lora_adapter.
+            ckpt_path: last, best, a checkpoint file, or an adapter folder; without it output_dir/lora_adapter.
             batch_size: rows that are answered at a time.
             max_new_tokens: most tokens of an answer.
         """
         if not Path(source).is_file():
             raise UserError(f"source: no such file: {source}; give a JSONL of questions.")
         callback = next(one for one in self.callbacks if isinstance(one, Export))  # type: ignore[attr-defined]
-        adapter = Path(ckpt_path) if ckpt_path else callback.folder / "lora_adapter"
-        if adapter.is_file():
-            adapter_from_checkpoint(adapter, model.lora_config, model.name, callback.folder / "lora_adapter")
-            adapter = callback.folder / "lora_adapter"
-        if not (adapter / "adapter_config.json").is_file():
-            raise UserError(f"no adapter in {adapter}; run fit first, or give --ckpt_path.")
-        base: Any = load_base(model.name, model.quantization_config, self.strategy.root_device)
-        base.config.use_cache = True
-        adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
+        adapter = Path(ckpt_path) if ckpt_path else callback.folder / ADAPTER
+        with tempfile.TemporaryDirectory(prefix="qwen_lit_") as folder:
+            if adapter.is_file():
+                path, adapter = adapter, Path(folder) / "lora_adapter"
+                adapter_from_checkpoint(path, model.lora_config, model.name, adapter, {})
+            base: Any = load_base(model.name, model.quantization_config, self.strategy.root_device)
+            base.config.use_cache = True
+            adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
         now, before = predict(adapted, datamodule.tokenizer, Path(source), Path(target), batch_size, max_new_tokens)
         log.info("%d rows answered into %s, %d were there already", now, target, before)

@@ -15,6 +15,7 @@ from qwen_lit.callbacks.store import AtomicCheckpointIO, clear_partial, remove, 
 from qwen_lit.checks import check_ranges
 from qwen_lit.errors import RunError
 from qwen_lit.model.resume import settings
+from qwen_lit.run import CHECKPOINTS, set_newer_aside
 from qwen_lit.signals import INTERRUPTS
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class RunCheckpoint(Checkpoint):
         """
         check_ranges("checkpoint", locals())
         self.every_n_train_steps, self.keep = every_n_train_steps, keep
-        self.folder = Path(output_dir) / "checkpoints"
+        self.folder = Path(output_dir) / CHECKPOINTS
         self.saved_step = self.seen_step = 0
         self.best = float("inf")
         self.validation_due = self.ending = False
@@ -52,6 +53,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Run the validation that the checkpoint's run did not come to; restore the random generators last."""
         self.seen_step = trainer.global_step
+        self._own_folder(trainer)
         INTERRUPTS.defer()
         loop: Any = trainer.fit_loop
         if loop.restarted_mid_epoch and loop.epoch_progress.current.processed == loop.epoch_progress.current.ready:
@@ -64,6 +66,15 @@ class RunCheckpoint(Checkpoint):
         if self.rng:
             _set_rng(self.rng[trainer.global_rank])
             self.rng = []
+
+    def _own_folder(self, trainer: Any) -> None:
+        """Leave no checkpoint of steps to come in the folder, and no best loss whose checkpoint is elsewhere."""
+        if trainer.fast_dev_run:
+            return
+        if trainer.is_global_zero:
+            set_newer_aside(self.folder.parent, trainer.global_step)
+        if not trainer.strategy.broadcast((self.folder / "best.ckpt").is_file()):
+            self.best = float("inf")
 
     @staticmethod
     def _validate(trainer: Any) -> None:
@@ -209,7 +220,9 @@ class RunCheckpoint(Checkpoint):
         def then(seconds: float) -> None:
             size = path.stat().st_size / 1e6
             log.info("checkpoint %s (%.1f MB, written in %.2f s, stalled %.3f s)", path, size, seconds, stall[0])
-            for old in step_files(self.folder)[self.keep :]:
+            # Of the checkpoints up to this one: what was just written always stays.
+            done = step_files(self.folder)
+            for old in done[done.index(path) :][self.keep :]:
                 remove(old)
 
         stall = [0.0]
@@ -241,7 +254,7 @@ class RunCheckpoint(Checkpoint):
 
 def _manifest(trainer: Any) -> dict[str, Any]:
     config = settings(trainer.lightning_module)
-    told = {"data": trainer.datamodule.state_dict(), "config": {**config["frozen"], **config["free"]}}
+    told = {"data": trainer.datamodule.state_dict(), "config": {**config["frozen"], **config["config"]}}
     return {"step": trainer.global_step, "epoch": trainer.current_epoch, **told}
 
 

@@ -28,9 +28,9 @@ from qwen_lit.export.gguf import GgufType
 from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part, run
 from qwen_lit.export.verdict import Verdict
 from qwen_lit.quantization import base_name
+from qwen_lit.run import ADAPTER, MERGED
 
 log = logging.getLogger(__name__)
-MERGED = "final_model"
 
 
 class Export(Callback):
@@ -84,7 +84,7 @@ class Export(Callback):
 
         module = cast(QwenModule, pl_module)
         assert module.model is not None
-        adapter = self.folder / "lora_adapter"
+        adapter = self.folder / ADAPTER
         partial = adapter.with_name(adapter.name + ".tmp")
         with part(adapter.name, self.missing):
             shutil.rmtree(partial, ignore_errors=True)
@@ -92,7 +92,7 @@ class Export(Callback):
             module.model.save_pretrained(
                 str(partial), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
             )
-            finish_adapter(partial, module.name)
+            finish_adapter(partial, module.name, self.training_config)
             commit_folder(partial, adapter)
             log.info("adapter written to %s", adapter)
         names = {"train/loss": "train, last step", "val/loss": "validation, last", "val/perplexity": "perplexity"}
@@ -116,8 +116,8 @@ class Export(Callback):
         """
         adapter = path
         if path.is_file():
-            adapter = self.folder / "lora_adapter"
-            adapter_from_checkpoint(path, module.lora_config, module.name, adapter)
+            adapter = self.folder / ADAPTER
+            adapter_from_checkpoint(path, module.lora_config, module.name, adapter, self.training_config)
             log.info("adapter written to %s", adapter)
         self.export(trainer, adapter, module, {})
         if self.missing:

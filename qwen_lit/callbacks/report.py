@@ -206,10 +206,12 @@ def start_lines(trainer: Any, module: Any) -> dict[str, str]:
     share = in_epoch * data.merge / data.micro_batches(trainer.world_size)
     held = module.held_weights(trainer.strategy.root_device)
     lora = module.lora_config
+    begun = module.run_config.get("model", {}).get("init_adapter")
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules))
     return {
         "model": f"{module.name} ({_count(total)} parameters)",
-        "trained": f"{trained:,} ({trained / total:.2%}): r={lora.r}, alpha={lora.lora_alpha} on {targets}",
+        "trained": f"{trained:,} ({trained / total:.2%}): r={lora.r}, alpha={lora.lora_alpha} on {targets}"
+        + (f", begun from {begun}" if begun else ""),
         "base": f"quantisation {described(held, count_linears(module.model))}",
         "engine": module.engine_told,
         "data": f"{len(rows):,} rows, {tokens:,} tokens, {supervised / max(1, tokens):.0%} supervised; "

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ class Samples(Callback):
         """Before the first step: what the base says."""
         self.asked = self._questions(trainer)
         if trainer.global_step == 0:
-            self.path.unlink(missing_ok=True)
             self._answer(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -96,10 +96,16 @@ class Samples(Callback):
         self._tell(trainer, lines)
 
     def _tell(self, trainer: Any, lines: list[dict[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        # A step that is made again after a resume is answered again.
+        earlier = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
+        kept = [one for one in earlier if one.endswith("\n") and json.loads(one)["step"] < lines[0]["step"]]
+        partial = self.path.with_suffix(".tmp")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(kept)
             for number, line in enumerate(lines):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 log.info("sample %d at step %d: %s", number + 1, line["step"], _short(line["answer"]))
+        os.replace(partial, self.path)
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 for number, line in enumerate(lines):

@@ -23,6 +23,13 @@ UNSUPPORTED = ("fan_in_fan_out", "layer_replication", "alora_invocation_tokens",
                "trainable_token_indices", "megatron_config")  # fmt: skip
 
 
+def saved_name(name: str) -> str:
+    """The name in an adapter's file of a parameter of ``QwenModule``, or of PEFT's model."""
+    plain = name.removeprefix("model.") if name.startswith("model.base_model.") else name
+    plain = plain.replace(".modules_to_save.default", "").replace(".default", "")
+    return plain.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+
 @dataclass
 class Pair:
     """One LoRA target: A (r, in), B (out, r), DoRA magnitude (out,), all fp32."""

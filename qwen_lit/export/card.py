@@ -84,13 +84,15 @@ class Told:
 def model_card(told: Told) -> str:
     """README.md of the merged model."""
     base = str(told.config.get("model", {}).get("model_name_or_path", "?"))
+    begun = told.config.get("model", {}).get("init_adapter")
     lora = told.adapter.config if told.adapter else {}
     weights = f"weights as they were trained on, in {told.held_in}."
     parts = [
         _front_matter(base, {"library_name": "transformers", "tags": ["qwen_lit", "lora", "merged"]}),
         f"# {Path(base).name}, taught from instructions",
         f"A LoRA adapter (r={lora.get('r')}, alpha={lora.get('lora_alpha')}) trained on `{base}` and merged into its "
-        + ("bf16 weights." if told.merge_base == "original" else weights),
+        + ("bf16 weights." if told.merge_base == "original" else weights)
+        + (f" The adapter was trained on from `{begun}`." if begun else ""),
         "## Serve",
         "In this folder:",
         "```bash\nvllm serve .\npython -m sglang.launch_server --model-path .\nollama create taught -f Modelfile\n```",
@@ -120,13 +122,15 @@ def model_card(told: Told) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def finish_adapter(folder: Path, base: str) -> None:
-    """Let an adapter folder name its base so that any tool finds it, and give it a card that the hub takes.
+def finish_adapter(folder: Path, base: str, run: dict[str, Any]) -> None:
+    """Let an adapter folder name its base so that any tool finds it, keep how it was trained, and give it a card.
 
     Args:
         folder: as PEFT has written it.
         base: the base model's folder or hub name.
+        run: the configuration of the run.
     """
+    write_json(folder / "training_config.json", run)
     config = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": base_reference(base)}
     write_json(folder / "adapter_config.json", config)
     facts = AdapterFacts.read(folder)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -16,11 +17,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qwen_lit.files import fsync_dir
+from qwen_lit.files import file_digest, fsync_dir
 
+log = logging.getLogger(__name__)
 FLOATS = {"F64", "F32", "F16", "BF16"}
 PRODUCER = "qwen_lit"
 MARK = ".unfinished"
+LIST = ".exported.json"
+"""Of the files that an export has written, and what was in them."""
+LARGE = 2**26
 REMAP_BYTES = 2**30  # the mapping of a base shard is renewed after so many bytes, so that its pages leave the RSS
 DTYPES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
@@ -240,9 +245,66 @@ def shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
 
 
+def _seal(path: Path) -> str:
+    """What tells a file of ours from an edited one: the digest of a small file, the size of a large one."""
+    size = path.stat().st_size
+    return str(size) if size > LARGE else file_digest(path)
+
+
+def _keep_own(tmp: Path, out_dir: Path) -> None:
+    """Take the user's files of ``out_dir`` over into ``tmp``: those that were added, and ours that were edited.
+
+    Where the export has a file of that name, it is written beside it as ``NAME.new``. What is ours says a list that
+    the export leaves; of a folder without one, every file that the export writes anew, and its weights.
+    """
+    old = out_dir / LIST
+    listed = read_json(old) if old.is_file() else None
+    kept = []
+    for path in sorted(out_dir.iterdir()) if out_dir.is_dir() else []:
+        new, name = tmp / path.name, path.name
+        if name == LIST:
+            continue
+        if listed is None:
+            if new.exists() or path.suffix == ".safetensors":
+                continue
+        elif path.is_file() and name in listed and _seal(path) == listed[name]:
+            continue
+        if new.exists():
+            new.rename(new.with_name(f"{name}.new"))
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new, symlinks=True, copy_function=_link)
+        else:
+            _link(path, new)
+        kept.append(name)
+    ours = {path.name: _seal(path) for path in tmp.iterdir() if path.is_file() and path.name not in kept}
+    write_json(tmp / LIST, ours)
+    if kept:
+        told = [f"{name} (the new one is {name}.new)" if f"{name}.new" in ours else name for name in kept]
+        log.info("kept in %s, as they are yours: %s", out_dir, ", ".join(told))
+
+
+def _link(source: Any, target: Any) -> None:
+    """The same file under another name; a copy where the disk has no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def rewrite(out_dir: Path, name: str, text: str) -> None:
+    """Write a text of a finished export anew, beside the user's own where that stands in its place."""
+    ours = read_json(out_dir / LIST)
+    name = name if name in ours else f"{name}.new"
+    partial = out_dir / f"{name}.tmp"
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, out_dir / name)
+    write_json(out_dir / LIST, ours | {name: _seal(out_dir / name)})
+
+
 def commit_folder(tmp: Path, out_dir: Path) -> None:
-    """Put the finished ``tmp`` in the place of ``out_dir``; an earlier export there is removed afterwards."""
+    """Put the finished ``tmp`` in the place of ``out_dir``; of an earlier export there, the user's own files stay."""
     (tmp / MARK).unlink(missing_ok=True)
+    _keep_own(tmp, out_dir)
     for file in tmp.iterdir():
         if file.is_file():
             with file.open("rb") as handle:

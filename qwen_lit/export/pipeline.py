@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 from qwen_lit.export.adapter import RESIDUAL_INITS
 from qwen_lit.export.card import AdapterFacts, Told, finish_adapter, model_card
-from qwen_lit.export.folder import ExportError, commit_folder
+from qwen_lit.export.folder import ExportError, commit_folder, rewrite
 from qwen_lit.export.gguf import GgufType, write_gguf
 from qwen_lit.export.merge import MergeReport, merge_adapter
 from qwen_lit.export.serving import end_tokens, untrained_end, write_serving_files
 from qwen_lit.export.verdict import Verdict, measure
+from qwen_lit.model.trained import weights
 from qwen_lit.quantization import Held
 
 log = logging.getLogger(__name__)
@@ -78,9 +79,7 @@ def run(job: Job, tell: Callable[[Verdict], None] = lambda verdict: None) -> Tol
             told.stopped = try_prompts(job)
             said = "%d of %d trained prompts ended by themselves"
             (log.info if told.stopped[0] == told.stopped[1] else log.warning)(said, *told.stopped)
-            card = job.out_dir / "README.md"
-            card.with_suffix(".tmp").write_text(model_card(told), encoding="utf-8")
-            os.replace(card.with_suffix(".tmp"), card)
+            rewrite(job.out_dir, "README.md", model_card(told))
     return told
 
 
@@ -168,7 +167,7 @@ def try_prompts(job: Job) -> tuple[int, int]:
     return stopped, len(job.taught)
 
 
-def adapter_from_checkpoint(path: Path, lora: Any, base_name: str, out_dir: Path) -> None:
+def adapter_from_checkpoint(path: Path, lora: Any, base_name: str, out_dir: Path, run: dict[str, Any]) -> None:
     """Write ``lora_adapter/`` from the trained weights in a checkpoint, as PEFT would.
 
     Args:
@@ -176,6 +175,7 @@ def adapter_from_checkpoint(path: Path, lora: Any, base_name: str, out_dir: Path
         lora: PEFT's LoraConfig of the run.
         base_name: the base model's folder or hub name.
         out_dir: the adapter's folder.
+        run: the configuration of the run.
 
     Raises:
         ExportError: the adapter counts from a base that its initialisation has changed.
@@ -184,16 +184,12 @@ def adapter_from_checkpoint(path: Path, lora: Any, base_name: str, out_dir: Path
         raise ExportError(
             f"init_lora_weights {lora.init_lora_weights} changes the base: run fit --ckpt_path last, which exports it."
         )
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    tensors = {}
-    for name, tensor in state.items():
-        saved = name.removeprefix("model.").replace(".modules_to_save.default", "").replace(".default", "")
-        tensors[saved.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = tensor.contiguous()
     partial = out_dir.with_name(out_dir.name + ".tmp")
-    partial.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     config = copy.copy(lora)
     config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base_name, True
     config.save_pretrained(str(partial))
-    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    finish_adapter(partial, base_name)
+    save_file(weights(path), partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    finish_adapter(partial, base_name, run)
     commit_folder(partial, out_dir)

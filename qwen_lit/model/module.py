@@ -19,6 +19,7 @@ from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import agree, watch_children
 from qwen_lit.errors import RunError, UserError
+from qwen_lit.export.adapter import saved_name
 from qwen_lit.kernels.engine import FastEngine, why_not
 from qwen_lit.kernels.plan import GIB, Plan, parse_bytes
 from qwen_lit.model.duration import check_limits, total_steps, warmup_steps
@@ -34,7 +35,8 @@ from qwen_lit.model.optim import (
     schedule,
 )
 from qwen_lit.model.planning import LIMITS, merge_limit, planned_engine
-from qwen_lit.model.resume import compare, merge_of, recount, settings
+from qwen_lit.model.resume import compare_module, merge_of, recount, settings, shared
+from qwen_lit.model.trained import find_adapter, weights
 from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class QwenModule(L.LightningModule):
         memory_budget: str | None = None,
         max_skipped_steps: int = 10,
         shard_base: bool = False,
+        init_adapter: str | None = None,
     ) -> None:
         """Checks the settings; weights are read in ``configure_model``.
 
@@ -88,6 +91,8 @@ class QwenModule(L.LightningModule):
                 rows named, after which the run stops.
             shard_base: shard the frozen layers over the ranks, for a base that does not fit one card; needs
                 trainer.strategy ddp and bnb_4bit_quant_storage bfloat16.
+            init_adapter: an adapter folder or a checkpoint whose weights the new run starts from, with a fresh
+                optimizer and schedule; its LoRA settings are taken over.
 
         Raises:
             UserError: the model or a setting cannot work.
@@ -116,6 +121,11 @@ class QwenModule(L.LightningModule):
         self.plan: Plan | None = None
         self.memory_budget = parse_bytes(memory_budget) if memory_budget else None
         self.model: PeftModel | None = None
+        # A run that goes on needs it no more.
+        there = init_adapter and Path(init_adapter).expanduser().exists()
+        self.init_adapter = find_adapter(init_adapter) if init_adapter and there else None
+        self.run_config: dict[str, Any] = {}
+        """The whole configuration of the run, as plain values."""
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.config = load_config(self.name)
         self.quantization_config = usable(quantization_config, self.config)
@@ -144,8 +154,26 @@ class QwenModule(L.LightningModule):
             data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
             check_limits(self.trainer, data)
             told = settings(self)
-            agree(self.trainer, {**data.state_dict(), **told["frozen"], **told["free"]})
+            alike = {**shared(self.run_config), "the files of model.model_name_or_path": told["base"]}
+            agree(self.trainer, {**data.state_dict(), **told["frozen"], **alike})
             watch_children(self.trainer)
+        if stage == "validate":
+            self._check_validation()
+
+    def _check_validation(self) -> None:
+        """Say what is measured, before the model is loaded.
+
+        Raises:
+            UserError: there are no rows to measure it on.
+        """
+        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        if data.val_rows is None or not len(data.val_rows):
+            raise UserError(
+                "validate: no row is held out; set data.val_size (a share or a count), or data.val_dataset_path."
+            )
+        path = cast(Any, self.trainer).validated_from or self.init_adapter
+        what = path or f"the base {self.name} without an adapter (give --ckpt_path last, best, a file or an adapter)"
+        log.info("validate measures %s", what)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""
@@ -156,6 +184,8 @@ class QwenModule(L.LightningModule):
         base = load_base(self.name, self.quantization_config, torch.device("cpu") if sharded else device)
         self.quantized = loaded_weights(base)
         self.model = add_adapter(base, self.lora_config, self.gradient_checkpointing)
+        if self.init_adapter is not None:
+            self._put(weights(self.init_adapter))
         if sharded:
             shard_layers(self.model, device)
         if str(self.lora_config.init_lora_weights).lower().startswith(("pissa", "olora")):
@@ -283,7 +313,7 @@ class QwenModule(L.LightningModule):
                 "and predict can use it."
             )
         then, now = checkpoint["settings"], settings(self)
-        compare(then, now)
+        compare_module(then, now)
         self.skipped_steps, self.resumed_total = then["skipped_steps"], then.get("total_steps", 0)
         data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -419,7 +449,16 @@ class QwenModule(L.LightningModule):
                 f"the checkpoint's adapter differs from the configured one at {wrong[0]} and {len(wrong) - 1} more; "
                 "resume with the lora_config it was trained with, or give another output_dir."
             )
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(state_dict[name])
+        self._put({saved_name(name): tensor for name, tensor in state_dict.items()})
         return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        """Copy weights into the trained parameters.
+
+        Args:
+            tensors: by the names of an adapter's file.
+        """
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(tensors[saved_name(name)])

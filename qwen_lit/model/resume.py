@@ -10,23 +10,70 @@ from typing import Any
 import torch
 
 from qwen_lit.errors import refuse_changes
+from qwen_lit.model.base import fingerprint
 
 log = logging.getLogger(__name__)
+REFUSE, TELL, FREE = "refuse", "tell", "free"
+KEYS = {
+    "seed_everything": REFUSE,
+    # What the adapter is made by, and what its weights were trained against.
+    "model.lora_config": REFUSE,
+    "model.lora_config.lora_dropout": TELL,
+    **dict.fromkeys(
+        [f"model.lora_config.{key}" for key in (
+            "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+            "inference_mode", "runtime_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+            "lora_ga_config",
+        )], FREE),
+    "model.quantization_config": REFUSE,
+    "model.quantization_config.bnb_4bit_quant_storage": TELL,
+    "trainer.precision": REFUSE,
+    # The optimizer's state, which a checkpoint holds with its betas and its groups.
+    "model.optimizer": REFUSE,
+    "model.adam_beta1": REFUSE,
+    "model.adam_beta2": REFUSE,
+    "model.lora_plus_ratio": REFUSE,
+    # The base is compared by what is in its files.
+    "model.model_name_or_path": TELL,
+    "model.max_skipped_steps": FREE,
+    "model.memory_budget": FREE,
+    "model": TELL,
+    # The rows of a step; the data's own digest is compared as well.
+    "data.batch_size": REFUSE,
+    "data.max_length": REFUSE,
+    "data.packing": REFUSE,
+    **dict.fromkeys([f"data.{key}" for key in ("dataset_path", "val_dataset_path")], TELL),
+    **dict.fromkeys([f"data.{key}" for key in ("cache_dir", "num_proc", "num_workers", "seed")], FREE),
+    "data": TELL,
+    "trainer.accumulate_grad_batches": REFUSE,
+    "trainer.limit_train_batches": REFUSE,
+    "trainer.overfit_batches": REFUSE,
+    **dict.fromkeys(
+        [f"trainer.{key}" for key in (
+            "max_epochs", "max_steps", "min_epochs", "min_steps", "gradient_clip_val", "gradient_clip_algorithm",
+            "limit_val_batches", "val_check_interval", "check_val_every_n_epoch", "strategy", "accelerator",
+            "reload_dataloaders_every_n_epochs", "use_distributed_sampler", "sync_batchnorm",
+        )], TELL),
+    "trainer": FREE,
+    "checkpoint": FREE,
+    "export": FREE,
+    "samples": FREE,
+    "output_dir": FREE,
+    "ckpt_path": FREE,
+}  # fmt: skip
+"""What a change on resume means, by key or by the section that holds it; the longest name counts.
+
+``refuse``: it would be another run. ``tell``: it is taken and logged. ``free``: it changes nothing that is trained.
+Devices and nodes are compared by the data, as the number of processes.
+"""
 LORA = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "init_lora_weights")
-FREE = {
-    "model.learning_rate": "learning_rate",
-    "model.lr_scheduler": "schedule_name",
-    "model.warmup_ratio": "warmup_ratio",
-    "model.weight_decay": "weight_decay",
-    "model.model_name_or_path": "name",
-}
 
 
 def settings(module: Any) -> dict[str, Any]:
     """The configuration of a ``QwenModule`` as plain values.
 
-    ``frozen`` is what the adapter and the optimizer are made by, ``free`` what may change on resume, ``merge`` the
-    micro-batches that are computed as one.
+    ``frozen`` is what the adapter and the optimizer are made by, ``merge`` the micro-batches that are computed as one,
+    ``config`` the whole configuration, ``base`` the fingerprint of the base's files.
     """
     lora = module.lora_config.to_dict()
     targets = lora["target_modules"]
@@ -34,34 +81,117 @@ def settings(module: Any) -> dict[str, Any]:
     frozen["model.lora_config.target_modules"] = targets if isinstance(targets, str) else sorted(targets)
     frozen["model.lora_config.modules_to_save"] = sorted(lora["modules_to_save"] or [])
     frozen["model.optimizer"] = module.optimizer_name
-    free = {key: getattr(module, name) for key, name in FREE.items()}
-    free["trainer.max_epochs"] = module.trainer.max_epochs
-    free["model.lora_config.lora_dropout"] = lora["lora_dropout"]
-    return {"frozen": frozen, "free": free, "merge": module.trainer.datamodule.merge}
+    return {
+        "frozen": frozen,
+        "merge": module.trainer.datamodule.merge,
+        "config": module.run_config,
+        "base": fingerprint(module.name),
+    }
 
 
-def merge_of(checkpoint: Path | None) -> int | None:
-    """Micro-batches that were computed as one when it was written; None where it does not say.
+def stored(checkpoint: Path | None) -> dict[str, Any]:
+    """The settings that a checkpoint remembers; empty where it does not say.
 
     What is wrong with a file is told where it is restored.
     """
-    if checkpoint is None:
-        return None
+    if checkpoint is None or not checkpoint.is_file():
+        return {}
     with suppress(OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
-        return int(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["settings"]["merge"])
-    return None
+        return dict(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["settings"])
+    return {}
 
 
-def compare(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse another adapter or optimizer; log what else has changed.
+def merge_of(checkpoint: Path | None) -> int | None:
+    """Micro-batches that were computed as one when it was written; None where it does not say."""
+    found = stored(checkpoint).get("merge")
+    return None if found is None else int(found)
+
+
+def meaning(key: str) -> str:
+    """What a change of a key means on resume."""
+    while key not in KEYS:
+        key, dot, _ = key.rpartition(".")
+        if not dot:
+            return TELL
+    return KEYS[key]
+
+
+def flat(config: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """The keys of nested dicts joined by dots; names in lists are in order, as their order means nothing."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{before}{key}"
+        if isinstance(value, dict) and value and not name.endswith("_pattern") and name != "data.fields":
+            found |= flat(value, name + ".")
+        else:
+            names = isinstance(value, list) and all(isinstance(one, str) for one in value)
+            found[name] = sorted(value) if names and value else _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A number as it is; what is empty or off as None."""
+    return value if value or (value == 0 and value is not False) else None
+
+
+def canonical(config: dict[str, Any]) -> dict[str, Any]:
+    """``flat``, with a quantisation that quantises nothing, and a limit that limits nothing, as none."""
+    model = config.get("model", {})
+    quantization = model.get("quantization_config") or {}
+    if not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+        config = config | {"model": {key: value for key, value in model.items() if key != "quantization_config"}}
+    found = flat(config)
+    # All of it, which Lightning also takes for null.
+    return {key: None if key.startswith("trainer.limit_") and value == 1.0 and isinstance(value, float) else value
+            for key, value in found.items()}  # fmt: skip
+
+
+def shared(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that every rank of a run must have."""
+    return {key: value for key, value in canonical(config).items() if meaning(key) == REFUSE}
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys of two configurations that are not equal, with both values; a key that one of them never knew is not."""
+    sections = {key.split(".")[0] for key in then}
+    old = {key for key in now if key.split(".")[0] not in sections}
+    missing = "model.quantization_config."
+    keys = [key for key in [*then, *(key for key in now if key not in then)]
+            if key not in old and (key in then and key in now or key.startswith(missing))]  # fmt: skip
+    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+
+
+def compare(then: dict[str, Any], config: dict[str, Any], base: str | None) -> None:
+    """Refuse to resume a run as another one; log what else has changed.
+
+    Args:
+        then: the settings in the checkpoint.
+        config: of this run.
+        base: fingerprint of its base model.
 
     Raises:
-        UserError: a frozen setting differs.
+        UserError: a key whose change makes another run has changed, or the base has.
     """
-    refuse_changes({k: (v, now["frozen"][k]) for k, v in then["frozen"].items() if v != now["frozen"][k]})
-    for key, value in then["free"].items():
-        if value != now["free"][key]:
-            log.warning("%s was %s until here, and is %s from here on", key, value, now["free"][key])
+    changes = differences(canonical(then.get("config", {})), canonical(config))
+    refused = {key: change for key, change in changes.items() if meaning(key) == REFUSE}
+    name = "model.model_name_or_path"
+    if name in changes and then.get("base") and base and then["base"] != base:
+        refused[name] = (f"{changes[name][0]} ({then['base'][:8]})", f"{changes[name][1]} ({base[:8]})")
+    elif then.get("base") and base and then["base"] != base:
+        refused["the files of " + name] = (then["base"][:8], base[:8])
+    refuse_changes(refused)
+    for key, (before, after) in changes.items():
+        if meaning(key) == TELL:
+            log.warning("%s was %s until here, and is %s from here on", key, before, after)
+
+
+def compare_module(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """The same for a checkpoint that holds no configuration but the adapter's shape and the optimizer's name.
+
+    Raises:
+        UserError: one of these has changed.
+    """
+    refuse_changes({k: (v, now["frozen"][k]) for k, v in then["frozen"].items() if v != now["frozen"].get(k)})
 
 
 def recount(progress: dict[str, Any], then: int, now: int, micro_batches: int) -> None:

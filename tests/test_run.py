@@ -1,0 +1,127 @@
+"""The output folder belongs to one run: another is refused or set aside, and nothing that was just written goes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from qwen_lit.callbacks.store import step_of
+from qwen_lit.cli import main
+from tests.runs import adapter, same, stopping
+
+
+def steps(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").glob("step=*.ckpt"))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def earlier(out: Path) -> list[Path]:
+    return sorted(out.glob("earlier-*"))
+
+
+@pytest.fixture(scope="module")
+def done(command, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("done") / "out"
+    assert main(command(out)) == 0
+    return out
+
+
+def test_a_fresh_run_into_the_folder_of_another_is_refused_with_both_ways_on(command, done, tmp_path, capsys):
+    before = content(done)
+    assert main(command(done, "--model.learning_rate", "5e-3")) == 2
+    said = capsys.readouterr().err
+    assert f"{done} holds a run of 10 steps: add --ckpt_path last to go on with it, or give another" in said
+    assert main(command(done, "--ckpt_path", str(tmp_path / "none.ckpt"))) == 2
+    assert content(done) == before and not earlier(done)
+
+
+def test_a_checkpoint_of_another_folder_begins_in_a_fresh_one_and_is_refused_in_a_used_one(
+    command, done, tmp_path, capsys
+):
+    new = tmp_path / "new"
+    source = str(done / "checkpoints" / "step=00000009.ckpt")
+    assert main(command(new, "--ckpt_path", source)) == 0
+    assert steps(new) == ["step=00000010.ckpt"]
+    left, right = adapter(done), adapter(new)
+    assert all((left[name] == right[name]).all() for name in left)
+    before = content(new)
+    assert main(command(new, "--ckpt_path", source)) == 2
+    assert "holds a run of 10 steps" in capsys.readouterr().err
+    assert main(["export", *command(new)[1:], "--ckpt_path", source]) == 2
+    assert "holds a run of 10 steps" in capsys.readouterr().err
+    assert content(new) == before
+
+
+def test_what_an_attempt_without_a_checkpoint_left_is_set_aside_whole(command, done, tmp_path, caplog):
+    out = tmp_path / "out"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "logs").mkdir()
+    for name in ("samples.jsonl", "logs/events.out.tfevents.1", "checkpoints/step=00000003.ckpt.tmp-9", "mine.txt"):
+        (out / name).write_text('{"step": 99}\n')
+    (out / "config.yaml").write_text("old: 1\n")
+    assert main(command(out, "--ckpt_path", "last")) == 0
+    (kept,) = earlier(out)
+    assert set(content(kept)) == {
+        "samples.jsonl", "logs/events.out.tfevents.1", "checkpoints/step=00000003.ckpt.tmp-9", "config.yaml",
+    }  # fmt: skip
+    assert (kept / "config.yaml").read_text() == "old: 1\n" and (out / "mine.txt").is_file()
+    assert f"is set aside in {kept.name}" in caplog.text
+    assert "99" not in (out / "samples.jsonl").read_text()
+    assert same(done, out)
+
+
+def test_a_run_that_goes_back_sets_later_checkpoints_aside_and_keeps_what_it_writes(command, done, tmp_path, caplog):
+    out = tmp_path / "out"
+    assert main(command(out, "--checkpoint.keep", "20")) == 0
+    best = step_of(out / "checkpoints" / "best.ckpt")
+    source = str(out / "checkpoints" / "step=00000003.ckpt")
+    assert main(command(out, "--ckpt_path", source, *stopping(4))) == 143
+    (kept,) = earlier(out)
+    assert {"step=00000006.ckpt", "step=00000009.ckpt", "step=00000010.ckpt"} <= {
+        path.name for path in (kept / "checkpoints").iterdir()
+    }
+    assert (kept / "checkpoints" / "best.ckpt").is_file() == (best > 3)
+    assert steps(out) == ["step=00000003.ckpt", "step=00000004.ckpt"]
+    assert main(command(out, "--ckpt_path", "last")) == 0
+    assert steps(out)[-2:] == ["step=00000009.ckpt", "step=00000010.ckpt"]
+    left, right = adapter(done), adapter(out)
+    assert all((left[name] == right[name]).all() for name in left)
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    assert len({(line["step"], line["prompt"]) for line in lines}) == len(lines)
+    events = EventAccumulator(str(out / "logs"))
+    events.Reload()
+    seen = [one.step for one in events.Scalars("train/loss")]
+    assert seen == sorted(set(seen)) and {1, 2, 3, 5, 9, 10} <= set(seen)
+
+
+def test_best_is_a_checkpoint_wherever_last_is_one(command, done, tmp_path, capsys, caplog):
+    best = step_of(done / "checkpoints" / "best.ckpt")
+    for name in ("fit", "validate", "export", "predict"):
+        source = ["--source", str(done / "samples.jsonl")] if name == "predict" else []
+        assert main([name, *command(tmp_path / "none")[1:], "--ckpt_path", "best", *source]) == 2
+        assert "there is no best.ckpt" in capsys.readouterr().err
+    assert main(["validate", *command(done)[1:], "--ckpt_path", "best"]) == 0
+    assert f"best.ckpt, step {best}" in caplog.text and "validate measures" in caplog.text
+
+
+def test_fast_dev_run_writes_nothing(command, done, tmp_path):
+    before = content(done)
+    assert main(command(done, "--trainer.fast_dev_run", "true")) == 0
+    after = {name: value for name, value in content(done).items() if name != "trace.jsonl"}
+    assert after == {name: value for name, value in before.items() if name != "trace.jsonl"}
+
+
+def test_a_foreign_final_model_is_refused_before_anything_is_trained(command, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "final_model").mkdir(parents=True)
+    (out / "final_model" / "thesis.txt").write_text("mine")
+    assert main(command(out, "--export.merge", "true")) == 2
+    assert "final_model: not empty and not a model folder" in capsys.readouterr().err
+    assert not (out / "logs").exists() and not (out / "checkpoints").exists()
+    assert main(command(out, "--export.merge", "false", "--trainer.max_steps", "1")) == 0
+    assert (out / "final_model" / "thesis.txt").read_text() == "mine"
