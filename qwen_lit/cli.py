@@ -25,7 +25,7 @@ from qwen_lit.callbacks.proof import Proof
 from qwen_lit.callbacks.report import RunReport
 from qwen_lit.callbacks.resumed import Resumed
 from qwen_lit.callbacks.samples import Samples
-from qwen_lit.callbacks.store import AtomicCheckpointIO, step_of
+from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, step_of
 from qwen_lit.chat import main as chat
 from qwen_lit.checks import check_paths, check_values
 from qwen_lit.data.datamodule import QwenDataModule
@@ -37,9 +37,9 @@ from qwen_lit.model.base import fingerprint
 from qwen_lit.model.duration import check_duration
 from qwen_lit.model.load import check_weights, load_tokenizer
 from qwen_lit.model.module import QwenModule
-from qwen_lit.parsing import Parser, expand_paths, expanded
 from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.trained import Trained, begin_from, check_shapes, find_adapter, read, take_over
+from qwen_lit.parsing import Parser, expand_paths, expanded
 from qwen_lit.run import ADAPTER, find_checkpoint, hold, is_adapter, refuse_foreign, refuse_mixing, set_aside
 from qwen_lit.signals import Stopped, watched
 from qwen_lit.trainer import QwenTrainer

@@ -364,7 +364,7 @@ def test_the_levers_are_named_when_the_gpu_memory_is_full(command, tmp_path, mon
 
 
 def test_a_checkpoint_file_that_is_named_must_exist():
-    from qwen_lit.cli import find_checkpoint
+    from qwen_lit.run import find_checkpoint
 
     with pytest.raises(UserError, match="no such file"):
         find_checkpoint("nowhere.ckpt", Path("."))
