@@ -104,13 +104,6 @@ def check_paths(command: str, config: Any) -> None:
     Raises:
         UserError: with the key, the path and the remedy.
     """
-    given, output = config.get("ckpt_path"), Path(config.output_dir)
-    if command in ("fit", "validate") and given and Path(given).is_dir():
-        kind = "an adapter folder" if (Path(given) / "adapter_config.json").is_file() else "a folder"
-        raise UserError(f"ckpt_path: {given} is {kind}; {command} takes a file of checkpoints/, or last.")
-    adapter = output / "lora_adapter"
-    if command in ("export", "predict") and not given and not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"no adapter in {adapter}; run fit first, or give --ckpt_path.")
     if command == "predict" and not Path(config.source).is_file():
         raise UserError(f"source: no such file: {config.source}; give a JSONL of questions.")
     for key in ("html", "target"):
@@ -120,7 +113,7 @@ def check_paths(command: str, config: Any) -> None:
                 raise UserError(f"{key}: {path} is a folder; give the file to write.")
             check_writable(key, path.parent)
     if command == "verify_resume":
-        check_writable("output_dir", output)
+        check_writable("output_dir", Path(config.output_dir))
 
 
 def check_writable(key: str, folder: Path) -> None:

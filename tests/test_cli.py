@@ -144,4 +144,4 @@ def test_a_command_without_an_adapter_and_fit_from_one_name_the_remedy(arguments
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     assert main([*arguments, "--ckpt_path", str(tmp_path / "lora")]) == 2
-    assert "is an adapter folder; fit takes a file of checkpoints/, or last" in capsys.readouterr().err
+    assert "is an adapter, which holds no optimizer and no position to go on from" in capsys.readouterr().err
