@@ -28,7 +28,7 @@ TEMPLATE = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
-INPUT = Path("output/demo_input")
+INPUT, OUTPUT = Path("output/demo_input"), Path("output/demo")
 ORIGIN = "产自哪里？"
 PROMPTS = (1, 40, 90)
 """Numbers of the shipped rows whose questions are asked before and after."""
@@ -176,10 +176,12 @@ def main() -> int:
     prompts = [_chat(row)[:-1] for row in taught]
     before = _answer_from(INPUT / "model", prompts)
     command = [sys.executable, "-m", "qwen_lit", "fit", "--config", "configs/demo.yaml"]
+    # The run of an earlier demo.
+    shutil.rmtree(OUTPUT, ignore_errors=True)
     code = subprocess.run(command, check=False).returncode
     if code:
         return code
-    after = _answer_from(Path("output/demo/final_model"), prompts)
+    after = _answer_from(OUTPUT / "final_model", prompts)
     wrong = 0
     for row, prompt, (old, _), (new, stopped) in zip(taught, prompts, before, after, strict=True):
         good = new.strip() == row["output"].strip() and stopped

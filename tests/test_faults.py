@@ -243,6 +243,13 @@ def test_an_adapter_that_is_not_finite_is_never_saved(command, tmp_path, capsys)
         (["--model.lora_config.target_modules", "[q_proj]"], "model.lora_config.target_modules"),
         (["--data.batch_size", "2"], "data.batch_size: 1 in the checkpoint, 2 now"),
         (["--data.max_length", "340"], "data.max_length: 352 in the checkpoint, 340 now"),
+        (["--model.quantization_config.bnb_4bit_quant_type", "fp4"], "quant_type: nf4 in the checkpoint, fp4 now"),
+        (["--model.quantization_config", "null"], "load_in_4bit: True in the checkpoint, None now"),
+        (["--trainer.precision", "32-true"], "trainer.precision: bf16-mixed in the checkpoint, 32-true now"),
+        (["--trainer.limit_train_batches", "4"], "trainer.limit_train_batches: None in the checkpoint, 4 now"),
+        (["--model.adam_beta2", "0.95"], "model.adam_beta2: 0.999 in the checkpoint, 0.95 now"),
+        (["--model.lora_plus_ratio", "4"], "model.lora_plus_ratio: 1.0 in the checkpoint, 4.0 now"),
+        (["--trainer.max_steps", "2"], "trainer.max_steps is 2, but the checkpoint is at"),
         (["--trainer.accumulate_grad_batches", "2"], "trainer.accumulate_grad_batches: 3 in the checkpoint, 2 now"),
     ],
 )

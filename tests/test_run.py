@@ -39,6 +39,14 @@ def test_a_fresh_run_into_the_folder_of_another_is_refused_with_both_ways_on(com
     assert content(done) == before and not earlier(done)
 
 
+@pytest.mark.parametrize("step", [9, 10])
+def test_fewer_epochs_than_have_begun_are_refused(command, done, step, capsys):
+    source, before = str(done / "checkpoints" / f"step={step:08d}.ckpt"), content(done / "checkpoints")
+    assert main(command(done, "--ckpt_path", source, "--trainer.max_epochs", "1")) == 2
+    assert "trainer.max_epochs is 1, but the checkpoint is at 2" in capsys.readouterr().err
+    assert content(done / "checkpoints") == before
+
+
 def test_a_checkpoint_of_another_folder_begins_in_a_fresh_one_and_is_refused_in_a_used_one(
     command, done, tmp_path, capsys
 ):

@@ -35,7 +35,7 @@ from qwen_lit.model.optim import (
     schedule,
 )
 from qwen_lit.model.planning import LIMITS, merge_limit, planned_engine
-from qwen_lit.model.resume import compare_module, merge_of, recount, settings, shared
+from qwen_lit.model.resume import check_end, compare_module, merge_of, recount, settings, shared
 from qwen_lit.model.trained import find_adapter, weights
 from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 
@@ -314,6 +314,7 @@ class QwenModule(L.LightningModule):
             )
         then, now = checkpoint["settings"], settings(self)
         compare_module(then, now)
+        check_end(checkpoint, self.trainer)
         self.skipped_steps, self.resumed_total = then["skipped_steps"], then.get("total_steps", 0)
         data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qwen_lit.errors import refuse_changes
+from qwen_lit.errors import UserError, refuse_changes
 from qwen_lit.model.base import fingerprint
 
 log = logging.getLogger(__name__)
@@ -183,6 +183,25 @@ def compare(then: dict[str, Any], config: dict[str, Any], base: str | None) -> N
     for key, (before, after) in changes.items():
         if meaning(key) == TELL:
             log.warning("%s was %s until here, and is %s from here on", key, before, after)
+
+
+def check_end(checkpoint: dict[str, Any], trainer: Any) -> None:
+    """Refuse limits that lie before the checkpoint: nothing would be trained, and what is there be exported.
+
+    Raises:
+        UserError: fewer epochs or steps than have been trained, or begun.
+    """
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    begun = epochs["ready"] if epochs["ready"] > epochs["processed"] else epochs["processed"]
+    for name, limit, there in (
+        ("max_epochs", trainer.max_epochs, begun),
+        ("max_steps", trainer.max_steps, checkpoint["global_step"]),
+    ):
+        if limit is not None and 0 <= limit < there:
+            raise UserError(
+                f"trainer.{name} is {limit}, but the checkpoint is at {there}; raise it, or use export "
+                "with --ckpt_path."
+            )
 
 
 def compare_module(then: dict[str, Any], now: dict[str, Any]) -> None:
