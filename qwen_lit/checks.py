@@ -86,6 +86,11 @@ def check_values(config: Any) -> None:
         value = quantization.get(name) if quantization else None
         if value is not None and str(value).removeprefix("torch.") not in known:
             raise UserError(f"model.quantization_config.{name} is {value!r}; write {' or '.join(known)}.")
+    if quantization and quantization.get("load_in_4bit") and quantization.get("load_in_8bit"):
+        raise UserError(
+            "model.quantization_config: load_in_4bit and load_in_8bit are both true, and a base is held in one of "
+            "them; set the other to false."
+        )
     for key in NULLABLE:
         value = config.get(key)
         if isinstance(value, str) and value.lower() in NONE and not Path(value).exists():

@@ -28,6 +28,7 @@ def test_every_shipped_configuration_parses(path, capsys):
         (["--data.dataset_path", "no.jsonl"], "no such dataset: no.jsonl"),
         (["--model.lora_config.target_modules", "[q_porj]"], "q_porj"),
         (["--trainer.accelerator", "cuda"], "CUDA"),
+        (["--model.quantization_config.load_in_8bit", "true"], "set the other to false"),
         (["--model.learning_rate", "-1"], "learning_rate"),
     ],
 )
