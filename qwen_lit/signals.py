@@ -80,10 +80,21 @@ def blocked() -> Iterator[None]:
 
 
 def leave_to_parent(*_: object) -> None:
-    """In a process that works for another: only SIGTERM ends it by itself, as whoever began it ends it otherwise."""
+    """In a process that works for another: whoever began it ends it, and signals of anyone else are for that one.
+
+    A signal to the whole process group would else end the worker while its parent still finishes a step with it.
+    """
     for signum in WATCHED:
-        signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
+        if signum != signal.SIGTERM:
+            signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGTERM])
+    threading.Thread(target=_obey, args=(os.getppid(),), name="sigterm-of-parent", daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(143)
 
 
 def end_with(parent: int) -> None:

@@ -15,7 +15,7 @@ from qwen_lit.callbacks import store
 from qwen_lit.callbacks.store import is_whole, last_checkpoint, manifest_of, step_files
 from qwen_lit.cli import main
 from qwen_lit.errors import UserError
-from tests.runs import adapter, doing, same, stopping, trace
+from tests.runs import SLOW, adapter, doing, same, stopping, trace
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,16 @@ def test_a_second_ctrl_c_ends_the_process_at_once(command, tmp_path):
     os.kill(pid, signal.SIGCONT)
     os.kill(pid, signal.SIGINT)
     assert ended(pid) == 130
+
+
+def test_sigterm_to_the_whole_process_group_leaves_the_data_workers_to_the_run(command, whole, tmp_path):
+    out = tmp_path / "out"
+    pid = forked(command(out, *SLOW))
+    wait_for(out / "trace.jsonl")
+    os.killpg(pid, signal.SIGTERM)
+    assert ended(pid) == 143 and 1 <= len(trace(out)) < len(trace(whole))
+    assert main(command(out, "--ckpt_path", "last")) == 0
+    assert same(whole, out)
 
 
 def test_sigterm_before_training_has_begun_exits_143(command, tmp_path, monkeypatch):
