@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import lightning as L
@@ -58,6 +59,16 @@ class Poison(L.Callback):
     def on_after_backward(self, trainer, pl_module):
         if trainer.global_step + 1 in self.steps and self.what == "gradient":
             next(p for p in pl_module.parameters() if p.requires_grad).grad[0, 0] = float("inf")
+
+
+class Slow(L.Callback):
+    """Gives whoever watches the run time to disturb it, however busy the machine is."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        time.sleep(0.3)
+
+
+SLOW = ["--trainer.callbacks+=tests.runs.Slow"]
 
 
 class Do(L.Callback):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_every_kernel_equals_its_twin_in_tritons_interpreter():
     # Attention is no kernel of ours, and its twin of thousands of documents is not for the CPU.
     command = [sys.executable, "-m", "pytest", "tests/gpu/test_kernels.py", "-k", "not attention", "-p", "no:xdist"]
