@@ -48,7 +48,7 @@ def test_the_front_matter_is_yaml_and_names_the_base_only_where_the_hub_knows_it
     if local:
         (tmp_path / name).mkdir(parents=True)
     folder = adapter(tmp_path / "lora_adapter")
-    finish_adapter(folder, name)
+    finish_adapter(folder, name, {})
     for text in (card_of(folder, name), (folder / "README.md").read_text("utf-8")):
         front = yaml.safe_load(text.split("---\n")[1])
         known = name == NAMES[0] and not local
@@ -101,7 +101,8 @@ def test_the_commands_stand_in_one_folder_and_take_their_rank_from_the_adapter(t
 )
 def test_an_adapter_that_servers_refuse_gets_a_reason_instead_of_a_command(tmp_path, options, reason):
     folder = adapter(tmp_path / "lora_adapter", **options)
-    finish_adapter(folder, "Qwen/Qwen3-8B")
+    finish_adapter(folder, "Qwen/Qwen3-8B", {"seed_everything": 7})
+    assert json.loads((folder / "training_config.json").read_text()) == {"seed_everything": 7}
     for text in (card_of(folder, "Qwen/Qwen3-8B"), (folder / "README.md").read_text("utf-8")):
         assert "--enable-lora" not in text and "--lora-paths" not in text
         assert f"because of {reason}: serve the merged model." in text
