@@ -79,7 +79,7 @@ def refuse_mixing(output_dir: Path, source: Path | None) -> None:
         UserError: the folder holds a run's results, and the checkpoint is none of them.
     """
     folder = output_dir / CHECKPOINTS
-    if source is not None and source.resolve().parent == folder.resolve():
+    if source is not None and source.resolve().is_relative_to(output_dir.resolve()):
         return
     elsewhere = "or give another --output_dir."
     if steps := step_files(folder):
@@ -116,7 +116,9 @@ def refuse_foreign(output_dir: Path) -> None:
 
 def set_aside(output_dir: Path) -> None:
     """Move what an attempt without results has left into a folder of its own, so that no two runs mix."""
-    left = [name for name in WRITTEN if (output_dir / name).exists()]
+    # A file in the place of a folder is none of ours.
+    left = [name for name in WRITTEN if (output_dir / name).exists()
+            and ("." in name or (output_dir / name).is_dir())]  # fmt: skip
     empty = [name for name in left if (output_dir / name).is_dir() and not any((output_dir / name).iterdir())]
     if not set(left) - set(empty):
         return

@@ -140,7 +140,7 @@ def test_the_configuration_of_the_user_is_left_as_it_is(base):
 
 
 REFUSED = [
-    (["bnb_4bit_quant_type=int4"], "bnb_4bit_quant_type is 'int4'; nf4 or fp4 is expected"),
+    (["bnb_4bit_quant_type=int4"], "bnb_4bit_quant_type is 'int4'; write nf4 or fp4"),
     (["load_in_4bit=false", "load_in_8bit=true", "llm_int8_has_fp16_weight=true"], "llm_int8_has_fp16_weight keeps"),
     (["llm_int8_skip_modules=['*proj']"], "'*proj' is no name and no pattern"),
 ]

@@ -42,6 +42,7 @@ class Trace(Callback):
         loss = None if getattr(pl_module, "skipped_in_a_row", 0) else trainer.logged_metrics.get("train/loss")
         value = float(loss) if loss is not None else None
         line = {"step": self.step, "epoch": trainer.current_epoch, "loss": value, "rows": self.rows}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.rows = []

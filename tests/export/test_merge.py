@@ -222,7 +222,8 @@ def test_own_export_is_replaced(tmp_path: Path) -> None:
     merge_adapter(adapter, base_dir, tmp_path / "out", max_shard_bytes=100_000)
     (tmp_path / "out.tmp").mkdir()  # left by a killed run
     report = merge_adapter(adapter, base_dir, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == [".exported.json", "config.json", "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as handle:
         assert handle.metadata()["format"] == "pt" and len(list(handle.keys())) == report.tensors

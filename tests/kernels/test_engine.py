@@ -311,12 +311,12 @@ def test_what_it_cannot_do_is_said_in_a_line(options, reason):
     assert reason in why_not(adapted("qwen2", **options), CPU)
 
 
-def test_fit_runs_on_it_and_says_why_when_it_cannot(arguments, capsys, caplog):
+def test_fit_runs_on_it_and_says_why_when_it_cannot(arguments, tmp_path, capsys, caplog):
     caplog.set_level("INFO")
     assert main([*arguments, "--model.engine", "fast", "--trainer.max_steps", "2"]) == 0
     assert "engine     fast" in caplog.text
     dora = ["--model.engine", "fast", "--model.lora_config.use_dora", "true"]
-    assert main([*arguments, *dora]) == 2
+    assert main([*arguments, *dora, "--output_dir", str(tmp_path / "other")]) == 2
     assert "model.engine is fast, but lora_config.use_dora is set" in capsys.readouterr().err
 
 
