@@ -279,9 +279,11 @@ def main(args: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     set_up_logging()
     watch_parent()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     cli = QwenCLI.__new__(QwenCLI)
     given = sys.argv[1:] if args is None else args
+    # The comments of a configuration are help too. Reading what stands below attributes takes half a second.
+    shown = any("help" in one or "print_config" in one or one == "-h" for one in given)
+    set_parsing_settings(docstring_parse_attribute_docstrings=shown)
     if given[:1] == ["chat"]:
         with watched():
             return chat(given[1:])

@@ -6,9 +6,12 @@ import shutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from qwen_lit.cli import main
 from qwen_lit.data import encoding
+from qwen_lit.kernels.engine import FastEngine
+from tests.runs import adapter, doing, trace
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16,
          "num_key_value_heads": 8, "vocab_size": 50_000, "layer_types": ["full_attention"] * 8}  # fmt: skip
@@ -79,3 +82,142 @@ def test_as_many_processes_tokenise_as_asked(count, model_folder, dataset, tmp_p
                "--data.cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")]  # fmt: skip
     assert main(inspect) == 0
     assert asked == [count] * (count > 1) and list((tmp_path / "cache").glob("*/rows.arrow"))
+
+
+LONG = {"instruction": "a long question " * 40, "output": "short"}
+TWO_TURNS = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "first"},
+                          {"role": "user", "content": "b"}, {"role": "assistant", "content": "second"}]}  # fmt: skip
+TWO_QUESTIONS = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"},
+                              {"role": "assistant", "content": "c"}]}  # fmt: skip
+CONTROL = {"instruction": "what is <|im_start|>?", "output": "a mark"}
+
+
+@pytest.fixture
+def inspect(model_folder, tmp_path, capsys):
+    """What ``inspect`` says of one row, with its exit code."""
+
+    def run(row, *options):
+        path = tmp_path / "one.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        command = ["inspect", "--config", "configs/qwen7b.yaml", "--model.model_name_or_path", str(model_folder),
+                   "--data.dataset_path", str(path), "--trainer.accelerator", "cpu", "--data.max_length", "96",
+                   "--output_dir", str(tmp_path / "out"), *options]  # fmt: skip
+        capsys.readouterr()
+        return main(command), capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("row", "key", "value", "code", "words"),
+    [
+        (LONG, "overlong", "truncate", 1, "1 rows cut: longest user text shortened"),
+        (LONG, "overlong", "drop", 1, "dropped         overlong 1"),
+        (LONG, "overlong", "error", 1, "has 607 tokens, more than data.max_length 96"),
+        (LONG, "max_length", "2048", 0, "nothing is lost"),
+        (TWO_TURNS, "train_on", "all", 0, "⟦first<|im_end|>⟧"),
+        (TWO_TURNS, "train_on", "last", 0, "assistant\nfirst<|im_end|>\n<|im_start|>user\nb<|im_end|>"),
+        (CONTROL, "control_tokens", "error", 1, "\nfaulty          control"),
+        (CONTROL, "control_tokens", "escape", 0, "⟦a mark<|im_end|>⟧"),
+        (TWO_QUESTIONS, "odd_turns", "error", 1, "message 1 (user) follows user: 'b'; data.odd_turns: merge"),
+        (TWO_QUESTIONS, "odd_turns", "merge", 0, "user\na\n\nb<|im_end|>"),
+        ({"q": "x", "output": "y"}, "fields", "{}", 1, "misses 'instruction'"),
+        ({"q": "x", "output": "y"}, "fields", "{instruction: q}", 0, "user\nx<|im_end|>"),
+    ],
+)
+def test_each_way_to_take_a_row_shows_in_what_is_trained(inspect, row, key, value, code, words):
+    found, out = inspect(row, f"--data.{key}", value)
+    assert found == code and words in out
+
+
+def test_faulty_rows_stop_a_run_unless_they_may_be_skipped_and_are_few(arguments, dataset, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(dataset.read_text("utf-8") + "nonsense\n")
+    plan = ["plan", *arguments[1:], "--data.dataset_path", str(path)]
+    codes = {}
+    for options in ([], ["--data.on_bad_row", "skip"], ["--data.on_bad_row", "skip", "--data.max_bad_share", "0.03"]):
+        codes[" ".join(options)] = main([*plan, *options])
+        assert ("rows.jsonl:26: is not JSON" in capsys.readouterr().err) == (codes[" ".join(options)] == 2)
+    assert list(codes.values()) == [2, 0, 2]
+
+
+def test_the_seed_chooses_the_order_and_the_adapter_s_beginning(command, tmp_path):
+    found = {}
+    for name, seed in (("one", "1"), ("again", "1"), ("other", "2")):
+        out = tmp_path / name
+        few = ["--seed_everything", seed, "--trainer.max_steps", "1", "--samples.rows", "0"]
+        assert main(command(out, *few)) == 0
+        found[name] = trace(out)[0]["rows"], next(v for k, v in sorted(adapter(out).items()) if "lora_A" in k)
+    assert found["one"][0] == found["again"][0] != found["other"][0]
+    assert torch.equal(found["one"][1], found["again"][1]) and not torch.equal(found["one"][1], found["other"][1])
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_as_many_processes_build_batches_as_asked(count, command, tmp_path):
+    told, out = tmp_path / "workers", tmp_path / "out"
+    options = ["--data.num_workers", str(count), "--trainer.max_steps", "2", "--data.val_size", "0"]
+    assert main(command(out, *options, *doing(2, "count_workers", str(told)))) == 0
+    assert told.read_text() == str(count)
+
+
+@pytest.mark.parametrize(("name", "told"), [("fast", "fast, by the plain twins"), ("reference", "reference")])
+def test_the_engine_that_is_asked_for_is_the_one_that_runs(name, told, arguments, tmp_path):
+    options = ["--model.engine", name, "--trainer.max_steps", "1", "--export.merge", "false"]
+    assert main([*arguments, *options]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["run"]["engine"].startswith(told)
+
+
+@pytest.mark.parametrize("engine", [FastEngine, Qwen2Attention])
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_gradient_checkpointing_computes_each_layer_twice(engine, recomputed, arguments, monkeypatch):
+    name, many = "_layer" if engine is FastEngine else "forward", []
+    plain = getattr(engine, name)
+    monkeypatch.setattr(engine, name, lambda self, *given, **more: many.append(1) or plain(self, *given, **more))
+    options = ["--model.engine", "fast" if engine is FastEngine else "reference", "--trainer.max_steps", "1"]
+    options += ["--model.gradient_checkpointing", str(recomputed).lower(), "--export.merge", "false"]
+    assert main([*arguments, *options]) == 0
+    # Three micro-batches through two layers.
+    assert len(many) == 3 * 2 * (1 + recomputed)
+
+
+def test_without_merging_the_adapter_alone_is_written(arguments, tmp_path):
+    out = tmp_path / "out"
+    assert main([*arguments, "--trainer.max_steps", "1", "--export.merge", "false"]) == 0
+    assert (out / "lora_adapter").is_dir() and not (out / "final_model").exists()
+    assert main(["export", *arguments[1:]]) == 0
+    assert (out / "final_model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_as_many_validation_rows_are_answered_as_asked(count, command, tmp_path):
+    out = tmp_path / "out"
+    assert main(command(out, "--trainer.max_steps", "1", "--samples.rows", str(count))) == 0
+    file = out / "samples.jsonl"
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    assert len({json.loads(line)["prompt"] for line in lines}) == len(lines) == count
+
+
+def test_predictions_are_made_so_many_at_a_time_and_no_longer_than_asked(arguments, tmp_path, monkeypatch):
+    from transformers import GenerationMixin
+
+    assert main([*arguments, "--trainer.max_steps", "1", "--export.merge", "false"]) == 0
+    source, target, asked = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl", []
+    source.write_text("".join(json.dumps({"instruction": f"Say {n}"}) + "\n" for n in range(7)))
+    plain = GenerationMixin.generate
+
+    def generate(self, **options):
+        answers = plain(self, **options)
+        asked.append((len(options["input_ids"]), answers.shape[1] - options["input_ids"].shape[1]))
+        return answers
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    options = ["--source", str(source), "--target", str(target), "--batch_size", "3", "--max_new_tokens", "5"]
+    assert main(["predict", *arguments[1:], *options]) == 0
+    assert [rows for rows, _ in asked] == [3, 3, 1] and {tokens for _, tokens in asked} == {5}
+
+
+def test_the_budget_of_the_configuration_is_the_one_that_is_planned_for(plan):
+    _, told = plan("--model.memory_budget", "6GiB")
+    assert [one["budget_gib"] for one in told["plans"]] == [6.0]
+    _, told = plan()
+    assert [one["budget_gib"] for one in told["plans"]] == [8, 16, 24, 40, 80]
