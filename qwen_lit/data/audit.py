@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_lit.data.chatml import UNTHOUGHT
+from qwen_lit.data.chatml import UNOFFERED, UNTHOUGHT
 from qwen_lit.data.columns import is_harmless, listed
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.encoding import Report
@@ -18,7 +18,7 @@ from qwen_lit.data.overlong import OLDEST, SHORTENED
 from qwen_lit.data.packing import fill
 from qwen_lit.data.rows import Rows
 
-LOSSES = (OLDEST, SHORTENED, UNTHOUGHT)
+LOSSES = (OLDEST, SHORTENED, UNTHOUGHT, UNOFFERED)
 PERCENTILES = (50, 90, 95, 99, 100)
 
 

@@ -23,9 +23,10 @@ GROUP = 1_000_000
 """Characters that are tokenised at once, which bounds memory."""
 HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
-ESCAPED, TRAILING, UNTHOUGHT, SPLIT, MERGED = (
+ESCAPED, TRAILING, UNOFFERED, UNTHOUGHT, SPLIT, MERGED = (
     "control tokens escaped",
     "turns after the last answer left out",
+    "tools left out by the chat template",
     "reasoning left out by the chat template",
     "text before </think> made a thought by the chat template",
     "newlines before an answer in one token with its header, not trained",
@@ -156,13 +157,13 @@ class Encoder:
         """The conversation up to each trained turn; the last version is the whole.
 
         Raises:
-            RowError: a control token stands in a message.
+            RowError: a control token stands in a message, or the template shows nothing of one.
         """
         try:
             escaped = guard(conversation, self.control, self.control_tokens)
         except RecursionError as error:
             raise RowError("bad JSON", "is nested too deep.") from error
-        notes = [*conversation.notes, *[ESCAPED] * escaped]
+        notes = [*conversation.notes, *[ESCAPED] * escaped, *self._omitted(conversation)]
         turns = [number for number, wanted in enumerate(conversation.train) if wanted]
         if self.train_on == "last":
             turns = turns[-1:]
@@ -173,6 +174,18 @@ class Encoder:
             Draft(conversation.messages[: turn + 1], turns, conversation.tools, conversation.source, list(notes))
             for turn in last
         ]
+
+    def _omitted(self, conversation: Conversation) -> list[str]:
+        """A note where the template shows none of the tools that are offered.
+
+        Raises:
+            RowError: it shows nothing of what is said.
+        """
+        for what in self.renderer.omitted:
+            if any(message["role"] == what or message.get(what) for message in conversation.messages):
+                name = {"system": "system prompts", "tool": "results of tools", "tool_calls": "tool calls"}[what]
+                raise RowError("template", f"the chat template shows no {name}; train a model whose template does.")
+        return [UNOFFERED] if conversation.tools and "tools" in self.renderer.omitted else []
 
     @staticmethod
     def _one_or_each(versions: list[Draft], texts: list[str]) -> "list[Draft] | RowError":

@@ -21,7 +21,7 @@ from qwen_lit.data.rows import SCHEMA
 from qwen_lit.data.sources import digest, expand
 
 log = logging.getLogger(__name__)
-VERSION = 3
+VERSION = 4
 PROVED = "proved"
 """The name of the file that stands in a prepared folder once every row has been compared token for token."""
 

@@ -8,6 +8,8 @@ from qwen_lit.data.faults import DataError, RowError
 from qwen_lit.data.sandbox import answer_at_once
 
 Messages = list[dict[str, Any]]
+MARK = "qwen_lit_probe"
+"""A word that no template says by itself."""
 
 
 @dataclass
@@ -42,6 +44,29 @@ class Renderer:
             raise DataError("the model's tokenizer has no chat template; use the Instruct model's tokenizer files.")
         answer_at_once(tokenizer)
         self.tokenizer = tokenizer
+        self.omitted = self._omitted()
+        """Of ``system``, ``tool``, ``tools`` and ``tool_calls``, what the template shows nothing of."""
+
+    def _omitted(self) -> list[str]:
+        asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        tool = {"type": "function", "function": {"name": MARK, "description": "", "parameters": {}}}
+        call = {"type": "function", "function": {"name": MARK, "arguments": {}}}
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        said = {"role": "tool", "content": MARK}
+        probes: dict[str, tuple[Messages, Any]] = {
+            "system": ([{"role": "system", "content": MARK}, asked, answered], None),
+            "tool": ([asked, answered, said, answered], None),
+            "tools": ([asked, answered], [tool]),
+            "tool_calls": ([asked, calling], None),
+        }
+        found = []
+        for name, (messages, tools) in probes.items():
+            try:
+                if MARK not in self.text(messages, tools):
+                    found.append(name)
+            except RowError:  # a row that it refuses is named then
+                continue
+        return found
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

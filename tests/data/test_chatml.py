@@ -260,6 +260,26 @@ def test_assistant_text_that_the_template_loses_is_refused_and_lost_reasoning_is
     assert kept == (encoder.name not in ("qwen2_5", "qwen3_instruct_2507"))
 
 
+@pytest.mark.parametrize(
+    ("lost", "row", "words"),
+    [
+        ("nobody", {"messages": [U, CALL, RESULT, A], "tools": TOOLS}, "shows no tool calls"),
+        ("tool", {"messages": [U, A, RESULT, A]}, "shows no results of tools"),
+        ("system", {"messages": [{"role": "system", "content": "s"}, U, A]}, "shows no system prompts"),
+    ],
+)
+def test_what_a_template_shows_nothing_of_is_a_fault_where_a_row_has_it(qwen_tokenizer, lost, row, words):
+    said = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    kept = f"{{% if message.role != '{lost}' %}}{said}{{% endif %}}"
+    qwen_tokenizer.chat_template = f"{{% for message in messages %}}{kept}{{% endfor %}}"
+    encoder = Encoder(qwen_tokenizer, max_length=4096)
+    (outcome,) = encoder.encode([parse_row(row, "a:1", odd_turns="merge")])
+    assert isinstance(outcome[0], RowError) and words in str(outcome[0])
+    (example,) = encode(encoder, {"messages": [U, A], "tools": TOOLS})
+    assert example.note == "tools left out by the chat template"
+    assert encode(encoder, {"messages": [U, A]})[0].note == ""
+
+
 def test_one_turn_that_is_too_long_does_not_cost_the_others(qwen_tokenizer):
     qwen_tokenizer.chat_template = template("qwen3")
     encoder = Encoder(qwen_tokenizer, max_length=150)
