@@ -135,7 +135,7 @@ def command(model_folder, tmp_path_factory):
             "--data.max_length", "352", "--data.num_workers", "2",
             "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "3",
             "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1",
-            "--export.merge", "false", "--checkpoint.every_n_train_steps", "3",
+            "--export.merge", "false", "--checkpoint.every_n_train_steps", "3", "--samples.rows", "0",
             "--trainer.callbacks+=qwen_lit.callbacks.trace.Trace",
             f"--trainer.callbacks.path={out / 'trace.jsonl'}", *options,
         ]  # fmt: skip

@@ -51,7 +51,7 @@ def test_the_others_work_together(command, tmp_path):
     several = [option for name in WORKING for option in callback(name)]
     several += callback("ThroughputMonitor", batch_size_fn="tests.test_callbacks.documents")
     several += callback("RichProgressBar")
-    options = ["--trainer.enable_progress_bar", "true", "--trainer.profiler", "simple", "--samples.rows", "0"]
+    options = ["--trainer.enable_progress_bar", "true", "--trainer.profiler", "simple"]
     assert main(command(out, *several, *options, "--trainer.max_steps", "2")) == 0
     assert len(trace(out)) == 2 and (out / "report.html").is_file()
 
@@ -118,20 +118,20 @@ class LogsItsOwn(shipped.Callback):
 
 
 def test_a_model_checkpoint_links_removes_and_is_gone_on_from_and_exported(command, tmp_path, model_folder):
-    out, quick = tmp_path / "out", ["--samples.rows", "0"]
+    out = tmp_path / "out"
     mine = callback("ModelCheckpoint", monitor="val/loss", mode="max", save_top_k=1, save_last="link",
                     filename="at-{step}")  # fmt: skip
-    assert main(command(out, *quick, *mine, "--trainer.max_epochs", "1")) == 0
+    assert main(command(out, *mine, "--trainer.max_epochs", "1")) == 0
     folder = out / "model_checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["at-step=5.ckpt", "at-step=5.json", "last.ckpt"]
     assert (folder / "last.ckpt").resolve() == (folder / "at-step=5.ckpt").resolve()
     assert json.loads((folder / "at-step=5.json").read_text())["step"] == 5
 
     whole = tmp_path / "whole"
-    assert main(command(whole, *quick)) == 0
+    assert main(command(whole)) == 0
     for path in (out / "trace.jsonl", folder / "at-step=5.json"):
         path.rename(path.with_suffix(".kept"))
-    assert main(command(out, *quick, "--ckpt_path", str(folder / "last.ckpt"))) == 0
+    assert main(command(out, "--ckpt_path", str(folder / "last.ckpt"))) == 0
     assert [line["rows"] for line in trace(out)] == [line["rows"] for line in trace(whole)][5:]
 
     exported = tmp_path / "exported"
@@ -145,8 +145,8 @@ def test_a_model_checkpoint_links_removes_and_is_gone_on_from_and_exported(comma
 def test_a_model_checkpoint_beside_the_run_s_own_changes_nothing_and_keeps_its_files(command, tmp_path):
     alone, beside = tmp_path / "alone", tmp_path / "beside"
     mine = callback("ModelCheckpoint", every_n_train_steps=2, save_top_k=-1, filename="{step}", save_last="true")
-    assert main(command(alone, "--samples.rows", "0")) == 0
-    assert main(command(beside, "--samples.rows", "0", *mine)) == 0
+    assert main(command(alone)) == 0
+    assert main(command(beside, *mine)) == 0
     assert same(alone, beside)
     names = sorted(path.name for path in (beside / "model_checkpoints").glob("*.ckpt"))
     assert names == ["last.ckpt", *(f"step={n}.ckpt" for n in (10, 2, 4, 6, 8))]
@@ -157,7 +157,7 @@ def test_a_run_that_early_stopping_has_ended_stays_ended_until_its_patience_is_r
 
     def patient(patience: int) -> list[str]:
         monitor = callback("EarlyStopping", monitor="val/loss", min_delta=100, patience=patience)
-        return command(out, "--samples.rows", "0", "--trainer.max_epochs", "9", *monitor)
+        return command(out, "--trainer.max_epochs", "9", *monitor)
 
     assert main(patient(1)) == 0
     assert len(trace(out)) == 10
@@ -178,7 +178,7 @@ INSTALLED = [name for name, package in LOGGERS.items() if package is None or imp
 def test_a_logger_gets_the_last_step_wherever_the_interval_falls(command, tmp_path, name, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = [f"--trainer.logger={name}", f"--trainer.logger.save_dir={tmp_path / 'log'}"]
-    options = ["--trainer.max_steps", "2", "--trainer.log_every_n_steps", "10", "--samples.rows", "0"]
+    options = ["--trainer.max_steps", "2", "--trainer.log_every_n_steps", "10"]
     assert main(command(tmp_path / "out", *logger, *options)) == 0
     if name == "CSVLogger":
         text = next(Path(tmp_path / "log").rglob("metrics.csv")).read_text().splitlines()
@@ -189,7 +189,7 @@ def test_a_logger_gets_the_last_step_wherever_the_interval_falls(command, tmp_pa
 def test_a_file_of_weights_alone_is_no_run_to_go_on_with(command, tmp_path, capsys):
     out = tmp_path / "out"
     mine = callback("ModelCheckpoint", save_weights_only="true", filename="weights")
-    quick = ["--samples.rows", "0", "--trainer.max_epochs", "1"]
+    quick = ["--trainer.max_epochs", "1"]
     assert main(command(out, *quick, *mine)) == 0
     path = str(out / "model_checkpoints" / "weights.ckpt")
     assert main(command(out, *quick, "--ckpt_path", path)) == 2

@@ -89,7 +89,7 @@ def test_two_ranks_learn_what_one_with_twice_the_accumulation_learns(command, tm
 
 def test_a_base_that_is_sharded_over_two_ranks_learns_what_a_whole_one_learns(command, two, tmp_path):
     storage = ["--model.quantization_config.bnb_4bit_quant_storage", "bfloat16"]
-    options = [*ALIKE, *storage, "--trainer.max_epochs", "1", "--samples.rows", "0", *TWO]
+    options = [*ALIKE, *storage, "--trainer.max_epochs", "1", *TWO]
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     for out, more in ((whole, []), (sharded, ["--model.shard_base", "true"])):
         code, text = run(command(out, *options, *more))

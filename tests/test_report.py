@@ -24,8 +24,9 @@ from tests.runs import stopping, trace
 @pytest.fixture(scope="module")
 def run(command, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    assert main(command(out, *stopping(4))) == 143
-    assert main(command(out, "--ckpt_path", "last", "--export.merge", "true")) == 0
+    answering = ["--samples.rows", "2"]
+    assert main(command(out, *answering, *stopping(4))) == 143
+    assert main(command(out, *answering, "--ckpt_path", "last", "--export.merge", "true")) == 0
     return out
 
 
@@ -102,7 +103,7 @@ def test_tensorboard_counts_the_steps_of_the_log_and_shows_what_each_was_made_wi
 
 def test_a_run_shorter_than_the_interval_shows_the_loss_of_its_last_step_everywhere(command, tmp_path, caplog):
     out = tmp_path / "out"
-    options = ["--trainer.log_every_n_steps", "10", "--trainer.max_steps", "4", "--samples.rows", "0"]
+    options = ["--trainer.log_every_n_steps", "10", "--trainer.max_steps", "4"]
     bar = ["--trainer.enable_progress_bar", "true", "--export.merge", "true", "--export.smoke_rows", "0"]
     assert main(command(out, *options, *bar)) == 0
     last = trace(out)[-1]["loss"]
@@ -116,7 +117,7 @@ def test_a_run_shorter_than_the_interval_shows_the_loss_of_its_last_step_everywh
 
 
 def test_the_figures_follow_log_every_n_steps_after_a_resume(command, tmp_path):
-    out, quick = tmp_path / "out", ["--samples.rows", "0", "--trainer.log_every_n_steps", "4"]
+    out, quick = tmp_path / "out", ["--trainer.log_every_n_steps", "4"]
     assert main(command(out, *quick, *stopping(3))) == 143
     assert main(command(out, *quick, "--ckpt_path", "last")) == 0
     assert [step for step, _ in scalars(out)["train/tokens_per_second"]] == [4, 8, 10]
@@ -124,7 +125,7 @@ def test_the_figures_follow_log_every_n_steps_after_a_resume(command, tmp_path):
 
 
 def test_the_configuration_is_written_by_fit_alone_and_kept_for_each_attempt(command, tmp_path, capsys):
-    out, quick = tmp_path / "out", ["--samples.rows", "0", "--trainer.max_steps", "3"]
+    out, quick = tmp_path / "out", ["--trainer.max_steps", "3"]
     assert main(command(out, *quick, "--data.batch_size", "0")) == 2
     assert not (out / "config.yaml").exists()
     assert main(command(out, *quick)) == 0
@@ -138,7 +139,7 @@ def test_the_configuration_is_written_by_fit_alone_and_kept_for_each_attempt(com
     assert main(command(out, *other, "--ckpt_path", "last", "--data.batch_size", "2")) == 2
     assert "data.batch_size" in capsys.readouterr().err
     assert (out / "config.yaml").read_text() == first and not list(out.glob("config-*.yaml"))
-    assert main(command(out, *other, "--ckpt_path", "last", "--samples.rows", "0", "--trainer.max_steps", "5")) == 0
+    assert main(command(out, *other, "--ckpt_path", "last", "--trainer.max_steps", "5")) == 0
     assert (out / "config-3.yaml").read_text() == first
     assert "learning_rate: 0.003" in (out / "config.yaml").read_text()
 
@@ -270,7 +271,7 @@ def test_a_log_file_gets_lines_without_control_codes(command, tmp_path):
     import subprocess
     import sys
 
-    bar = ["--trainer.enable_progress_bar", "true", "--trainer.max_steps", "2", "--samples.rows", "0"]
+    bar = ["--trainer.enable_progress_bar", "true", "--trainer.max_steps", "2"]
     done = subprocess.run([sys.executable, "-m", "qwen_lit", *command(tmp_path / "out", *bar)], capture_output=True)
     assert done.returncode == 0
     assert re.search(rb"step 2 of 2  loss \d+\.\d+  lr ", done.stderr)

@@ -11,13 +11,24 @@ from qwen_lit.cli import main
 from tests.runs import adapter, same, stopping, trace
 
 STEPS = 10
+ANSWERING = ["--samples.rows", "2"]
+"""Sampling draws no number of the run's."""
+STEADY = ["--model.lr_scheduler", "constant", "--model.warmup_ratio", "0"]
+"""The schedule does not end with a shorter run."""
 
 
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert main(command(out)) == 0
+    assert main(command(out, *ANSWERING)) == 0
     assert len(trace(out)) == STEPS and len({row for line in trace(out) for row in line["rows"]}) > 50
+    return out
+
+
+@pytest.fixture(scope="module")
+def steady(command, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("steady") / "out"
+    assert main(command(out, *STEADY)) == 0
     return out
 
 
@@ -35,8 +46,8 @@ def test_a_stop_at_any_step_leaves_no_trace_in_the_result(command, whole, tmp_pa
 def test_three_stops_in_one_epoch_and_one_in_the_next_leave_no_trace(command, whole, tmp_path):
     out = tmp_path / "out"
     for step, name, code in ((1, "SIGTERM", 143), (2, "SIGINT", 130), (3, "SIGUSR1", 143), (5, "SIGTERM", 143)):
-        assert main(command(out, "--ckpt_path", "last", *stopping(step, name))) == code
-    assert main(command(out, "--ckpt_path", "last")) == 0
+        assert main(command(out, *ANSWERING, "--ckpt_path", "last", *stopping(step, name))) == code
+    assert main(command(out, *ANSWERING, "--ckpt_path", "last")) == 0
     assert same(whole, out)
 
 
@@ -50,15 +61,12 @@ def test_stops_at_the_end_of_an_epoch_and_soon_after_it_leave_no_trace(command, 
 
 
 @pytest.mark.parametrize("limit", [3, 5, 7])
-def test_a_run_that_max_steps_has_ended_goes_on_with_the_very_next_row(command, whole, tmp_path, limit):
-    # The schedule must not end with the first run.
-    steady = ["--model.lr_scheduler", "constant", "--model.warmup_ratio", "0"]
-    long, short = tmp_path / "long", tmp_path / "short"
-    assert main(command(long, *steady)) == 0
-    assert main(command(short, *steady, "--trainer.max_steps", str(limit))) == 0
+def test_a_run_that_max_steps_has_ended_goes_on_with_the_very_next_row(command, steady, tmp_path, limit):
+    short = tmp_path / "short"
+    assert main(command(short, *STEADY, "--trainer.max_steps", str(limit))) == 0
     assert len(trace(short)) == limit
-    assert main(command(short, *steady, "--ckpt_path", "last")) == 0
-    assert same(long, short)
+    assert main(command(short, *STEADY, "--ckpt_path", "last")) == 0
+    assert same(steady, short)
 
 
 @pytest.mark.parametrize("lost", ["rng", "position"])
@@ -93,14 +101,12 @@ def test_tensorboard_shows_each_step_once_across_resumes(command, whole, tmp_pat
     assert found[0] == found[1]
 
 
-def test_a_finished_run_goes_on_when_it_is_given_more_epochs(command, tmp_path):
-    steady = ["--model.lr_scheduler", "constant", "--model.warmup_ratio", "0"]
-    long, short = tmp_path / "long", tmp_path / "short"
-    assert main(command(long, *steady)) == 0
-    assert main(command(short, *steady, "--trainer.max_epochs", "1")) == 0
+def test_a_finished_run_goes_on_when_it_is_given_more_epochs(command, steady, tmp_path):
+    short = tmp_path / "short"
+    assert main(command(short, *STEADY, "--trainer.max_epochs", "1")) == 0
     shutil.rmtree(short / "lora_adapter")
-    assert main(command(short, *steady, "--ckpt_path", "last")) == 0
-    assert same(long, short)
+    assert main(command(short, *STEADY, "--ckpt_path", "last")) == 0
+    assert same(steady, short)
 
 
 def test_a_changed_learning_rate_is_taken_and_told(command, tmp_path, caplog):

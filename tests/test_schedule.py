@@ -87,13 +87,13 @@ def test_overfitting_sees_the_same_batches_in_every_epoch(command, tmp_path):
 
 def test_a_run_in_slots_of_time_is_the_run_that_was_left_alone(command, tmp_path, caplog):
     whole, slots = tmp_path / "whole", tmp_path / "slots"
-    assert main(command(whole, "--samples.rows", "0")) == 0
+    assert main(command(whole)) == 0
     made, many = 0, []
     while made < 10:
         # Each time is up in the middle of a step.
         stop = ["--trainer.callbacks+=tests.runs.Do", f"--trainer.callbacks.step={made + 3}",
                 "--trainer.callbacks.name=use_up_the_time"]  # fmt: skip
-        options = ["--trainer.max_time", "01:00:00:00", "--samples.rows", "0", "--ckpt_path", "last", *stop]
+        options = ["--trainer.max_time", "01:00:00:00", "--ckpt_path", "last", *stop]
         assert main(command(slots, *options)) == 0
         many.append(len(trace(slots)) - made)
         made = len(trace(slots))
@@ -102,14 +102,14 @@ def test_a_run_in_slots_of_time_is_the_run_that_was_left_alone(command, tmp_path
     run = json.loads((slots / "summary.json").read_text())["run"]["run"]
     assert run.startswith("10 optimizer steps, 2 epochs of 5, at most 1 day, 0:00:00 (the schedule is that of all")
     caplog.clear()
-    assert main(command(slots, "--samples.rows", "0", "--ckpt_path", "last")) == 0
+    assert main(command(slots, "--ckpt_path", "last")) == 0
     assert "nothing was trained: step 10 is made, and trainer.max_epochs is 2; raise it to go on" in lines(caplog)
 
 
 def test_without_a_known_end_the_rate_is_constant_and_no_time_is_guessed(command, tmp_path, caplog):
     out = tmp_path / "out"
     endless = ["--trainer.max_epochs", "null", "--trainer.max_time", "01:00:00:00", "--model.lr_scheduler", "constant",
-               "--trainer.enable_progress_bar", "true", "--samples.rows", "0",
+               "--trainer.enable_progress_bar", "true",
                "--trainer.callbacks+=tests.runs.Do", "--trainer.callbacks.step=7",
                "--trainer.callbacks.name=use_up_the_time"]  # fmt: skip
     assert main(command(out, *endless)) == 0
@@ -129,10 +129,10 @@ def test_without_a_known_end_the_rate_is_constant_and_no_time_is_guessed(command
 def test_a_limit_that_is_changed_on_resume_gives_the_rest_a_rate_and_is_told(
     command, tmp_path, caplog, first, then, steps
 ):
-    out, quick = tmp_path / "out", ["--samples.rows", "0"]
-    assert main(command(out, *quick, *first)) == 0
+    out = tmp_path / "out"
+    assert main(command(out, *first)) == 0
     done = len(trace(out))
-    assert main(command(out, *quick, *then, "--ckpt_path", "last")) == 0
+    assert main(command(out, *then, "--ckpt_path", "last")) == 0
     assert len(trace(out)) == steps
     assert f"the run had {done} optimizer steps until here, and has {steps} from here on" in caplog.text
     assert rates(out)[done:] == pytest.approx(cosine(steps, 1)[done:], rel=1e-6)
@@ -158,7 +158,7 @@ def test_a_share_of_warmup_is_rounded_up_and_never_the_whole_run(total, warmup):
 
 
 def test_every_shown_step_tells_how_much_is_left_and_a_resume_tells_none_twice(command, tmp_path, caplog):
-    out, bar = tmp_path / "out", ["--trainer.enable_progress_bar", "true", "--samples.rows", "0"]
+    out, bar = tmp_path / "out", ["--trainer.enable_progress_bar", "true"]
     assert main(command(out, *bar, "--trainer.max_steps", "5")) == 0
     assert main(command(out, *bar, "--trainer.log_every_n_steps", "4", "--ckpt_path", "last")) == 0
     shown = [record.message for record in caplog.records if re.match(r"step \d", record.message)]
@@ -171,7 +171,7 @@ def test_every_shown_step_tells_how_much_is_left_and_a_resume_tells_none_twice(c
 def test_a_skipped_step_shows_no_loss_of_another(command, tmp_path, caplog):
     out = tmp_path / "out"
     poison = ["--trainer.callbacks+=tests.runs.Poison", "--trainer.callbacks.steps=[2]"]
-    bar = ["--trainer.enable_progress_bar", "true", "--samples.rows", "0", "--trainer.max_steps", "3"]
+    bar = ["--trainer.enable_progress_bar", "true", "--trainer.max_steps", "3"]
     assert main(command(out, *bar, *poison)) == 0
     assert "step 2 of 3  loss none, skipped" in caplog.text
     history = json.loads((out / "summary.json").read_text())["history"]
