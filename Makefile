@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m qwen_lit.demo
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check qwen_lit tests benchmarks

@@ -12,7 +12,8 @@ import torch
 
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.export.serving import end_tokens
-from qwen_lit.model.load import check_weights, load_config
+from qwen_lit.hardware import product_dtype
+from qwen_lit.model.load import check_weights, computing_on, load_config
 from qwen_lit.quantization import usable
 from qwen_lit.run import training_config
 
@@ -117,7 +118,7 @@ def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
         raise UserError(f"chat: {path} holds neither an adapter nor a model; give lora_adapter/ or final_model/.")
     base = str(Path(base_of(adapter)).expanduser() if adapter.is_file() else folder)
     check_weights(base)
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=True,
@@ -129,8 +130,9 @@ def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
         config = usable(BitsAndBytesConfig(**held), load_config(str(base))) if held else None if trained else four_bits
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.bfloat16, device_map={"": device}, quantization_config=config
-        )
+            base, dtype=product_dtype(device), device_map={"": str(device)},
+            quantization_config=computing_on(device, config),
+        )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
         reason = shortened(" ".join(str(error).split()))

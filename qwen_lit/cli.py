@@ -8,9 +8,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
@@ -32,6 +34,7 @@ from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import watch_parent
 from qwen_lit.errors import RunError, UserError, shortened
 from qwen_lit.export import ExportError
+from qwen_lit.hardware import product_dtype
 from qwen_lit.kernels.plan import parse_bytes
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.duration import check_duration
@@ -227,6 +230,7 @@ class QwenCLI(LightningCLI):
         """Hand the tokenizer to the data, and the written configuration to the export."""
         if self.subcommand in LOADING:
             check_weights(self.model.name)
+        compute_in_float32(self.trainer)
         self.datamodule.tokenizer = load_tokenizer(self.model.name)
         name = str(self.subcommand)
         self.trainer.resumed_from = self.checkpoint  # type: ignore[attr-defined]
@@ -253,6 +257,13 @@ class QwenCLI(LightningCLI):
         if "ckpt_path" in kwargs:
             kwargs["ckpt_path"] = str(self.checkpoint) if self.checkpoint else None
         return kwargs
+
+
+def compute_in_float32(trainer: Any) -> None:
+    """On a CPU that would emulate bfloat16; the configuration keeps its precision for other machines."""
+    device = trainer.strategy.root_device
+    if product_dtype(device) == torch.float32 and trainer.precision in ("bf16-mixed", "bf16-true"):
+        trainer.strategy.precision_plugin = Precision()
 
 
 def set_up_logging() -> None:
@@ -331,8 +342,6 @@ def _run(cli: QwenCLI, args: list[str]) -> int:
 
 def failed(error: Exception, cli: QwenCLI) -> int:
     """Say what an unexpected error means for the run; returns the exit code."""
-    import torch
-
     if isinstance(error, torch.OutOfMemoryError):
         config = cli.config[cli.subcommand]
         text = OUT_OF_MEMORY.format(

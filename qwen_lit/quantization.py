@@ -143,15 +143,17 @@ def planned_weights(
     return loaded_weights(model)
 
 
-def described(held: dict[str, Held], linears: int) -> str:
+def described(held: dict[str, Held], linears: int, dtype: torch.dtype = torch.bfloat16) -> str:
     """What a base is held in, in a few words.
 
     Args:
         held: its quantised weights.
         linears: of the model, in all.
+        dtype: of weights that are not quantised.
     """
     kinds = " and ".join(sorted({str(one) for one in held.values()}))
-    return f"{kinds}, {len(held)} of {linears} linears" if held else "none, bf16"
+    plain = "bf16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
+    return f"{kinds}, {len(held)} of {linears} linears" if held else f"none, {plain}"
 
 
 def count_linears(model: nn.Module) -> int:

@@ -46,6 +46,12 @@ def own_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def bf16(monkeypatch):
+    """Products in bfloat16, as on a GPU, on any CPU."""
+    monkeypatch.setattr("qwen_lit.hardware.cpu_has_bf16", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def qwen_tokenizer():
     """The real vocabulary of Qwen2.5 and Qwen3; its chat template is the test's to set."""

@@ -135,7 +135,7 @@ class Record(L.Callback):
     """Writes what a run begins with, what it is given, and how far the embeddings are from the table's."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.batches, self.noise = Path(path), [], []
+        self.path, self.batches, self.noise, self.products = Path(path), [], [], set()
 
     def on_train_start(self, trainer, pl_module):
         self.first = {name: value.clone() for name, value in pl_module.state_dict().items()}
@@ -146,12 +146,15 @@ class Record(L.Callback):
             self.noise.append((float(changed), output.shape[1] * output.shape[2], module.training))
 
         table.register_forward_hook(look)
+        head = pl_module.model.get_output_embeddings()
+        head.register_forward_hook(lambda module, given, output: self.products.add(output.dtype))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.batches.append({name: batch[name] for name in ("input_ids", "target_index", "targets")})
 
     def on_fit_end(self, trainer, pl_module):
-        torch.save({"first": self.first, "batches": self.batches, "noise": self.noise}, self.path)
+        told = {"batches": self.batches, "noise": self.noise, "products": sorted(map(str, self.products))}
+        torch.save({"first": self.first, **told}, self.path)
 
 
 def recording(path: Path) -> list[str]:

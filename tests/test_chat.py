@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qwen_lit.chat import Chat, load
 from qwen_lit.cli import main
+from qwen_lit.hardware import product_dtype
 from qwen_lit.predict import done_lines
 
 
@@ -30,12 +31,13 @@ def likeliest(folder: Path, messages: list[dict], tokens: int) -> str:
     """The greedy answer by plain transformers and PEFT; the base of an adapter is held as it was trained."""
     config = json.loads((folder / "adapter_config.json").read_text()) if folder.name == "lora_adapter" else {}
     base = config.get("base_model_name_or_path", folder)
+    dtype = product_dtype(torch.device("cpu"))
     four_bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16, quantization_config=four_bits if config else None
+        base, dtype=dtype, quantization_config=four_bits if config else None
     )
     model = PeftModel.from_pretrained(model, folder) if config else model
     tokenizer = AutoTokenizer.from_pretrained(base)

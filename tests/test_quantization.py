@@ -18,6 +18,7 @@ from qwen_lit.model.load import load_base
 from qwen_lit.quantization import described, loaded_weights, planned_weights, usable
 from tests.export.test_merge import make_adapter, make_base, tensors
 
+pytestmark = pytest.mark.usefixtures("bf16")
 CPU = torch.device("cpu")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 INT8 = {"load_in_8bit": True}

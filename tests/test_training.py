@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qwen_lit.cli import main
+from qwen_lit.hardware import product_dtype
 from tests.runs import adapter, recording, scalars
 
 RATE, BETAS, DECAY, PLUS, CLIP, WARMUP, STEPS = 3e-3, (0.7, 0.9), 0.8, 5.0, 0.2, 3, 6
@@ -23,7 +24,8 @@ UNUSUAL = [
 
 def plain_run(folder, record, schedule):
     """Weights, losses, norms and rates of the same micro-batches by a loop that reads nothing of the package."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    dtype = product_dtype(torch.device("cpu"))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=24, target_modules=targets, task_type="CAUSAL_LM"))
     with torch.no_grad():
@@ -44,7 +46,7 @@ def plain_run(folder, record, schedule):
         window = record["batches"][3 * step : 3 * step + 3]
         tokens, total = sum(len(batch["targets"]) for batch in window), 0.0
         for batch in window:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 logits = model(input_ids=batch["input_ids"]).logits.flatten(0, 1)[batch["target_index"]]
             loss = torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="sum") / tokens
             loss.backward()

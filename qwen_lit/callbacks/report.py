@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, Timer
 
 from qwen_lit.callbacks.export import Export
 from qwen_lit.callbacks.metrics import Throughput, is_logged
 from qwen_lit.export.card import LIBRARIES
+from qwen_lit.hardware import product_dtype
 from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps, warmup_steps
 from qwen_lit.quantization import count_linears, described
 from qwen_lit.report import page
@@ -204,7 +206,8 @@ def start_lines(trainer: Any, module: Any) -> dict[str, str]:
     of_epoch = epoch_steps(trainer, data)
     per_step = min(trainer.accumulate_grad_batches, in_epoch) * data.merge * trainer.world_size
     share = in_epoch * data.merge / data.micro_batches(trainer.world_size)
-    held = module.held_weights(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    held = module.held_weights(device)
     lora = module.lora_config
     begun = module.run_config.get("model", {}).get("init_adapter")
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules))
@@ -212,7 +215,7 @@ def start_lines(trainer: Any, module: Any) -> dict[str, str]:
         "model": f"{module.name} ({_count(total)} parameters)",
         "trained": f"{trained:,} ({trained / total:.2%}): r={lora.r}, alpha={lora.lora_alpha} on {targets}"
         + (f", begun from {begun}" if begun else ""),
-        "base": f"quantisation {described(held, count_linears(module.model))}",
+        "base": f"quantisation {described(held, count_linears(module.model), product_dtype(device))}",
         "engine": module.engine_told,
         "data": f"{len(rows):,} rows, {tokens:,} tokens, {supervised / max(1, tokens):.0%} supervised; "
         f"{len(data.val_rows):,} rows held out",
@@ -220,7 +223,8 @@ def start_lines(trainer: Any, module: Any) -> dict[str, str]:
         + (", packed" if data.packing else " at most")
         + f", about {tokens * min(1.0, share) / max(1, of_epoch):,.0f} tokens",
         "run": run_line(trainer, data, module),
-        "device": f"{trainer.world_size} x {trainer.strategy.root_device.type}, precision {trainer.precision}",
+        "device": f"{trainer.world_size} x {device.type}, precision {trainer.precision}"
+        + " (this CPU has no instructions for bf16)" * (product_dtype(device) == torch.float32),
         "output": str(next((one.folder for one in trainer.callbacks if isinstance(one, Export)), "")),
         "begins at": f"step {trainer.global_step}" + (" (resumed)" if trainer.global_step else ""),
     }

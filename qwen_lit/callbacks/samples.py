@@ -78,7 +78,7 @@ class Samples(Callback):
         lines = []
         for prompt, wanted in self.asked:
             ids = torch.tensor([prompt], device=embedding.device)
-            with torch.no_grad(), torch.autocast(ids.device.type, dtype=torch.bfloat16):
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
                 out = module.model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
                     max_new_tokens=self.max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwen_lit.export.adapter import EMBED, HEAD, Adapter, Pair, apply_pair, read_adapter
 from qwen_lit.export.folder import BaseModel, read_json
 from qwen_lit.export.merge import check_fits, untie
+from qwen_lit.hardware import product_dtype
 from qwen_lit.progress import through
 from qwen_lit.quantization import Held
 
@@ -95,7 +96,7 @@ def measure(
         base_dir: original model folder.
         examples: token ids ``[t]`` and trained ranges ``[k, 2]`` of each row.
         held: how the base's quantised weights were held in training; empty for a bf16 base.
-        device: where it runs, in bf16.
+        device: where it runs, in its ``product_dtype``.
 
     Returns:
         Figures of the merges ``original`` and, for a quantised base, ``dequantized``.
@@ -109,7 +110,7 @@ def measure(
     check_fits(adapter, base, names)
     config = AutoConfig.from_pretrained(base_dir)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=product_dtype(device)).eval()
     weights = _Weights(adapter, base, names, held, device)
     rotary = type(model.model.rotary_emb)(config).to(device)
     rows = [torch.tensor(ids, dtype=torch.int64, device=device)[None] for ids, _ in examples]
@@ -141,9 +142,10 @@ class _Weights:
         self, adapter: Adapter, base: BaseModel, names: dict[str, str], held: Mapping[str, Held], device: torch.device
     ) -> None:
         self.adapter, self.base, self.names, self.held, self.device = adapter, base, names, held, device
+        self.dtype = product_dtype(device)
 
     def of(self, name: str, variant: str) -> Tensor:
-        """One weight in bf16 on the device; for the adapter's version, without what PEFT adds beside it."""
+        """One weight, rounded to bf16, on the device; for the adapter's version, without what PEFT adds beside it."""
         if name in self.adapter.full:
             weight = self.adapter.full[name]
         else:
@@ -155,7 +157,7 @@ class _Weights:
         pair = self.adapter.pairs.get(name)
         if pair is not None and not (variant == "adapter" and _stands_beside(pair)):
             weight, _ = apply_pair(weight, pair, self.device)
-        return weight.to(self.device, torch.bfloat16)
+        return weight.to(self.device, torch.bfloat16).to(self.dtype)
 
     def head(self, variant: str) -> Callable[[Tensor], Tensor]:
         """The output layer; a tied one is the embedding."""
@@ -191,11 +193,11 @@ def _stands_beside(pair: Pair) -> bool:
 
 
 class _Added:
-    """``scaling · B A x`` beside a linear, in bf16 as trained."""
+    """``scaling · B A x`` beside a linear, in the dtype of products as trained."""
 
     def __init__(self, pair: Pair, device: torch.device) -> None:
         assert pair.a is not None and pair.b is not None
-        self.a, self.b = (one.to(device, torch.bfloat16) for one in (pair.a, pair.b))
+        self.a, self.b = (one.to(device, product_dtype(device)) for one in (pair.a, pair.b))
         self.scaling = pair.scaling
 
     def __call__(self, module: nn.Module | None, inputs: Any, output: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from qwen_lit.errors import UserError, shortened
+from qwen_lit.hardware import product_dtype
 from qwen_lit.names import HUB_NAME
 from qwen_lit.progress import told
 
@@ -198,14 +199,26 @@ def check_pattern(pattern: str, names: list[str], known: list[str]) -> None:
         )
 
 
+def computing_on(device: torch.device, quantization: BitsAndBytesConfig | None) -> BitsAndBytesConfig | None:
+    """The quantisation with 4-bit weights multiplied in float32 where bfloat16 is emulated."""
+    if quantization is None or not quantization.load_in_4bit or product_dtype(device) == torch.bfloat16:
+        return quantization
+    quantization = copy.deepcopy(quantization)
+    quantization.bnb_4bit_compute_dtype = torch.float32
+    return quantization
+
+
 def load_base(name: str, quantization: BitsAndBytesConfig | None, device: torch.device) -> nn.Module:
-    """The frozen base in bf16, its linears quantised while they are read, on ``device``."""
+    """The frozen base on ``device``, its linears quantised while they are read.
+
+    All else is bf16, or float32 where products are: see ``product_dtype``.
+    """
     where = str(device) if device.index is not None or device.type == "cpu" else f"{device.type}:0"
     with told("loading the base"):
         model = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=torch.bfloat16,
-            quantization_config=quantization,
+            dtype=product_dtype(device),
+            quantization_config=computing_on(device, quantization),
             device_map={"": where},
             use_safetensors=True,
         )

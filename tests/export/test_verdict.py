@@ -12,7 +12,7 @@ from qwen_lit.export.verdict import Figures, Verdict, measure
 from qwen_lit.quantization import loaded_weights
 from tests.export.test_merge import make_adapter, make_base
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("bf16")]
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 CPU = torch.device("cpu")
 
