@@ -5,14 +5,17 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from qwen_lit.cli import main
 from qwen_lit.data import encoding
+from qwen_lit.flops import token_flops
 from qwen_lit.kernels.engine import FastEngine
 from tests.runs import adapter, doing, trace
 
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SHAPE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16,
          "num_key_value_heads": 8, "vocab_size": 50_000, "layer_types": ["full_attention"] * 8}  # fmt: skip
 
@@ -54,7 +57,7 @@ def plan(model_folder, dataset, tmp_path, capsys):
     return run
 
 
-def test_a_plan_tells_disk_memory_and_advice_by_the_shapes(plan):
+def test_a_plan_tells_disk_memory_and_advice_by_the_shapes(plan, rows):
     code, told = plan("--checkpoint.keep", "4", "--memory_budget", "8GiB")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plan.folder))
@@ -66,6 +69,22 @@ def test_a_plan_tells_disk_memory_and_advice_by_the_shapes(plan):
     assert told["disk_gb"] == round((5 * 12 * trained + 4 * trained + 2 * count) / 1e9, 2)
     assert told["export_ram_gib"] >= round((2 * largest + 4 * trained) / 2**30, 2) + 0.6
     assert [one["budget_gib"] for one in told["plans"]] == [8.0]
+    tokenizer = AutoTokenizer.from_pretrained(plan.folder)
+
+    def tokens(row, *answer):
+        chat = [{"role": "user", "content": row["instruction"]}, *answer]
+        return len(tokenizer.apply_chat_template(chat, add_generation_prompt=not answer)["input_ids"])
+
+    lengths = [tokens(row, {"role": "assistant", "content": row["output"]}) for row in rows]
+    # A newline follows the <|im_end|> of an answer.
+    share = sum(length - tokens(row) - 1 for row, length in zip(rows, lengths, strict=True)) / sum(lengths)
+    assert told["rows"] == 25 and told["tokens_per_epoch"] == sum(lengths)
+    assert told["supervised_share"] == round(share, 4) and told["heaviest_micro_batch_tokens"] == max(lengths)
+    assert (told["steps"], told["steps_per_epoch"], told["epochs"]) == (12, 4, 3)
+    assert told["tokens_per_step"] == round(sum(lengths) / 4)
+    adapted = get_peft_model(model, LoraConfig(r=64, target_modules=QKVO, task_type="CAUSAL_LM"))
+    mean = sum(length**2 for length in lengths) / sum(lengths)
+    assert told["flops_per_token"] == pytest.approx(token_flops(adapted, mean, share)[0], rel=1e-6)
     # Half of the weights, their gradients and AdamW's two numbers.
     advice = "\n".join(told["advice"])
     assert f"lora_config.r 32 takes {8 * trained / 2**30:.2f} GiB less" in advice and "data.packing: true" in advice

@@ -187,6 +187,57 @@ def test_a_chart_of_points_that_are_not_finite_is_left_out():
     assert chart("Loss", {"training": [[1, float("nan")]], "validation": []}) == ""
 
 
+def test_the_start_says_what_is_trained_on_what_and_for_how_long(run, model_folder):
+    summary = json.loads((run / "summary.json").read_text())
+    begun, data = summary["run"], summary["data"]
+    tokens, supervised = data["tokens in an epoch"], data["supervised tokens"]
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+    # r x (inputs + outputs) of q, k, v and o, in two layers.
+    trained = 4 * 2 * (2 * (64 + 64) + 2 * (64 + 32))
+    total = sum(p.numel() for p in base.parameters()) + trained
+    assert begun == {
+        "model": f"{model_folder} ({total / 1e6:.1f} million parameters)",
+        "trained": f"{trained:,} ({trained / total:.2%}): r=4, alpha=64 on k_proj, o_proj, q_proj, v_proj",
+        "base": "quantisation nf4, double, 14 of 15 linears",
+        "engine": "reference (there is no CUDA device)",
+        "data": f"53 rows, {tokens:,} tokens, {supervised / tokens:.0%} supervised; 6 rows held out",
+        "step": f"3 micro-batches of 1 x 352 tokens, packed, about {tokens / 5:,.0f} tokens",
+        "run": "10 optimizer steps, 2 epochs of 5, learning rate 0.0002 (cosine, 1 of warmup), paged_adamw_8bit",
+        "device": begun["device"],
+        "output": str(run),
+        "begins at": "step 4 (resumed)",
+    }
+    assert begun["device"].startswith("1 x cpu, precision ")
+
+
+def test_the_summary_has_the_figures_of_data_verdict_samples_and_versions(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["versions"]) >= {"torch", "transformers", "peft", "lightning", "bitsandbytes"}
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["losses"] == {name: summary["history"][name][-1][1] for name in ("loss", "val_loss")}
+    assert summary["stopped"][1] == 3 and 0 <= summary["stopped"][0] <= 3
+    lines = (run / "samples.jsonl").read_text("utf-8").splitlines()
+    assert summary["samples"] == [json.loads(line) for line in lines] and lines
+    assert summary["export"] == {} and summary["config"]["model"]["lora_config"]["r"] == 4
+    data, manifest = summary["data"], json.loads((run / "checkpoints" / "step=00000010.json").read_text())
+    assert data["rows read"] == 59 and data["examples held out"] == 6
+    assert data["share supervised"] == f"{data['supervised tokens'] / data['tokens in an epoch']:.1%}"
+    assert data["fingerprint"] and data["fingerprint"] in json.dumps(manifest)
+
+
+def test_rows_that_are_skipped_dropped_and_changed_are_counted_in_the_summary(arguments, dataset, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    long = [{"instruction": "long " * 300, "output": "short"}, {"instruction": "a", "output": "long " * 300}] * 2
+    text = dataset.read_text("utf-8") + "".join(json.dumps(row) + "\n" for row in long[:3]) + "nonsense\n" * 2
+    path.write_text(text, "utf-8")
+    skip = ["--data.dataset_path", str(path), "--data.on_bad_row", "skip", "--data.max_length", "128"]
+    assert main([*arguments, *skip, "--trainer.max_steps", "1", "--export.merge", "false"]) == 0
+    data = json.loads((tmp_path / "out" / "summary.json").read_text())["data"]
+    assert (data["rows read"], data["examples trained"]) == (30, 27) and data["files"] == str(path)
+    assert (data["faulty, skipped"], data["dropped"], data["changed"]) == (2, 1, 2)
+
+
 def test_the_start_is_told_in_lines_of_eighty_columns(command, tmp_path, caplog):
     assert main(command(tmp_path / "out", "--trainer.max_steps", "1")) == 0
     told = [record.message for record in caplog.records if record.name == "qwen_lit.callbacks.report"]
