@@ -240,3 +240,18 @@ def test_the_budget_of_the_configuration_is_the_one_that_is_planned_for(plan):
     assert [one["budget_gib"] for one in told["plans"]] == [6.0]
     _, told = plan()
     assert [one["budget_gib"] for one in told["plans"]] == [8, 16, 24, 40, 80]
+
+
+def test_predictions_come_from_the_checkpoint_that_is_asked_for(arguments, tmp_path):
+    learning = ["--model.learning_rate", "0.05", "--model.lr_scheduler", "constant", "--model.warmup_ratio", "0"]
+    kept = ["--trainer.max_steps", "3", "--checkpoint.every_n_train_steps", "1", "--checkpoint.keep", "3"]
+    assert main([*arguments, *learning, *kept, "--export.merge", "false"]) == 0
+    source, answers = tmp_path / "questions.jsonl", {}
+    source.write_text(json.dumps({"instruction": "What is 1 plus 2?"}) + "\n")
+    for name in ("step=00000001.ckpt", "step=00000003.ckpt", ""):
+        target = tmp_path / f"answers{name}.jsonl"
+        asked = ["--ckpt_path", str(tmp_path / "out" / "checkpoints" / name)] if name else []
+        options = ["--source", str(source), "--target", str(target), "--max_new_tokens", "12", *asked]
+        assert main(["predict", *arguments[1:], *options]) == 0
+        answers[name] = target.read_text("utf-8")
+    assert answers["step=00000001.ckpt"] != answers["step=00000003.ckpt"] == answers[""]

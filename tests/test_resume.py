@@ -123,6 +123,7 @@ def test_verify_resume_says_that_a_killed_run_is_the_same_run(command, tmp_path,
     arguments = command(tmp_path / "out")
     assert main(["verify-resume", *arguments[1:], "--steps", "4"]) == 0
     assert "a resumed run is the same run" in capfd.readouterr().out
+    assert len(trace(tmp_path / "out" / "verify_resume" / "whole")) == 4
 
 
 def test_verify_resume_says_when_it_is_another_run(command, whole, tmp_path):
