@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from qwen_lit.cli import main
 from tests.data.test_chatml import template
@@ -29,6 +31,32 @@ def test_right_data_is_audited_and_shown(inspect, rows):
     assert "25 read, 25 examples" in out and "alpaca 25" in out and "nothing is lost" in out
     assert out.count("── ") == 2 and "⟦It is 0. 好<|im_end|>⟧" in out
     assert max(len(line) for line in out.splitlines() if line.startswith("  ≤")) <= 80
+
+
+def test_every_figure_of_the_audit_is_that_of_its_rows(inspect, rows, model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+
+    def tokens(row, *answer):
+        chat = [{"role": "user", "content": row["instruction"]}, *answer]
+        return len(tokenizer.apply_chat_template(chat, add_generation_prompt=not answer)["input_ids"])
+
+    lengths = [tokens(row, {"role": "assistant", "content": row["output"]}) for row in rows]
+    # A newline follows the <|im_end|> of an answer.
+    supervised = sum(length - tokens(row) - 1 for row, length in zip(rows, lengths, strict=True))
+    code, out = inspect([*rows[:-1], rows[-1] | {"weird": "text"}], "--data.val_size", "5")
+    lines = {line[:16].strip(): line[16:] for line in out.split("\n── ")[0].splitlines()}
+    assert code == 0 and lines["tokens"] == f"{sum(lengths):,}, {supervised / sum(lengths):.1%} supervised"
+    shares = {"p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}
+    told = [f"{name} {int(np.percentile(lengths, share, method='higher'))}" for name, share in shares.items()]
+    assert lines["tokens in a row"] == ", ".join(told)
+    assert lines["train / val"] == "20 / 5" and lines["fully masked"] == lines["no <|im_end|>"] == "0"
+    assert lines["batches"] == "20 in an epoch, 100.0% full, 3 optimizer steps"
+    assert lines["verdict"] == "no row is lost, but look at: not read: weird (1 row)"
+    bars = [line.split() for line in out.splitlines() if line.startswith("  ≤")]
+    assert sum(int(bar[-1]) for bar in bars) == 25
+    _, out = inspect(rows, "--data.batch_size", "25", "--trainer.accumulate_grad_batches", "1")
+    fill = sum(lengths) / (25 * max(lengths))
+    assert f"batches         1 in an epoch, {fill:.1%} full, 1 optimizer steps" in out
 
 
 def test_faults_drops_and_cuts_make_it_fail(inspect, rows):
