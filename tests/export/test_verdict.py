@@ -95,6 +95,10 @@ def test_every_figure_is_that_of_the_whole_models(tmp_path, kind, variant):
         merged = answers(AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16).eval())
         assert verdict.merges[name].loss == pytest.approx(loss(merged), abs=0.003)
         assert verdict.merges[name].kl == pytest.approx(distance(trained, merged), rel=0.3, abs=2e-4)
+        same = float((trained.argmax(-1) == merged.argmax(-1)).float().mean())
+        # A random model has many near ties, which the order of sums in bf16 decides.
+        assert verdict.merges[name].same_top == pytest.approx(same, abs=0.1)
+    assert (verdict.tokens, verdict.rows) == (len(trained), len(examples()))
     # What the adapter adds is far more than that, so that a part of it that is left out would be seen.
     assert distance(trained, untrained) > 2e-3
     assert verdict.merges["dequantized"].kl < verdict.merges["original"].kl
@@ -112,4 +116,7 @@ def test_a_merge_that_answers_worse_is_said_loudly():
     verdict = Verdict(1.0, 100, 10, figures)
     assert "MERGED MODEL ANSWERS WORSE" in verdict.warning("original") and "dequantized" in verdict.warning("original")
     assert verdict.warning("dequantized") is None
+    told = {name: {"loss": one.loss, "kl": one.kl, "same_top": one.same_top} for name, one in figures.items()}
+    whole = {"adapter_loss": 1.0, "tokens": 100, "rows": 10, "merges": told, "best": "dequantized"}
+    assert verdict.as_dict() == whole
     assert all(len(line) <= 80 for line in verdict.lines())
