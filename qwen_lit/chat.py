@@ -1,14 +1,19 @@
 """``python -m qwen_lit chat PATH``: talk to an adapter on its 4-bit base, or to a merged model."""
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
+import psutil
 import torch
+from transformers import StoppingCriteria
 
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.export.serving import end_tokens
@@ -17,9 +22,24 @@ from qwen_lit.model.load import check_weights, computing_on, load_config
 from qwen_lit.quantization import usable
 from qwen_lit.run import training_config
 
-HELP = """/system TEXT  begin anew under a system prompt        /reset  begin anew
-/think        switch thinking on or off (Qwen3)       /save FILE.jsonl  keep the conversation as a row
-/help         this                                    /quit   end"""
+HELP = """/system TEXT  start over under a system prompt   /reset  start over
+/think        switch thinking on or off          /save FILE.jsonl  keep as a row
+/help         this list                          /quit   end
+Ctrl-C        stop the answer; twice, end"""
+OUT_OF_MEMORY = (
+    "out of memory; /reset starts over with a short conversation, and chat with --load_in_4bit takes a quarter of the "
+    "memory for weights"
+)
+
+
+class _Until(StoppingCriteria):
+    """Ends an answer when an event is set."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **options: Any) -> torch.BoolTensor:
+        return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)  # type: ignore[return-value]
 
 
 class Chat:
@@ -38,10 +58,16 @@ class Chat:
         self.max_new_tokens, self.sample = max_new_tokens, sample
         self.messages: list[dict[str, str]] = []
         self.think: bool | None = None
+        self.can_think = "enable_thinking" in str(tokenizer.chat_template)
+        self.failure: Exception | None = None
 
     def ask(self, question: str) -> Iterator[str]:
-        """The answer, piece by piece; both are part of the conversation once it has ended."""
-        from transformers import TextIteratorStreamer
+        """The answer, piece by piece; both are part of the conversation once it has ended, or was stopped.
+
+        Raises:
+            torch.OutOfMemoryError: the conversation does not fit; the question is taken back.
+        """
+        from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         self.messages.append({"role": "user", "content": question})
         options = {} if self.think is None else {"enable_thinking": self.think}
@@ -49,24 +75,37 @@ class Chat:
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **options
         ).to(self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop = Event()
         settings = {
-            **inputs, "streamer": streamer, "max_new_tokens": self.max_new_tokens,
+            **inputs, "streamer": streamer,
+            "stopping_criteria": StoppingCriteriaList([_Until(stop)]), "max_new_tokens": self.max_new_tokens,
             "eos_token_id": end_tokens(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id,
             **({} if self.sample else {"do_sample": False}),
         }  # fmt: skip
         worker = Thread(target=self._generate, args=(settings, streamer), daemon=True)
+        self.failure = None
         worker.start()
-        pieces = []
-        for piece in streamer:
-            pieces.append(piece)
-            yield piece
-        worker.join()
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        pieces: list[str] = []
+        try:
+            for piece in streamer:
+                pieces.append(piece)
+                yield piece
+        finally:
+            stop.set()
+            worker.join()
+            if self.failure is None:
+                self.messages.append({"role": "assistant", "content": "".join(pieces)})
+            else:
+                self.messages.pop()
+        if self.failure is not None:
+            raise self.failure
 
     def _generate(self, settings: dict[str, Any], streamer: Any) -> None:
         try:
             with torch.no_grad():
                 self.model.generate(**settings)
+        except Exception as error:
+            self.failure = error
         finally:
             streamer.end()
 
@@ -82,6 +121,8 @@ class Chat:
         if name == "/system":
             self.messages = [{"role": "system", "content": rest}] if rest else []
             return "a new conversation under this system prompt" if rest else "a new conversation without one"
+        if name == "/think" and not self.can_think:
+            return "this model's chat template knows no thinking"
         if name == "/think":
             self.think = not self.think
             return f"thinking is {'on' if self.think else 'off'}"
@@ -109,16 +150,13 @@ def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    folder = Path(path).expanduser()
-    for name in ("final_model", "lora_adapter"):
-        if not (folder / "config.json").is_file() and (folder / name).is_dir():
-            folder = folder / name
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    folder = chosen(Path(path).expanduser(), device)
     adapter = folder / "adapter_config.json"
     if not adapter.is_file() and not (folder / "config.json").is_file():
         raise UserError(f"chat: {path} holds neither an adapter nor a model; give lora_adapter/ or final_model/.")
     base = str(Path(base_of(adapter)).expanduser() if adapter.is_file() else folder)
     check_weights(base)
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=True,
@@ -142,6 +180,17 @@ def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
 
         model = PeftModel.from_pretrained(model, str(folder))
     return model.eval(), tokenizer
+
+
+def chosen(folder: Path, device: torch.device) -> Path:
+    """Of an output folder the merged model, or, where that does not fit the device, the adapter."""
+    merged, adapter = folder / "final_model", folder / "lora_adapter"
+    if (folder / "config.json").is_file() or not (merged.is_dir() or adapter.is_dir()):
+        return folder
+    size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
+    size *= 2 if product_dtype(device) == torch.float32 else 1
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return merged if merged.is_dir() and (1.1 * size < free or not adapter.is_dir()) else adapter
 
 
 def base_of(adapter: Path) -> str:
@@ -183,24 +232,82 @@ def main(args: list[str]) -> int:
     if given.system:
         chat.command("/system " + given.system)
     if given.prompt is not None:
-        _say(chat, given.prompt)
+        try:
+            _say(chat, given.prompt)
+        except torch.OutOfMemoryError:
+            print(f"error: {OUT_OF_MEMORY}.", file=sys.stderr)
+            return 1
         return 0
-    print(HELP)
+    print(f"{introduced(chat)}\n{HELP}")
+    # Ctrl-C is for the answer here, and not for the command.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with line_editing():
+        return converse(chat)
+
+
+def converse(chat: Chat) -> int:
+    """Questions and answers until the end; returns the exit code."""
+    stopped = False
     while True:
         try:
-            line = input("\n> ").strip()
+            print()
+            line = input("> ").strip()
+            stopped = False
+            if line.startswith("/"):
+                said = chat.command(line)
+                if said is None:
+                    return 0
+                print(said)
+            elif line:
+                _say(chat, line)
         except EOFError:
             return 0
-        if line.startswith("/"):
-            said = chat.command(line)
-            if said is None:
-                return 0
-            print(said)
-        elif line:
-            _say(chat, line)
+        except KeyboardInterrupt:
+            if stopped:
+                print()
+                return 130
+            print("\n(stopped; Ctrl-C again ends)")
+            stopped = True
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            print(OUT_OF_MEMORY)
+
+
+def introduced(chat: Chat) -> str:
+    """The model, how it is held, and whether it thinks."""
+    config = chat.model.config
+    name = getattr(config, "_name_or_path", "") or "a model"
+    bits = "4 bits" if getattr(chat.model, "is_loaded_in_4bit", False) else str(chat.model.dtype).split(".")[-1]
+    adapter = " with its adapter" if hasattr(chat.model, "peft_config") else ""
+    thinking = {None: "as its template says", True: "on", False: "off"}[chat.think] if chat.can_think else "none"
+    return f"{name}{adapter}, {bits}, on {chat.model.device}, thinking: {thinking}"
+
+
+@contextlib.contextmanager
+def line_editing() -> Iterator[None]:
+    """Editing and a history of questions in a terminal, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    history = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "qwen_lit" / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(history)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.set_history_length(1000)
+            readline.write_history_file(history)
 
 
 def _say(chat: Chat, question: str) -> None:
-    for piece in chat.ask(question):
-        print(piece, end="", flush=True)
-    print()
+    answer = chat.ask(question)
+    try:
+        for piece in answer:
+            print(piece, end="", flush=True)
+        print()
+    finally:
+        answer.close()  # type: ignore[attr-defined]

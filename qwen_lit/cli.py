@@ -296,8 +296,11 @@ def main(args: list[str] | None = None) -> int:
     shown = any("help" in one or "print_config" in one or one == "-h" for one in given)
     set_parsing_settings(docstring_parse_attribute_docstrings=shown)
     if given[:1] == ["chat"]:
-        with watched():
-            return chat(given[1:])
+        try:
+            with watched():
+                return chat(given[1:])
+        except Stopped as stop:
+            return stop.exit_code
     args = [ALIASES.get(one, one) for one in given]
     cli.wanted = args[0] if args and args[0] in QwenCLI.subcommands() else None
     with watched():

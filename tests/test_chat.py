@@ -1,14 +1,18 @@
 """Talking to what a run has left, and answering files with it."""
 
 import json
+import os
+import signal
 from pathlib import Path
+from threading import Timer
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qwen_lit.chat import Chat, load
+from qwen_lit.chat import Chat, chosen, converse, load
 from qwen_lit.cli import main
 from qwen_lit.hardware import product_dtype
 from qwen_lit.predict import done_lines
@@ -67,8 +71,64 @@ def test_a_conversation_has_turns_a_system_prompt_and_is_saved_as_a_row(run, tmp
     assert json.loads(path.read_text())["messages"] == chat.messages
     chat.command("/reset")
     assert [one["role"] for one in chat.messages] == ["system"]
+    assert chat.command("/think") == "this model's chat template knows no thinking"
+    chat.can_think = True
     assert chat.command("/think") == "thinking is on" and chat.command("/think") == "thinking is off"
     assert chat.command("/quit") is None and "/save" in chat.command("/unknown")
+
+
+class Terminal:
+    """Answers ``input`` by a script; a number sends Ctrl-C so many seconds later, an error is raised."""
+
+    def __init__(self, *script) -> None:
+        self.script = list(script)
+
+    def __call__(self, prompt: str = "") -> str:
+        line = self.script.pop(0)
+        if isinstance(line, tuple):
+            line, seconds = line
+            Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+        if isinstance(line, type):
+            raise line
+        return line
+
+
+def test_ctrl_c_stops_the_answer_and_gives_the_prompt_back_and_twice_ends(run, tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "kept.jsonl"
+    script = Terminal(("Hi", 2.0), f"/save {kept}", KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt)
+    monkeypatch.setattr("builtins.input", script)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    adapter = str(run[0] / "lora_adapter")
+    assert main(["chat", adapter, "--greedy", "--max_new_tokens", "20000"]) == 130
+    said = capsys.readouterr().out
+    assert said.count("(stopped; Ctrl-C again ends)") == 3 and not script.script
+    assert "with its adapter, 4 bits, on cpu, thinking: none" in said.splitlines()[0]
+    (row,) = kept.read_text("utf-8").splitlines()
+    assert [one["role"] for one in json.loads(row)["messages"]] == ["user", "assistant"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_conversation_that_does_not_fit_is_said_in_a_sentence_and_goes_on(run, monkeypatch, capsys):
+    chat = Chat(*load(str(run[0]), False), max_new_tokens=3, sample=False)
+
+    def full(**settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plain, chat.model.generate = chat.model.generate, full
+    monkeypatch.setattr("builtins.input", Terminal("Hi", "/quit"))
+    assert converse(chat) == 0 and not chat.messages
+    assert "/reset starts over with a short conversation" in capsys.readouterr().out
+    chat.model.generate = plain
+    assert "".join(chat.ask("Hi")) and len(chat.messages) == 2
+
+
+def test_the_adapter_is_taken_where_the_merged_model_does_not_fit(run, monkeypatch):
+    cpu, memory = torch.device("cpu"), SimpleNamespace(available=10**12)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    assert chosen(run[0], cpu).name == "final_model"
+    memory.available = 1000
+    assert chosen(run[0], cpu).name == "lora_adapter"
+    assert chosen(run[0] / "final_model", cpu).name == "final_model"
 
 
 def test_what_is_neither_adapter_nor_model_is_refused(tmp_path, capsys):

@@ -4,8 +4,10 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from qwen_lit.chat import HELP, Chat
@@ -30,8 +32,10 @@ def talk(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     def silence(prompt: str) -> str:
         raise EOFError
 
-    monkeypatch.setattr("qwen_lit.chat.load", lambda path, quantize: (None, None))
-    monkeypatch.setattr(Chat, "ask", lambda self, question: iter([question]))
+    model = SimpleNamespace(config=SimpleNamespace(_name_or_path="a model"), dtype=torch.bfloat16, device="cpu")
+    loaded = model, SimpleNamespace(chat_template="{{ enable_thinking }}")
+    monkeypatch.setattr("qwen_lit.chat.load", lambda path, quantize: loaded)
+    monkeypatch.setattr(Chat, "ask", lambda self, question: (one for one in [question]))
     monkeypatch.setattr("builtins.input", silence)
     return main(["chat", *words])
 
