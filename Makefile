@@ -1,17 +1,25 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Each can be the first one run.
+# `make demo` and `make test` on a fresh machine; each can be the first one run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --progress-bar on
+OLD := Python 3.11 or newer is needed, and $(PYTHON) is not one; give it as: make $(MAKECMDGOALS) PYTHON=python3.12
 
 .PHONY: demo test lint clean
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(OLD)" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "error: on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,zstd]'
+	$(PIP) torch==2.13.0
+	$(PIP) --constraint constraints.txt --editable '.[zstd]'
 	touch $@
 
-demo: $(VENV)/.ready
+$(VENV)/.ready: $(VENV)/.installed
+	$(PIP) --quiet --constraint constraints.txt --editable '.[test,zstd]'
+	touch $@
+
+demo: $(VENV)/.installed
 	$(BIN)/python -m qwen_lit.demo
 
 test: $(VENV)/.ready

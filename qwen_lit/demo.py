@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 from qwen_lit.data.batches import collate
 from qwen_lit.data.chatml import Encoder, Example
 from qwen_lit.data.records import parse_row
+from qwen_lit.progress import through
+from qwen_lit.shipped import configs
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SPLIT = (
@@ -134,7 +136,7 @@ def _pretrain(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     model.train()
-    for _ in range(steps):
+    for _ in through(range(steps), "building a tiny Qwen2", "steps"):
         batch = draw.choice(batches)
         hidden = model.model(input_ids=batch["input_ids"]).last_hidden_state.flatten(0, 1)
         loss = cross_entropy(model.lm_head(hidden[batch["target_index"]]), batch["targets"])
@@ -175,7 +177,7 @@ def main() -> int:
     taught = [shipped_rows()[number] for number in PROMPTS]
     prompts = [_chat(row)[:-1] for row in taught]
     before = _answer_from(INPUT / "model", prompts)
-    command = [sys.executable, "-m", "qwen_lit", "fit", "--config", "configs/demo.yaml"]
+    command = [sys.executable, "-m", "qwen_lit", "fit", "--config", str(configs() / "demo.yaml")]
     # The run of an earlier demo.
     shutil.rmtree(OUTPUT, ignore_errors=True)
     code = subprocess.run(command, check=False).returncode

@@ -45,6 +45,8 @@ def test_every_command_of_the_readme_is_one_that_works(command, capsys, monkeypa
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", Path("Makefile").read_text(), re.MULTILINE)
+    elif words[0] in (".", "uv", "python3"):
+        assert command.endswith(("activate", "install -e ."))
     elif words[0] == "tensorboard":
         from tensorboard.program import TensorBoard
 
