@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import StoppingCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.export.serving import end_tokens
@@ -59,7 +59,6 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self.think: bool | None = None
         self.can_think = "enable_thinking" in str(tokenizer.chat_template)
-        self.failure: Exception | None = None
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer, piece by piece; both are part of the conversation once it has ended, or was stopped.
@@ -67,23 +66,20 @@ class Chat:
         Raises:
             torch.OutOfMemoryError: the conversation does not fit; the question is taken back.
         """
-        from transformers import StoppingCriteriaList, TextIteratorStreamer
-
         self.messages.append({"role": "user", "content": question})
         options = {} if self.think is None else {"enable_thinking": self.think}
         inputs = self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **options
         ).to(self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop = Event()
+        stop, failures = Event(), list[Exception]()
         settings = {
-            **inputs, "streamer": streamer,
-            "stopping_criteria": StoppingCriteriaList([_Until(stop)]), "max_new_tokens": self.max_new_tokens,
+            **inputs, "streamer": streamer, "max_new_tokens": self.max_new_tokens,
+            "stopping_criteria": StoppingCriteriaList([_Until(stop)]),
             "eos_token_id": end_tokens(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id,
             **({} if self.sample else {"do_sample": False}),
         }  # fmt: skip
-        worker = Thread(target=self._generate, args=(settings, streamer), daemon=True)
-        self.failure = None
+        worker = Thread(target=self._generate, args=(settings, streamer, failures), daemon=True)
         worker.start()
         pieces: list[str] = []
         try:
@@ -93,19 +89,19 @@ class Chat:
         finally:
             stop.set()
             worker.join()
-            if self.failure is None:
-                self.messages.append({"role": "assistant", "content": "".join(pieces)})
-            else:
+            if failures:
                 self.messages.pop()
-        if self.failure is not None:
-            raise self.failure
+            else:
+                self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        if failures:
+            raise failures[0]
 
-    def _generate(self, settings: dict[str, Any], streamer: Any) -> None:
+    def _generate(self, settings: dict[str, Any], streamer: Any, failures: list[Exception]) -> None:
         try:
             with torch.no_grad():
                 self.model.generate(**settings)
         except Exception as error:
-            self.failure = error
+            failures.append(error)
         finally:
             streamer.end()
 

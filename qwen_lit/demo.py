@@ -1,7 +1,6 @@
 """``python -m qwen_lit.demo``: the main job on a tiny Qwen2 that is built on the spot, from rows that ship with it."""
 
 import json
-import logging
 import os
 import random
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from qwen_lit.cli import set_up_logging
 from qwen_lit.data.batches import collate
 from qwen_lit.data.chatml import Encoder, Example
 from qwen_lit.data.records import parse_row
@@ -173,7 +173,7 @@ def _answer_from(folder: Path, prompts: list[list[dict[str, str]]]) -> list[tupl
 def main() -> int:
     """Build, ask, train, ask again; 1 when an answer is not as taught."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    set_up_logging()
     print("building a tiny Qwen2 ...", flush=True)
     build_demo(INPUT)
     taught = [shipped_rows()[number] for number in PROMPTS]

@@ -147,3 +147,26 @@ def command(model_folder, tmp_path_factory):
         ]  # fmt: skip
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole(command, tmp_path_factory) -> Path:
+    """The run of ``command``, never stopped; tests leave it as it is."""
+    from qwen_lit.cli import main
+
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main(command(out)) == 0
+    return out
+
+
+@pytest.fixture
+def stopped(command, tmp_path) -> Path:
+    """A run with checkpoints at steps 3 and 4."""
+    from qwen_lit.callbacks.store import step_files
+    from qwen_lit.cli import main
+    from tests.runs import stopping
+
+    out = tmp_path / "out"
+    assert main(command(out, *stopping(4))) == 143
+    assert [path.name for path in step_files(out / "checkpoints")] == ["step=00000004.ckpt", "step=00000003.ckpt"]
+    return out

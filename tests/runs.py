@@ -1,5 +1,6 @@
 """Runs of the tiny model, their traces, and callbacks that disturb them."""
 
+import errno
 import json
 import os
 import signal
@@ -33,6 +34,54 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 def same(first: Path, second: Path) -> bool:
     left, right = adapter(first), adapter(second)
     return trace(first) == trace(second) and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def no_space(*arguments, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def forked(arguments: list[str]) -> int:
+    """Start a command in a child that shares this process's imports; returns its pid."""
+    from qwen_lit.cli import main
+
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        torch.set_num_threads(1)
+        os._exit(main(arguments))
+    return pid
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} did not appear")
+
+
+def lengths(rows: list[dict], folder: Path) -> tuple[list[int], list[int]]:
+    """Tokens of each instruction row by the tokenizer's own chat template, and how many of them are trained."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def tokens(chat: list[dict], **options) -> int:
+        return len(tokenizer.apply_chat_template(chat, **options)["input_ids"])
+
+    asked = [[{"role": "user", "content": row["instruction"]}] for row in rows]
+    whole = [[*ask, {"role": "assistant", "content": row["output"]}] for ask, row in zip(asked, rows, strict=True)]
+    found = [tokens(one) for one in whole]
+    # What is trained ends with <|im_end|>; a newline follows it.
+    prompts = [tokens(one, add_generation_prompt=True) for one in asked]
+    return found, [length - prompt - 1 for length, prompt in zip(found, prompts, strict=True)]
 
 
 def stopping(step: int, name: str = "SIGTERM") -> list[str]:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 from qwen_lit import hardware
 from qwen_lit.cli import main
+from qwen_lit.model.load import load_base
 from tests.runs import recording
 
 
@@ -33,6 +35,15 @@ def test_a_cpu_has_bf16_where_it_has_the_instructions_and_torch_may_use_them(
     if allowed is not None:
         monkeypatch.setenv("DNNL_MAX_CPU_ISA", allowed)
     assert hardware.cpu_has_bf16.__wrapped__() is has
+
+
+def test_a_base_that_is_put_in_host_memory_for_a_gpu_is_in_the_dtype_of_the_gpu(model_folder, monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: False)
+    cpu, bits = torch.device("cpu"), BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    for device, dtype in ((torch.device("cuda:0"), torch.bfloat16), (cpu, torch.float32)):
+        base = load_base(str(model_folder), bits, device, cpu)
+        assert {p.device for p in base.parameters()} == {cpu} and base.lm_head.weight.dtype == dtype
+        assert base.model.layers[0].self_attn.q_proj.compute_dtype == dtype
 
 
 @pytest.mark.parametrize("has", [True, False])

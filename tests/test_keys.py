@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from qwen_lit import dry_run
@@ -15,7 +15,7 @@ from qwen_lit.data import encoding
 from qwen_lit.flops import token_flops
 from qwen_lit.kernels.engine import FastEngine
 from qwen_lit.kernels.plan import Plan
-from tests.runs import adapter, doing, trace
+from tests.runs import adapter, doing, lengths, trace
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SHAPE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16,
@@ -73,21 +73,14 @@ def test_a_plan_tells_disk_memory_and_advice_by_the_shapes(plan, rows):
     ram = 2 * largest + 8 * min(largest, 2**25) + 4 * trained
     assert told["export_ram_gib"] == round(ram / 2**30 + 0.6, 2)
     assert [one["budget_gib"] for one in told["plans"]] == [8.0]
-    tokenizer = AutoTokenizer.from_pretrained(plan.folder)
-
-    def tokens(row, *answer):
-        chat = [{"role": "user", "content": row["instruction"]}, *answer]
-        return len(tokenizer.apply_chat_template(chat, add_generation_prompt=not answer)["input_ids"])
-
-    lengths = [tokens(row, {"role": "assistant", "content": row["output"]}) for row in rows]
-    # A newline follows the <|im_end|> of an answer.
-    share = sum(length - tokens(row) - 1 for row, length in zip(rows, lengths, strict=True)) / sum(lengths)
-    assert told["rows"] == 25 and told["tokens_per_epoch"] == sum(lengths)
-    assert told["supervised_share"] == round(share, 4) and told["heaviest_micro_batch_tokens"] == max(lengths)
+    tokens, supervised = lengths(rows, plan.folder)
+    share = sum(supervised) / sum(tokens)
+    assert told["rows"] == 25 and told["tokens_per_epoch"] == sum(tokens)
+    assert told["supervised_share"] == round(share, 4) and told["heaviest_micro_batch_tokens"] == max(tokens)
     assert (told["steps"], told["steps_per_epoch"], told["epochs"]) == (12, 4, 3)
-    assert told["tokens_per_step"] == round(sum(lengths) / 4)
+    assert told["tokens_per_step"] == round(sum(tokens) / 4)
     adapted = get_peft_model(model, LoraConfig(r=64, target_modules=QKVO, task_type="CAUSAL_LM"))
-    mean = sum(length**2 for length in lengths) / sum(lengths)
+    mean = sum(count**2 for count in tokens) / sum(tokens)
     assert told["flops_per_token"] == pytest.approx(token_flops(adapted, mean, share)[0], rel=1e-6)
     # Half of the weights, their gradients and AdamW's two numbers.
     advice = "\n".join(told["advice"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_lit.callbacks.metrics import Counts, Throughput
 from qwen_lit.cli import main
@@ -19,7 +19,7 @@ from qwen_lit.flops import peak_flops, token_flops
 from qwen_lit.hardware import cpu_has_bf16
 from qwen_lit.model.optim import schedule
 from qwen_lit.report import chart, number, scale
-from tests.runs import stopping, trace
+from tests.runs import lengths, stopping, trace
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +52,9 @@ def test_a_run_s_figures_are_those_of_its_rows_however_fast_it_was(arguments, tm
     assert main([*arguments, "--samples.rows", "0", "--export.merge", "false"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     panel, data = summary["throughput"], summary["data"]
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-
-    def tokens(messages: list[dict], **options) -> int:
-        return len(tokenizer.apply_chat_template(messages, **options)["input_ids"])
-
-    asked = [[{"role": "user", "content": row["instruction"]}] for row in rows]
-    whole = [[*ask, {"role": "assistant", "content": row["output"]}] for ask, row in zip(asked, rows, strict=True)]
-    lengths = np.array([tokens(one) for one in whole])
-    # What is trained ends with <|im_end|>; a newline follows it.
-    answers = lengths - [tokens(one, add_generation_prompt=True) for one in asked] - 1
-    assert data["tokens in an epoch"] == lengths.sum() and data["supervised tokens"] == answers.sum()
-    share = answers.sum() / lengths.sum()
+    tokens, answers = (np.array(one) for one in lengths(rows, model_folder))
+    assert data["tokens in an epoch"] == tokens.sum() and data["supervised tokens"] == answers.sum()
+    share = answers.sum() / tokens.sum()
     # Rates are timed, their quotients are not.
     rate = panel["tokens_per_second"]
     assert panel["supervised_tokens_per_second"] / rate == pytest.approx(share, rel=1e-5)
@@ -71,7 +62,7 @@ def test_a_run_s_figures_are_those_of_its_rows_however_fast_it_was(arguments, tm
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
-    once, again = token_flops(model, float((lengths**2).sum() / lengths.sum()), float(share))
+    once, again = token_flops(model, float((tokens**2).sum() / tokens.sum()), float(share))
     assert panel["model_tflops"] * 1e12 / rate == pytest.approx(once, rel=1e-5)
     assert panel["recompute_tflops"] * 1e12 / rate == pytest.approx(again, rel=1e-5), "every layer is recomputed"
     shares = [panel[f"share_{name}"] for name in ("waiting_for_data", "saving", "validating")]

@@ -1,6 +1,8 @@
 """The output folder belongs to one run: another is refused or set aside, and nothing that was just written goes."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qwen_lit.callbacks.store import step_of
 from qwen_lit.cli import main
-from tests.runs import adapter, same, stopping
+from tests.runs import adapter, ended, forked, same, stopping, wait_for
 
 
 def steps(out: Path) -> list[str]:
@@ -133,3 +135,15 @@ def test_a_foreign_final_model_is_refused_before_anything_is_trained(command, tm
     assert not (out / "logs").exists() and not (out / "checkpoints").exists()
     assert main(command(out, "--export.merge", "false", "--trainer.max_steps", "1")) == 0
     assert (out / "final_model" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_second_process_on_one_output_folder_is_refused(command, tmp_path, capsys):
+    out = tmp_path / "out"
+    pid = forked(command(out, "--trainer.max_epochs", "1000"))
+    wait_for(out / "trace.jsonl")
+    assert main(command(out)) == 2
+    assert f"process {pid} already trains into" in capsys.readouterr().err
+    os.kill(pid, signal.SIGKILL)
+    assert ended(pid) == -signal.SIGKILL
+    short = ["--trainer.max_epochs", "1000", "--trainer.max_time", "00:00:00:01"]
+    assert main(command(out, "--ckpt_path", "last", *short)) == 0

@@ -208,12 +208,19 @@ def computing_on(device: torch.device, quantization: BitsAndBytesConfig | None) 
     return quantization
 
 
-def load_base(name: str, quantization: BitsAndBytesConfig | None, device: torch.device) -> nn.Module:
-    """The frozen base on ``device``, its linears quantised while they are read.
+def load_base(
+    name: str, quantization: BitsAndBytesConfig | None, device: torch.device, place: torch.device | None = None
+) -> nn.Module:
+    """The frozen base, its linears quantised while they are read; all else is in ``product_dtype(device)``.
 
-    All else is bf16, or float32 where products are: see ``product_dtype``.
+    Args:
+        name: a folder or a hub name.
+        quantization: of the linears; None for none.
+        device: where it computes.
+        place: where it is put; None puts it where it computes.
     """
-    where = str(device) if device.index is not None or device.type == "cpu" else f"{device.type}:0"
+    place = place or device
+    where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
     with told("loading the base"):
         model = AutoModelForCausalLM.from_pretrained(
             name,

@@ -20,11 +20,13 @@ from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import agree, watch_children
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.export.adapter import saved_name
-from qwen_lit.kernels.engine import FastEngine, why_not
-from qwen_lit.kernels.plan import GIB, Plan, parse_bytes
+from qwen_lit.kernels.engine import FastEngine
+from qwen_lit.kernels.plan import Plan, parse_bytes
 from qwen_lit.model.duration import check_limits, total_steps, warmup_steps
+from qwen_lit.model.engine import choose_engine
 from qwen_lit.model.load import add_adapter, check_targets, is_folder, load_base, load_config, shard_layers
 from qwen_lit.model.loss import summed_loss
+from qwen_lit.model.neftune import add_noise
 from qwen_lit.model.optim import (
     OptimizerName,
     ScheduleName,
@@ -34,9 +36,8 @@ from qwen_lit.model.optim import (
     repage,
     schedule,
 )
-from qwen_lit.model.planning import LIMITS, merge_limit, planned_engine
-from qwen_lit.model.resume import check_end, compare_module, merge_of, recount, settings, shared
-from qwen_lit.model.trained import find_adapter, weights
+from qwen_lit.model.resume import go_on, settings, shared
+from qwen_lit.model.trained import find_adapter, tell_measured, weights
 from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 
 log = logging.getLogger(__name__)
@@ -150,30 +151,15 @@ class QwenModule(L.LightningModule):
         Raises:
             UserError: they are not, or the limits leave nothing to train.
         """
+        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "fit":
-            data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
             check_limits(self.trainer, data)
             told = settings(self)
             alike = {**shared(self.run_config), "the files of model.model_name_or_path": told["base"]}
             agree(self.trainer, {**data.state_dict(), **told["frozen"], **alike})
             watch_children(self.trainer)
         if stage == "validate":
-            self._check_validation()
-
-    def _check_validation(self) -> None:
-        """Say what is measured, before the model is loaded.
-
-        Raises:
-            UserError: there are no rows to measure it on.
-        """
-        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
-        if data.val_rows is None or not len(data.val_rows):
-            raise UserError(
-                "validate: no row is held out; set data.val_size (a share or a count), or data.val_dataset_path."
-            )
-        path = cast(Any, self.trainer).validated_from or self.init_adapter
-        what = path or f"the base {self.name} without an adapter (give --ckpt_path last, best, a file or an adapter)"
-        log.info("validate measures %s", what)
+            tell_measured(self, self.trainer, data)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""
@@ -181,7 +167,8 @@ class QwenModule(L.LightningModule):
             return
         device = self.trainer.strategy.root_device
         sharded = self.shard_base and self.trainer.world_size > 1
-        base = load_base(self.name, self.quantization_config, torch.device("cpu") if sharded else device)
+        # Shards are moved to the device one layer at a time.
+        base = load_base(self.name, self.quantization_config, device, torch.device("cpu") if sharded else device)
         self.quantized = loaded_weights(base)
         self.model = add_adapter(base, self.lora_config, self.gradient_checkpointing)
         if self.init_adapter is not None:
@@ -193,8 +180,10 @@ class QwenModule(L.LightningModule):
             self.initial_adapter = tempfile.TemporaryDirectory(prefix="qwen_lit_")
             self.model.save_pretrained(self.initial_adapter.name, save_embedding_layers=False)
         if self.neftune_noise_alpha > 0:
-            base.get_input_embeddings().register_forward_hook(self._add_noise)  # type: ignore[operator]
-        self._choose_engine()
+            add_noise(base.get_input_embeddings(), self.neftune_noise_alpha)  # type: ignore[operator]
+        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        choice = choose_engine(self, self.trainer, data)
+        self.fast, self.plan, self.engine_told = choice.fast, choice.plan, choice.told
         if sharded or self.host_embedding:
             # DDP reduces the adapter alone: shards differ from rank to rank, and an embedding on the CPU is no part.
             frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
@@ -210,45 +199,6 @@ class QwenModule(L.LightningModule):
         if self.quantized is not None:
             return self.quantized
         return planned_weights(self.config, self.quantization_config, device)
-
-    def _choose_engine(self) -> None:
-        """The fast engine with its memory plan where it can run, PEFT's own path elsewhere.
-
-        Raises:
-            UserError: ``engine`` is fast, and the model or the device does not allow it.
-        """
-        device = self.trainer.strategy.root_device
-        reason = "the base is sharded" if self.shard_base else why_not(self.model, device)
-        if self.engine_name == "auto" and device.type != "cuda":
-            reason = reason or "there is no CUDA device"
-        if self.engine_name == "fast" and reason:
-            raise UserError(f"model.engine is fast, but {reason}; set it to auto.")
-        if self.engine_name == "reference" or reason:
-            self.engine_told = "reference" + (f" ({reason})" if reason and self.engine_name == "auto" else "")
-            return
-        quantization = self.quantization_config
-        if quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype != torch.bfloat16:
-            given = str(quantization.bnb_4bit_compute_dtype).removeprefix("torch.")
-            log.info("the fast engine computes in bfloat16; bnb_4bit_compute_dtype %s is for the reference", given)
-        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
-        # Documents lie end to end: nothing is computed for padding.
-        data.unpadded = True
-        if device.type != "cuda":
-            layers = cast(Any, self.model).base_model.model.config.num_hidden_layers
-            self.fast = FastEngine(self.model, layers if self.gradient_checkpointing else 0)
-            self.engine_told = "fast, by the plain twins of its kernels"
-            return
-        trainer = cast(Any, self.trainer)
-        self.fast, plan, peak = planned_engine(
-            trainer, self.model, data, self.memory_budget, self.state_bytes, merge_of(trainer.resumed_from)
-        )
-        data.merge, limit = plan.merge, merge_limit(trainer)
-        trainer.accumulate_grad_batches //= plan.merge
-        for name in LIMITS:
-            if isinstance(getattr(trainer, name), int):
-                setattr(trainer, name, getattr(trainer, name) // plan.merge)
-        measured = "" if peak is None else f", measured {peak / GIB:.2f}"
-        self.engine_told, self.plan = f"fast, {plan}{measured}{'; ' * bool(limit)}{limit}", plan
 
     @property
     def host_embedding(self) -> bool:
@@ -303,29 +253,11 @@ class QwenModule(L.LightningModule):
         """Compare the configuration of the checkpoint with this one.
 
         Raises:
-            UserError: the adapter or the optimizer is another.
+            UserError: the adapter or the optimizer is another, or the checkpoint is of weights alone.
         """
-        if self.trainer.state.fn != "fit":
-            return
-        if "optimizer_states" not in checkpoint:
-            raise UserError(
-                "ckpt_path: this checkpoint was saved with save_weights_only, and no run can go on from it; export "
-                "and predict can use it."
-            )
-        then, now = checkpoint["settings"], settings(self)
-        compare_module(then, now)
-        check_end(checkpoint, self.trainer)
-        self.skipped_steps, self.resumed_total = then["skipped_steps"], then.get("total_steps", 0)
-        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        recount(progress, then["merge"], now["merge"], data.micro_batches(self.trainer.world_size))
-
-    def _add_noise(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """NEFTune (arXiv 2310.05914): uniform noise of magnitude alpha / sqrt(tokens * width)."""
-        if not self.training:
-            return output
-        magnitude = self.neftune_noise_alpha / (output.shape[1] * output.shape[2]) ** 0.5
-        return output + torch.empty_like(output).uniform_(-magnitude, magnitude)
+        if self.trainer.state.fn == "fit":
+            data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+            self.skipped_steps, self.resumed_total = go_on(self, self.trainer, data, checkpoint)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats."""

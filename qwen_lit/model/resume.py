@@ -229,3 +229,32 @@ def recount(progress: dict[str, Any], then: int, now: int, micro_batches: int) -
         old = counts["ready"]
         for name, count in counts.items():
             counts[name] = new + count - old
+
+
+def go_on(module: Any, trainer: Any, data: Any, checkpoint: dict[str, Any]) -> tuple[int, int | None]:
+    """Compare the run of a checkpoint with this one, and count its progress as this one counts.
+
+    Args:
+        module: ``QwenModule`` with the settings of now.
+        trainer: Lightning's, in ``fit``.
+        data: its rows are prepared.
+        checkpoint: as Lightning has read it; its loops are changed.
+
+    Returns:
+        Steps that were skipped so far, and optimizer steps of the run as the checkpoint knows them; None where it had
+        no known end, 0 where it does not say.
+
+    Raises:
+        UserError: the adapter or the optimizer is another, or the checkpoint is of weights alone.
+    """
+    if "optimizer_states" not in checkpoint:
+        raise UserError(
+            "ckpt_path: this checkpoint was saved with save_weights_only, and no run can go on from it; export "
+            "and predict can use it."
+        )
+    then, now = checkpoint["settings"], settings(module)
+    compare_module(then, now)
+    check_end(checkpoint, trainer)
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    recount(progress, then["merge"], now["merge"], data.micro_batches(trainer.world_size))
+    return then["skipped_steps"], then.get("total_steps", 0)

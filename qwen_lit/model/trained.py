@@ -234,3 +234,17 @@ def check_shapes(config: Any, lora: Any, source: Path) -> None:
 
 def _shape(shape: Any) -> str:
     return "not" if shape is None else "x".join(map(str, shape))
+
+
+def tell_measured(module: Any, trainer: Any, data: Any) -> None:
+    """Say what ``validate`` measures, before the model is loaded.
+
+    Raises:
+        UserError: there are no rows to measure it on.
+    """
+    if data.val_rows is None or not len(data.val_rows):
+        raise UserError(
+            "validate: no row is held out; set data.val_size (a share or a count), or data.val_dataset_path."
+        )
+    base = f"the base {module.name} without an adapter (give --ckpt_path last, best, a file or an adapter)"
+    log.info("validate measures %s", trainer.validated_from or module.init_adapter or base)

@@ -5,10 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from qwen_lit.cli import main
 from tests.data.test_chatml import template
+from tests.runs import lengths
 
 
 @pytest.fixture
@@ -34,20 +34,12 @@ def test_right_data_is_audited_and_shown(inspect, rows):
 
 
 def test_every_figure_of_the_audit_is_that_of_its_rows(inspect, rows, model_folder):
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-
-    def tokens(row, *answer):
-        chat = [{"role": "user", "content": row["instruction"]}, *answer]
-        return len(tokenizer.apply_chat_template(chat, add_generation_prompt=not answer)["input_ids"])
-
-    lengths = [tokens(row, {"role": "assistant", "content": row["output"]}) for row in rows]
-    # A newline follows the <|im_end|> of an answer.
-    supervised = sum(length - tokens(row) - 1 for row, length in zip(rows, lengths, strict=True))
+    tokens, trained = lengths(rows, model_folder)
     code, out = inspect([*rows[:-1], rows[-1] | {"weird": "text"}], "--data.val_size", "5")
     lines = {line[:16].strip(): line[16:] for line in out.split("\n── ")[0].splitlines()}
-    assert code == 0 and lines["tokens"] == f"{sum(lengths):,}, {supervised / sum(lengths):.1%} supervised"
+    assert code == 0 and lines["tokens"] == f"{sum(tokens):,}, {sum(trained) / sum(tokens):.1%} supervised"
     shares = {"p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}
-    told = [f"{name} {int(np.percentile(lengths, share, method='higher'))}" for name, share in shares.items()]
+    told = [f"{name} {int(np.percentile(tokens, share, method='higher'))}" for name, share in shares.items()]
     assert lines["tokens in a row"] == ", ".join(told)
     assert lines["train / val"] == "20 / 5" and lines["fully masked"] == lines["no <|im_end|>"] == "0"
     assert lines["batches"] == "20 in an epoch, 100.0% full, 3 optimizer steps"
@@ -55,7 +47,7 @@ def test_every_figure_of_the_audit_is_that_of_its_rows(inspect, rows, model_fold
     bars = [line.split() for line in out.splitlines() if line.startswith("  ≤")]
     assert sum(int(bar[-1]) for bar in bars) == 25
     _, out = inspect(rows, "--data.batch_size", "25", "--trainer.accumulate_grad_batches", "1")
-    fill = sum(lengths) / (25 * max(lengths))
+    fill = sum(tokens) / (25 * max(tokens))
     assert f"batches         1 in an epoch, {fill:.1%} full, 1 optimizer steps" in out
 
 
