@@ -310,26 +310,31 @@ def main(args: list[str] | None = None) -> int:
         return _run(cli, args)
 
 
+def begin(cli: QwenCLI, args: list[str]) -> None:
+    """Parse a command and run it."""
+    cli.__init__(  # type: ignore[misc]
+        QwenModule,
+        QwenDataModule,
+        trainer_class=QwenTrainer,
+        parser_class=Parser,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+        trainer_defaults={
+            "callbacks": [Resumed(), Throughput(), RunReport()],
+            "enable_model_summary": False,
+            "enable_checkpointing": True,
+            "use_distributed_sampler": False,
+        },
+        seed_everything_default=42,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=args,
+    )
+
+
 def _run(cli: QwenCLI, args: list[str]) -> int:
     try:
-        cli.__init__(  # type: ignore[misc]
-            QwenModule,
-            QwenDataModule,
-            trainer_class=QwenTrainer,
-            parser_class=Parser,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
-            trainer_defaults={
-                "callbacks": [Resumed(), Throughput(), RunReport()],
-                "enable_model_summary": False,
-                "enable_checkpointing": True,
-                "use_distributed_sampler": False,
-            },
-            seed_everything_default=42,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=args,
-        )
+        begin(cli, args)
     except UserError as error:
         log.debug("where it was found", exc_info=error)
         print(f"error: {error}", file=sys.stderr)
