@@ -1,8 +1,8 @@
-"""``python -m qwen_lit``: exit 0 done, 1 the work failed, 2 bad usage or input, 130 and 143 on signals."""
+"""``python -m qwen_lit``, the same as ``qwen-lit``."""
 
 import sys
 
-from qwen_lit.cli import main
+from qwen_lit.front import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
-from qwen_lit import shipped
 from qwen_lit.callbacks.accepted import check_trainer, explained
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.export import Export
@@ -35,8 +34,10 @@ from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import watch_parent
 from qwen_lit.errors import RunError, UserError, shortened
 from qwen_lit.export import ExportError
+from qwen_lit.front import main as main
 from qwen_lit.hardware import product_dtype
 from qwen_lit.kernels.plan import parse_bytes
+from qwen_lit.keys import wrong_keys
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.duration import check_duration
 from qwen_lit.model.load import check_weights, load_tokenizer
@@ -45,6 +46,7 @@ from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.trained import Trained, begin_from, check_shapes, find_adapter, read, take_over
 from qwen_lit.parsing import Parser, expand_paths, expanded
 from qwen_lit.run import ADAPTER, find_checkpoint, hold, is_adapter, refuse_foreign, refuse_mixing, set_aside
+from qwen_lit.screen import Handler, on_screen
 from qwen_lit.signals import Stopped, watched
 from qwen_lit.trainer import QwenTrainer
 
@@ -128,6 +130,15 @@ class QwenCLI(LightningCLI):
             added = parser.add_method_arguments(klass, subcommand, skip=set(SKIPPED), as_group=False)
             self._subcommand_method_arguments[subcommand] = added
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning's, but wrong keys of the libraries that are installed are told all at once."""
+        if self.wanted is not None:
+            actions = self._subcommand_parsers[self.wanted]._actions
+            known = {action.dest for action in actions if not action.dest.endswith(".help")}
+            if lines := wrong_keys(args[1:], known, known):
+                raise UserError("\nerror: ".join(lines))
+        super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint into the configuration: what the user wrote is what runs."""
@@ -270,9 +281,18 @@ def compute_in_float32(trainer: Any) -> None:
 def set_up_logging() -> None:
     """Our own lines at INFO, other libraries' at WARNING; ``QWEN_LIT_LOG=DEBUG`` shows all."""
     level = os.environ.get("QWEN_LIT_LOG", "INFO").upper()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[Handler(sys.stderr)]
+    )
+    # Lines of these libraries go where ours go.
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    if on_screen():
+        warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}"
+        logging.captureWarnings(True)
     log.setLevel(level)
-    if not sys.stderr.isatty():
+    if not on_screen():
         transformers_logging.disable_progress_bar()
     if level == "DEBUG":
         logging.getLogger().setLevel(level)
@@ -287,25 +307,22 @@ def set_up_logging() -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def main(args: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+def run(given: list[str]) -> int:
+    """Run one command whose keys are known; returns the exit code."""
     set_up_logging()
     watch_parent()
     cli = QwenCLI.__new__(QwenCLI)
-    given = sys.argv[1:] if args is None else args
     # The comments of a configuration are help too. Reading what stands below attributes takes half a second.
-    shown = any("help" in one or "print_config" in one or one == "-h" for one in given)
+    shown = any("help" in one or "print_config" in one for one in given)
     set_parsing_settings(docstring_parse_attribute_docstrings=shown)
-    if given[:1] == ["chat"]:
+    if given[0] == "chat":
         try:
             with watched():
                 return chat(given[1:])
         except Stopped as stop:
             return stop.exit_code
-    if given[:1] == ["configs"]:
-        return shipped.main(given[1:])
     args = [ALIASES.get(one, one) for one in given]
-    cli.wanted = args[0] if args and args[0] in QwenCLI.subcommands() else None
+    cli.wanted = args[0] if args[0] in QwenCLI.subcommands() else None
     with watched():
         return _run(cli, args)
 

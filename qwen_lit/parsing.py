@@ -51,6 +51,10 @@ class Parser(LightningArgumentParser):
     for the value.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As jsonargparse's, but part of a key is no key."""
+        super().__init__(*args, **{"allow_abbrev": False, "prog": "qwen-lit", **kwargs})
+
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         """As jsonargparse's, but a value that names a file is its name."""
         added = super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})

@@ -2,25 +2,18 @@
 
 import contextlib
 import logging
-import sys
 import threading
 import time
 from collections.abc import Collection, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from tqdm import tqdm
+from qwen_lit.screen import Bar, drawn, on_screen
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE, EVERY = 2.0, 10.0
 """Seconds of work of which nothing is said, and between two lines of a log file."""
-
-
-class _Bar(tqdm):  # type: ignore[type-arg]
-    """Without tqdm's thread: processes are forked beside it."""
-
-    monitor_interval = 0
 
 
 class Progress:
@@ -38,18 +31,16 @@ class Progress:
         self.done, self.counts = 0.0, dict[str, int]()
         self.began = time.monotonic()
         self.next = self.began + PATIENCE
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}" if total and not unit else None
-            self.bar = _Bar(
-                total=total, desc=what, unit=unit, unit_scale=True, delay=PATIENCE, leave=False, dynamic_ncols=True,
-                file=sys.stderr, bar_format=form,
-            )  # fmt: skip
+        self.bar = Bar(self._drawn, PATIENCE) if on_screen() else None
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
         if self.bar is not None:
             self.bar.close()
 
@@ -65,32 +56,32 @@ class Progress:
             self.counts[name] = self.counts.get(name, 0) + count
         now = time.monotonic()
         if self.bar is not None:
-            self.bar.set_postfix_str(", ".join(self._counted(now)), refresh=False)
-            self.bar.update(done)
+            self.bar.draw()
         elif now >= self.next:
             self.next = now + EVERY
-            log.info("%s", self.line(now))
+            log.info("%s: %s", self.what, ", ".join(self.parts(now).values()))
 
-    def line(self, now: float) -> str:
+    def parts(self, now: float) -> dict[str, str]:
         """What is done, how fast, and how long it takes still.
 
         Args:
             now: seconds, as ``time.monotonic`` counts them.
         """
-        parts = [f"{self.done / self.total:.0%}"] if self.total else []
+        parts = {"share": f"{self.done / self.total:.0%}"} if self.total else {}
         if self.unit:
             shown = [_size(value) if self.unit == "B" else f"{value:,.0f}" for value in (self.done, self.total or 0)]
             unit = "" if self.unit == "B" else f" {self.unit}"
-            parts.append(f"{shown[0]} of {shown[1]}{unit}" if self.total else f"{shown[0]}{unit}")
-        parts += self._counted(now)
+            parts["amount"] = f"{shown[0]} of {shown[1]}{unit}" if self.total else f"{shown[0]}{unit}"
+        seconds = max(now - self.began, 1e-3)
+        parts |= {name: f"{count:,} {name} ({count / seconds:,.0f}/s)" for name, count in self.counts.items()}
         if self.total and self.done:
             left = (now - self.began) * max(0.0, self.total / self.done - 1)
-            parts.append(f"{timedelta(seconds=round(left))} left")
-        return f"{self.what}: {', '.join(parts)}"
+            parts["left"] = f"{timedelta(seconds=round(left))} left"
+        return parts
 
-    def _counted(self, now: float) -> list[str]:
-        seconds = max(now - self.began, 1e-3)
-        return [f"{count:,} {name} ({count / seconds:,.0f}/s)" for name, count in self.counts.items()]
+    def _drawn(self, width: int) -> str:
+        share = self.done / self.total if self.total else None
+        return drawn(width, self.what, share, self.parts(time.monotonic()), (*self.counts, "amount"))
 
 
 def through(items: Collection[T], what: str, unit: str) -> Iterator[T]:
@@ -104,7 +95,7 @@ def through(items: Collection[T], what: str, unit: str) -> Iterator[T]:
 @contextlib.contextmanager
 def told(what: str) -> Iterator[None]:
     """For work in one piece that shows a bar of its own on a terminal: in a log file, how long it has taken."""
-    if sys.stderr.isatty():
+    if on_screen():
         yield
         return
     ended = threading.Event()

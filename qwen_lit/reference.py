@@ -7,7 +7,7 @@ import argparse
 import json
 import re
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
@@ -31,6 +31,8 @@ LIBRARIES = {
 """Sections whose keys are those of another library."""
 SECTIONS = ("", "model", "data", "checkpoint", "export", "samples", *LIBRARIES)
 """As they are listed; the first is the top level."""
+TOP = ("seed_everything", "output_dir")
+"""Keys that stand in no section."""
 PACKAGES = ("jsonargparse", "lightning", "peft", "transformers")
 """Their versions decide which keys there are, and what is told of them."""
 
@@ -43,17 +45,19 @@ def build() -> dict[str, Any]:
     keys = _keys(parsers["fit"])
     known = {one["key"] for one in keys}
     commands: dict[str, Any] = {}
-    for name, sub in parsers.items():
-        options = [one for one in _actions(sub, name) if one["key"] not in known]
-        commands[name.replace("_", "-")] = {"help": COMMANDS[name][0], "example": COMMANDS[name][1], "options": options}
-    for name, module in BESIDE.items():
-        commands[name] = _beside(name, import_module(module).main)
+    for name, (told, example) in COMMANDS.items():
+        shown = name.replace("_", "-")
+        if name in BESIDE:
+            commands |= _beside(shown, asked(import_module(BESIDE[name]).main), told, example)
+        else:
+            options = [one for one in _actions(parsers[name], name) if one["key"] not in known]
+            commands[shown] = {"help": told, "example": example, "options": options}
     return {"versions": {name: version(name) for name in PACKAGES}, "commands": commands, "keys": keys}
 
 
 def _keys(parser: Any) -> list[dict[str, Any]]:
     """What stands in a configuration: the keys of all sections."""
-    found = [one for one in _actions(parser, "fit") if "." in one["key"] or one["key"] in ("seed_everything", "output_dir")]
+    found = [one for one in _actions(parser, "fit") if "." in one["key"] or one["key"] in TOP]
     for key in found:
         key["section"] = section_of(key["key"])
     section = "model.quantization_config"
@@ -132,20 +136,26 @@ def _kind(default: Any) -> str:
     return "str or null" if default is None else type(default).__name__
 
 
-def _beside(name: str, main: Callable[[list[str]], int]) -> dict[str, Any]:
-    """A command that has a parser of its own."""
-    parser = asked(main)
-    actions: Iterable[Any] = [one for one in parser._actions if not isinstance(one, argparse._HelpAction)]
-    options = []
-    for action in actions:
+def _beside(name: str, parser: argparse.ArgumentParser, told: str, example: str) -> dict[str, Any]:
+    """A command that has a parser of its own, and the commands below it."""
+    options: list[dict[str, Any]] = []
+    below: dict[str, Any] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        if isinstance(action, argparse._SubParsersAction):
+            for one in action._choices_actions:
+                path = f"{name} {one.dest}"
+                below |= _beside(path, action.choices[one.dest], plain(one.help or ""), f"qwen-lit {path} --help")
+            continue
         positional = not action.option_strings
         key = action.dest if positional else action.option_strings[0].lstrip("-")
-        switch = action.nargs == 0
-        kind = "bool" if switch else " or ".join(action.choices or []) or getattr(action.type, "__name__", "str")
+        kind = "bool" if action.nargs == 0 else " or ".join(action.choices or ())
         default = None if action.default == argparse.SUPPRESS else action.default
-        one = {"key": key, "type": kind, "default": default, "help": " ".join((action.help or "").split())}
-        options.append({**one, **({"positional": True} if positional else {})})
-    return {"help": COMMANDS[name][0], "example": COMMANDS[name][1], "options": options}
+        option = {"key": key, "type": kind or getattr(action.type, "__name__", "str"), "default": default}
+        option["help"] = " ".join((action.help or "").split())
+        options.append({**option, **({"positional": True} if positional else {})})
+    return {name: {"help": told, "example": example, "options": options}, **below}
 
 
 def asked(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """What is told of commands, and of keys of other libraries whose own words say too little here."""
 
 COMMANDS = {
-    "fit": ("Train, check the result and export it.", "qwen-lit fit --config configs/qwen7b.yaml"),
+    "configs": ("Write the shipped configurations into a folder.", "qwen-lit configs"),
     "inspect": (
         "Audit the dataset and show rows as they will be trained; needs no GPU.",
         "qwen-lit inspect --config configs/qwen7b.yaml --rows 3",
@@ -10,6 +10,8 @@ COMMANDS = {
         "Say whether the run fits the card, and how long it takes, before it starts.",
         "qwen-lit plan --config configs/qwen7b.yaml --memory_budget 8GiB",
     ),
+    "fit": ("Train, check the result and export it.", "qwen-lit fit --config configs/qwen7b.yaml"),
+    "chat": ("Talk to an adapter or to a merged model.", "qwen-lit chat output/qwen_qlora_model"),
     "validate": (
         "Measure the loss of an adapter or a checkpoint on the validation rows.",
         "qwen-lit validate --config configs/qwen7b.yaml --ckpt_path last",
@@ -26,10 +28,8 @@ COMMANDS = {
         "Show that a run that is killed and resumed equals one that was left alone.",
         "qwen-lit verify-resume --config configs/qwen7b.yaml",
     ),
-    "chat": ("Talk to an adapter or to a merged model.", "qwen-lit chat output/qwen_qlora_model"),
-    "configs": ("Write the shipped configurations into a folder.", "qwen-lit configs"),
 }
-"""Each with what it does and one example."""
+"""What each does, and an example, in the order in which they are used."""
 
 _SHARE = "an int is a number of micro-batches, a float a share of them."
 KEYS = {
@@ -86,7 +86,7 @@ KEYS = {
     "model.lora_config.rank_pattern": "Another r for single modules, as {NAME: r}.",
     "model.lora_config.alpha_pattern": "Another lora_alpha for single modules, as {NAME: lora_alpha}.",
     "model.lora_config.layers_to_transform": "Numbers of the layers that are adapted; null is all.",
-    "model.lora_config.layers_pattern": "Name of the list of layers that layers_to_transform counts in; seldom needed.",
+    "model.lora_config.layers_pattern": "Name of the list of layers that layers_to_transform counts in; seldom set.",
     "model.lora_config.trainable_token_indices": "Ids of tokens whose embeddings are trained as well.",
     "model.lora_config.use_qalora": "QALoRA; only for bases that GPTQ has quantised.",
     "model.lora_config.alora_invocation_tokens": "Token ids from which on an Activated LoRA is at work.",
