@@ -289,11 +289,13 @@ def set_up_logging() -> None:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     if on_screen():
-        warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}"
         logging.captureWarnings(True)
-    log.setLevel(level)
-    if not on_screen():
+        warnings.formatwarning = lambda message, *_: str(message)
+        # Bars of transformers are gone when they are full, as ours are.
+        transformers_logging.set_tqdm_hook(lambda make, args, options: make(*args, **{"leave": False, **options}))
+    else:
         transformers_logging.disable_progress_bar()
+    log.setLevel(level)
     if level == "DEBUG":
         logging.getLogger().setLevel(level)
     else:

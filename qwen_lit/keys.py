@@ -33,7 +33,6 @@ ALIASES = {
     "gradient_accumulation": "trainer.accumulate_grad_batches",
     "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
     "gradient_clip": "trainer.gradient_clip_val",
-    "load_best_model_at_end": "export.checkpoint",
     "logging_dir": "output_dir",
     "logging_steps": "trainer.log_every_n_steps",
     "lora": "model.lora_config",
@@ -107,8 +106,8 @@ def nearest(key: str, all_keys: Collection[str]) -> str | None:
     lasts: dict[str, list[str]] = {}
     for one in all_keys:
         lasts.setdefault(one.rpartition(".")[2], []).append(one)
-    if (found := ALIASES.get(last)) and (found in all_keys or _is_section(found, all_keys)):
-        return found
+    if last in ALIASES:
+        return ALIASES[last]
     if last in lasts:
         return min(lasts[last], key=len)
     near = [one for one in all_keys if one.rpartition(".")[0] == section]

@@ -127,6 +127,8 @@ def one_line(message: str) -> str:
     single = re.search(r"Expected an? ([^\n]*?)()()\. Got value: (.*)", text, re.S)
     if told := re.search(r"Option '(.*?)' is not accepted|does not accept option '(.*?)'", text):
         key, text = "", f"there is no key {'.'.join(filter(None, (key, told[1] or told[2])))}; --help lists all"
+    elif missing := re.search(r"No module named '([\w.]+)'", text):
+        text = f"there is no module {missing[1]}; pip install {missing[1].split('.')[0]}, or correct its name"
     elif found := union or single:
         types, value = re.sub(r", (?![^\[]*\])", " or ", _named(found[1])), shortened(found[4].strip())
         text = f"expected {types}, not {value!r}{_causes(found[2])}{_remedy(types, value, found[3])}"

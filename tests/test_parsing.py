@@ -137,7 +137,7 @@ def test_only_a_yaml_gives_a_section(given, capsys):
     ("args", "words"),
     [
         (["--data.batch_size", "many"], "data.batch_size: expected int, not 'many'"),
-        (["--model.rank", "3"], "--model.rank"),
+        (["--model.rank", "3"], "there is no key model.rank; did you mean model.lora_config.r?"),
         (["--model.quantization_config", "none"], "model.quantization_config: expected Quantization or null, "
                                                   "not 'none'; write null for none"),
         (["--model.quantization_config", "array.json"], "expected Quantization or null, not 'array.json'"),
@@ -149,6 +149,7 @@ def test_only_a_yaml_gives_a_section(given, capsys):
         (["--data.fields", "object.json"], "data.fields: expected dict[str, str] or null, not 'object.json'"),
         (["--trainer.callbacks", "array.json"], "trainer.callbacks: expected"),
         (["--trainer.callbacks+=NoSuchThing"], "NoSuchThing"),
+        (["--trainer.logger", "no_such.Logger"], "there is no module no_such; pip install no_such, or"),
         (["--config", "no.yaml"], "no.yaml"),
         (["--config", "array.json"], "array.json: is not a configuration"),
         (["--config", "empty.txt"], "empty.txt: is not a configuration"),

@@ -1,70 +1,158 @@
-"""How far the run is: a bar on a terminal, plain lines in a log file."""
+"""How far the run is: one bar for all of it on a terminal, plain lines in a log file."""
 
+import contextlib
 import logging
-import sys
 import time
 from datetime import timedelta
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 
 from qwen_lit.callbacks.metrics import is_logged
 from qwen_lit.model.duration import total_steps
+from qwen_lit.progress import Progress
+from qwen_lit.screen import Bar, drawn, on_screen, printing_above
 
 log = logging.getLogger(__name__)
 SHOWN = {"train/loss": "loss", "val/loss": "val", "train/lr": "lr", "train/tokens_per_second": "tok/s"}
+SPARE = ("lr", "tok/s", "val")
+"""What a narrow terminal leaves out, in this order."""
 
 
-class RunProgress(TQDMProgressBar):
-    """Lightning's bar with short names; where no terminal is, a line at each logged step instead."""
+class RunProgress(ProgressBar):
+    """A bar of optimizer steps; where no terminal is, a line at each logged step instead."""
 
     def __init__(self) -> None:
         """Looks whether there is a terminal or a notebook."""
-        super().__init__(leave=True)
-        self.plain = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        if self.plain:
-            self.disable()
-        self.began, self.first, self.shown_step = 0.0, 0, 0
+        super().__init__()
+        self.enabled, self.screen = True, on_screen()
+        self.began, self.last, self.first, self.step = 0.0, 0.0, 0, 0
+        """Seconds when training began and at the last step; steps made before this run, and until now."""
         self.total: int | None = None
+        self.metrics: dict[str, str] = {}
+        self.validated: tuple[int, int] | None = None
+        """Batches of a validation under way: those done, and all."""
+        self.bar: Bar | None = None
+        self.validation: Progress | None = None
+        self.printing = contextlib.ExitStack()
+
+    def disable(self) -> None:
+        """Lightning asks for it on every rank but the first."""
+        self.enabled = False
 
     def enable(self) -> None:
-        """A bar, where it can be drawn."""
-        if not self.plain:
-            super().enable()
+        """Lightning's counterpart of ``disable``."""
+        self.enabled = True
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Loss, learning rate and speed, in a few characters."""
-        metrics = trainer.callback_metrics
-        return {short: _number(float(metrics[name])) for name, short in SHOWN.items() if name in metrics}
+    def print(self, *items: Any, sep: str = " ", **options: Any) -> None:
+        """What a module or a callback has to say stands above the bar."""
+        log.info("%s", sep.join(map(str, items)))
 
-    def on_train_start(self, *arguments: Any) -> None:
-        """Time is counted from here."""
-        super().on_train_start(*arguments)
-        trainer = arguments[0]
-        self.began, self.first = time.perf_counter(), trainer.global_step
-        self.shown_step = self.first
-        self.total = total_steps(trainer, trainer.datamodule)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Time is counted from here; a run that goes on begins at its step."""
+        self.began = self.last = time.perf_counter()
+        self.first = self.step = trainer.global_step
+        self.total = total_steps(trainer, trainer.datamodule)  # type: ignore[attr-defined]
+        if self.screen and self.enabled:
+            self.printing.enter_context(printing_above())
+            self.bar = Bar(self._line)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """In a log file: a line after each logged step, and after the last one."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        """Show the step; in a log file at each logged step, and after the last one."""
         step = trainer.global_step
-        if not self.plain or not trainer.is_global_zero or step == self.shown_step:
+        if not self.enabled or step == self.step:
+            if self.bar is not None:
+                self.bar.draw()
             return
-        if is_logged(trainer, step) or step == self.total:
-            self.shown_step = step
-            metrics = self.get_metrics(trainer, pl_module)
-            if getattr(pl_module, "skipped_in_a_row", 0):
-                metrics["loss"] = "none, skipped"
-            shown = "  ".join(f"{name} {value}" for name, value in metrics.items())
-            if self.total is None:
-                log.info("step %d  %s  no known end", step, shown)
-                return
-            left = (time.perf_counter() - self.began) / max(1, step - self.first) * max(0, self.total - step)
-            log.info("step %d of %d  %s  %s left", step, self.total, shown, timedelta(seconds=round(left)))
+        self.step, self.last = step, time.perf_counter()
+        logged = is_logged(trainer, step) or step == self.total
+        # To read a number waits for the GPU.
+        if logged or step == self.first + 1:
+            self._read(trainer, pl_module)
+        if self.bar is not None:
+            self.bar.draw()
+        elif logged:
+            log.info("%s", self._told(f"{self._left()} left" if self.total else "no known end"))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A validation is counted in the bar of the run; outside a run it has its own."""
+        batches = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
+        self.validated = 0, int(min(batches, 10**9))
+        if trainer.state.fn == "validate" and self.enabled:
+            self.validation = Progress("validating", self.validated[1], "batches")
+
+    def on_validation_batch_end(self, *arguments: Any, **options: Any) -> None:
+        """One more."""
+        if self.validated is not None:
+            self.validated = self.validated[0] + 1, self.validated[1]
+        if self.bar is not None:
+            self.bar.draw()
+        if self.validation is not None:
+            self.validation.advance(1)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show what it has found."""
+        self.validated = None
+        if self.validation is not None:
+            self.validation.close()
+        if self.bar is not None and not trainer.sanity_checking:
+            self._read(trainer, pl_module)
+            self.bar.refresh()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """In the place of the bar, what it said last."""
+        if self.bar is not None:
+            self._close()
+            log.info("%s", self._told(f"in {timedelta(seconds=round(time.perf_counter() - self.began))}"))
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Nothing stays below the message."""
+        self._close()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nor after any other end."""
+        self._close()
+
+    def _close(self) -> None:
+        for bar in (self.bar, self.validation):
+            if bar is not None:
+                bar.close()
+        self.bar = self.validation = None
+        self.printing.close()
+
+    def _read(self, trainer: Any, module: Any) -> None:
+        found = trainer.callback_metrics
+        values = {short: float(found[name]) for name, short in SHOWN.items() if name in found}
+        self.metrics = {name: f"{one:,.0f}" if name == "tok/s" else _number(one) for name, one in values.items()}
+        if getattr(module, "skipped_in_a_row", 0):
+            self.metrics["loss"] = "none, skipped"
+
+    def _left(self) -> timedelta:
+        """Time until the end of the run, at the pace of this one."""
+        pace = (self.last - self.began) / max(1, self.step - self.first)
+        left = pace * ((self.total or 0) - self.step) - (time.perf_counter() - self.last)
+        return timedelta(seconds=max(0, round(left)))
+
+    def _told(self, time_told: str) -> str:
+        of = f" of {self.total}" if self.total else ""
+        shown = [f"{name} {value}" for name, value in self.metrics.items()]
+        return "  ".join([f"step {self.step}{of}", *shown, time_told])
+
+    def _line(self, width: int) -> str:
+        parts = {name: f"{name} {value}" for name, value in self.metrics.items()}
+        if "tok/s" in parts:
+            parts["tok/s"] = f"{self.metrics['tok/s']} tok/s"
+        if self.validated is not None:
+            parts["time"] = f"validating {self.validated[0]}/{self.validated[1]}"
+        elif self.total is None:
+            parts["time"] = str(timedelta(seconds=round(time.perf_counter() - self.began)))
+        elif self.step > self.first:
+            parts["time"] = f"{self._left()} left"
+        head = f"step {self.step:,}" + (f"/{self.total:,}" if self.total else "")
+        return drawn(width, head, self.step / self.total if self.total else None, parts, SPARE)
 
 
 def _number(value: float) -> str:
