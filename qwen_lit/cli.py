@@ -299,8 +299,10 @@ def set_up_logging() -> None:
     if level == "DEBUG":
         logging.getLogger().setLevel(level)
     else:
-        # Of Lightning, which wraps the model for several ranks on a stream of its own, and of PEFT's own use of names.
-        for told in ("The AccumulateGrad node.s stream does not match", ".is_gradient_checkpointing. is deprecated"):
+        # Of Lightning, which wraps the model for several ranks on a stream of its own, of PEFT's own use of names, and
+        # of bitsandbytes, which pages on GPUs alone.
+        for told in ("The AccumulateGrad node.s stream does not match", ".is_gradient_checkpointing. is deprecated",
+                     "Paged optimizers are not supported on CPU"):  # fmt: skip
             warnings.filterwarnings("ignore", message=told)
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*(instantiate_classes|add_instantiator).*")

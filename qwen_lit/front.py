@@ -33,8 +33,11 @@ def main(args: list[str] | None = None) -> int:
         return code
     if given[0] == "configs":
         return shipped.main(given[1:])
-    from qwen_lit.cli import run
-
+    try:
+        # Takes seconds, in which no signal is watched yet.
+        from qwen_lit.cli import run
+    except KeyboardInterrupt:
+        return 130
     return run(given)
 
 

@@ -28,7 +28,12 @@ def on_screen() -> bool:
 
 
 def _is_terminal(file: Any) -> bool:
-    return bool(file.isatty()) and os.environ.get("TERM") != "dumb"
+    return bool(file.isatty()) and os.environ.get("TERM") != "dumb" and not _is_of_rich(file)
+
+
+def _is_of_rich(file: Any) -> bool:
+    """Whether a bar of rich, such as Lightning's RichProgressBar, prints above itself what is written here."""
+    return hasattr(file, "rich_proxied_file")
 
 
 def columns(file: Any) -> int:
@@ -123,11 +128,14 @@ class Handler(logging.StreamHandler):  # type: ignore[type-arg]
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print it."""
-        if not on_screen():
+        if not on_screen() and not _is_of_rich(sys.stderr):
             super().emit(record)
             return
         try:
-            above(self.format(record), self.stream)
+            if _is_of_rich(sys.stderr):
+                print(self.format(record), file=sys.stderr)
+            else:
+                above(self.format(record), self.stream)
         except Exception:
             self.handleError(record)
 

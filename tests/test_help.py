@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from importlib.metadata import version
 
 import pytest
@@ -88,3 +89,12 @@ def test_nothing_heavy_is_imported_to_answer(words):
     script = f"import sys; from qwen_lit.front import main; main({words}); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not HEAVY & set(done.stderr.split())
+
+
+def test_ctrl_c_while_libraries_are_loaded_ends_without_a_traceback(monkeypatch):
+    class Slow(types.ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt if name == "run" else AttributeError(name)
+
+    monkeypatch.setitem(sys.modules, "qwen_lit.cli", Slow("qwen_lit.cli"))
+    assert main(["fit", "--config", "configs/qwen7b.yaml"]) == 130

@@ -75,7 +75,9 @@ class RunProgress(ProgressBar):
         if self.bar is not None:
             self.bar.draw()
         elif logged:
-            log.info("%s", self._told(f"{self._left()} left" if self.total else "no known end"))
+            of, left = (f" of {self.total}", f"{self._left()} left") if self.total else ("", "no known end")
+            shown = [f"{name} {value}" for name, value in self.metrics.items()]
+            log.info("step %d%s  %s", step, of, "  ".join([*shown, left]))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A validation is counted in the bar of the run; outside a run it has its own."""
@@ -103,10 +105,8 @@ class RunProgress(ProgressBar):
             self.bar.refresh()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """In the place of the bar, what it said last."""
-        if self.bar is not None:
-            self._close()
-            log.info("%s", self._told(f"in {timedelta(seconds=round(time.perf_counter() - self.began))}"))
+        """The bar goes; what the run has come to is in its report."""
+        self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Nothing stays below the message."""
@@ -135,11 +135,6 @@ class RunProgress(ProgressBar):
         pace = (self.last - self.began) / max(1, self.step - self.first)
         left = pace * ((self.total or 0) - self.step) - (time.perf_counter() - self.last)
         return timedelta(seconds=max(0, round(left)))
-
-    def _told(self, time_told: str) -> str:
-        of = f" of {self.total}" if self.total else ""
-        shown = [f"{name} {value}" for name, value in self.metrics.items()]
-        return "  ".join([f"step {self.step}{of}", *shown, time_told])
 
     def _line(self, width: int) -> str:
         parts = {name: f"{name} {value}" for name, value in self.metrics.items()}

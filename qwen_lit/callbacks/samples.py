@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from tqdm.utils import disp_len, disp_trim
 
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.export.serving import end_tokens
@@ -114,5 +115,6 @@ class Samples(Callback):
 
 
 def _short(text: str, most: int = 72) -> str:
+    """The text in so many columns of a terminal."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= most else flat[: most - 1] + "…"
+    return flat if disp_len(flat) <= most else disp_trim(flat, most - 1) + "…"
