@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
-from qwen_lit import shipped
+from qwen_lit import convert, shipped
 from qwen_lit.callbacks.accepted import check_trainer, explained
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.export import Export
@@ -304,6 +304,8 @@ def main(args: list[str] | None = None) -> int:
             return stop.exit_code
     if given[:1] == ["configs"]:
         return shipped.main(given[1:])
+    if given[:1] == ["convert"]:
+        return convert.main(given[1:])
     args = [ALIASES.get(one, one) for one in given]
     cli.wanted = args[0] if args and args[0] in QwenCLI.subcommands() else None
     with watched():

@@ -10,6 +10,7 @@ from jsonargparse._actions import _ActionConfigLoad
 from lightning.pytorch.cli import LightningArgumentParser
 
 from qwen_lit.checks import NONE
+from qwen_lit.convert import redirect
 from qwen_lit.errors import LONGEST, UserError, shortened
 
 NULL = ("", "null", "Null", "NULL", "~")
@@ -63,8 +64,9 @@ class Parser(LightningArgumentParser):
         """As jsonargparse's; what is wrong in the file is told with its name.
 
         Raises:
-            UserError: the file is no configuration.
+            UserError: the file is no configuration, or one of another trainer.
         """
+        redirect(cfg_path)
         try:
             return super().parse_path(cfg_path, *args, **kwargs)
         except UnicodeDecodeError as error:
