@@ -12,8 +12,9 @@ DEFAULTS: dict[str, Any] = {
 """Where they differ from ours. ``logging_steps`` is left out: 500 shows nothing of most runs."""
 WORDS = frozenset(
     "output_dir seed num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
-    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio optim weight_decay adam_beta1 adam_beta2 "
-    "max_grad_norm neftune_noise_alpha bf16 fp16 use_cpu gradient_checkpointing logging_steps save_strategy "
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio optim weight_decay adam_beta1 "
+    "adam_beta2 max_grad_norm neftune_noise_alpha bf16 fp16 use_cpu gradient_checkpointing logging_steps "
+    "save_strategy "
     "save_steps save_total_limit eval_strategy eval_steps load_best_model_at_end metric_for_best_model report_to "
     "run_name project resume_from_checkpoint dataloader_num_workers".split()
 )
@@ -34,10 +35,12 @@ UNNEEDED = grouped({
             "logging_first_step logging_strategy prediction_loss_only save_safetensors include_num_input_tokens_seen "
             "include_for_metrics include_tokens_per_second dataloader_pin_memory",
     INTERNAL: "sortish_sampler gradient_checkpointing_kwargs activation_checkpointing_kwargs use_cache "
-              "torch_empty_cache_steps log_level log_level_replica log_on_each_node disable_tqdm eval_accumulation_steps local_rank "
-              "eval_do_concat_batches eval_use_gather_object batch_eval_metrics save_on_each_node debug "
-              "accelerator_config dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context "
-              "dataloader_in_order label_names ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
+              "torch_empty_cache_steps log_level log_level_replica log_on_each_node disable_tqdm "
+              "eval_accumulation_steps local_rank eval_do_concat_batches eval_use_gather_object batch_eval_metrics "
+              "save_on_each_node debug "
+              "accelerator_config dataloader_persistent_workers dataloader_prefetch_factor "
+              "dataloader_multiprocessing_context dataloader_in_order label_names ddp_find_unused_parameters "
+              "ddp_bucket_cap_mb ddp_broadcast_buffers "
               "ddp_static_graph skip_memory_metrics overwrite_cache use_mps_device jit_mode_eval "
               "ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint past_index "
               "eval_batch_size ddp_timeout ddp_backend task_type inference_mode peft_type fp16_opt_level "

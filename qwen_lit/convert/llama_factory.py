@@ -89,7 +89,8 @@ def trackers(draft: Draft) -> None:
 
 def datasets(draft: Draft) -> None:
     """Names of datasets to the files and columns that ``dataset_info.json`` gives them."""
-    folder, fields = draft.take("dataset_dir", "data"), {}
+    folder = draft.take("dataset_dir", "data")
+    fields: dict[str, str] = {}
     if isinstance(folder, dict):
         place, register = Path("data"), folder
     else:
@@ -197,8 +198,9 @@ PEER = Peer(
             "preprocessing_batch_size data_shared_file_system",
         "the rows themselves say what was thought": "enable_thinking preserve_thinking",
         "of chat, export, evaluation or serving": "infer_backend infer_dtype offload_folder use_kv_cache do_sample "
-            "temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty length_penalty skip_special_tokens "
-            "eval_num_beams vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen "
+            "temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty length_penalty "
+            "skip_special_tokens eval_num_beams vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank "
+            "vllm_config sglang_maxlen "
             "sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend export_dir export_size "
             "export_device export_quantization_bit export_quantization_dataset export_quantization_nsamples "
             "export_quantization_maxlen export_legacy_format export_hub_model_id task task_dir n_shot lang save_dir "

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qwen_lit.convert.draft import Draft
@@ -48,7 +49,8 @@ LORA = {"r": whole, "lora_alpha": number, "lora_dropout": number, "target_module
 """PEFT's words in the order in which they are written; others follow."""
 PEFT_OWN = ("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "auto_mapping", "revision",
             "peft_version", "corda_config", "eva_config", "megatron_config", "megatron_core")  # fmt: skip
-OURS = re.compile(r"qwen-?(2|2\.5|3)(?![.\d])|qwq|qwen(?![\d.-]*\d)", re.IGNORECASE)
+OURS = re.compile(r"qwen-?(1\.5|2|2\.5|3)(?![.\d])|qwq|distill-qwen|qwen(?![\d.-]*\d)", re.IGNORECASE)
+"""In the name of a model that is trained here."""
 OTHER_KINDS = re.compile(r"qwen3-next|-A\d+B|omni|audio|-VL\b|vision|embedding|reranker|reward|-PRM", re.IGNORECASE)
 HELD = re.compile(r"(awq|gptq|-int[48]|-fp8|bnb-4bit|-mlx|gguf)", re.IGNORECASE)
 
@@ -76,8 +78,9 @@ def model(draft: Draft) -> None:
         return
     name = text(draft.name("model_name_or_path"), value)
     draft.write("model.model_name_or_path", name, draft.origin("model_name_or_path"))
-    if not OURS.search(name) or OTHER_KINDS.search(name):
-        draft.note(f"{name}: the dense language models of Qwen2, Qwen2.5 and Qwen3 are trained here, others are refused")
+    last = Path(name).name
+    if not OURS.search(last if re.search("qwen|qwq", last, re.IGNORECASE) else name) or OTHER_KINDS.search(last):
+        draft.note(f"{name}: Qwen2, Qwen2.5 and Qwen3 for text, without experts, are trained here; others are refused")
     if found := HELD.search(name):
         draft.note(f"{name}: holds weights that are quantized already ({found[1]}); give the checkpoint in bfloat16")
 
@@ -227,11 +230,12 @@ def saving(draft: Draft) -> None:
         draft.note(f"{draft.origin('save_strategy')}: checkpoint.every_n_train_steps counts steps, and stays at 100; "
                    f"{known}")  # fmt: skip
     elif every is not None:
-        steps, total = number(draft.name("save_steps"), every), draft.ours.get("trainer.max_steps")
-        if steps < 1 and not total:
-            draft.note(f"{told}: is a share of the run; checkpoint.every_n_train_steps counts steps, and stays at 100")
+        steps, total = number(draft.name("save_steps"), every), draft.ours.get("trainer.max_steps", 0)
+        count = int(steps if steps >= 1 else steps * total)
+        if count:
+            draft.write("checkpoint.every_n_train_steps", count, told)
         else:
-            draft.write("checkpoint.every_n_train_steps", max(1, int(steps if steps >= 1 else steps * total)), told)
+            draft.note(f"{told}: is a share of the run; checkpoint.every_n_train_steps counts steps, and stays at 100")
     if keep is not None and (count := whole(draft.name("save_total_limit"), keep)) > 0:
         draft.write("checkpoint.keep", max(count, 2), draft.origin("save_total_limit"))
 

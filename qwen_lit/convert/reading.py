@@ -64,10 +64,8 @@ def script(path: Path, text: str) -> tuple[dict[str, Any] | None, str | None]:
     """
     text = re.sub(r"\\\r?\n", " ", text)
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
-    values = dict(os.environ) | {
-        found[1]: found[2].strip("'\"") for line in lines
-        if (found := re.fullmatch(r"(?:export\s+)?(\w+)=('[^']*'|\"[^\"]*\"|\S*)", line))
-    }  # fmt: skip
+    set_to = (re.fullmatch(r"(?:export\s+)?(\w+)=('[^']*'|\"[^\"]*\"|\S*)", line) for line in lines)
+    values = dict(os.environ) | {one[1]: one[2].strip("'\"") for one in set_to if one}
     for line in lines:
         found = next(((hit, peer) for pattern, peer in COMMANDS if (hit := re.search(pattern, line))), None)
         if found is None:
@@ -79,7 +77,7 @@ def script(path: Path, text: str) -> tuple[dict[str, Any] | None, str | None]:
             words = shlex.split(line[hit.end() :], comments=True)
         except ValueError as error:
             raise UserError(f"{path}: {hit[0]}: cannot be split into arguments ({error}).") from error
-        words = [VARIABLE.sub(lambda one: values.get(one[1], one[2] or one[0]), word) for word in words]
+        words = [VARIABLE.sub(lambda one: str(values.get(one[1], one[2] or one[0])), word) for word in words]
         given = arguments(path, words)
         if processes := re.search(PROCESSES, line[: hit.start()]) or re.search(PROCESSES, text):
             given.setdefault("nproc_per_node", processes[1])
@@ -112,8 +110,9 @@ def arguments(path: Path, words: list[str]) -> dict[str, Any]:
             given["config"] = [word]
         elif key is not None:
             given[key].append(word)
-    plain = {key: True if not one else one[0] if len(one) == 1 else one for key, one in given.items()}
-    if not isinstance(name := plain.pop("config", None), str):
+    plain: dict[str, Any] = {key: True if not one else one[0] if len(one) == 1 else one for key, one in given.items()}
+    named = plain.pop("config", None)
+    if not isinstance(named, str):
         return plain
-    file = next((one for one in (Path(name), path.parent / name) if one.is_file()), Path(name))
+    file = next((one for one in (Path(named), path.parent / named) if one.is_file()), Path(named))
     return (load(file)[0] or {}) | plain

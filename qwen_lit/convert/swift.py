@@ -189,8 +189,9 @@ PEER = Peer(
             "swanlab_receiver_email swanlab_smtp_server swanlab_smtp_port swanlab_email_language router_aux_loss_coef "
             "num_labels problem_type mrl_dims resume_only_model init_strategy use_ray ray_exp_name device_groups",
         "of generation, which `qwen-lit chat` and vLLM do": "max_new_tokens temperature top_k top_p "
-            "repetition_penalty num_beams stream stop_words logprobs top_logprobs structured_outputs_regex eval_use_evalscope "
-            "eval_dataset eval_dataset_args eval_limit eval_generation_config extra_eval_args eval_metric",
+            "repetition_penalty num_beams stream stop_words logprobs top_logprobs structured_outputs_regex "
+            "eval_use_evalscope eval_dataset eval_dataset_args eval_limit eval_generation_config extra_eval_args "
+            "eval_metric",
         "text alone is trained": "max_pixels norm_bbox freeze_vit freeze_aligner freeze_llm aligner_lr vit_lr",
         "of a method that is not done here": "freeze_parameters freeze_parameters_regex freeze_parameters_ratio "
             "trainable_parameters trainable_parameters_regex lora_ga_batch_size lora_ga_iters lora_ga_max_length "

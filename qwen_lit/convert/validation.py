@@ -57,13 +57,14 @@ def when(draft: Draft, strategy: Any, steps: Any, times: Any, needed: bool) -> b
         draft.note("rows are held out, and validated at the end of each epoch")
         return True
     every, told = number(draft.name("eval_steps"), steps), draft.origin("eval_steps")
-    total, epochs = draft.ours.get("trainer.max_steps"), draft.ours.get("trainer.max_epochs")
+    total, epochs = draft.ours.get("trainer.max_steps", 0), draft.ours.get("trainer.max_epochs")
     if every < 1 and not total:
         share = every * (epochs or 1)
         if share > 1:
             draft.write("trainer.check_val_every_n_epoch", round(share), told)
         else:
-            draft.write("trainer.val_check_interval", round(float(share), 6), f"a share of an epoch, for {told} of the run")
+            told = f"a share of an epoch, for {told} of the run"
+            draft.write("trainer.val_check_interval", round(float(share), 6), told)
         return True
     count = int(every if every >= 1 else max(1, every * total))
     accumulated = draft.ours.get("trainer.accumulate_grad_batches", 1)
