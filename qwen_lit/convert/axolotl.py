@@ -4,23 +4,24 @@ from typing import Any
 
 from qwen_lit.convert import hugging_face
 from qwen_lit.convert.draft import Draft, Peer, grouped
-from qwen_lit.convert.named import named_source
+from qwen_lit.convert.named import named_sources, with_columns
 from qwen_lit.convert.values import is_nothing, is_off, listed, spelled, truth
 
 FIELDS = {"field_messages": "messages", "message_field_role": "role", "message_field_content": "content",
           "message_field_training": "train", "field_tools": "tools", "field_thinking": "reasoning_content",
-          "field": "text", "field_human": "from", "field_model": "from",
-          "field_system": "system", "field_instruction": "instruction", "field_input": "input",
-          "field_output": "output"}  # fmt: skip
+          "field": "text", "text_column": "text", "field_system": "system", "field_instruction": "instruction",
+          "field_input": "input", "field_output": "output"}  # fmt: skip
 """Its name of a column or key to ours."""
 FOUND = {"messages": ("messages", "conversations"), "role": ("role", "from"), "content": ("content", "value"),
          "train": ("train", "weight", "loss"), "reasoning_content": ("thinking", "reasoning", "reasoning_content")}
 """Our name to those that are found by themselves."""  # fmt: skip
+LONG_ROWS = {"drop": "drop", "raise": "error"}
 KNOWN = ("alpaca", "sharegpt", "chat_template", "completion", "load_", "alpaca_chat", "alpaca_w_system", "context_qa",
          "pretrain")  # fmt: skip
 """How the names of its types begin that are told by their columns here."""
 INNER = frozenset(
-    {*FIELDS, "path", "type", "ds_type", "data_files", "name", "split", "roles", "roles_to_train", "chat_template",
+    {*FIELDS, "field_human", "field_model", "path", "type", "ds_type", "data_files", "name", "split",
+     "roles", "roles_to_train", "chat_template",
      "chat_template_jinja", "conversation", "message_property_mappings", "message_field_training_detail",
      "train_on_eos", "train_on_eot", "trust_remote_code", "revision", "shards", "shards_idx", "preprocess_shards",
      "format", "no_input_format", "system_prompt", "system_format", "text_column", "skip", "split_thinking",
@@ -64,7 +65,10 @@ def read(draft: Draft) -> None:
 def lengths(draft: Draft) -> None:
     """What becomes of long rows, and how often is validated and saved."""
     strategy = draft.take("excess_length_strategy", "drop")
-    draft.put("overlong", {"raise": "error"}.get(str(strategy), strategy), f"excess_length_strategy: {strategy}")
+    if strategy in LONG_ROWS:
+        draft.put("overlong", LONG_ROWS[strategy], f"excess_length_strategy: {strategy}")
+    else:
+        draft.note(f"excess_length_strategy: {strategy}: long rows lose their oldest turns first, never their answer")
     checkpointing = draft.take("gradient_checkpointing")
     if checkpointing is not None:
         known = str(checkpointing).lower() in ("true", "false")
@@ -105,7 +109,6 @@ def trackers(draft: Draft) -> None:
 
 def datasets(draft: Draft) -> None:
     """The datasets with their columns."""
-    fields: dict[str, str] = {}
     for key, word in (("datasets", "dataset"), ("pretraining_dataset", "dataset"), ("test_datasets", "eval_dataset")):
         given = draft.take(key)
         if given is None:
@@ -113,15 +116,13 @@ def datasets(draft: Draft) -> None:
         if key == "pretraining_dataset":
             draft.note('pretraining_dataset: rows {"text": ...} are trained whole')
         entries = [given] if isinstance(given, dict | str) else given
-        items = [one for entry in entries if (one := source(draft, key, entry, fields))]
+        items = [one for entry in entries for one in source(draft, key, entry)]
         if items:
             draft.put(word, [*draft.common.get(word, []), *items], key)
-    if fields:
-        draft.put("fields", fields, "columns of datasets")
 
 
-def source(draft: Draft, key: str, entry: Any, fields: dict[str, str]) -> dict[str, Any] | None:
-    """One dataset; its columns go into ``fields``."""
+def source(draft: Draft, key: str, entry: Any) -> list[dict[str, Any]]:
+    """One dataset with its columns."""
     entry = {"path": entry} if isinstance(entry, str) else dict(entry)
     path, kind = str(entry.get("path")), entry.get("type")
     where = f"{key}: {path}"
@@ -133,10 +134,10 @@ def source(draft: Draft, key: str, entry: Any, fields: dict[str, str]) -> dict[s
         draft.note(f"{where}: type {kind}: rows are told by their columns here; look with `qwen-lit inspect`")
     if str(kind).startswith(("dpo", "kto", "orpo", "bradley")):
         draft.refuse(f"{where}: type {kind} is preference data, which is not trained here")
-        return None
+        return []
     if str(kind) == "input_output":
         draft.refuse(f"{where}: type input_output (segments) is not read here; write messages")
-        return None
+        return []
     trained = [str(one) for one in listed("", entry.get("roles_to_train"))]
     if set(trained) - {"assistant", "gpt", "model"}:
         draft.refuse(f"{where}: roles_to_train: {', '.join(trained)} is not done here: the assistant's words alone "
@@ -148,14 +149,8 @@ def source(draft: Draft, key: str, entry: Any, fields: dict[str, str]) -> dict[s
     properties = entry.get("message_property_mappings") or {}
     mapped = {FIELDS[name]: str(entry[name]) for name in FIELDS if not is_nothing(entry.get(name))}
     mapped |= {name: str(theirs) for name, theirs in properties.items() if name in ("role", "content")}
-    for ours, theirs in mapped.items():
-        if theirs == ours or theirs in FOUND.get(ours, ()) or ours in ("text", "from"):
-            if ours == "text" and theirs != "text":
-                draft.note(f'{where}: rename the column {theirs!r} to "text"')
-            continue
-        if fields.setdefault(ours, theirs) != theirs:
-            draft.note(f"{where}: its column {theirs!r} needs another data.fields than the datasets before; rename it")
-    return named_source(draft, where, entry)
+    columns = {ours: theirs for ours, theirs in mapped.items() if theirs not in FOUND.get(ours, (ours,))}
+    return with_columns(named_sources(draft, where, entry), columns)
 
 
 PEER = Peer(

@@ -6,6 +6,7 @@ from typing import Any
 
 from qwen_lit.convert import hugging_face
 from qwen_lit.convert.draft import Draft, Peer, grouped
+from qwen_lit.convert.named import named_sources, with_columns
 from qwen_lit.convert.values import is_off, listed, number, spelled, truth, whole
 
 REGISTER = "dataset_info.json"
@@ -90,7 +91,6 @@ def trackers(draft: Draft) -> None:
 def datasets(draft: Draft) -> None:
     """Names of datasets to the files and columns that ``dataset_info.json`` gives them."""
     folder = draft.take("dataset_dir", "data")
-    fields: dict[str, str] = {}
     if isinstance(folder, dict):
         place, register = Path("data"), folder
     else:
@@ -101,15 +101,13 @@ def datasets(draft: Draft) -> None:
         for name in listed(key, value):
             found = register.get(str(name))
             if isinstance(found, dict):
-                items += source(draft, str(name), found, place, fields)
+                items += source(draft, str(name), found, place)
             else:
                 path = str(name) if "/" in str(name) or "." in str(name) else f"{place}/{name}.json"
                 items.append({"path": path})
                 draft.note(f"{key}: {name}: no {REGISTER} tells its file; {path} is written, set it to yours")
         if items:
             draft.put(key, items, f"{key}: {spelled(value)}")
-    if fields:
-        draft.put("fields", fields, f"columns of {REGISTER}")
 
 
 def registered(draft: Draft, folder: str) -> tuple[Path, dict[str, Any]]:
@@ -125,10 +123,8 @@ def registered(draft: Draft, folder: str) -> tuple[Path, dict[str, Any]]:
     return Path(folder), {}
 
 
-def source(
-    draft: Draft, name: str, given: dict[str, Any], place: Path, fields: dict[str, str]
-) -> list[dict[str, Any]]:
-    """One dataset of the register; its columns go into ``fields``."""
+def source(draft: Draft, name: str, given: dict[str, Any], place: Path) -> list[dict[str, Any]]:
+    """One dataset of the register."""
     if given.get("ranking") or any(key in given.get("columns", {}) for key in ("chosen", "rejected", "kto_tag")):
         draft.refuse(f"dataset: {name} is preference data, which is not trained here")
         return []
@@ -137,20 +133,20 @@ def source(
     hub = next((key for key in HUBS if key in given), None)
     if hub:
         path = str(given[hub])
-        draft.note(f"dataset: {name} is {path} {HUBS[hub]}; if it is not found by that name, save it as JSONL")
+        if hub != "hf_hub_url":
+            draft.note(f"dataset: {name} is {path} {HUBS[hub]}; datasets come from the Hugging Face hub, or as files")
     elif "file_name" in given:
         path = (place / str(given["file_name"])).as_posix()
     else:
         path = str(given.get("script_url") or given.get("cloud_file_name"))
         draft.note(f"dataset: {name} is {path}, which is not read here; save it as JSONL and give its path")
-    if given.get("subset") or given.get("split", "train") != "train":
-        draft.note(f"dataset: {name}: take its {given.get('subset') or ''} {given.get('split', 'train')} part alone")
-    columns(draft, name, given, fields)
-    return [{"path": path} | ({"max_rows": int(given["num_samples"])} if given.get("num_samples") else {})]
+    entry = {"path": path, "name": given.get("subset"), "split": given.get("split")}
+    items = with_columns(named_sources(draft, f"dataset: {name}", entry), columns(draft, name, given))
+    return [{**one, "max_rows": int(given["num_samples"])} for one in items] if given.get("num_samples") else items
 
 
-def columns(draft: Draft, name: str, given: dict[str, Any], fields: dict[str, str]) -> None:
-    """Add the columns of one dataset that are not found by themselves."""
+def columns(draft: Draft, name: str, given: dict[str, Any]) -> dict[str, str]:
+    """The columns of one dataset that are not found by themselves."""
     mapped = {COLUMNS[key]: str(theirs) for key, theirs in (given.get("columns") or {}).items() if key in COLUMNS}
     mapped = {ours: theirs for ours, theirs in mapped.items() if theirs != ours and theirs != "messages"}
     tags = given.get("tags") or {}
@@ -160,10 +156,7 @@ def columns(draft: Draft, name: str, given: dict[str, Any], fields: dict[str, st
     for key in ROLES:
         if key in tags and str(tags[key]).lower() not in KNOWN_ROLES:
             draft.note(f"dataset: {name}: {key} {tags[key]!r} is no role that is known; rename it, as to 'user'")
-    for ours, theirs in mapped.items():
-        if fields.setdefault(ours, theirs) != theirs:
-            draft.note(f"dataset: {name}: its column {theirs!r} needs another data.fields than the datasets before; "
-                       f"rename it to {fields[ours]!r} in the file")  # fmt: skip
+    return mapped
 
 
 OTHER = "belongs to a stage or a method that is not done here"

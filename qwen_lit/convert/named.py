@@ -1,5 +1,6 @@
-"""Datasets by name, as peers write them."""
+"""Datasets as peers name them: a file, a folder, or a name of a hub with its subset and split."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,17 @@ from qwen_lit.convert.values import is_nothing, listed
 
 LOADERS = ("json", "csv", "parquet", "text", "arrow")
 """Names of datasets' own loaders, whose files stand elsewhere."""
+FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".md", ".gz", ".zst")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def named_source(draft: Draft, where: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """A dataset that is a file, a folder or a name of the hub.
+def is_hub_name(name: str) -> bool:
+    """Whether it can only be the name of a model or a dataset on a hub."""
+    return bool(HUB_NAME.fullmatch(name)) and not name.endswith(FILES) and not Path(name).exists()
+
+
+def named_sources(draft: Draft, where: str, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The items of ``data.dataset_path`` for one dataset.
 
     Args:
         draft: takes the notes.
@@ -23,13 +31,17 @@ def named_source(draft: Draft, where: str, entry: dict[str, Any]) -> dict[str, A
         files = [one for part in entry["data_files"].values() for one in listed("data_files", part)]
     if files:
         folder = None if path in LOADERS else Path(path)
-        paths = [(folder / str(one)).as_posix() if folder else str(one) for one in files]
-        path = paths[0]
-        for other in paths[1:]:
-            draft.note(f"{where}: add {other} to data.dataset_path")
-    split = entry.get("split")
-    if not is_nothing(entry.get("name")):
-        draft.note(f"{where}: the subset {entry['name']} is not chosen by name; save it as JSONL")
-    if not is_nothing(split) and split != "train":
-        draft.note(f"{where}: split {split} is not chosen by name; save it as JSONL, or set max_rows")
-    return {"path": path}
+        return [{"path": (folder / str(one)).as_posix() if folder else str(one)} for one in files]
+    chosen = {key: str(entry[key]) for key in ("name", "split") if not is_nothing(entry.get(key))}
+    if chosen.get("split") == "train":
+        del chosen["split"]
+    if is_hub_name(path):
+        return [{"path": path, **chosen}]
+    for key, value in chosen.items():
+        draft.note(f"{where}: {key} {value} is chosen of datasets on a hub alone; all its rows are taken")
+    return [{"path": path}]
+
+
+def with_columns(items: list[dict[str, Any]], columns: dict[str, str]) -> list[dict[str, Any]]:
+    """The items, each with the columns that are not found by themselves: our name to the file's."""
+    return [{**one, "columns": dict(columns)} if columns else one for one in items]

@@ -26,7 +26,6 @@ PLAIN: dict[str, tuple[str, Reader]] = {
     "neftune_noise_alpha": ("model.neftune_noise_alpha", number),
     "gradient_checkpointing": ("model.gradient_checkpointing", truth),
     "init_adapter": ("model.init_adapter", text),
-    "fields": ("data.fields", lambda key, value: value),
     "per_device_train_batch_size": ("data.batch_size", whole),
     "max_length": ("data.max_length", whole),
     "packing": ("data.packing", truth),
@@ -44,7 +43,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 NEAREST = {"polynomial": "linear"}
-LORA = {"r": whole, "lora_alpha": number, "lora_dropout": number, "target_modules": None, "modules_to_save": listed,
+LORA = {"r": whole, "lora_alpha": whole, "lora_dropout": number, "target_modules": None, "modules_to_save": listed,
         "use_rslora": truth, "use_dora": truth}  # fmt: skip
 """PEFT's words in the order in which they are written; others follow."""
 PEFT_OWN = ("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "auto_mapping", "revision",
@@ -241,18 +240,23 @@ def saving(draft: Draft) -> None:
 
 
 def sources(draft: Draft) -> None:
-    """The rows: a path, or a list of them and of sections with a path."""
+    """The rows: a path, or a list of them and of sections with a path; columns that all share are ``data.fields``."""
     most = draft.use("max_samples")
+    given = {word: [dict(one) for one in draft.use(word, [])] for word in ("dataset", "eval_dataset")}
+    every = [one for items in given.values() for one in items]
+    if every and every[0].get("columns") and all(one.get("columns") == every[0]["columns"] for one in every):
+        draft.write("data.fields", every[0]["columns"], "our names with the file's")
+        for one in every:
+            del one["columns"]
     for word, key in (("dataset", "data.dataset_path"), ("eval_dataset", "data.val_dataset_path")):
-        items = [dict(one) if isinstance(one, dict) else {"path": one} for one in draft.use(word, [])]
+        items = given[word]
         if most is not None:
-            items = [{**one, "max_rows": whole(draft.name("max_samples"), most)} for one in items]
-        plain: list[Any] = [one["path"] if set(one) == {"path"} else one for one in items]
+            items = [{"max_rows": whole(draft.name("max_samples"), most), **one} for one in items]
+        plain = [one["path"] if set(one) == {"path"} else {"path": one["path"], **one} for one in items]
         if plain:
-            single = len(plain) == 1 and isinstance(plain[0], str)
-            draft.write(key, plain[0] if single else plain, draft.origin(word))
-        elif word == "dataset":
-            draft.refuse("names no rows to train on; a configuration of export, chat or evaluation is not converted")
+            draft.write(key, plain[0] if len(plain) == 1 and isinstance(plain[0], str) else plain, draft.origin(word))
+    if not given["dataset"]:
+        draft.refuse("names no rows to train on; a configuration of export, chat or evaluation is not converted")
 
 
 def resuming(draft: Draft) -> None:

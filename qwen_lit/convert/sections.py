@@ -55,7 +55,8 @@ def read(draft: Draft) -> None:
         found = [(key, value) for key, value in values if not is_nothing(value)]
         if found:
             key, value = found[0]
-            draft.put(word, [{"path": str(one)} for one in listed(key, value)], f"{key}: {spelled(value)}")
+            items = [{"path": str(one)} for one in listed(key, value)]
+            draft.put(word, items, f"{key}: {spelled(value)}")
     if not is_off(draft.take("train_on_inputs")):
         draft.refuse("train_on_inputs: true is not done here: the answers alone are trained; take it out to do that")
 

@@ -2,15 +2,16 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from qwen_lit.convert import hugging_face
 from qwen_lit.convert.draft import Draft, Peer, grouped
+from qwen_lit.convert.named import is_hub_name, named_sources, with_columns
 from qwen_lit.convert.values import is_off, listed, number, spelled, text
 
 TRAINED = ("causal_lm",)
 DATASET = re.compile(r"(?:(?P<hub>HF|MS)::)?(?P<path>.+?)(?::(?P<subsets>[\w/-]+))?(?:#(?P<rows>\d+))?")
+LONG_ROWS = {"delete": "drop", "raise": "error"}
 COLUMNS = ("instruction", "input", "output", "query", "response", "history", "system", "messages", "tools")
 
 
@@ -44,9 +45,9 @@ def read(draft: Draft) -> None:
     if draft.given.get("gradient_accumulation_steps") is None:
         draft.put("gradient_accumulation_steps", -(-16 // int(batch)), "ms-swift's default on one GPU")
     strategy = str(draft.take("truncation_strategy", "delete"))
-    overlong = {"delete": "drop", "raise": "error"}.get(strategy, "truncate")
-    draft.put("overlong", overlong, f"truncation_strategy: {strategy}")
-    if strategy in ("left", "right", "split"):
+    if strategy in LONG_ROWS:
+        draft.put("overlong", LONG_ROWS[strategy], f"truncation_strategy: {strategy}")
+    else:
         draft.note(f"truncation_strategy: {strategy}: long rows lose their oldest turns first, never their answer")
     kind = str(draft.take("torch_dtype", "")).lower()
     if kind == "float16":
@@ -54,8 +55,7 @@ def read(draft: Draft) -> None:
     for key in ("adapters", "resume_from_checkpoint"):
         for value in listed(key, draft.take(key)):
             draft.put({"adapters": "init_adapter"}.get(key, key), value, f"{key}: {spelled(value)}")
-    model, elsewhere = draft.given.get("model"), not is_off(draft.given.get("use_hf"))
-    if not elsewhere and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not Path(str(model)).exists():
+    if is_off(draft.given.get("use_hf")) and is_hub_name(str(draft.given.get("model"))):
         draft.write("model.hub", "modelscope", "ms-swift's default; without it, the Hugging Face hub")
     trackers(draft)
     datasets(draft)
@@ -110,13 +110,13 @@ def datasets(draft: Draft) -> None:
         except ValueError:
             draft.note(f"columns: {spelled(columns)} is no JSON; set data.fields")
             columns = None
+    fields: dict[str, str] = {}
     if isinstance(columns, dict):
         named = {theirs: "instruction" if ours == "query" else ours for theirs, ours in columns.items()}
         fields = {ours: theirs for theirs, ours in named.items() if ours in COLUMNS}
-        draft.put("fields", fields, f"columns: {spelled(columns)}")
     for key, word in (("dataset", "dataset"), ("val_dataset", "eval_dataset")):
         value = draft.take(key)
-        items = [source(draft, key, str(one)) for one in listed(key, value)]
+        items = [made for one in listed(key, value) for made in with_columns(source(draft, key, str(one)), fields)]
         if items:
             draft.put(word, items, f"{key}: {spelled(value)}")
     ratio = number("split_dataset_ratio", draft.take("split_dataset_ratio", 0))
@@ -131,20 +131,19 @@ def datasets(draft: Draft) -> None:
         draft.put("eval_strategy", strategy, f"save_strategy: {strategy}")
 
 
-def source(draft: Draft, key: str, given: str) -> dict[str, Any]:
+def source(draft: Draft, key: str, given: str) -> list[dict[str, Any]]:
     """One dataset by its path, its name and the number of its rows."""
     found = DATASET.fullmatch(given)
     assert found is not None
     path = found["path"]
-    if found["subsets"]:
-        draft.note(f"{key}: {given}: the subset {found['subsets']} is not chosen by name; save it as JSONL")
-    if not path.endswith((".jsonl", ".json", ".parquet", ".csv", ".txt", ".gz", ".zst")) and "/" in path:
-        hub = "the Hugging Face hub" if found["hub"] == "HF" else "ModelScope"
-        draft.note(f"{key}: {path}: if this is a name of {hub} and is not found by it, save it as JSONL")
+    if is_hub_name(path) and found["hub"] != "HF":
+        draft.note(f"{key}: {path} is a name of ModelScope; datasets come from the Hugging Face hub, or as files")
     if path == "swift/self-cognition":
         draft.note(f"{key}: {path}: its rows hold {{{{NAME}}}} and {{{{AUTHOR}}}}, which model_name and model_author "
                    "fill; save it as JSONL and put them in")  # fmt: skip
-    return {"path": path} | ({"max_rows": int(found["rows"])} if found["rows"] else {})
+    subsets = found["subsets"].split("/") if found["subsets"] else [None]
+    items = [one for name in subsets for one in named_sources(draft, f"{key}: {given}", {"path": path, "name": name})]
+    return [{**one, "max_rows": int(found["rows"])} for one in items] if found["rows"] else items
 
 
 PEER = Peer(

@@ -7,14 +7,13 @@ from qwen_lit.convert.values import is_off, listed
 
 CLASSES = {
     "wandb": "WandbLogger", "mlflow": "MLFlowLogger", "comet_ml": "CometLogger", "comet": "CometLogger",
-    "neptune": "NeptuneLogger", "swanlab": "swanlab.integration.pytorch_lightning.SwanLabLogger",
+    "swanlab": "swanlab.integration.pytorch_lightning.SwanLabLogger",
 }  # fmt: skip
 ARGUMENTS = {
     "wandb": {"project": "project", "run_name": "name", "entity": "entity", "run_id": "id"},
     "mlflow": {"project": "experiment_name", "run_name": "run_name", "tracking_uri": "tracking_uri"},
-    "comet_ml": {"project": "project", "run_name": "name", "workspace": "workspace"},
-    "comet": {"project": "project", "run_name": "name", "workspace": "workspace"},
-    "neptune": {"project": "project", "run_name": "name"},
+    "comet_ml": {"project": "project", "workspace": "workspace"},
+    "comet": {"project": "project", "workspace": "workspace"},
     "swanlab": {"project": "project", "run_name": "experiment_name", "workspace": "workspace", "mode": "mode"},
 }
 """Tracker to the logger's arguments by common word."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from qwen_lit.convert import hugging_face
 from qwen_lit.convert.draft import Draft, Peer, grouped
-from qwen_lit.convert.named import named_source
+from qwen_lit.convert.named import named_sources
 from qwen_lit.convert.values import is_off, listed, spelled
 
 
@@ -50,22 +50,25 @@ def datasets(draft: Draft) -> None:
     entries: list[Any] = list(mixture or [])
     if name is not None and not entries:
         entries = [{"path": name, "name": subset, "split": split}]
-    items = []
+    items: list[dict[str, Any]] = []
     for entry in entries:
         entry = {"path": entry} if isinstance(entry, str) else dict(entry)
         where = f"dataset: {entry.get('path')}"
-        if entry.get("columns") or entry.get("fraction"):
-            draft.note(f"{where}: columns and fraction have no counterpart; max_rows takes a number of rows")
-        items.append(named_source(draft, where, entry))
+        share = entry.get("fraction")
+        items += [one if share is None else {**one, "weight": share} for one in named_sources(draft, where, entry)]
     if items:
         draft.put("dataset", items, f"dataset_name: {name}" if name is not None else "datasets")
     size = draft.take("test_split_size")
     if size is not None:
         draft.put("val_size", size, f"test_split_size: {size}")
     strategy = draft.given.get("eval_strategy")
-    if size is None and strategy is not None and not is_off(strategy):
-        draft.note(f"dataset_test_split: {test or 'test'}: give its rows as data.val_dataset_path, or a share of the "
-                   "training rows as data.val_size")  # fmt: skip
+    if size is None and name is not None and strategy is not None and not is_off(strategy):
+        split = str(test or "test")
+        held = named_sources(draft, "dataset_test_split", {"path": name, "name": subset, "split": split})
+        if "split" in held[0]:
+            draft.put("eval_dataset", held, f"dataset_test_split: {split}")
+        else:
+            draft.note(f"dataset_test_split: {split}: give its rows as data.val_dataset_path")
     for key in listed("", draft.take("dataset_kwargs")):
         draft.note(f"no counterpart: dataset_kwargs: {spelled(key)}")
 
