@@ -13,7 +13,8 @@ INSIDE = {
     "data": ("dataset_path", "fields", "val_dataset_path", "val_size", "batch_size", "max_length"),
 }  # fmt: skip
 WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~")
-PLAIN = re.compile(r"[A-Za-z_./~\u4e00-\u9fff][\w./~@+%=-]*")
+PLAIN = re.compile(r"([A-Za-z_/\u4e00-\u9fff]|~/|\.{1,2}/)[\w./~@+%=-]*")
+"""Texts that are nothing else to YAML."""
 
 
 def as_yaml(values: dict[str, Any], comments: dict[str, str], head: list[str]) -> str:
@@ -63,7 +64,7 @@ def flow(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     text = str(value)
-    plain = PLAIN.fullmatch(text) and text.lower() not in WORDS and not _is_number(text)
+    plain = PLAIN.fullmatch(text) and text.lower() not in WORDS
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
@@ -77,10 +78,3 @@ def scientific(value: float) -> str:
         text = re.sub(r"e-0(\d)$", r"e-\1", text)
     return text if "." in text or "e" not in text else text.replace("e", ".0e")
 
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.replace("_", ""))
-    except ValueError:
-        return False
-    return True

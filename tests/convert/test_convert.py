@@ -284,12 +284,18 @@ def test_the_register_of_datasets_gives_files_and_columns():
     assert any("mine: no dataset_info.json tells its file" in line for line in told)
 
 
-def test_the_register_is_found_beside_the_file_and_above_it():
+def test_the_register_is_found_beside_the_file_and_above_it(monkeypatch, tmp_path):
     Path("examples/train").mkdir(parents=True)
     path = Path("examples/train/qa.yaml")
     path.write_text(examples.LLAMA_FACTORY)
-    paths = [one["path"] for one in yaml.safe_load(converted(path)[0])["data"]["dataset_path"]]
-    assert paths == ["data/identity.json", "data/alpaca_zh_demo.json"]
+    monkeypatch.chdir(path.parent)
+    paths = [one["path"] for one in yaml.safe_load(converted(Path(path.name))[0])["data"]["dataset_path"]]
+    assert [Path(one).resolve() for one in paths] == [
+        tmp_path / "data/identity.json", tmp_path / "data/alpaca_zh_demo.json"
+    ]  # fmt: skip
+    Path("dataset_info.json").write_text('{"identity": {"file_name": "i.json"}, "alpaca_zh_demo": {"file_name": "a"}}')
+    paths = [one["path"] for one in yaml.safe_load(converted(Path(path.name))[0])["data"]["dataset_path"]]
+    assert paths == ["i.json", "a"]
 
 
 def test_datasets_of_axolotl_keep_their_columns_subset_and_split():
@@ -411,6 +417,8 @@ def test_keys_without_a_counterpart_are_told_once_in_their_order():
     lines = [line for line in told if line.startswith("no counterpart: ")]
     assert [line.split(": ")[1] for line in lines] == ["apple", "model_revision", "push_to_hub", "zebra"]
     assert lines[2].endswith("`qwen-lit export --push_to_hub NAME/MODEL` uploads")
+    told = changed(examples.TRL, zebra=1, max_steps=None, save_steps=None)[1]
+    assert told[0].startswith("different: warmup_steps: 50")
     order = [line.partition(":")[0] for line in told]
     assert order == sorted(order, key=["different", "no counterpart", "not needed"].index)
 
@@ -439,7 +447,8 @@ def test_what_was_a_default_is_written_with_whose_it_is():
 
 
 def test_texts_that_yaml_takes_for_something_else_stay_texts():
-    odd = ("1e3", "yes", "a: b", "#1", "[x]", "C:\\x", "中文 路径", "~/x", "0x1F", "12", "-a", "2020-01-01", "1_0")
+    odd = ("1e3", "yes", "a: b", "#1", "[x]", "C:\\x", "中文 路径", "~/x", "0x1F", "12", "-a", "2020-01-01", "1_0",
+           ".5", ".inf", "../x", "./-", "on")  # fmt: skip
     for value in odd:
         made = changed(examples.FLAT, output_dir=value, run_name=value, report_to="wandb")[0]
         assert made["output_dir"] == value and made["trainer"]["logger"]["init_args"]["name"] == value
