@@ -1,6 +1,6 @@
 """``convert``: configurations of other trainers to ours; imports neither torch nor transformers."""
 
 from qwen_lit.convert.command import converted, main
-from qwen_lit.convert.kinds import kind_of, redirect
+from qwen_lit.convert.kinds import hint, kind_of, redirect
 
-__all__ = ["converted", "kind_of", "main", "redirect"]
+__all__ = ["converted", "hint", "kind_of", "main", "redirect"]

@@ -73,18 +73,23 @@ def _told(given: dict[str, Any]) -> Peer | None:
     return OWN if len(shared) + len(inner) >= 2 and (named or inner or len(shared) >= 3) else None
 
 
+def hint(path: str | os.PathLike[str]) -> str | None:
+    """What to do with a configuration of another trainer; None for ours, and for what is none."""
+    kind, name = kind_of(path), os.fspath(path)
+    if kind is None:
+        return None
+    command = f"qwen-lit convert {shlex.quote(name)} --output my.yaml"
+    return f"{name} is {article(kind)} {kind} configuration; convert it: {command}"
+
+
 def redirect(path: str | os.PathLike[str]) -> None:
     """Refuse a configuration of another trainer, with the command that converts it.
 
     Raises:
         UserError: it is one.
     """
-    if kind := kind_of(path):
-        name = os.fspath(path)
-        raise UserError(
-            f"{name} is {article(kind)} {kind} configuration; convert it: qwen-lit convert {shlex.quote(name)} "
-            "--output my.yaml"
-        )
+    if told := hint(path):
+        raise UserError(told)
 
 
 def article(name: str) -> str:
