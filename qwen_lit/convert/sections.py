@@ -11,7 +11,9 @@ SECTIONS = frozenset(
     for kind in ("model", "data", "dataset", "training", "train", "sft", "trainer")
     for name in ("args", "arguments", "config")
 ) | {"training", "dataset"}
-"""Sections whose keys are taken as if they stood at the top."""
+"""Sections that no file of ours has."""
+BESIDE = ("model", "data", "tokenizer", "logging", "evaluation", "optimizer", "saving")
+"""Sections that stand beside them."""
 INNER = {"lora_config": "lora_config", "lora_args": "lora_config", "lora": "lora_config", "peft_config": "lora_config",
          "peft": "lora_config", "lora_arguments": "lora_config", "quantization_config": "quantization_config",
          "quantization_args": "quantization_config", "bnb_config": "quantization_config",
@@ -19,7 +21,7 @@ INNER = {"lora_config": "lora_config", "lora_args": "lora_config", "lora": "lora
 """Sections whose keys are PEFT's or BitsAndBytesConfig's."""
 LORA_WORDS = {"lora_r": "r", "rank": "r", "lora_rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
               "lora_target_modules": "target_modules"}  # fmt: skip
-PATHS = {"dataset": "dataset_path dataset data_path train_file train_path train_dataset dataset_name train_data",
+PATHS = {"dataset": "dataset_path dataset data_path train_file train_path train_dataset dataset_name train_data path",
          "eval_dataset": "val_dataset_path eval_dataset_path validation_file eval_file val_file val_path eval_path "
                          "eval_dataset eval_data"}  # fmt: skip
 
@@ -30,7 +32,7 @@ def flattened(given: dict[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         if isinstance(value, dict) and key in INNER:
             flat |= {f"{INNER[key]}.{LORA_WORDS.get(name, name)}": one for name, one in value.items()}
-        elif isinstance(value, dict) and key in SECTIONS:
+        elif isinstance(value, dict) and (key in SECTIONS or key in BESIDE):
             flat |= flattened(value)
         else:
             flat[key] = value

@@ -261,6 +261,19 @@ def test_what_is_not_done_here_is_refused_with_what_to_write(text, keys, words):
     assert words in refusal(text, **keys)
 
 
+def test_sections_of_a_script_of_ones_own_are_read_by_any_of_their_names():
+    given = {
+        "model": {"model_name": "Qwen/Qwen3-4B"}, "data": {"train_file": "a.jsonl", "validation_file": "b.jsonl"},
+        "lora": {"rank": 4, "alpha": 8, "target_modules": "q_proj,v_proj"}, "bnb_config": {"load_in_8bit": True},
+        "training": {"learning_rate": 1e-4, "num_train_epochs": 1, "eval_strategy": "epoch"},
+    }  # fmt: skip
+    made = of(yaml.safe_dump(given))[0]
+    assert made["model"]["model_name_or_path"] == "Qwen/Qwen3-4B"
+    assert made["model"]["lora_config"] == {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    assert made["model"]["quantization_config"] == {"load_in_8bit": True}
+    assert (made["data"]["dataset_path"], made["data"]["val_dataset_path"]) == ("a.jsonl", "b.jsonl")
+
+
 def test_several_refusals_are_told_at_once():
     told = refusal(examples.LLAMA_FACTORY, stage="kto", train_on_prompt=True)
     assert told.count("\n") == 1 and "stage: kto" in told and "train_on_prompt" in told
