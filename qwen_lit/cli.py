@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from transformers.utils import logging as transformers_logging
 
 from qwen_lit.callbacks.accepted import check_trainer, explained
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
@@ -28,7 +26,6 @@ from qwen_lit.callbacks.report import RunReport
 from qwen_lit.callbacks.resumed import Resumed
 from qwen_lit.callbacks.samples import Samples
 from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, step_of
-from qwen_lit.chat import main as chat
 from qwen_lit.checks import check_paths, check_values
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import watch_parent
@@ -38,6 +35,7 @@ from qwen_lit.front import main as main
 from qwen_lit.hardware import product_dtype
 from qwen_lit.kernels.plan import parse_bytes
 from qwen_lit.keys import wrong_keys
+from qwen_lit.logs import set_up_logging
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.duration import check_duration
 from qwen_lit.model.load import check_weights, load_tokenizer
@@ -46,7 +44,6 @@ from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.trained import Trained, begin_from, check_shapes, find_adapter, read, take_over
 from qwen_lit.parsing import Parser, expand_paths, expanded
 from qwen_lit.run import ADAPTER, find_checkpoint, hold, is_adapter, refuse_foreign, refuse_mixing, set_aside
-from qwen_lit.screen import Handler, on_screen
 from qwen_lit.signals import Stopped, watched
 from qwen_lit.trainer import QwenTrainer
 
@@ -278,39 +275,6 @@ def compute_in_float32(trainer: Any) -> None:
         trainer.strategy.precision_plugin = Precision()
 
 
-def set_up_logging() -> None:
-    """Our own lines at INFO, other libraries' at WARNING; ``QWEN_LIT_LOG=DEBUG`` shows all."""
-    level = os.environ.get("QWEN_LIT_LOG", "INFO").upper()
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[Handler(sys.stderr)]
-    )
-    # Lines of these libraries go where ours go.
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
-    if on_screen():
-        logging.captureWarnings(True)
-        warnings.formatwarning = lambda message, *_: str(message)
-        # Bars of transformers are gone when they are full, as ours are.
-        transformers_logging.set_tqdm_hook(lambda make, args, options: make(*args, **{"leave": False, **options}))
-    else:
-        transformers_logging.disable_progress_bar()
-    log.setLevel(level)
-    if level == "DEBUG":
-        logging.getLogger().setLevel(level)
-    else:
-        # Of Lightning, which wraps the model for several ranks on a stream of its own, of PEFT's own use of names, and
-        # of bitsandbytes, which pages on GPUs alone.
-        for told in ("The AccumulateGrad node.s stream does not match", ".is_gradient_checkpointing. is deprecated",
-                     "Paged optimizers are not supported on CPU"):  # fmt: skip
-            warnings.filterwarnings("ignore", message=told)
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*(instantiate_classes|add_instantiator).*")
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
 def run(given: list[str]) -> int:
     """Run one command whose keys are known; returns the exit code."""
     set_up_logging()
@@ -319,12 +283,6 @@ def run(given: list[str]) -> int:
     # The comments of a configuration are help too. Reading what stands below attributes takes half a second.
     shown = any("help" in one or "print_config" in one for one in given)
     set_parsing_settings(docstring_parse_attribute_docstrings=shown)
-    if given[0] == "chat":
-        try:
-            with watched():
-                return chat(given[1:])
-        except Stopped as stop:
-            return stop.exit_code
     args = [ALIASES.get(one, one) for one in given]
     cli.wanted = args[0] if args[0] in QwenCLI.subcommands() else None
     with watched():

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from qwen_lit.cli import set_up_logging
 from qwen_lit.data.batches import collate
 from qwen_lit.data.chatml import Encoder, Example
 from qwen_lit.data.records import parse_row
+from qwen_lit.logs import set_up_logging
 from qwen_lit.progress import through
 from qwen_lit.shipped import configs
 

@@ -3,13 +3,15 @@
 import difflib
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from qwen_lit import help, shipped
+from qwen_lit import help
 from qwen_lit.keys import wrong_keys
+from qwen_lit.signals import Stopped, watched
 
-BESIDE = {"chat": "qwen_lit.chat", "configs": "qwen_lit.shipped"}
+BESIDE = {"chat": "qwen_lit.chat", "configs": "qwen_lit.shipped", "convert": "qwen_lit.convert"}
 """Commands that are no method of the Trainer: the module whose ``main`` takes the arguments."""
 LIBRARIES = {"lightning": "trainer", "peft": "model.lora_config", "transformers": "model.quantization_config"}
 """Packages whose version decides which keys a section has."""
@@ -31,11 +33,14 @@ def main(args: list[str] | None = None) -> int:
     code = answered(given)
     if code is not None:
         return code
-    if given[0] == "configs":
-        return shipped.main(given[1:])
     try:
+        if given[0] in BESIDE:
+            with watched():
+                return int(import_module(BESIDE[given[0]]).main(given[1:]))
         # Takes seconds, in which no signal is watched yet.
         from qwen_lit.cli import run
+    except Stopped as stop:
+        return stop.exit_code
     except KeyboardInterrupt:
         return 130
     return run(given)

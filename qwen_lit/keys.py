@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from qwen_lit.convert import hint
+
 SWITCHES = ("help", "print_config")
 """Options that are no keys."""
 ALIASES = {
@@ -87,11 +89,19 @@ def wrong_keys(args: list[str], known: Collection[str], all_keys: Collection[str
         known: its keys and options; what lies below one of them, such as ``init_args``, is its class's to judge.
         all_keys: what can have been meant.
     """
+    if told := list(filter(None, map(hint, configurations(args)))):
+        return told
     lines = []
     for place, key in _given(args, known):
         text = f"there is no key {key}{meant(key, all_keys)}"
         lines.append(f"{place}: {text}" if place else text)
     return list(dict.fromkeys(lines))
+
+
+def configurations(args: list[str]) -> list[str]:
+    """The files that are given as ``--config``."""
+    split = [args[number + 1] for number, arg in enumerate(args[:-1]) if arg == "--config"]
+    return [*split, *(arg.partition("=")[2] for arg in args if arg.startswith("--config="))]
 
 
 def meant(key: str, all_keys: Collection[str]) -> str:

@@ -1,6 +1,7 @@
 """What is told of commands, and of keys of other libraries whose own words say too little here."""
 
 COMMANDS = {
+    "convert": ("Turn a configuration of another trainer into one of ours.", "qwen-lit convert llama_factory.yaml"),
     "configs": ("Write the shipped configurations into a folder.", "qwen-lit configs"),
     "inspect": (
         "Audit the dataset and show rows as they will be trained; needs no GPU.",
