@@ -1,8 +1,12 @@
 """The entry of the command line: what can be answered without torch is answered here, within a second."""
 
+import contextlib
 import difflib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -33,12 +37,21 @@ def main(args: list[str] | None = None) -> int:
         return code
     if given[0] == "configs":
         return shipped.main(given[1:])
-    try:
-        # Takes seconds, in which no signal is watched yet.
+    with _interruptible():
         from qwen_lit.cli import run
-    except KeyboardInterrupt:
-        return 130
     return run(given)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the process at once: while libraries are loaded it would be a traceback out of any of them."""
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if ours else None
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def answered(given: list[str]) -> int | None:
