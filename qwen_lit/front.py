@@ -45,13 +45,15 @@ def main(args: list[str] | None = None) -> int:
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Ctrl-C ends the process at once: while libraries are loaded it would be a traceback out of any of them."""
-    ours = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if ours else None
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def answered(given: list[str]) -> int | None:
