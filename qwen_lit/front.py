@@ -1,8 +1,12 @@
 """The entry of the command line: what can be answered without torch is answered here, within a second."""
 
+import contextlib
 import difflib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -33,17 +37,31 @@ def main(args: list[str] | None = None) -> int:
     code = answered(given)
     if code is not None:
         return code
-    try:
-        if given[0] in BESIDE:
+    if given[0] in BESIDE:
+        with _interruptible():
+            command = import_module(BESIDE[given[0]])
+        try:
             with watched():
-                return int(import_module(BESIDE[given[0]]).main(given[1:]))
-        # Takes seconds, in which no signal is watched yet.
+                return int(command.main(given[1:]))
+        except Stopped as stop:
+            return stop.exit_code
+    with _interruptible():
         from qwen_lit.cli import run
-    except Stopped as stop:
-        return stop.exit_code
-    except KeyboardInterrupt:
-        return 130
     return run(given)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the process at once: while libraries are loaded it would be a traceback out of any of them."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def answered(given: list[str]) -> int | None:

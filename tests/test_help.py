@@ -1,6 +1,7 @@
 """Help and versions are told at once, in 80 columns, from a reference that equals the code."""
 
 import json
+import signal
 import subprocess
 import sys
 import types
@@ -91,10 +92,17 @@ def test_nothing_heavy_is_imported_to_answer(words):
     assert not HEAVY & set(done.stderr.split())
 
 
-def test_ctrl_c_while_libraries_are_loaded_ends_without_a_traceback(monkeypatch):
-    class Slow(types.ModuleType):
-        def __getattr__(self, name: str) -> None:
-            raise KeyboardInterrupt if name == "run" else AttributeError(name)
+def test_ctrl_c_while_libraries_are_loaded_ends_the_process_without_a_traceback(monkeypatch):
+    found = []
 
-    monkeypatch.setitem(sys.modules, "qwen_lit.cli", Slow("qwen_lit.cli"))
-    assert main(["fit", "--config", "configs/qwen7b.yaml"]) == 130
+    class Loading(types.ModuleType):
+        def __getattr__(self, name: str):
+            if name != "run":
+                raise AttributeError(name)
+            found.append(signal.getsignal(signal.SIGINT))
+            return lambda given: found.append(signal.getsignal(signal.SIGINT))
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setitem(sys.modules, "qwen_lit.cli", Loading("qwen_lit.cli"))
+    main(["fit", "--config", "configs/qwen7b.yaml"])
+    assert found == [signal.SIG_DFL, before]
