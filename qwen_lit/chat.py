@@ -126,6 +126,9 @@ def converse(chat: Chat) -> int:
                 if said is None:
                     break
                 print(said)
+            elif "\N{REPLACEMENT CHARACTER}" in line:
+                print(f"error: this question is not {sys.stdin.encoding}; give it in that encoding.", file=sys.stderr)
+                failed = True
             elif line.strip():
                 failed |= not answered(chat, line.strip())
         except EOFError:

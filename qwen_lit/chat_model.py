@@ -87,21 +87,24 @@ class Choice:
         base = local_folder(self.base)
         if base is None and not HUB_NAME.match(self.base):
             raise UserError(
-                f"chat: the base of {self.folder} is not at {self.base}; move it there, or name its folder as "
+                f"the base of {self.folder} is not at {self.base}; move it there, or name its folder as "
                 f"base_model_name_or_path in {self.folder / 'adapter_config.json'}."
             )
+        check_weights(str(base or self.base))
+        config = adapter_config(self.folder) if self.adapter else {}
+        # PEFT reads more kinds of adapters than can be merged.
+        if base is None or not self.adapter or any(config.get(key) for key in UNSUPPORTED):
+            return
         try:
-            check_weights(str(base or self.base))
-            config = adapter_config(self.folder) if self.adapter else {}
-            # PEFT reads more kinds of adapters than can be merged.
-            if base is not None and self.adapter and not any(config.get(key) for key in UNSUPPORTED):
-                adapter, weights = read_adapter(self.folder), BaseModel(base)
-                check_fits(adapter, weights, untie(adapter, weights, read_json(base / "config.json")))
-        except UserError as error:
-            raise UserError("chat: " + str(error).removeprefix("model_name_or_path: ")) from error
+            adapter, weights = read_adapter(self.folder), BaseModel(base)
         except ExportError as error:
-            on = f"on {base}: " if self.adapter else ""
-            raise UserError(f"chat: cannot use {self.folder} {on}{error}; export it again.") from error
+            raise UserError(f"{error}; export the adapter again.") from error
+        try:
+            check_fits(adapter, weights, untie(adapter, weights, read_json(base / "config.json")))
+        except ExportError as error:
+            raise UserError(
+                f"{self.folder} is not an adapter of {base} ({error}); give the base it was trained on."
+            ) from error
 
 
 def choose(path: str, quantize: bool | None, device: torch.device) -> tuple[Choice, str]:
@@ -125,10 +128,11 @@ def choose(path: str, quantize: bool | None, device: torch.device) -> tuple[Choi
                 return choice, "; ".join(passed)
             how = f" in {choice.held}" * bool(choice.held)
             passed.append(f"{choice.folder.name}{how} needs {_gib(needed)}, {device} has {_gib(free)} free")
-    except UserError as error:
+    except (UserError, ExportError) as error:
+        reason = str(error).removeprefix("model_name_or_path: ")
         if not passed:
-            raise
-        passed.append(str(error).removeprefix("chat: ").rstrip("."))
+            raise UserError(f"chat: {reason}") from error
+        passed.append(reason.rstrip("."))
     if not passed:
         raise UserError(f"chat: {path} holds neither an adapter nor a model; give lora_adapter/ or final_model/.")
     raise UserError(f"chat: {'; '.join(passed)}. Free memory, or serve a small GGUF file (export.gguf: q4_k_m).")
@@ -168,7 +172,7 @@ def adapter_config(adapter: Path) -> dict[str, Any]:
     try:
         return read_json(adapter / "adapter_config.json")
     except ExportError as error:
-        raise UserError(f"chat: {error}; export the adapter again.") from error
+        raise UserError(f"{error}; export the adapter again.") from error
 
 
 def base_of(adapter: Path) -> str:
@@ -179,7 +183,7 @@ def base_of(adapter: Path) -> str:
     """
     base = adapter_config(adapter).get("base_model_name_or_path")
     if not base:
-        raise UserError(f"chat: {adapter / 'adapter_config.json'} names no base; export the adapter again.")
+        raise UserError(f"{adapter / 'adapter_config.json'} names no base; export the adapter again.")
     return str(Path(base).expanduser()) if local_folder(str(base)) else str(base)
 
 
