@@ -127,7 +127,7 @@ def choose(path: str, quantize: bool | None, device: torch.device) -> tuple[Choi
             if needed <= free:
                 return choice, "; ".join(passed)
             how = f" in {choice.held}" * bool(choice.held)
-            passed.append(f"{choice.folder.name}{how} needs {_gib(needed)}, {device} has {_gib(free)} free")
+            passed.append(f"{choice.folder.resolve().name}{how} needs {_gib(needed)}, {device} has {_gib(free)} free")
     except (UserError, ExportError) as error:
         reason = str(error).removeprefix("model_name_or_path: ")
         if not passed:
