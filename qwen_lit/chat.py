@@ -185,9 +185,10 @@ def line_editing() -> Iterator[None]:
         yield
         return
     if locale.nl_langinfo(locale.CODESET) == "ANSI_X3.4-1968":
-        # Python reads UTF-8 in the locales C and POSIX; readline would delete single bytes of a character.
+        # In the locales C and POSIX Python reads UTF-8, but readline, which asks the environment, bytes.
         with contextlib.suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+            os.environ["LC_ALL"] = "C.UTF-8"
     try:
         import readline
     except ImportError:

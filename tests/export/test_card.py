@@ -57,7 +57,7 @@ def test_the_front_matter_is_yaml_and_names_the_base_only_where_the_hub_knows_it
         assert front["pipeline_tag"] == "text-generation" and "qwen_lit" in front["tags"]
         assert ModelCard(text).data.base_model == front.get("base_model")
         base = str((tmp_path / name).resolve()) if local else name
-        assert [one[2] for one in commands(text) if "--enable-lora" in one] == [base]
+        assert [one[2] for one in commands(text) if "--max-lora-rank" in one] == [base]
     assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"] == base
 
 
@@ -92,7 +92,8 @@ def test_an_adapter_that_servers_refuse_gets_a_reason_instead_of_a_command(tmp_p
     for text in (card_of(folder, "Qwen/Qwen3-8B"), (folder / "README.md").read_text("utf-8")):
         assert "--enable-lora" not in text and "--lora-paths" not in text
         assert f"because of {reason}: serve the merged model." in text
-    assert ["vllm", "serve", ".", "--served-model-name", "Qwen3-8B-tuned"] in commands(card_of(folder, "Qwen/Qwen3-8B"))
+    merged = ["vllm", "serve", ".", "--served-model-name", "Qwen3-8B-tuned"]
+    assert merged in commands(card_of(folder, "Qwen/Qwen3-8B"))
 
 
 def test_rank_stabilised_lora_is_served_by_vllm_alone(tmp_path):
