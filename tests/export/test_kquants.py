@@ -7,6 +7,8 @@ import gguf
 import numpy as np
 import pytest
 
+from qwen_lit.callbacks.export import Export
+from qwen_lit.errors import UserError
 from qwen_lit.export import ExportError
 from qwen_lit.export.gguf import GgufType, write_gguf, write_plain
 from qwen_lit.export.kquants import BITS, K_QUANTS, compare, gguf_bytes, missing_quantizer
@@ -92,6 +94,15 @@ def test_without_a_quantiser_the_remedy_is_said_for_k_quants_alone(no_quantizer)
     for kind in K_QUANTS:
         words = f"export.gguf: {kind} needs llama.cpp's quantiser: pip install llama-cpp-python"
         assert missing_quantizer(kind).startswith(words)
+
+
+def test_a_missing_quantiser_is_known_before_anything_is_trained_or_merged(no_quantizer):
+    Export(gguf="q8_0").check_gguf()
+    with pytest.raises(UserError, match="or put llama-quantize on PATH"):
+        Export(gguf="q4_k_m").check_gguf()
+    with pytest.raises(UserError, match="or put llama-quantize on PATH"):
+        # Neither the trainer, nor the adapter, nor the model is looked at.
+        Export(gguf="q4_k_m").from_checkpoint(None, None, None)
 
 
 def test_every_kind_has_its_size_and_a_k_quant_counts_the_file_it_is_made_from():
