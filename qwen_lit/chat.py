@@ -1,292 +1,201 @@
-"""``python -m qwen_lit chat PATH``: talk to an adapter on its 4-bit base, or to a merged model."""
+"""``qwen-lit chat PATH``: talk to an adapter on its base, or to a merged model."""
+
+from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import io
+import locale
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any
-
-import psutil
-import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from typing import TYPE_CHECKING
 
 from qwen_lit.errors import UserError, shortened
-from qwen_lit.export.serving import end_tokens
-from qwen_lit.hardware import product_dtype
-from qwen_lit.model.load import check_weights, computing_on, load_config
-from qwen_lit.quantization import usable
-from qwen_lit.run import training_config
 
-HELP = """/system TEXT  start over under a system prompt   /reset  start over
-/think        switch thinking on or off          /save FILE.jsonl  keep as a row
-/help         this list                          /quit   end
-Ctrl-C        stop the answer; twice, end"""
+if TYPE_CHECKING:
+    # torch takes seconds to import, which a wrong option need not wait for.
+    from qwen_lit.conversation import Chat
+
 OUT_OF_MEMORY = (
     "out of memory; /reset starts over with a short conversation, and chat with --load_in_4bit takes a quarter of the "
     "memory for weights"
 )
-
-
-class _Until(StoppingCriteria):
-    """Ends an answer when an event is set."""
-
-    def __init__(self, event: Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **options: Any) -> torch.BoolTensor:
-        return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)  # type: ignore[return-value]
-
-
-class Chat:
-    """A conversation with a model."""
-
-    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int = 1024, sample: bool = True) -> None:
-        """Begins with no message.
-
-        Args:
-            model: a transformers or PEFT model for generation.
-            tokenizer: its tokenizer.
-            max_new_tokens: most tokens of an answer.
-            sample: draw by the generation config's settings; False takes the likeliest token.
-        """
-        self.model, self.tokenizer = model, tokenizer
-        self.max_new_tokens, self.sample = max_new_tokens, sample
-        self.messages: list[dict[str, str]] = []
-        self.think: bool | None = None
-        self.can_think = "enable_thinking" in str(tokenizer.chat_template)
-
-    def ask(self, question: str) -> Iterator[str]:
-        """The answer, piece by piece; both are part of the conversation once it has ended, or was stopped.
-
-        Raises:
-            torch.OutOfMemoryError: the conversation does not fit; the question is taken back.
-        """
-        self.messages.append({"role": "user", "content": question})
-        options = {} if self.think is None else {"enable_thinking": self.think}
-        inputs = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **options
-        ).to(self.model.device)
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop, failures = Event(), list[Exception]()
-        settings = {
-            **inputs, "streamer": streamer, "max_new_tokens": self.max_new_tokens,
-            "stopping_criteria": StoppingCriteriaList([_Until(stop)]),
-            "eos_token_id": end_tokens(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id,
-            **({} if self.sample else {"do_sample": False}),
-        }  # fmt: skip
-        worker = Thread(target=self._generate, args=(settings, streamer, failures), daemon=True)
-        worker.start()
-        pieces: list[str] = []
-        try:
-            for piece in streamer:
-                pieces.append(piece)
-                yield piece
-        finally:
-            stop.set()
-            worker.join()
-            if failures:
-                self.messages.pop()
-            else:
-                self.messages.append({"role": "assistant", "content": "".join(pieces)})
-        if failures:
-            raise failures[0]
-
-    def _generate(self, settings: dict[str, Any], streamer: Any, failures: list[Exception]) -> None:
-        try:
-            with torch.no_grad():
-                self.model.generate(**settings)
-        except Exception as error:
-            failures.append(error)
-        finally:
-            streamer.end()
-
-    def command(self, line: str) -> str | None:
-        """Obey a line that begins with a slash; returns what to say, None to end."""
-        name, _, rest = line.partition(" ")
-        rest = rest.strip()
-        if name == "/quit":
-            return None
-        if name == "/reset":
-            self.messages = [one for one in self.messages[:1] if one["role"] == "system"]
-            return "a new conversation"
-        if name == "/system":
-            self.messages = [{"role": "system", "content": rest}] if rest else []
-            return "a new conversation under this system prompt" if rest else "a new conversation without one"
-        if name == "/think" and not self.can_think:
-            return "this model's chat template knows no thinking"
-        if name == "/think":
-            self.think = not self.think
-            return f"thinking is {'on' if self.think else 'off'}"
-        if name == "/save" and rest:
-            if not any(one["role"] == "assistant" for one in self.messages):
-                return "there is no answer to save yet"
-            try:
-                with Path(rest).expanduser().open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-            except OSError as error:
-                return f"cannot write to {rest} ({error.strerror or error}); give another file"
-            return f"saved to {rest}"
-        return HELP
-
-
-def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
-    """The model and the tokenizer of an adapter folder or a model folder.
-
-    Args:
-        path: ``lora_adapter/``, ``final_model/``, or the output folder that holds them.
-        quantize: hold an adapter's base in 4 bits, or not; None holds it as it was trained.
-
-    Raises:
-        UserError: it is none of these, or its base is not there.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    folder = chosen(Path(path).expanduser(), device)
-    adapter = folder / "adapter_config.json"
-    if not adapter.is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"chat: {path} holds neither an adapter nor a model; give lora_adapter/ or final_model/.")
-    base = str(Path(base_of(adapter)).expanduser() if adapter.is_file() else folder)
-    check_weights(base)
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_use_double_quant=True,
-    )  # fmt: skip
-    config = four_bits if quantize else None
-    if quantize is None and adapter.is_file():
-        trained = training_config(folder).get("model")
-        held = trained.get("quantization_config") if trained else None
-        config = usable(BitsAndBytesConfig(**held), load_config(str(base))) if held else None if trained else four_bits
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=product_dtype(device), device_map={"": str(device)},
-            quantization_config=computing_on(device, config),
-        )  # fmt: skip
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        reason = shortened(" ".join(str(error).split()))
-        raise UserError(f"chat: cannot load {base} ({reason}); give a model whose base is here.") from error
-    if adapter.is_file():
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(folder))
-    return model.eval(), tokenizer
-
-
-def chosen(folder: Path, device: torch.device) -> Path:
-    """Of an output folder the merged model, or, where that does not fit the device, the adapter."""
-    merged, adapter = folder / "final_model", folder / "lora_adapter"
-    if (folder / "config.json").is_file() or not (merged.is_dir() or adapter.is_dir()):
-        return folder
-    size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
-    size *= 2 if product_dtype(device) == torch.float32 else 1
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return merged if merged.is_dir() and (1.1 * size < free or not adapter.is_dir()) else adapter
-
-
-def base_of(adapter: Path) -> str:
-    """The base that an ``adapter_config.json`` names.
-
-    Raises:
-        UserError: it names none.
-    """
-    try:
-        return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"chat: {adapter} names no base ({error}); export the adapter again.") from error
+PROMPT = "> "
 
 
 def main(args: list[str]) -> int:
     """One answer with ``--prompt``, a conversation without."""
-    parser = argparse.ArgumentParser(prog="python -m qwen_lit chat", description=__doc__, epilog=HELP,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("path", help="lora_adapter/, final_model/, or the output folder that holds them")
-    parser.add_argument("--prompt", help="answer this and end")
-    parser.add_argument("--system", help="system prompt")
-    parser.add_argument("--think", action=argparse.BooleanOptionalAction, help="let a Qwen3 think first, or not")
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="most tokens of an answer")
-    parser.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=None,
-                        help="hold the base in 4 bits, or not; default: as the adapter was trained")  # fmt: skip
-    given = parser.parse_args(args)
-    if given.max_new_tokens < 1:
-        print(f"error: --max_new_tokens is {given.max_new_tokens}; it must be at least 1.", file=sys.stderr)
-        return 2
-    quantize = given.load_in_4bit
+    given = parser().parse_args(args)
     try:
-        model, tokenizer = load(given.path, quantize)
+        chat, described = started(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for stream in (sys.stdin, sys.stdout):
+        # A terminal of another encoding shows what it can.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        if given.prompt is not None:
+            return 0 if answered(chat, given.prompt) else 1
+        print(described, file=sys.stdout if sys.stdin.isatty() else sys.stderr)
+        if sys.stdin.isatty():
+            print("/help lists the commands; Ctrl-C stops an answer, twice leaves")
+        # Ctrl-C is for the answer here, and not for the command.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with line_editing():
+            code = converse(chat)
+    except BrokenPipeError:
+        # Whoever read the answers has gone; nothing more can be flushed there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if chat.answering:
+        # A thread that still computes a token would abort the interpreter at its end.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="qwen-lit chat", usage="qwen-lit chat PATH [options]",
+        description="Talk to an adapter on its base, or to a merged model.",
+        epilog="In the conversation, /help lists the commands; Ctrl-C stops an answer, twice leaves.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("path", help="the output folder of a run, or final_model/ or lora_adapter/ in it")
+    parser.add_argument("--prompt", help="answer this and leave")
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--think", action=argparse.BooleanOptionalAction, help="let a Qwen3 think first, or not")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="most tokens of an answer (1024)")
+    parser.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=None,
+                        help="hold the weights in 4 bits, or not (default: as trained, or what fits)")  # fmt: skip
+    return parser
+
+
+def started(given: argparse.Namespace) -> tuple[Chat, str]:
+    """The conversation, and a line on its model.
+
+    Raises:
+        UserError: there is no model, or it does not fit.
+    """
+    if given.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens is {given.max_new_tokens}; it must be at least 1.")
+    if not Path(given.path).expanduser().is_dir():
+        raise UserError(f"chat: no such folder: {given.path}; give the output folder of a run.")
+    print(f"loading {given.path} ...", file=sys.stderr, flush=True)
+    import torch
+
+    from qwen_lit.chat_model import choose, load
+    from qwen_lit.conversation import Chat
+
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    choice, passed = choose(given.path, given.load_in_4bit, device)
+    if passed:
+        print(f"{passed}; taking {choice}", file=sys.stderr)
+    model, tokenizer = load(choice, device)
     chat = Chat(model, tokenizer, given.max_new_tokens, not given.greedy)
-    chat.think = given.think
     if given.system:
         chat.command("/system " + given.system)
-    if given.prompt is not None:
-        try:
-            _say(chat, given.prompt)
-        except torch.OutOfMemoryError:
-            print(f"error: {OUT_OF_MEMORY}.", file=sys.stderr)
-            return 1
-        return 0
-    print(f"{introduced(chat)}\n{HELP}")
-    # Ctrl-C is for the answer here, and not for the command.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with line_editing():
-        return converse(chat)
+    if given.think is not None and not chat.can_think:
+        print("this model's chat template has no thinking mode: --think changes nothing", file=sys.stderr)
+    elif given.think is not None:
+        chat.think = given.think
+    thinking = ("on" if chat.think else "off") if chat.can_think else "none"
+    held = choice.held or str(model.dtype).removeprefix("torch.")
+    return chat, f"{choice}, {held}, on {device}, thinking: {thinking}"
 
 
 def converse(chat: Chat) -> int:
     """Questions and answers until the end; returns the exit code."""
-    stopped = False
+    interactive, stopped, failed = sys.stdin.isatty(), False, False
     while True:
+        line = None
         try:
-            print()
-            line = input("> ").strip()
+            if interactive:
+                print()
+            line = input(PROMPT if interactive else "")
             stopped = False
             if line.startswith("/"):
                 said = chat.command(line)
                 if said is None:
-                    return 0
+                    break
                 print(said)
-            elif line:
-                _say(chat, line)
+            elif "\N{REPLACEMENT CHARACTER}" in line:
+                print(f"error: this question is not {sys.stdin.encoding}; give it in that encoding.", file=sys.stderr)
+                failed = True
+            elif line.strip():
+                failed |= not answered(chat, line.strip())
         except EOFError:
-            return 0
-        except KeyboardInterrupt:
-            if stopped:
+            if interactive:
                 print()
+            break
+        except KeyboardInterrupt:
+            print()
+            if line is None and _typed():
+                # It clears what was typed, as in a shell.
+                continue
+            if stopped or chat.answering:
                 return 130
-            print("\n(stopped; Ctrl-C again ends)")
+            print("(Ctrl-C again leaves)")
             stopped = True
-        except torch.OutOfMemoryError:
+    return int(failed and not interactive)
+
+
+def _typed() -> str:
+    """What stands on the line that Ctrl-C has left."""
+    readline = sys.modules.get("readline")
+    return readline.get_line_buffer() if readline else ""
+
+
+def answered(chat: Chat, question: str) -> bool:
+    """Print the answer as it comes; False when there is none, and why is said."""
+    answer = chat.ask(question)
+    try:
+        for piece in answer:
+            print(piece, end="", flush=True)
+        print()
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        import torch
+
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if full and torch.cuda.is_available():
             torch.cuda.empty_cache()
-            print(OUT_OF_MEMORY)
-
-
-def introduced(chat: Chat) -> str:
-    """The model, how it is held, and whether it thinks."""
-    config = chat.model.config
-    name = getattr(config, "_name_or_path", "") or "a model"
-    bits = "4 bits" if getattr(chat.model, "is_loaded_in_4bit", False) else str(chat.model.dtype).split(".")[-1]
-    adapter = " with its adapter" if hasattr(chat.model, "peft_config") else ""
-    thinking = {None: "as its template says", True: "on", False: "off"}[chat.think] if chat.can_think else "none"
-    return f"{name}{adapter}, {bits}, on {chat.model.device}, thinking: {thinking}"
+        reason = f"{type(error).__name__}: {shortened(' '.join(str(error).split()))}"
+        print(f"error: {OUT_OF_MEMORY if full else reason}.", file=sys.stderr)
+        return False
+    finally:
+        answer.close()  # type: ignore[attr-defined]
+    if chat.cut:
+        print(f"(cut at {chat.max_new_tokens} tokens; --max_new_tokens takes more)", file=sys.stderr)
+    return True
 
 
 @contextlib.contextmanager
 def line_editing() -> Iterator[None]:
     """Editing and a history of questions in a terminal, where Python has readline."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    if locale.nl_langinfo(locale.CODESET) == "ANSI_X3.4-1968":
+        # In the locales C and POSIX Python reads UTF-8, but readline, which asks the environment, bytes.
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+            os.environ["LC_ALL"] = "C.UTF-8"
     try:
         import readline
     except ImportError:
         yield
         return
+    # Lines that are pasted together are one question.
+    readline.parse_and_bind("set enable-bracketed-paste on")
     history = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "qwen_lit" / "chat_history"
     with contextlib.suppress(OSError):
         readline.read_history_file(history)
@@ -297,13 +206,3 @@ def line_editing() -> Iterator[None]:
             history.parent.mkdir(parents=True, exist_ok=True)
             readline.set_history_length(1000)
             readline.write_history_file(history)
-
-
-def _say(chat: Chat, question: str) -> None:
-    answer = chat.ask(question)
-    try:
-        for piece in answer:
-            print(piece, end="", flush=True)
-        print()
-    finally:
-        answer.close()  # type: ignore[attr-defined]

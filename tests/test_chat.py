@@ -1,8 +1,18 @@
 """Talking to what a run has left, and answering files with it."""
 
+import codecs
+import fcntl
 import json
 import os
+import pty
+import re
+import select
+import shutil
 import signal
+import subprocess
+import sys
+import termios
+import time
 from pathlib import Path
 from threading import Timer
 from types import SimpleNamespace
@@ -12,10 +22,21 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qwen_lit.chat import Chat, chosen, converse, load
+from qwen_lit.chat import converse
+from qwen_lit.chat_model import choose
+from qwen_lit.chat_model import load as load_choice
 from qwen_lit.cli import main
+from qwen_lit.conversation import Chat
+from qwen_lit.errors import UserError
 from qwen_lit.hardware import product_dtype
 from qwen_lit.predict import done_lines
+
+CPU = torch.device("cpu")
+
+
+def load(path, quantize=None):
+    """The model and the tokenizer of a folder."""
+    return load_choice(choose(str(path), quantize, CPU)[0], CPU)
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +90,31 @@ def test_a_conversation_has_turns_a_system_prompt_and_is_saved_as_a_row(run, tmp
     path = tmp_path / "kept.jsonl"
     chat.command(f"/save {path}")
     assert json.loads(path.read_text())["messages"] == chat.messages
+    assert "cannot write to" in chat.command(f"/save {tmp_path}/no/file")
     chat.command("/reset")
     assert [one["role"] for one in chat.messages] == ["system"]
-    assert chat.command("/think") == "this model's chat template knows no thinking"
-    chat.can_think = True
-    assert chat.command("/think") == "thinking is on" and chat.command("/think") == "thinking is off"
-    assert chat.command("/quit") is None and "/save" in chat.command("/unknown")
+    assert chat.command("/think") == "this model's chat template has no thinking mode"
+    assert chat.command("/quit") is None and "/save" in chat.command("/help")
+    assert "there is no command /unknown; /help" in chat.command("/unknown")
+    assert chat.command("/save") == "give a file: /save FILE.jsonl"
 
 
-class Terminal:
+def test_thinking_begins_as_the_template_says_and_is_switched(run, tmp_path):
+    model, tokenizer = load(run[0])
+    tokenizer = type(tokenizer).from_pretrained(run[0] / "final_model")
+    plain = tokenizer.chat_template
+    for default in ("true", "false"):
+        tokenizer.chat_template = plain + (
+            "{% if enable_thinking is defined and not enable_thinking or not (enable_thinking is defined or "
+            + default + ") %}<think></think>{% endif %}"
+        )  # fmt: skip
+        chat = Chat(model, tokenizer, max_new_tokens=1)
+        assert chat.can_think and chat.think == (default == "true")
+        said = [chat.command("/think"), chat.command("/think")]
+        assert said == ["thinking is off", "thinking is on"][:: 1 if default == "true" else -1]
+
+
+class Lines:
     """Answers ``input`` by a script; a number sends Ctrl-C so many seconds later, an error is raised."""
 
     def __init__(self, *script) -> None:
@@ -95,40 +132,237 @@ class Terminal:
 
 def test_ctrl_c_stops_the_answer_and_gives_the_prompt_back_and_twice_ends(run, tmp_path, monkeypatch, capsys):
     kept = tmp_path / "kept.jsonl"
-    script = Terminal(("Hi", 2.0), f"/save {kept}", KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt)
+    script = Lines(("Hi", 2.0), f"/save {kept}", KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt)
     monkeypatch.setattr("builtins.input", script)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     adapter = str(run[0] / "lora_adapter")
     assert main(["chat", adapter, "--greedy", "--max_new_tokens", "20000"]) == 130
-    said = capsys.readouterr().out
-    assert said.count("(stopped; Ctrl-C again ends)") == 3 and not script.script
-    assert "with its adapter, 4 bits, on cpu, thinking: none" in said.splitlines()[0]
+    said = capsys.readouterr()
+    assert said.out.count("(Ctrl-C again leaves)") == 3 and not script.script
+    name = Path(json.loads(Path(adapter, "adapter_config.json").read_text())["base_model_name_or_path"]).name
+    assert f"{name} with the adapter {adapter}, 4 bits (nf4), on cpu, thinking: none" in said.err
     (row,) = kept.read_text("utf-8").splitlines()
     assert [one["role"] for one in json.loads(row)["messages"]] == ["user", "assistant"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_conversation_that_does_not_fit_is_said_in_a_sentence_and_goes_on(run, monkeypatch, capsys):
-    chat = Chat(*load(str(run[0]), False), max_new_tokens=3, sample=False)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), MemoryError(), ValueError("odd\nnews")])
+def test_an_answer_that_fails_is_one_line_and_the_conversation_goes_on(run, monkeypatch, capsys, error):
+    chat = Chat(*load(run[0], False), max_new_tokens=3, sample=False)
 
-    def full(**settings):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def fail(**settings):
+        raise error
 
-    plain, chat.model.generate = chat.model.generate, full
-    monkeypatch.setattr("builtins.input", Terminal("Hi", "/quit"))
-    assert converse(chat) == 0 and not chat.messages
-    assert "/reset starts over with a short conversation" in capsys.readouterr().out
+    plain, chat.model.generate = chat.model.generate, fail
+    monkeypatch.setattr("builtins.input", Lines("Hi", "/quit"))
+    assert converse(chat) == 1 and not chat.messages
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ("ValueError: odd news" if isinstance(error, ValueError) else "/reset starts over with a short") in line
     chat.model.generate = plain
     assert "".join(chat.ask("Hi")) and len(chat.messages) == 2
 
 
-def test_the_adapter_is_taken_where_the_merged_model_does_not_fit(run, monkeypatch):
-    cpu, memory = torch.device("cpu"), SimpleNamespace(available=10**12)
+def test_an_answer_that_is_cut_says_so(run, capsys):
+    command = ["chat", str(run[0]), "--prompt", "Hi", "--greedy", "--max_new_tokens"]
+    assert main([*command, "4"]) == 0
+    assert "(cut at 4 tokens; --max_new_tokens takes more)" in capsys.readouterr().err
+
+
+def test_the_adapter_is_taken_where_the_merged_model_does_not_fit(run, tmp_path, monkeypatch):
+    memory = SimpleNamespace(available=10**12)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    assert chosen(run[0], cpu).name == "final_model"
-    memory.available = 1000
-    assert chosen(run[0], cpu).name == "lora_adapter"
-    assert chosen(run[0] / "final_model", cpu).name == "final_model"
+
+    def taken(path, quantize=None):
+        choice, passed = choose(str(path), quantize, CPU)
+        return choice.folder.name, choice.held, passed
+
+    assert taken(run[0]) == ("final_model", "", "")
+    assert taken(run[0], True) == ("lora_adapter", "4 bits (nf4)", "")
+    whole = choose(str(run[0]), None, CPU)[0].bytes_needed(CPU)
+    assert whole == sum(p.numel() for p in load(run[0])[0].parameters()) * product_dtype(CPU).itemsize
+    memory.available = whole
+    name, held, passed = taken(run[0])
+    assert (name, held) == ("lora_adapter", "4 bits (nf4)") and "final_model needs 0.0 GiB, cpu has" in passed
+    assert taken(run[0] / "final_model")[:2] == ("final_model", "4 bits (nf4)")
+    with pytest.raises(UserError, match="final_model needs .* lora_adapter .*needs .* Free memory"):
+        memory.available = 1000
+        choose(str(run[0]), None, CPU)
+    with pytest.raises(UserError, match="lora_adapter needs"):
+        choose(str(run[0] / "lora_adapter"), False, CPU)
+
+
+def test_an_adapter_of_a_bf16_base_is_held_in_4_bits_where_only_that_fits(run, tmp_path, monkeypatch):
+    adapter = shutil.copytree(run[0] / "lora_adapter", tmp_path / "lora_adapter")
+    config = json.loads((adapter / "training_config.json").read_text())
+    config["model"]["quantization_config"] = None
+    (adapter / "training_config.json").write_text(json.dumps(config))
+    memory = SimpleNamespace(available=10**12)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    choice, _ = choose(str(adapter), None, CPU)
+    assert choice.held == ""
+    memory.available = choice.bytes_needed(CPU)
+    assert choose(str(adapter), None, CPU)[0].held == "4 bits (nf4)"
+
+
+def test_memory_that_runs_out_while_loading_is_a_sentence(run, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("qwen_lit.chat_model.AutoModelForCausalLM.from_pretrained", full)
+    assert main(["chat", str(run[0]), "--prompt", "Hi"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: chat: cpu ran out of memory while") and "--load_in_4bit" in last
+
+
+@pytest.mark.parametrize("broken", ["no base", "adapter cut", "model cut", "another base", "no JSON"])
+def test_a_broken_folder_is_one_line(run, tmp_path, capsys, broken, monkeypatch):
+    monkeypatch.setattr("qwen_lit.chat_model.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail())
+    out = shutil.copytree(run[0], tmp_path / "out")
+    adapter, name = out / "lora_adapter", "lora_adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    if broken == "no base":
+        config["base_model_name_or_path"] = "/no/where/模型"
+        words = f"the base of {adapter} is not at /no/where/模型"
+    elif broken == "another base":
+        base = shutil.copytree(config["base_model_name_or_path"], tmp_path / "base")
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(base / "model.safetensors")
+        key = "model.layers.0.self_attn.q_proj.weight"
+        save_file(weights | {key: weights[key][:, :32].contiguous()}, base / "model.safetensors")
+        config["base_model_name_or_path"] = str(base)
+        words = f"is not an adapter of {base} ({key}: the adapter's shapes do not fit"
+    (adapter / "adapter_config.json").write_text(json.dumps(config) if broken != "no JSON" else "{")
+    if broken == "no JSON":
+        words = "cannot be read as JSON"
+    elif broken.endswith("cut"):
+        name, file, words = {
+            "adapter cut": ("lora_adapter", "lora_adapter/adapter_model", "export the adapter again"),
+            "model cut": (".", "final_model/model", "is damaged"),
+        }[broken]
+        path = out / f"{file}.safetensors"
+        path.write_bytes(path.read_bytes()[:2000])
+    assert main(["chat", str(out / name), "--prompt", "Hi"]) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if not one.startswith("loading")]
+    assert line.startswith("error: chat: ") and words in line
+
+
+def test_wrong_options_are_one_line_and_load_nothing(tmp_path, capsys):
+    assert main(["chat", str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert main(["chat", str(tmp_path), "--max_new_tokens", "0"]) == 2
+    assert capsys.readouterr().err == "error: --max_new_tokens is 0; it must be at least 1.\n"
+    code = "import sys, qwen_lit.chat as c\ntry: c.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("usage: qwen-lit chat PATH"), done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+TALKING = """
+import sys, time
+from qwen_lit.chat import converse, line_editing
+
+class Parrot:
+    answering, cut, max_new_tokens = False, False, 9
+    def command(self, line):
+        return None if line == "/quit" else "obeyed " + line
+    def ask(self, question):
+        yield f"<{question!r}>"
+        while "long" in question:
+            yield "."
+            time.sleep(0.01)
+
+with line_editing():
+    sys.exit(converse(Parrot()))
+"""
+
+
+class Terminal:
+    """A conversation in a real terminal of 80 columns, in a process of its own."""
+
+    def __init__(self, folder, **environment) -> None:
+        self.seen, self.decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
+        self.fd, child = pty.openpty()
+        settings = os.environ | {"XDG_STATE_HOME": str(folder), "TERM": "xterm", "COLUMNS": "80"} | environment
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", TALKING], stdin=child, stdout=child, stderr=child, env=settings,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(child)
+        self.until("> ")
+
+    def until(self, words: str) -> str:
+        """What is shown from here to some words."""
+        began = time.monotonic()
+        while words not in self.seen:
+            assert time.monotonic() - began < 60, self.seen
+            if select.select([self.fd], [], [], 0.5)[0]:
+                self.seen += self.decoder.decode(os.read(self.fd, 4096))
+        shown, _, self.seen = self.seen.partition(words)
+        return re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", shown + words)
+
+    def type(self, text: str, words: str) -> str:
+        os.write(self.fd, text.encode())
+        return self.until(words)
+
+    def ended(self) -> int:
+        code = self.process.wait(60)
+        os.close(self.fd)
+        return code
+
+
+BACKSPACE, UP, CTRL_C, CTRL_D = "\x7f", "\x1b[A", "\x03", "\x04"
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_a_terminal_edits_chinese_and_brings_the_last_question_back(tmp_path, locale):
+    terminal = Terminal(tmp_path, LC_ALL=locale)
+    assert "<'你在'>" in terminal.type("你好吗" + 2 * BACKSPACE + "在\r", "'>")
+    terminal.until("> ")
+    assert "<'你在吗'>" in terminal.type(UP + "吗\r", "'>")
+    terminal.until("> ")
+    terminal.type(CTRL_D, "\n")
+    assert terminal.ended() == 0
+    assert (tmp_path / "qwen_lit" / "chat_history").read_text("utf-8").splitlines() == ["你在", "你在吗"]
+
+
+def test_lines_that_are_pasted_together_are_one_question(tmp_path):
+    terminal = Terminal(tmp_path)
+    pasted = "\x1b[200~one\ntwo\n三\x1b[201~"
+    assert "<'one\\ntwo\\n三'>" in terminal.type(pasted + "\r", "'>")
+    terminal.until("> ")
+    terminal.type("/quit\r", "\n")
+    assert terminal.ended() == 0
+
+
+def test_ctrl_c_in_a_terminal_stops_an_answer_clears_a_line_and_twice_leaves(tmp_path):
+    terminal = Terminal(tmp_path)
+    terminal.type("a long one\r", "....")
+    assert "Traceback" not in terminal.type(CTRL_C, "(Ctrl-C again leaves)")
+    terminal.until("> ")
+    terminal.type("half", "half")
+    # A line that is cleared does not leave, though an answer was stopped just before.
+    terminal.type(CTRL_C, "> ")
+    assert "obeyed /x" in terminal.type("/x\r", "obeyed /x")
+    terminal.until("> ")
+    terminal.type("   \r", "> ")
+    terminal.type("\r", "> ")
+    terminal.type(CTRL_C, "(Ctrl-C again leaves)")
+    terminal.until("> ")
+    terminal.type(CTRL_C, "\n")
+    assert terminal.ended() == 130
+
+
+def test_a_pipe_gets_answers_alone_and_a_question_in_another_encoding_is_refused(tmp_path):
+    def piped(text: bytes):
+        return subprocess.run([sys.executable, "-c", PIPED + TALKING], input=text, capture_output=True, check=False)
+
+    done = piped("你好\n\n   \n/x\nlast".encode())
+    assert done.returncode == 0 and done.stdout.decode() == "<'你好'>\nobeyed /x\n<'last'>\n" and not done.stderr
+    done = piped("您好".encode("gb18030"))
+    assert done.returncode == 1 and b"this question is not utf-8" in done.stderr and not done.stdout
+
+
+PIPED = "import sys; sys.stdin.reconfigure(encoding='utf-8', errors='replace')"
 
 
 def test_what_is_neither_adapter_nor_model_is_refused(tmp_path, capsys):

@@ -60,7 +60,7 @@ def plan(model_folder, dataset, tmp_path, capsys):
 
 
 def test_a_plan_tells_disk_memory_and_advice_by_the_shapes(plan, rows):
-    code, told = plan("--checkpoint.keep", "4", "--memory_budget", "8GiB")
+    code, told = plan("--checkpoint.keep", "4", "--memory_budget", "8GiB", "--export.gguf", "q4_k_m")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plan.folder))
     count, largest = (of(p.numel() for p in model.parameters()) for of in (sum, max))
@@ -68,7 +68,10 @@ def test_a_plan_tells_disk_memory_and_advice_by_the_shapes(plan, rows):
     trained = 64 * 8 * (2 * (1024 + 1024) + 2 * (1024 + 512))
     assert code == 0 and told["checkpoint_mb"] == round(12 * trained / 1e6, 1)
     assert told["export_gb"] == round(2 * count / 1e9, 2)
-    assert told["disk_gb"] == round((5 * 12 * trained + 4 * trained + 2 * count) / 1e9, 2)
+    # 4.9 bits a weight, and the bf16 file that they are made from.
+    gguf = count * (4.9 + 16) / 8
+    assert told["gguf_gb"] == round(gguf / 1e9, 2)
+    assert told["disk_gb"] == round((5 * 12 * trained + 4 * trained + 2 * count + gguf) / 1e9, 2)
     # The tensor in the making, two float32 copies of a block of at most 2**25 numbers, the adapter, and libraries.
     ram = 2 * largest + 8 * min(largest, 2**25) + 4 * trained
     assert told["export_ram_gib"] == round(ram / 2**30 + 0.6, 2)

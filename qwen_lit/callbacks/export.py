@@ -25,6 +25,7 @@ from qwen_lit.export.adapter import RESIDUAL_INITS, UNSUPPORTED
 from qwen_lit.export.card import Told, finish_adapter
 from qwen_lit.export.folder import ExportError, commit_folder
 from qwen_lit.export.gguf import GgufType
+from qwen_lit.export.kquants import missing_quantizer
 from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part, run
 from qwen_lit.export.verdict import Verdict
 from qwen_lit.quantization import base_name
@@ -51,7 +52,8 @@ class Export(Callback):
             merge: write the merged bf16 model as well as the adapter.
             merge_base: add the adapter to the original bf16 weights, or to the 4-bit weights as trained; auto
                 measures both on held-out rows and keeps the one with the lower loss, or else the nearer one.
-            gguf: also write the merged model as GGUF, with its matrices in q8_0, f16 or bf16; null writes none.
+            gguf: also write the merged model as GGUF, with its matrices in q8_0, f16 or bf16, or, by llama.cpp's own
+                quantiser, in k-quants such as q4_k_m; null writes none.
             verdict_rows: rows on which the merges are compared with the adapter; 0 compares nothing.
             smoke_rows: trained prompts that the merged model answers, to see that it stops; 0 tries none.
             output_dir: set by the top-level output_dir.
@@ -73,8 +75,18 @@ class Export(Callback):
             return
         module = cast(Any, pl_module)
         check_mergeable(module.lora_config, module.config)
+        self.check_gguf()
+
+    def check_gguf(self) -> None:
+        """What a GGUF file is written with is known before hours of work.
+
+        Raises:
+            UserError: a package is missing.
+        """
         if self.gguf is not None and find_spec("gguf") is None:
             raise UserError("export.gguf needs the gguf package: pip install 'qwen_lit[gguf]', or set it to null.")
+        if reason := missing_quantizer(self.gguf):
+            raise UserError(reason)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export once training is complete; an interrupted run leaves its checkpoints alone."""
@@ -113,7 +125,10 @@ class Export(Callback):
 
         Raises:
             ExportError: something could not be exported.
+            UserError: a package is missing.
         """
+        if self.merge:
+            self.check_gguf()
         adapter = path
         if path.is_file():
             adapter = self.folder / ADAPTER

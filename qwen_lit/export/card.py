@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 import yaml
 
+from qwen_lit.export.commands import adapter_section, merged_section, request, served_name
 from qwen_lit.export.folder import open_tensors, read_json, write_json
 from qwen_lit.names import base_reference, hub_name
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,8 @@ class Told:
     adapter: AdapterFacts | None = None
     adapter_path: str = "../lora_adapter"
     """Of the adapter, seen from the model folder, or absolute."""
+    gguf: str | None = None
+    """Of the GGUF file in the model folder, its name."""
     missing: dict[str, str] = field(default_factory=dict)
     """What could not be exported, and why."""
 
@@ -85,7 +86,7 @@ def model_card(told: Told) -> str:
     """README.md of the merged model."""
     base = str(told.config.get("model", {}).get("model_name_or_path", "?"))
     begun = told.config.get("model", {}).get("init_adapter")
-    lora = told.adapter.config if told.adapter else {}
+    lora, name = told.adapter.config if told.adapter else {}, served_name(told.config, base)
     weights = f"weights as they were trained on, in {told.held_in}."
     parts = [
         _front_matter(base, {"library_name": "transformers", "tags": ["qwen_lit", "lora", "merged"]}),
@@ -94,9 +95,8 @@ def model_card(told: Told) -> str:
         + ("bf16 weights." if told.merge_base == "original" else weights)
         + (f" The adapter was trained on from `{begun}`." if begun else ""),
         "## Serve",
-        "In this folder:",
-        "```bash\nvllm serve .\npython -m sglang.launch_server --model-path .\nollama create taught -f Modelfile\n```",
-        *(_adapter_alone(told.adapter, base, told.adapter_path) if told.adapter else []),
+        *merged_section(name, told.gguf),
+        *(adapter_section(told.adapter, name, base, told.adapter_path) if told.adapter else []),
     ]
     if told.data:
         parts += ["## Data", _table(told.data)]
@@ -133,13 +133,15 @@ def finish_adapter(folder: Path, base: str, run: dict[str, Any]) -> None:
     write_json(folder / "training_config.json", run)
     config = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": base_reference(base)}
     write_json(folder / "adapter_config.json", config)
-    facts = AdapterFacts.read(folder)
+    facts, name = AdapterFacts.read(folder), served_name(run, base)
     parts = [
         _front_matter(base, {"library_name": "peft", "tags": ["qwen_lit", "lora"]}),
         f"# LoRA adapter for {Path(base).name}",
         f"r={config.get('r')}, alpha={config.get('lora_alpha')}, trained on `{base}`.",
         "## Serve",
-        *_adapter_alone(facts, base, "."),
+        "In the terminal: `qwen-lit chat .`, in the folder of this file.",
+        *adapter_section(facts, name, base, "."),
+        *(request(name) if not facts.unserved() else []),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -150,22 +152,6 @@ def _front_matter(base: str, facts: dict[str, Any]) -> str:
     if hub_name(base):
         values["base_model"] = base
     return f"---\n{yaml.safe_dump(values, allow_unicode=True, sort_keys=False)}---"
-
-
-def _adapter_alone(facts: AdapterFacts, base: str, path: str) -> list[str]:
-    """How a server takes the adapter beside its base, or why it does not."""
-    if unserved := facts.unserved():
-        return [f"vLLM and SGLang do not serve this adapter on its base, because of {', '.join(unserved)}: serve the "
-                "merged model."]  # fmt: skip
-    base, path = shlex.quote(base_reference(base)), shlex.quote(f"taught={path}")
-    rank = next((rank for rank in VLLM_RANKS if rank >= facts.rank), facts.rank)
-    lines = [f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {path}"]
-    if not facts.config.get("use_rslora"):
-        lines.append(f"python -m sglang.launch_server --model-path {base} --lora-paths {path}")
-    alone = ["The adapter alone, on its base, in this folder:", "```bash\n" + "\n".join(lines) + "\n```"]
-    if facts.config.get("use_rslora"):
-        alone.append("SGLang scales rank-stabilised LoRA (use_rslora) wrongly: serve the merged model with it.")
-    return alone
 
 
 def _table(values: dict[str, Any]) -> str:

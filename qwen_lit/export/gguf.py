@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from qwen_lit.export.folder import BaseModel, ExportError, read_json
+from qwen_lit.export.kquants import K_QUANTS, quantize
 from qwen_lit.progress import through
 
 log = logging.getLogger(__name__)
-GgufType = Literal["q8_0", "f16", "bf16"]
+GgufType = Literal["q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "q8_0", "f16", "bf16"]
 MOST_ERROR = {"q8_0": 1 / 127, "f16": 2**-10, "bf16": 2**-8}
 """Largest error of a number over the largest of its block of 32 (q8_0), or over itself."""
 
@@ -24,13 +25,41 @@ MOST_ERROR = {"q8_0": 1 / 127, "f16": 2**-10, "bf16": 2**-8}
 def write_gguf(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> float:
     """Convert a merged model folder.
 
+    k-quants are made from a bf16 file, which is removed.
+
+    Args:
+        model_dir: a Qwen2 or Qwen3 folder with bf16 safetensors.
+        path: the file to make.
+        kind: how matrices are stored.
+        tokenizer: the transformers tokenizer of the model.
+
+    Returns:
+        The largest error found by reading back, as in ``MOST_ERROR``, or for k-quants as in ``kquants.MOST_SHARE``.
+
+    Raises:
+        ExportError: the ``gguf`` package or llama.cpp's quantiser is missing, the model is of another kind, or a
+            tensor reads back wrong.
+    """
+    if kind not in K_QUANTS:
+        return write_plain(model_dir, path, kind, tokenizer)
+    source = path.with_name(path.name + ".bf16")
+    try:
+        write_plain(model_dir, source, "bf16", tokenizer)
+        return quantize(source, path, kind)
+    finally:
+        source.unlink(missing_ok=True)
+
+
+def write_plain(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> float:
+    """The same, for the types that are written here.
+
     Matrices are stored as ``kind``, vectors in float32, as llama.cpp's own converter does. The file is renamed into
     place when every tensor of it has been read back and compared.
 
     Args:
         model_dir: a Qwen2 or Qwen3 folder with bf16 safetensors.
         path: the file to make.
-        kind: how matrices are stored.
+        kind: how matrices are stored: q8_0, f16 or bf16.
         tokenizer: the transformers tokenizer of the model.
 
     Returns:

@@ -124,7 +124,8 @@ def _merge(job: Job) -> MergeReport:
         if job.gguf is not None:
             with part(gguf, told.missing):
                 write_gguf(folder, folder / gguf, job.gguf, job.tokenizer)
-        source = f"./{gguf}" if (folder / gguf).is_file() else "."
+        told.gguf = gguf if (folder / gguf).is_file() else None
+        source = f"./{gguf}" if told.gguf else "."
         write_serving_files(folder, job.base_dir, job.tokenizer, told, source)
 
     base: Literal["original", "dequantized"] = "dequantized" if told.merge_base == "dequantized" else "original"

@@ -1,0 +1,226 @@
+"""What chat talks to: of the models in a folder the first that fits into memory, loaded."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from qwen_lit.errors import UserError, shortened
+from qwen_lit.export.adapter import UNSUPPORTED, read_adapter
+from qwen_lit.export.folder import BaseModel, ExportError, read_json
+from qwen_lit.export.merge import check_fits, untie
+from qwen_lit.hardware import product_dtype
+from qwen_lit.model.base import local_folder
+from qwen_lit.model.load import check_weights, computing_on, load_config
+from qwen_lit.names import HUB_NAME
+from qwen_lit.progress import told
+from qwen_lit.quantization import planned_weights, usable
+from qwen_lit.run import ADAPTER, MERGED, is_adapter, training_config
+
+ROOM = 1.1
+"""Memory that a conversation takes, over its weights."""
+FOUR_BITS = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True
+)
+
+
+@dataclass
+class Choice:
+    """A model that chat can talk to, and how its weights are held."""
+
+    folder: Path
+    """An adapter, or a model."""
+    base: str
+    """The model's folder, or the adapter's base: a folder or a hub name."""
+    quantization: BitsAndBytesConfig | None = None
+
+    @property
+    def adapter(self) -> bool:
+        """Whether the folder is an adapter on its base."""
+        return is_adapter(self.folder)
+
+    @property
+    def held(self) -> str:
+        """In what the weights are held, where they are quantised."""
+        if self.quantization is None:
+            return ""
+        return f"4 bits ({self.quantization.bnb_4bit_quant_type})" if self.quantization.load_in_4bit else "8 bits"
+
+    def __str__(self) -> str:
+        if self.adapter:
+            return f"{Path(self.base).name} with the adapter {self.folder}"
+        trained = training_config(self.folder).get("model", {}).get("model_name_or_path")
+        return f"{Path(trained).name}, fine-tuned ({self.folder})" if trained else str(self.folder)
+
+    def bytes_needed(self, device: torch.device) -> int:
+        """Memory of the loaded weights; 0 where the files are not on this machine.
+
+        Raises:
+            UserError: the folder or its base is broken.
+        """
+        base = local_folder(self.base)
+        if base is None:
+            return 0
+        held = planned_weights(load_config(str(base)), self.quantization, device) if self.quantization else {}
+        size = product_dtype(device).itemsize
+        weights = {name: shape for name, (_, _, shape) in BaseModel(base).where.items()}
+        total = sum(
+            held[name].bytes_of(math.prod(shape), shape[0]) if name in held else math.prod(shape) * size
+            for name, shape in weights.items()
+        )
+        return total + sum(file.stat().st_size for file in self.folder.glob("adapter_model.safetensors"))
+
+    def check(self) -> None:
+        """Reject what cannot be loaded, from the heads of its files.
+
+        Raises:
+            UserError: the base is not there, a file is damaged, or the adapter is of another base.
+        """
+        base = local_folder(self.base)
+        if base is None and not HUB_NAME.match(self.base):
+            raise UserError(
+                f"the base of {self.folder} is not at {self.base}; move it there, or name its folder as "
+                f"base_model_name_or_path in {self.folder / 'adapter_config.json'}."
+            )
+        check_weights(str(base or self.base))
+        config = adapter_config(self.folder) if self.adapter else {}
+        # PEFT reads more kinds of adapters than can be merged.
+        if base is None or not self.adapter or any(config.get(key) for key in UNSUPPORTED):
+            return
+        try:
+            adapter, weights = read_adapter(self.folder), BaseModel(base)
+        except ExportError as error:
+            raise UserError(f"{error}; export the adapter again.") from error
+        try:
+            check_fits(adapter, weights, untie(adapter, weights, read_json(base / "config.json")))
+        except ExportError as error:
+            raise UserError(
+                f"{self.folder} is not an adapter of {base} ({error}); give the base it was trained on."
+            ) from error
+
+
+def choose(path: str, quantize: bool | None, device: torch.device) -> tuple[Choice, str]:
+    """The first of ``choices`` that fits the device, and why those before it were passed over.
+
+    Args:
+        path: ``lora_adapter/``, ``final_model/``, or the output folder that holds them.
+        quantize: hold the base in 4 bits, or not; None holds it as it was trained, in 4 bits where only that fits.
+        device: where it answers.
+
+    Raises:
+        UserError: there is none, or none that fits.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    passed: list[str] = []
+    try:
+        for choice in choices(Path(path).expanduser(), quantize):
+            choice.check()
+            needed = ROOM * choice.bytes_needed(device)
+            if needed <= free:
+                return choice, "; ".join(passed)
+            how = f" in {choice.held}" * bool(choice.held)
+            passed.append(f"{choice.folder.resolve().name}{how} needs {_gib(needed)}, {device} has {_gib(free)} free")
+    except (UserError, ExportError) as error:
+        reason = str(error).removeprefix("model_name_or_path: ")
+        if not passed:
+            raise UserError(f"chat: {reason}") from error
+        passed.append(reason.rstrip("."))
+    if not passed:
+        raise UserError(f"chat: {path} holds neither an adapter nor a model; give lora_adapter/ or final_model/.")
+    raise UserError(f"chat: {'; '.join(passed)}. Free memory, or serve a small GGUF file (export.gguf: q4_k_m).")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def choices(given: Path, quantize: bool | None) -> Iterator[Choice]:
+    """What a folder offers, the most faithful first: the merged model, the adapter as trained, either in 4 bits."""
+    inside = [folder for folder in (given / MERGED, given / ADAPTER) if is_adapter(folder) or is_model(folder)]
+    found = [given] if is_adapter(given) or is_model(given) else inside
+    if quantize:
+        # What is merged was not trained in 4 bits.
+        found = found[::-1]
+    for folder in found:
+        base = base_of(folder) if is_adapter(folder) else str(folder)
+        trained = trained_in(folder, base) if is_adapter(folder) else None
+        four_bits = trained if trained is not None and trained.load_in_4bit else FOUR_BITS
+        yield Choice(folder, base, (trained if quantize is None else four_bits if quantize else None))
+        if quantize is None and folder == found[-1] and trained is not four_bits:
+            yield Choice(folder, base, four_bits)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a model's."""
+    return (folder / "config.json").is_file()
+
+
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    """PEFT's configuration of an adapter folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return read_json(adapter / "adapter_config.json")
+    except ExportError as error:
+        raise UserError(f"{error}; export the adapter again.") from error
+
+
+def base_of(adapter: Path) -> str:
+    """The base that an adapter names.
+
+    Raises:
+        UserError: it names none.
+    """
+    base = adapter_config(adapter).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter / 'adapter_config.json'} names no base; export the adapter again.")
+    return str(Path(base).expanduser()) if local_folder(str(base)) else str(base)
+
+
+def trained_in(adapter: Path, base: str) -> BitsAndBytesConfig | None:
+    """How an adapter's base was held in training; in 4 bits where that is not known."""
+    trained = training_config(adapter).get("model")
+    if not trained:
+        return FOUR_BITS
+    held = trained.get("quantization_config")
+    config = BitsAndBytesConfig(**held) if held else None
+    return usable(config, load_config(base)) if local_folder(base) or HUB_NAME.match(base) else config
+
+
+def load(choice: Choice, device: torch.device) -> tuple[Any, Any]:
+    """The model and the tokenizer.
+
+    Raises:
+        UserError: they cannot be loaded, or do not fit after all.
+    """
+    try:
+        with told(f"loading {choice}"), warnings.catch_warnings():
+            # Of PEFT, about an adapter that lacks weights of this base.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                choice.base, dtype=product_dtype(device), device_map={"": str(device)},
+                quantization_config=computing_on(device, choice.quantization),
+            )  # fmt: skip
+            tokenizer = AutoTokenizer.from_pretrained(choice.base)
+            if choice.adapter:
+                model = PeftModel.from_pretrained(model, str(choice.folder))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"chat: {device} ran out of memory while {choice} was loaded; free some of it, or give --load_in_4bit."
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
+        reason = shortened(" ".join(str(error).split()))
+        raise UserError(f"chat: cannot load {choice} ({reason}); give a model whose base is here.") from error
+    if not tokenizer.chat_template:
+        raise UserError(f"chat: {choice.base} has no chat template; give an instruct model, or an adapter of one.")
+    return model.eval(), tokenizer

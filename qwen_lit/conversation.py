@@ -1,0 +1,145 @@
+"""A conversation with a loaded model: questions, answers piece by piece, and the commands that change it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from qwen_lit.export.serving import end_tokens
+
+HELP = """/system TEXT       start over under a system prompt; without TEXT, under none
+/reset             start over; the system prompt stays
+/think             switch thinking on or off
+/save FILE.jsonl   add the conversation to a file, as a row to train on
+/help              this list
+/quit              leave; Ctrl-D does too
+Ctrl-C             stop the answer; twice, leave"""
+
+
+class _Until(StoppingCriteria):
+    """Ends an answer when an event is set."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **options: Any) -> torch.BoolTensor:
+        return torch.full(input_ids.shape[:1], self.event.is_set(), device=input_ids.device)  # type: ignore[return-value]
+
+
+class Chat:
+    """A conversation with a model."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int = 1024, sample: bool = True) -> None:
+        """Begins with no message.
+
+        Args:
+            model: a transformers or PEFT model for generation.
+            tokenizer: its tokenizer.
+            max_new_tokens: most tokens of an answer.
+            sample: draw by the generation config's settings; False takes the likeliest token.
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.sample = max_new_tokens, sample
+        self.messages: list[dict[str, str]] = []
+        self.cut = False
+        """Whether the last answer ended at ``max_new_tokens``."""
+        self.worker: Thread | None = None
+        left, on, off = (self._prompt_text(**options) for options in ({}, {"enable_thinking": True},
+                                                                      {"enable_thinking": False}))  # fmt: skip
+        self.can_think = on != off
+        self.think = self.can_think and left == on
+        """Whether the model is asked to think first; at the beginning, what its template does by itself."""
+
+    def _prompt_text(self, **options: bool) -> str:
+        hello = [{"role": "user", "content": "a"}]
+        return self.tokenizer.apply_chat_template(hello, add_generation_prompt=True, tokenize=False, **options)
+
+    @property
+    def answering(self) -> bool:
+        """Whether a token is still being computed."""
+        return self.worker is not None and self.worker.is_alive()
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer, piece by piece; both are part of the conversation once it has ended, or was stopped.
+
+        A question whose answer fails, or is stopped before its first word, is taken back.
+
+        Raises:
+            torch.OutOfMemoryError: the conversation does not fit.
+        """
+        messages = [*self.messages, {"role": "user", "content": question}]
+        options = {"enable_thinking": self.think} if self.can_think else {}
+        inputs = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **options
+        ).to(self.model.device)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop, failures = Event(), list[Exception]()
+        settings = {
+            **inputs, "streamer": streamer, "max_new_tokens": self.max_new_tokens,
+            "stopping_criteria": StoppingCriteriaList([_Until(stop)]),
+            "eos_token_id": end_tokens(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id,
+            **({} if self.sample else {"do_sample": False}),
+        }  # fmt: skip
+        self.worker = Thread(target=self._generate, args=(settings, streamer, failures), daemon=True)
+        self.worker.start()
+        pieces: list[str] = []
+        try:
+            for piece in streamer:
+                pieces.append(piece)
+                yield piece
+        finally:
+            stop.set()
+            self.worker.join()
+            if not failures and any(pieces):
+                self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+        if failures:
+            raise failures[0]
+
+    def _generate(self, settings: dict[str, Any], streamer: Any, failures: list[Exception]) -> None:
+        try:
+            with torch.no_grad():
+                ids = self.model.generate(**settings)[0, settings["input_ids"].shape[1] :].tolist()
+            self.cut = len(ids) == self.max_new_tokens and ids[-1] not in settings["eos_token_id"]
+        except Exception as error:
+            failures.append(error)
+        finally:
+            streamer.end()
+
+    def command(self, line: str) -> str | None:
+        """Obey a line that begins with a slash; returns what to say, None to end."""
+        name, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        if name == "/quit":
+            return None
+        if name == "/help":
+            return HELP
+        if name == "/reset":
+            self.messages = [one for one in self.messages[:1] if one["role"] == "system"]
+            return "a new conversation"
+        if name == "/system":
+            self.messages = [{"role": "system", "content": rest}] if rest else []
+            return "a new conversation under this system prompt" if rest else "a new conversation without one"
+        if name == "/think" and not self.can_think:
+            return "this model's chat template has no thinking mode"
+        if name == "/think":
+            self.think = not self.think
+            return f"thinking is {'on' if self.think else 'off'}"
+        if name == "/save":
+            return self._save(rest)
+        return f"there is no command {name}; /help lists them. Put a space before a question that begins with /"
+
+    def _save(self, file: str) -> str:
+        if not file:
+            return "give a file: /save FILE.jsonl"
+        if not any(one["role"] == "assistant" for one in self.messages):
+            return "there is no answer to save yet"
+        try:
+            with Path(file).expanduser().open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except (OSError, RuntimeError) as error:
+            return f"cannot write to {file} ({getattr(error, 'strerror', None) or error}); give another file"
+        return f"saved to {file}"

@@ -1,0 +1,90 @@
+"""Commands that serve an exported model, and a request to it: all of them for one folder, the one of the card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_lit.names import base_reference
+
+if TYPE_CHECKING:
+    from qwen_lit.export.card import AdapterFacts
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+PORTS = "vLLM listens on port 8000, SGLang on 30000, Ollama on 11434, llama-server on 8080."
+
+
+def served_name(run: dict[str, Any], base: str) -> str:
+    """What servers call the model: the name of the run's folder, in the letters that all of them take.
+
+    Args:
+        run: its configuration.
+        base: the base's folder or hub name, for a run whose folder has no such letters.
+    """
+    for text, end in ((Path(str(run.get("output_dir") or "")).name, ""), (Path(base).name, "-tuned")):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
+        if name != "output" and len(name) > 1 and re.search("[A-Za-z]", name):
+            return name + end
+    return "tuned"
+
+
+def merged_section(name: str, gguf: str | None) -> list[str]:
+    """How the merged model in the card's folder is served.
+
+    Args:
+        name: of the model, for requests.
+        gguf: its GGUF file in the folder, if there is one.
+    """
+    commands = [
+        ("in the terminal", "qwen-lit chat ."),
+        ("vLLM", f"vllm serve . --served-model-name {name}"),
+        ("SGLang", f"python -m sglang.launch_server --model-path . --served-model-name {name}"),
+        ("Ollama", f"ollama create {name} -f Modelfile\nollama run {name}"),
+    ]
+    if gguf:
+        commands.append(("llama.cpp", f"llama-server -m {gguf} --alias {name} --jinja"))
+    return ["Run one of these in the folder of this file:", _block(commands), *request(name)]
+
+
+def adapter_section(facts: AdapterFacts, name: str, base: str, path: str) -> list[str]:
+    """How a server takes the adapter beside its base, or why it does not.
+
+    Args:
+        facts: of the adapter.
+        name: of the adapter, for requests.
+        base: the base's folder or hub name.
+        path: of the adapter, seen from the card's folder.
+    """
+    if unserved := facts.unserved():
+        return [f"vLLM and SGLang do not serve this adapter on its base, because of {', '.join(unserved)}: serve the "
+                "merged model."]  # fmt: skip
+    base, lora = shlex.quote(base_reference(base)), shlex.quote(f"{name}={path}")
+    rank = next((rank for rank in VLLM_RANKS if rank >= facts.rank), facts.rank)
+    commands = [("vLLM", f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {lora}")]
+    if not facts.config.get("use_rslora"):
+        sglang = f"python -m sglang.launch_server --model-path {base} --served-model-name base --enable-lora"
+        commands.append((f"SGLang, where requests call the model base:{name}", f"{sglang} --lora-paths {lora}"))
+    section = ["The adapter alone, on its base, in the folder of this file:", _block(commands)]
+    if facts.config.get("use_rslora"):
+        section.append("SGLang scales rank-stabilised LoRA (use_rslora) wrongly: serve the merged model with it.")
+    return section
+
+
+def request(name: str) -> list[str]:
+    """A request to a server that speaks OpenAI's protocol."""
+    body = shlex.quote(json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]}))
+    curl = f"curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d {body}"
+    python = (
+        "from openai import OpenAI\n\n"
+        'client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")\n'
+        f'answer = client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])\n'
+        "print(answer.choices[0].message.content)"
+    )
+    return [f"Ask it. {PORTS}", f"```bash\n{curl}\n```", f"```python\n{python}\n```"]
+
+
+def _block(commands: list[tuple[str, str]]) -> str:
+    return "```bash\n" + "\n".join(f"# {title}\n{text}" for title, text in commands) + "\n```"
