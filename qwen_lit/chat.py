@@ -18,6 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.export.serving import end_tokens
 from qwen_lit.hardware import product_dtype
+from qwen_lit.hub import fetch
 from qwen_lit.model.load import check_weights, computing_on, load_config
 from qwen_lit.quantization import usable
 from qwen_lit.run import training_config
@@ -151,7 +152,8 @@ def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
     adapter = folder / "adapter_config.json"
     if not adapter.is_file() and not (folder / "config.json").is_file():
         raise UserError(f"chat: {path} holds neither an adapter nor a model; give lora_adapter/ or final_model/.")
-    base = str(Path(base_of(adapter)).expanduser() if adapter.is_file() else folder)
+    name = base_of(adapter) if adapter.is_file() else str(folder)
+    base = fetch(name, training_config(folder).get("model", {}).get("hub", "huggingface"), weights=True)
     check_weights(base)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
@@ -161,7 +163,7 @@ def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
     if quantize is None and adapter.is_file():
         trained = training_config(folder).get("model")
         held = trained.get("quantization_config") if trained else None
-        config = usable(BitsAndBytesConfig(**held), load_config(str(base))) if held else None if trained else four_bits
+        config = usable(BitsAndBytesConfig(**held), load_config(base)) if held else None if trained else four_bits
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype=product_dtype(device), device_map={"": str(device)},

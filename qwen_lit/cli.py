@@ -36,6 +36,7 @@ from qwen_lit.distributed import watch_parent
 from qwen_lit.errors import RunError, UserError, shortened
 from qwen_lit.export import ExportError
 from qwen_lit.hardware import product_dtype
+from qwen_lit.hub import fetch
 from qwen_lit.kernels.plan import parse_bytes
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.duration import check_duration
@@ -229,10 +230,12 @@ class QwenCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Hand the tokenizer to the data, and the written configuration to the export."""
-        if self.subcommand in LOADING:
-            check_weights(self.model.name)
+        device = self.trainer.strategy.root_device
+        if self.subcommand in LOADING or (self.subcommand == "plan" and device.type == "cuda"):
+            self.model.folder = fetch(self.model.name, self.model.hub, weights=True)
+            check_weights(self.model.folder)
         compute_in_float32(self.trainer)
-        self.datamodule.tokenizer = load_tokenizer(self.model.name)
+        self.datamodule.tokenizer = load_tokenizer(self.model.folder, self.model.name)
         name = str(self.subcommand)
         self.trainer.resumed_from = self.checkpoint  # type: ignore[attr-defined]
         self.trainer.validated_from = self.checkpoint  # type: ignore[attr-defined]
@@ -243,7 +246,7 @@ class QwenCLI(LightningCLI):
         self._dump_config()
         self.model.run_config = self.config_dump
         if name == "fit" and (then := stored(self.checkpoint)):
-            compare(then, self.config_dump, fingerprint(self.model.name))
+            compare(then, self.config_dump, fingerprint(self.model.name, self.model.hub))
             # The run has its own weights by now.
             self.model.init_adapter = None
         if self.model.init_adapter is not None:
