@@ -169,6 +169,7 @@ def load(path: str, quantize: bool | None) -> tuple[Any, Any]:
             base, dtype=product_dtype(device), device_map={"": str(device)},
             quantization_config=computing_on(device, config),
         )  # fmt: skip
+        model.config._name_or_path = name
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
         reason = shortened(" ".join(str(error).split()))

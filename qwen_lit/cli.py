@@ -35,12 +35,13 @@ from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import watch_parent
 from qwen_lit.errors import RunError, UserError, shortened
 from qwen_lit.export import ExportError
+from qwen_lit.gpu import check_device, check_gpu, check_size
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch
 from qwen_lit.kernels.plan import parse_bytes
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.duration import check_duration
-from qwen_lit.model.load import check_weights, load_tokenizer
+from qwen_lit.model.load import check_weights, count_parameters, load_tokenizer
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.trained import Trained, begin_from, check_shapes, find_adapter, read, take_over
@@ -143,15 +144,10 @@ class QwenCLI(LightningCLI):
             parse_bytes(config.memory_budget)
         check_duration(config, str(self.subcommand))
         check_trainer(config, str(self.subcommand))
-        accelerator = config.trainer.accelerator
-        if accelerator in ("gpu", "cuda"):
-            import torch
-
-            if not torch.cuda.is_available():
-                raise UserError(f"trainer.accelerator is {accelerator}, but no CUDA device is seen; set it to auto.")
+        first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+        check_gpu(config.trainer.accelerator, tell=first and self.subcommand != "inspect")
         given, folder = config.get("ckpt_path"), Path(config.output_dir)
         writes = self.subcommand in ("fit", "export") and not config.trainer.fast_dev_run
-        first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
         if writes and first:
             self.lock = hold(folder)
         self.checkpoint = find_checkpoint(given, folder, fresh=self.subcommand == "fit")
@@ -231,6 +227,11 @@ class QwenCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Hand the tokenizer to the data, and the written configuration to the export."""
         device = self.trainer.strategy.root_device
+        if self.subcommand != "inspect":
+            check_device(device)
+        if self.subcommand in ("fit", "verify_resume"):
+            accelerator = self.config[self.subcommand].trainer.accelerator
+            check_size(count_parameters(self.model.config), device, accelerator)
         if self.subcommand in LOADING or (self.subcommand == "plan" and device.type == "cuda"):
             self.model.folder = fetch(self.model.name, self.model.hub, weights=True)
             check_weights(self.model.folder)
@@ -280,6 +281,8 @@ def set_up_logging() -> None:
     if level == "DEBUG":
         logging.getLogger().setLevel(level)
     else:
+        # Of torch, on drivers; check_gpu says it in a line.
+        warnings.filterwarnings("ignore", message="CUDA initialization")
         # Of Lightning, which wraps the model for several ranks on a stream of its own, and of PEFT's own use of names.
         for told in ("The AccumulateGrad node.s stream does not match", ".is_gradient_checkpointing. is deprecated"):
             warnings.filterwarnings("ignore", message=told)
@@ -300,6 +303,7 @@ def main(args: list[str] | None = None) -> int:
     shown = any("help" in one or "print_config" in one or one == "-h" for one in given)
     set_parsing_settings(docstring_parse_attribute_docstrings=shown)
     if given[:1] == ["chat"]:
+        check_gpu("auto", tell="-h" not in given and "--help" not in given)
         try:
             with watched():
                 return chat(given[1:])

@@ -20,6 +20,7 @@ from qwen_lit.callbacks.store import step_files
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS
 from qwen_lit.flops import measured_flops, token_flops
+from qwen_lit.hub import is_folder, missing_bytes
 from qwen_lit.kernels.engine import why_not
 from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, relative_time, time_of
 from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps
@@ -112,6 +113,7 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
     checkpoint = trained * (4 + module.state_bytes)
     weights = 2 * sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     largest = max(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    download = 0 if is_folder(module.name) else missing_bytes(module.folder, weights)
     keep = next((one.keep for one in trainer.callbacks if isinstance(one, RunCheckpoint)), 2)
     share = float(supervised.sum() / max(1, tokens))
     length = float((lengths.astype(float) ** 2).sum() / max(1, tokens))
@@ -126,7 +128,8 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
         "heaviest_micro_batch_tokens": largest_batch,
         "flops_per_token": token_flops(model, length, share)[0],
         "checkpoint_mb": round(checkpoint / 1e6, 1),
-        "disk_gb": round((checkpoint * (keep + 1) + 4 * trained + weights) / 1e9, 2),
+        "disk_gb": round((checkpoint * (keep + 1) + 4 * trained + weights + download) / 1e9, 2),
+        "download_gb": round(download / 1e9, 2),
         "export_gb": round(weights / 1e9, 2),
         # The tensor in the making, one block of it in float32, and the adapter.
         "export_ram_gib": round((2 * largest + 8 * min(largest, CHUNK_ELEMENTS) + 4 * trained) / GIB + 0.6, 2),
@@ -326,7 +329,9 @@ def lines(result: dict[str, Any]) -> list[str]:
             how += f", MLP in pieces of {plan['mlp_piece_tokens']}" * (plan["mlp_piece_tokens"] > 0)
             fits = how if plan["fits"] else "does not fit"
             out.append(f"{plan['budget_gib']:>7.2f} GiB  peak {plan['estimated_peak_gib']:>6.2f}  {fits}")
-    out.append(f"disk        {result['disk_gb']} GB for checkpoints and export, of it {result['export_gb']} GB merged")
+    download = f", {result['download_gb']} GB the base, which is yet to be fetched" * bool(result["download_gb"])
+    out.append(f"disk        {result['disk_gb']} GB for checkpoints and export, of it {result['export_gb']} GB merged"
+               + download)  # fmt: skip
     out.append(f"export      about {result['export_ram_gib']} GiB of RAM")
     out += result["advice"]
     return [part for line in out for part in textwrap.wrap(line, 80, subsequent_indent=" " * 12)]

@@ -83,6 +83,21 @@ def has_weights(folder: Path) -> bool:
     return all((folder / one).is_file() for one in shards(folder) or [SINGLE])
 
 
+def missing_bytes(folder: Path, all_of_them: int) -> int:
+    """Bytes of weights that are yet to be fetched.
+
+    Args:
+        folder: of the base.
+        all_of_them: bytes of all weights, for a model without an index that says so.
+    """
+    there = [(folder / one).stat().st_size for one in shards(folder) or [SINGLE] if (folder / one).is_file()]
+    if has_weights(folder):
+        return 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        all_of_them = int(json.loads((folder / INDEX).read_text(encoding="utf-8"))["metadata"]["total_size"])
+    return max(0, all_of_them - sum(there))
+
+
 def find(name: str, hub: Hub = "huggingface") -> Path | None:
     """The folder of a base, if its config.json is on this machine: itself, or the hub's copy."""
     folder = Path(name).expanduser()
@@ -194,6 +209,9 @@ def _get(source: HuggingFace | ModelScope, name: str, files: list[str], sizes: d
     there = source.find(name)
     missing = [one for one in files if there is None or not (there / one).is_file()]
     size = sum(sizes[one] for one in missing)
+    if there is not None:
+        # What ModelScope's library goes on with.
+        size -= sum(part.stat().st_size for one in missing if (part := there / f"{one}.incomplete").is_file())
     if there is not None and not missing:
         return there
     free = free_bytes(source.cache)

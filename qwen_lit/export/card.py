@@ -96,7 +96,7 @@ def model_card(told: Told) -> str:
         "## Serve",
         "In this folder:",
         "```bash\nvllm serve .\npython -m sglang.launch_server --model-path .\nollama create taught -f Modelfile\n```",
-        *(_adapter_alone(told.adapter, base, told.adapter_path) if told.adapter else []),
+        *(_adapter_alone(told.adapter, base, told.adapter_path, told.config) if told.adapter else []),
     ]
     if told.data:
         parts += ["## Data", _table(told.data)]
@@ -139,7 +139,7 @@ def finish_adapter(folder: Path, base: str, run: dict[str, Any]) -> None:
         f"# LoRA adapter for {Path(base).name}",
         f"r={config.get('r')}, alpha={config.get('lora_alpha')}, trained on `{base}`.",
         "## Serve",
-        *_adapter_alone(facts, base, "."),
+        *_adapter_alone(facts, base, ".", run),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -152,16 +152,25 @@ def _front_matter(base: str, facts: dict[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(values, allow_unicode=True, sort_keys=False)}---"
 
 
-def _adapter_alone(facts: AdapterFacts, base: str, path: str) -> list[str]:
-    """How a server takes the adapter beside its base, or why it does not."""
+def _adapter_alone(facts: AdapterFacts, base: str, path: str, run: dict[str, Any]) -> list[str]:
+    """How a server takes the adapter beside its base, or why it does not.
+
+    Args:
+        facts: of the adapter.
+        base: the base model's folder or hub name.
+        path: of the adapter, as the commands have it.
+        run: the configuration of the run.
+    """
     if unserved := facts.unserved():
         return [f"vLLM and SGLang do not serve this adapter on its base, because of {', '.join(unserved)}: serve the "
                 "merged model."]  # fmt: skip
+    elsewhere = hub_name(base) is not None and run.get("model", {}).get("hub") == "modelscope"
+    vllm, sglang = ("VLLM_USE_MODELSCOPE=True ", "SGLANG_USE_MODELSCOPE=true ") if elsewhere else ("", "")
     base, path = shlex.quote(base_reference(base)), shlex.quote(f"taught={path}")
     rank = next((rank for rank in VLLM_RANKS if rank >= facts.rank), facts.rank)
-    lines = [f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {path}"]
+    lines = [f"{vllm}vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {path}"]
     if not facts.config.get("use_rslora"):
-        lines.append(f"python -m sglang.launch_server --model-path {base} --lora-paths {path}")
+        lines.append(f"{sglang}python -m sglang.launch_server --model-path {base} --lora-paths {path}")
     alone = ["The adapter alone, on its base, in this folder:", "```bash\n" + "\n".join(lines) + "\n```"]
     if facts.config.get("use_rslora"):
         alone.append("SGLang scales rank-stabilised LoRA (use_rslora) wrongly: serve the merged model with it.")

@@ -79,6 +79,12 @@ def load_config(folder: Path, name: str = "") -> Any:
     return config
 
 
+def count_parameters(config: Any) -> int:
+    """Numbers in the weights of a model, from its config alone."""
+    with torch.device("meta"):
+        return sum(one.numel() for one in AutoModelForCausalLM.from_config(config).parameters())
+
+
 def load_tokenizer(folder: Path, name: str = "") -> Any:
     """The tokenizer that stands beside the model.
 
