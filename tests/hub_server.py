@@ -10,8 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 class FakeHub(ThreadingHTTPServer):
     """Serves the files of a folder as a model; ``faults`` are words of an address, and what comes instead."""
@@ -24,10 +22,15 @@ class FakeHub(ThreadingHTTPServer):
         self.files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
         self.faults: dict[str, int | str] = {}
         self.asked: list[str] = []
+        self.broken: set[str] = set()
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def commit(self) -> str:
+        return digest("".join(map(digest, self.files.values())).encode())[:40]
 
     def fetched(self) -> list[str]:
         """Names of the files whose content was asked for."""
@@ -56,10 +59,11 @@ class Handler(BaseHTTPRequestHandler):
             return threading.Event().wait(60)
         address = urlsplit(self.path)
         path, query, name, files = unquote(address.path), parse_qs(address.query), self.server.name, self.server.files
+        commit = self.server.commit
         if path in (f"/api/models/{name}", f"/api/models/{name}/revision/main"):
             siblings = [{"rfilename": one, "size": len(content)} for one, content in files.items()]
-            return self.json({"id": name, "sha": COMMIT, "siblings": siblings})
-        if path == f"/api/models/{name}/tree/{COMMIT}":
+            return self.json({"id": name, "sha": commit, "siblings": siblings})
+        if path == f"/api/models/{name}/tree/{commit}":
             return self.json([{"type": "file", "path": one, "size": len(content), "oid": digest(content)[:40]}
                               for one, content in files.items()])  # fmt: skip
         if path == f"/api/v1/models/{name}/repo/files":
@@ -78,20 +82,21 @@ class Handler(BaseHTTPRequestHandler):
         begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.send_response(206 if begin else 200)
         self.send_header("ETag", f'"{digest(content)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.server.commit)
         self.send_header("Content-Length", str(len(content) - begin))
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         if self.command == "HEAD":
             return None
-        if fault == "break" or (fault == "break once" and not begin):
+        if fault == "break" or (fault == "break once" and self.path not in self.server.broken):
+            self.server.broken.add(self.path)
             self.wfile.write(content[begin : begin + (len(content) - begin) // 2])
             self.wfile.flush()
             self.close_connection = True
             return self.connection.shutdown(2)
-        for start in range(begin, len(content), 10_000 if fault == "slow" else len(content)):
-            self.wfile.write(content[start : start + 10_000] if fault == "slow" else content[start:])
+        for start in range(begin, len(content), 100_000 if fault == "slow" else len(content)):
+            self.wfile.write(content[start : start + 100_000] if fault == "slow" else content[start:])
             time.sleep(0.5 if fault == "slow" else 0)
         return None
 
