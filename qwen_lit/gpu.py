@@ -121,7 +121,7 @@ def check_gpu(accelerator: object, tell: bool) -> None:
         UserError: there is none that torch can use.
     """
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        nothing = "no NVIDIA GPU is seen (no driver, no /dev/nvidia0, none on the PCI bus); set it to auto"
+        nothing = "no CUDA device is seen (no driver, no /dev/nvidia0, no card on the PCI bus); set it to auto"
         raise UserError(f"trainer.accelerator is {accelerator}, but {gpu_problem() or nothing}.")
     if tell and accelerator == "auto" and (problem := gpu_problem()):
         log.warning("no GPU is used: %s", problem)

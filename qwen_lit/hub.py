@@ -9,15 +9,14 @@ import shutil
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from qwen_lit.errors import UserError, shortened
+from qwen_lit.errors import UserError
+from qwen_lit.hub_failure import unreached
 from qwen_lit.hub_libraries import TIMEOUT, Hub, HuggingFace, ModelScope, library
 from qwen_lit.names import HUB_NAME
 from qwen_lit.progress import Progress, told
@@ -230,9 +229,10 @@ def _get(source: HuggingFace | ModelScope, name: str, files: list[str], sizes: d
         with _growing(folder, size, f"fetching {name}"):
             return within(None, lambda: source.fetch(name, files))
     except Stopped as stop:
-        # The library's threads would finish their files first.
-        for one in _partial(folder) - before if isinstance(source, HuggingFace) else ():
-            one.unlink(missing_ok=True)
+        # The library's threads would finish their files first; a part with this process's number serves no other.
+        for one in _partial(folder) - before:
+            if isinstance(source, HuggingFace) and "." in one.stem:
+                one.unlink(missing_ok=True)
         log.warning("stopped; files that are whole stay, and the same command fetches the rest")
         os._exit(stop.exit_code)
     except Exception as error:
@@ -302,72 +302,6 @@ def within(seconds: float | None, work: Callable[[], T]) -> T:
     if not result:
         raise TimeoutError(f"no answer in {seconds:.0f} s")
     return result[0]
-
-
-def unreached(source: HuggingFace | ModelScope, name: str, error: BaseException, begun: bool = False) -> str:
-    """One line on why a model could not be had, with what to do.
-
-    Args:
-        source: the hub.
-        name: of the model.
-        error: of its library.
-        begun: whether the hub has answered before.
-    """
-    where, status = source.endpoint, _status(error)
-    kinds = {type(one).__name__ for one in _chain(error)}
-    login = f"log in with {source.login}"
-    if "GatedRepoError" in kinds or status == 403:
-        gated = f"{name} is gated on {where}, or not for this account"
-        return f"{gated}: accept its terms at {where}/{name}, then {login}."
-    if "RepositoryNotFoundError" in kinds or status == 404:
-        return f"there is no {name} on {where}, or it is private: check the name, or {login}."
-    if status == 401:
-        return f"{where} does not accept the login for {name}: {login} again."
-    reason = f"HTTP {status}" if status else _reason(error)
-    proxy = urllib.request.getproxies().get(urlsplit(where).scheme)
-    if proxy and not status:
-        # Without the user and the password that it may hold.
-        reason += f", through the proxy {urlsplit(proxy).hostname or proxy}"
-    if begun:
-        again = "files that are whole stay: run the command again"
-        return f"fetching {name} from {where} broke off ({reason}); {again}, or {_remedies(source, name)}"
-    return f"{name} cannot be fetched from {where} ({reason}); {_remedies(source, name)}"
-
-
-def _remedies(source: HuggingFace | ModelScope, name: str) -> str:
-    other = "set HF_ENDPOINT=https://hf-mirror.com, or --model.hub modelscope"
-    offline = "; HF_HUB_OFFLINE=1 asks no hub"
-    if isinstance(source, ModelScope):
-        other, offline = "set --model.hub huggingface, with HF_ENDPOINT=https://hf-mirror.com where that is nearer", ""
-    commands = f"hf download {name} --local-dir DIR, or modelscope download --model {name} --local_dir DIR, makes one"
-    return f"{other}, or give a folder as --model.model_name_or_path: {commands}{offline}."
-
-
-def _chain(error: BaseException | None) -> list[Any]:
-    """The error with those that it came from, the files' of ModelScope as well."""
-    found: list[Any] = []
-    while error is not None and error not in found:
-        found.append(error)
-        files = getattr(error, "failed_files", None)
-        error = error.__cause__ or error.__context__ or (next(iter(files.values())) if files else None)
-    return found
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that it came from."""
-    for one in _chain(error):
-        response = getattr(one, "response", None)
-        status = getattr(response, "status_code", None) or getattr(one, "status_code", None)
-        if isinstance(status, int) and status >= 400:
-            return status
-    return None
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost reason, without the library's words around it."""
-    inner = _chain(error)[-1]
-    text = getattr(inner, "strerror", None) or str(inner) or type(inner).__name__
-    return shortened(" ".join(str(text).split()))
 
 
 def free_bytes(folder: Path) -> int:
