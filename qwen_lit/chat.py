@@ -93,9 +93,11 @@ def started(given: argparse.Namespace) -> tuple[Chat, str]:
 
     from qwen_lit.chat_model import choose, load
     from qwen_lit.conversation import Chat
+    from qwen_lit.gpu import check_gpu
     from qwen_lit.logs import set_up_logging
 
     set_up_logging()
+    check_gpu("auto", tell=True)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     choice, passed = choose(given.path, given.load_in_4bit, device)
     if passed:

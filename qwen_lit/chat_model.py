@@ -18,7 +18,8 @@ from qwen_lit.export.adapter import UNSUPPORTED, read_adapter
 from qwen_lit.export.folder import BaseModel, ExportError, read_json
 from qwen_lit.export.merge import check_fits, untie
 from qwen_lit.hardware import product_dtype
-from qwen_lit.model.base import local_folder
+from qwen_lit.hub import fetch, find
+from qwen_lit.hub_libraries import Hub
 from qwen_lit.model.load import check_weights, computing_on, load_config
 from qwen_lit.names import HUB_NAME
 from qwen_lit.progress import told
@@ -41,6 +42,8 @@ class Choice:
     base: str
     """The model's folder, or the adapter's base: a folder or a hub name."""
     quantization: BitsAndBytesConfig | None = None
+    hub: Hub = "huggingface"
+    """Where a base of a hub name is fetched from."""
 
     @property
     def adapter(self) -> bool:
@@ -66,10 +69,10 @@ class Choice:
         Raises:
             UserError: the folder or its base is broken.
         """
-        base = local_folder(self.base)
+        base = find(self.base, self.hub)
         if base is None:
             return 0
-        held = planned_weights(load_config(str(base)), self.quantization, device) if self.quantization else {}
+        held = planned_weights(load_config(base), self.quantization, device) if self.quantization else {}
         size = product_dtype(device).itemsize
         weights = {name: shape for name, (_, _, shape) in BaseModel(base).where.items()}
         total = sum(
@@ -84,13 +87,14 @@ class Choice:
         Raises:
             UserError: the base is not there, a file is damaged, or the adapter is of another base.
         """
-        base = local_folder(self.base)
+        base = find(self.base, self.hub)
         if base is None and not HUB_NAME.match(self.base):
             raise UserError(
                 f"the base of {self.folder} is not at {self.base}; move it there, or name its folder as "
                 f"base_model_name_or_path in {self.folder / 'adapter_config.json'}."
             )
-        check_weights(str(base or self.base))
+        if base is not None:
+            check_weights(base)
         config = adapter_config(self.folder) if self.adapter else {}
         # PEFT reads more kinds of adapters than can be merged.
         if base is None or not self.adapter or any(config.get(key) for key in UNSUPPORTED):
@@ -151,11 +155,12 @@ def choices(given: Path, quantize: bool | None) -> Iterator[Choice]:
         found = found[::-1]
     for folder in found:
         base = base_of(folder) if is_adapter(folder) else str(folder)
-        trained = trained_in(folder, base) if is_adapter(folder) else None
+        hub: Hub = training_config(folder).get("model", {}).get("hub", "huggingface")
+        trained = trained_in(folder, base, hub) if is_adapter(folder) else None
         four_bits = trained if trained is not None and trained.load_in_4bit else FOUR_BITS
-        yield Choice(folder, base, (trained if quantize is None else four_bits if quantize else None))
+        yield Choice(folder, base, (trained if quantize is None else four_bits if quantize else None), hub)
         if quantize is None and folder == found[-1] and trained is not four_bits:
-            yield Choice(folder, base, four_bits)
+            yield Choice(folder, base, four_bits, hub)
 
 
 def is_model(folder: Path) -> bool:
@@ -184,17 +189,19 @@ def base_of(adapter: Path) -> str:
     base = adapter_config(adapter).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{adapter / 'adapter_config.json'} names no base; export the adapter again.")
-    return str(Path(base).expanduser()) if local_folder(str(base)) else str(base)
+    folder = Path(base).expanduser()
+    return str(folder) if folder.is_dir() else str(base)
 
 
-def trained_in(adapter: Path, base: str) -> BitsAndBytesConfig | None:
+def trained_in(adapter: Path, base: str, hub: Hub) -> BitsAndBytesConfig | None:
     """How an adapter's base was held in training; in 4 bits where that is not known."""
     trained = training_config(adapter).get("model")
     if not trained:
         return FOUR_BITS
     held = trained.get("quantization_config")
     config = BitsAndBytesConfig(**held) if held else None
-    return usable(config, load_config(base)) if local_folder(base) or HUB_NAME.match(base) else config
+    there = Path(base).is_dir() or HUB_NAME.match(base)
+    return usable(config, load_config(fetch(base, hub))) if there else config
 
 
 def load(choice: Choice, device: torch.device) -> tuple[Any, Any]:
@@ -203,15 +210,16 @@ def load(choice: Choice, device: torch.device) -> tuple[Any, Any]:
     Raises:
         UserError: they cannot be loaded, or do not fit after all.
     """
+    base = str(fetch(choice.base, choice.hub, weights=True))
     try:
         with told(f"loading {choice}"), warnings.catch_warnings():
             # Of PEFT, about an adapter that lacks weights of this base.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model: Any = AutoModelForCausalLM.from_pretrained(
-                choice.base, dtype=product_dtype(device), device_map={"": str(device)},
+                base, dtype=product_dtype(device), device_map={"": str(device)},
                 quantization_config=computing_on(device, choice.quantization),
             )  # fmt: skip
-            tokenizer = AutoTokenizer.from_pretrained(choice.base)
+            tokenizer = AutoTokenizer.from_pretrained(base)
             if choice.adapter:
                 model = PeftModel.from_pretrained(model, str(choice.folder))
     except (torch.OutOfMemoryError, MemoryError) as error:

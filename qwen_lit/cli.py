@@ -32,13 +32,15 @@ from qwen_lit.distributed import watch_parent
 from qwen_lit.errors import RunError, UserError, shortened
 from qwen_lit.export import ExportError
 from qwen_lit.front import main as main
+from qwen_lit.gpu import check_device, check_gpu, check_size
 from qwen_lit.hardware import product_dtype
+from qwen_lit.hub import fetch
 from qwen_lit.kernels.plan import parse_bytes
 from qwen_lit.keys import wrong_keys
 from qwen_lit.logs import set_up_logging
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.duration import check_duration
-from qwen_lit.model.load import check_weights, load_tokenizer
+from qwen_lit.model.load import check_weights, count_parameters, load_tokenizer
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.trained import Trained, begin_from, check_shapes, find_adapter, read, take_over
@@ -150,15 +152,10 @@ class QwenCLI(LightningCLI):
             parse_bytes(config.memory_budget)
         check_duration(config, str(self.subcommand))
         check_trainer(config, str(self.subcommand))
-        accelerator = config.trainer.accelerator
-        if accelerator in ("gpu", "cuda"):
-            import torch
-
-            if not torch.cuda.is_available():
-                raise UserError(f"trainer.accelerator is {accelerator}, but no CUDA device is seen; set it to auto.")
+        first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+        check_gpu(config.trainer.accelerator, tell=first and self.subcommand != "inspect")
         given, folder = config.get("ckpt_path"), Path(config.output_dir)
         writes = self.subcommand in ("fit", "export") and not config.trainer.fast_dev_run
-        first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
         if writes and first:
             self.lock = hold(folder)
         self.checkpoint = find_checkpoint(given, folder, fresh=self.subcommand == "fit")
@@ -237,10 +234,17 @@ class QwenCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Hand the tokenizer to the data, and the written configuration to the export."""
-        if self.subcommand in LOADING:
-            check_weights(self.model.name)
+        device = self.trainer.strategy.root_device
+        if self.subcommand != "inspect":
+            check_device(device)
+        if self.subcommand in ("fit", "verify_resume"):
+            accelerator = self.config[self.subcommand].trainer.accelerator
+            check_size(count_parameters(self.model.config), device, accelerator)
+        if self.subcommand in LOADING or (self.subcommand == "plan" and device.type == "cuda"):
+            self.model.folder = fetch(self.model.name, self.model.hub, weights=True)
+            check_weights(self.model.folder)
         compute_in_float32(self.trainer)
-        self.datamodule.tokenizer = load_tokenizer(self.model.name)
+        self.datamodule.tokenizer = load_tokenizer(self.model.folder, self.model.name)
         name = str(self.subcommand)
         self.trainer.resumed_from = self.checkpoint  # type: ignore[attr-defined]
         self.trainer.validated_from = self.checkpoint  # type: ignore[attr-defined]
@@ -251,7 +255,7 @@ class QwenCLI(LightningCLI):
         self._dump_config()
         self.model.run_config = self.config_dump
         if name == "fit" and (then := stored(self.checkpoint)):
-            compare(then, self.config_dump, fingerprint(self.model.name))
+            compare(then, self.config_dump, fingerprint(self.model.name, self.model.hub))
             # The run has its own weights by now.
             self.model.init_adapter = None
         if self.model.init_adapter is not None:

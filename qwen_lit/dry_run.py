@@ -22,6 +22,7 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS
 from qwen_lit.export.kquants import gguf_bytes
 from qwen_lit.flops import measured_flops, token_flops
+from qwen_lit.hub import is_folder, missing_bytes
 from qwen_lit.kernels.engine import why_not
 from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, relative_time, time_of
 from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps
@@ -116,6 +117,7 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
     largest = max(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     gguf = next((one.gguf for one in trainer.callbacks if isinstance(one, Export) and one.merge), None)
     file = gguf_bytes(gguf, weights // 2) if gguf else 0
+    download = 0 if is_folder(module.name) else missing_bytes(module.folder, weights)
     keep = next((one.keep for one in trainer.callbacks if isinstance(one, RunCheckpoint)), 2)
     share = float(supervised.sum() / max(1, tokens))
     length = float((lengths.astype(float) ** 2).sum() / max(1, tokens))
@@ -130,7 +132,8 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
         "heaviest_micro_batch_tokens": largest_batch,
         "flops_per_token": token_flops(model, length, share)[0],
         "checkpoint_mb": round(checkpoint / 1e6, 1),
-        "disk_gb": round((checkpoint * (keep + 1) + 4 * trained + weights + file) / 1e9, 2),
+        "disk_gb": round((checkpoint * (keep + 1) + 4 * trained + weights + file + download) / 1e9, 2),
+        "download_gb": round(download / 1e9, 2),
         "export_gb": round(weights / 1e9, 2),
         "gguf_gb": round(file / 1e9, 2),
         # The tensor in the making, one block of it in float32, and the adapter.
@@ -332,8 +335,9 @@ def lines(result: dict[str, Any]) -> list[str]:
             fits = how if plan["fits"] else "does not fit"
             out.append(f"{plan['budget_gib']:>7.2f} GiB  peak {plan['estimated_peak_gib']:>6.2f}  {fits}")
     gguf = f", {result['gguf_gb']} GB to make the GGUF file" if result["gguf_gb"] else ""
-    disk = f"{result['disk_gb']} GB for checkpoints and export, of it {result['export_gb']} GB merged{gguf}"
-    out.append(f"disk        {disk}")
+    download = f", {result['download_gb']} GB to download the base" if result["download_gb"] else ""
+    disk = f"{result['disk_gb']} GB for checkpoints and export, of it {result['export_gb']} GB merged"
+    out.append(f"disk        {disk}{gguf}{download}")
     out.append(f"export      about {result['export_ram_gib']} GiB of RAM")
     out += result["advice"]
     return [part for line in out for part in textwrap.wrap(line, 80, subsequent_indent=" " * 12)]

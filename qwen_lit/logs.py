@@ -31,6 +31,8 @@ def set_up_logging() -> None:
     if level == "DEBUG":
         logging.getLogger().setLevel(level)
     else:
+        # Of torch, on drivers; check_gpu says it in a line.
+        warnings.filterwarnings("ignore", message="CUDA initialization")
         # Of Lightning, which wraps the model for several ranks on a stream of its own, of PEFT's own use of names, and
         # of bitsandbytes, which pages on GPUs alone.
         for told in ("The AccumulateGrad node.s stream does not match", ".is_gradient_checkpointing. is deprecated",

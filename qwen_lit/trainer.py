@@ -193,7 +193,7 @@ class QwenTrainer(Trainer):
             if adapter.is_file():
                 path, adapter = adapter, Path(folder) / "lora_adapter"
                 adapter_from_checkpoint(path, model.lora_config, model.name, adapter, {})
-            base: Any = load_base(model.name, model.quantization_config, self.strategy.root_device)
+            base: Any = load_base(model.folder, model.quantization_config, self.strategy.root_device)
             base.config.use_cache = True
             adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
         now, before = predict(adapted, datamodule.tokenizer, Path(source), Path(target), batch_size, max_new_tokens)

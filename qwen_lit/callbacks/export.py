@@ -153,7 +153,7 @@ class Export(Callback):
             torch.cuda.empty_cache()
         job = Job(
             adapter_dir=adapter,
-            base_dir=base_folder(module.name),
+            base_dir=module.folder,
             out_dir=self.folder / MERGED,
             tokenizer=data.tokenizer,
             told=Told(config=self.training_config, data=data.facts(), losses=losses, missing=self.missing),
@@ -229,13 +229,3 @@ def spread(rows: Rows, count: int) -> list[Example]:
     if not len(rows) or not count:
         return []
     return [rows[number] for number in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)).tolist()]
-
-
-def base_folder(name: str) -> Path:
-    """The folder that holds the base's files: the given one, or the hub's local copy."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))

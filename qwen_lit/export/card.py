@@ -96,7 +96,7 @@ def model_card(told: Told) -> str:
         + (f" The adapter was trained on from `{begun}`." if begun else ""),
         "## Serve",
         *merged_section(name, told.gguf),
-        *(adapter_section(told.adapter, name, base, told.adapter_path) if told.adapter else []),
+        *(adapter_section(told.adapter, name, base, told.adapter_path, told.config) if told.adapter else []),
     ]
     if told.data:
         parts += ["## Data", _table(told.data)]
@@ -140,7 +140,7 @@ def finish_adapter(folder: Path, base: str, run: dict[str, Any]) -> None:
         f"r={config.get('r')}, alpha={config.get('lora_alpha')}, trained on `{base}`.",
         "## Serve",
         "In the terminal: `qwen-lit chat .`, in the folder of this file.",
-        *adapter_section(facts, name, base, "."),
+        *adapter_section(facts, name, base, ".", run),
         *(request(name) if not facts.unserved() else []),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

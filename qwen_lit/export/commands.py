@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_lit.names import base_reference
+from qwen_lit.names import base_reference, hub_name
 
 if TYPE_CHECKING:
     from qwen_lit.export.card import AdapterFacts
@@ -49,7 +49,7 @@ def merged_section(name: str, gguf: str | None) -> list[str]:
     return ["Run one of these in the folder of this file:", _block(commands), *request(name)]
 
 
-def adapter_section(facts: AdapterFacts, name: str, base: str, path: str) -> list[str]:
+def adapter_section(facts: AdapterFacts, name: str, base: str, path: str, run: dict[str, Any]) -> list[str]:
     """How a server takes the adapter beside its base, or why it does not.
 
     Args:
@@ -57,15 +57,19 @@ def adapter_section(facts: AdapterFacts, name: str, base: str, path: str) -> lis
         name: of the adapter, for requests.
         base: the base's folder or hub name.
         path: of the adapter, seen from the card's folder.
+        run: the configuration of the run.
     """
     if unserved := facts.unserved():
         return [f"vLLM and SGLang do not serve this adapter on its base, because of {', '.join(unserved)}: serve the "
                 "merged model."]  # fmt: skip
+    elsewhere = hub_name(base) is not None and run.get("model", {}).get("hub") == "modelscope"
+    on_vllm, on_sglang = ("VLLM_USE_MODELSCOPE=True ", "SGLANG_USE_MODELSCOPE=true ") if elsewhere else ("", "")
     base, lora = shlex.quote(base_reference(base)), shlex.quote(f"{name}={path}")
     rank = next((rank for rank in VLLM_RANKS if rank >= facts.rank), facts.rank)
-    commands = [("vLLM", f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {lora}")]
+    commands = [("vLLM", f"{on_vllm}vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {lora}")]
     if not facts.config.get("use_rslora"):
-        sglang = f"python -m sglang.launch_server --model-path {base} --served-model-name base --enable-lora"
+        server = f"{on_sglang}python -m sglang.launch_server --model-path {base}"
+        sglang = f"{server} --served-model-name base --enable-lora"
         commands.append((f"SGLang, where requests call the model base:{name}", f"{sglang} --lora-paths {lora}"))
     section = ["The adapter alone, on its base, in the folder of this file:", _block(commands)]
     if facts.config.get("use_rslora"):

@@ -6,31 +6,22 @@ import json
 import os
 from pathlib import Path
 
-from transformers.utils import cached_file
+from qwen_lit.hub import find, has_weights, is_folder
+from qwen_lit.hub_libraries import Hub
 
 PIECE, PIECES = 4096, 16
 NAMING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of config.json that another version writes otherwise for the same weights."""
 
 
-def local_folder(name: str) -> Path | None:
-    """The folder that holds a base's files, if they are on this machine: itself, or the hub's copy."""
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        found = cached_file(name, "config.json", local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return Path(found).parent if found else None
-
-
-def fingerprint(name: str) -> str | None:
+def fingerprint(name: str, hub: Hub = "huggingface") -> str | None:
     """A digest of config.json, and of the size, the header and some bytes of each file of weights; None where the
-    files are not on this machine.
+    files, or some of them, are not on this machine.
     """
-    folder = local_folder(name)
-    return None if folder is None else _fingerprint(folder, os.stat(folder / "config.json").st_mtime_ns)
+    folder = find(name, hub)
+    if folder is None or (not is_folder(name) and not has_weights(folder)):
+        return None
+    return _fingerprint(folder, os.stat(folder / "config.json").st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,7 +1,6 @@
 """Finding, checking and loading the base model, and putting the adapter on it."""
 
 import copy
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,73 +18,24 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.hardware import product_dtype
-from qwen_lit.names import HUB_NAME
+from qwen_lit.hub import INDEX, SINGLE
 from qwen_lit.progress import told
 
-INDEX = "model.safetensors.index.json"
 SUPPORTED = ("qwen2", "qwen3")
 
 
-def is_folder(name: str) -> bool:
-    """Whether the base is a local folder; ``~`` is the home folder."""
-    return Path(name).expanduser().is_dir()
-
-
-def check_model_path(name: str) -> None:
-    """Reject a base that cannot be one, from its folder alone.
-
-    Raises:
-        UserError: no such folder, no ``config.json`` in it, or a name that is neither a folder nor a hub name.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"model_name_or_path: {name} has no config.json; give the folder that holds the model's files."
-            )
-        check_shards(folder)
-    elif not HUB_NAME.match(name) or folder.parent.is_dir():
-        raise UserError(
-            f"model_name_or_path: no such folder: {name}; give a folder with config.json, or a hub name like "
-            "Qwen/Qwen2.5-7B-Instruct."
-        )
-
-
-def check_shards(folder: Path) -> None:
-    """Reject an index of shards that names a file outside the folder, or one that is missing.
-
-    Raises:
-        UserError: it does, or it is not an index.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"model_name_or_path: {index} is not an index of shards ({error}); fetch it again.") from error
-    for name in sorted(map(str, names)):
-        if Path(name).name != name:
-            raise UserError(f"model_name_or_path: {index} names {name!r}, outside its folder; nothing of it is read.")
-        if not (folder / name).is_file():
-            raise UserError(f"model_name_or_path: {folder} lacks {name}, which its index names; fetch it again.")
-
-
-def check_weights(name: str) -> None:
+def check_weights(folder: Path) -> None:
     """Reject a folder whose weights cannot be read, from the heads of its files.
 
     Raises:
         UserError: there are no safetensors, or one of them is damaged.
     """
-    folder = Path(name).expanduser()
-    if not is_folder(name):
-        return
     files = sorted(folder.glob("*.safetensors"))
-    if not (folder / "model.safetensors").is_file() and not (folder / INDEX).is_file():
+    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
         others = sorted(one.name for one in folder.iterdir() if one.suffix in (".bin", ".pt", ".pth", ".gguf"))
         has = f"only {', '.join(others[:3])}" if others else "no weights"
         raise UserError(
-            f"model_name_or_path: {name} has {has}; weights are read from model.safetensors or its shards. Fetch "
+            f"model_name_or_path: {folder} has {has}; weights are read from model.safetensors or its shards. Fetch "
             "those, or load it with transformers and save_pretrained it again."
         )
     for file in files:
@@ -97,15 +47,19 @@ def check_weights(name: str) -> None:
             raise UserError(f"model_name_or_path: {file} is damaged ({reason}); fetch it again.") from error
 
 
-def load_config(name: str) -> Any:
+def load_config(folder: Path, name: str = "") -> Any:
     """The model's config, if it is a dense Qwen whose weights are not quantised yet.
 
+    Args:
+        folder: that holds it.
+        name: of the model in messages; empty is the folder's.
+
     Raises:
-        UserError: the config cannot be had, or its ``model_type`` is not one of ``SUPPORTED``.
+        UserError: the config cannot be read, or its ``model_type`` is not one of ``SUPPORTED``.
     """
-    check_model_path(name)
+    name = name or str(folder)
     try:
-        config = AutoConfig.from_pretrained(str(Path(name).expanduser()) if is_folder(name) else name)
+        config = AutoConfig.from_pretrained(folder)
     except Exception as error:
         raise UserError(
             f"model_name_or_path: cannot read the config of {name} ({_reason(error)}); fetch the model again and give "
@@ -125,14 +79,25 @@ def load_config(name: str) -> Any:
     return config
 
 
-def load_tokenizer(name: str) -> Any:
+def count_parameters(config: Any) -> int:
+    """Numbers in the weights of a model, from its config alone."""
+    with torch.device("meta"):
+        return sum(one.numel() for one in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def load_tokenizer(folder: Path, name: str = "") -> Any:
     """The tokenizer that stands beside the model.
+
+    Args:
+        folder: that holds it.
+        name: of the model in messages; empty is the folder's.
 
     Raises:
         UserError: there is none that loads, or its chat template is no template.
     """
+    name = name or str(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise UserError(f"model_name_or_path: {name} has no tokenizer that loads ({_reason(error)}).") from error
     templates = tokenizer.chat_template
@@ -209,12 +174,15 @@ def computing_on(device: torch.device, quantization: BitsAndBytesConfig | None) 
 
 
 def load_base(
-    name: str, quantization: BitsAndBytesConfig | None, device: torch.device, place: torch.device | None = None
+    folder: Path | str,
+    quantization: BitsAndBytesConfig | None,
+    device: torch.device,
+    place: torch.device | None = None,
 ) -> nn.Module:
     """The frozen base, its linears quantised while they are read; all else is in ``product_dtype(device)``.
 
     Args:
-        name: a folder or a hub name.
+        folder: that holds its files.
         quantization: of the linears; None for none.
         device: where it computes.
         place: where it is put; None puts it where it computes.
@@ -223,7 +191,7 @@ def load_base(
     where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
     with told("loading the base"):
         model = AutoModelForCausalLM.from_pretrained(
-            name,
+            folder,
             dtype=product_dtype(device),
             quantization_config=computing_on(device, quantization),
             device_map={"": where},

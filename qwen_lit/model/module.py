@@ -20,11 +20,13 @@ from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import agree, watch_children
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.export.adapter import saved_name
+from qwen_lit.hub import fetch, is_folder
+from qwen_lit.hub_libraries import Hub
 from qwen_lit.kernels.engine import FastEngine
 from qwen_lit.kernels.plan import Plan, parse_bytes
 from qwen_lit.model.duration import check_limits, total_steps, warmup_steps
 from qwen_lit.model.engine import choose_engine
-from qwen_lit.model.load import add_adapter, check_targets, is_folder, load_base, load_config, shard_layers
+from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config, shard_layers
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.neftune import add_noise
 from qwen_lit.model.optim import (
@@ -66,6 +68,7 @@ class QwenModule(L.LightningModule):
         max_skipped_steps: int = 10,
         shard_base: bool = False,
         init_adapter: str | None = None,
+        hub: Hub = "huggingface",
     ) -> None:
         """Checks the settings; weights are read in ``configure_model``.
 
@@ -94,6 +97,8 @@ class QwenModule(L.LightningModule):
                 trainer.strategy ddp and bnb_4bit_quant_storage bfloat16.
             init_adapter: an adapter folder or a checkpoint whose weights the new run starts from, with a fresh
                 optimizer and schedule; its LoRA settings are taken over.
+            hub: where a model that is not on this machine is fetched from: huggingface, or modelscope, which needs
+                the extra of that name. A mirror is the environment's HF_ENDPOINT or MODELSCOPE_ENDPOINT.
 
         Raises:
             UserError: the model or a setting cannot work.
@@ -108,6 +113,7 @@ class QwenModule(L.LightningModule):
             )
         self.shard_base = shard_base
         self.name = str(Path(model_name_or_path).expanduser()) if is_folder(model_name_or_path) else model_name_or_path
+        self.hub = hub
         self.lora_config = lora_config
         self.learning_rate = learning_rate
         self.optimizer_name: OptimizerName = optimizer
@@ -128,7 +134,9 @@ class QwenModule(L.LightningModule):
         self.run_config: dict[str, Any] = {}
         """The whole configuration of the run, as plain values."""
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
-        self.config = load_config(self.name)
+        self.folder = fetch(self.name, hub)
+        """That holds the base's files: its config and tokenizer, and its weights once they are needed."""
+        self.config = load_config(self.folder, self.name)
         self.quantization_config = usable(quantization_config, self.config)
         self.quantized: dict[str, Held] | None = None
         check_targets(self.config, lora_config)
@@ -168,7 +176,7 @@ class QwenModule(L.LightningModule):
         device = self.trainer.strategy.root_device
         sharded = self.shard_base and self.trainer.world_size > 1
         # Shards are moved to the device one layer at a time.
-        base = load_base(self.name, self.quantization_config, device, torch.device("cpu") if sharded else device)
+        base = load_base(self.folder, self.quantization_config, device, torch.device("cpu") if sharded else device)
         self.quantized = loaded_weights(base)
         self.model = add_adapter(base, self.lora_config, self.gradient_checkpointing)
         if self.init_adapter is not None:

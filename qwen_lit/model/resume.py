@@ -35,6 +35,7 @@ KEYS = {
     "model.lora_plus_ratio": REFUSE,
     # The base is compared by what is in its files.
     "model.model_name_or_path": TELL,
+    "model.hub": FREE,
     "model.max_skipped_steps": FREE,
     "model.memory_budget": FREE,
     "model": TELL,
@@ -85,7 +86,7 @@ def settings(module: Any) -> dict[str, Any]:
         "frozen": frozen,
         "merge": module.trainer.datamodule.merge,
         "config": module.run_config,
-        "base": fingerprint(module.name),
+        "base": fingerprint(module.name, module.hub),
     }
 
 

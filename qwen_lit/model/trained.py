@@ -121,15 +121,17 @@ def take_base(model: Any, trained: Trained) -> None:
         UserError: it is not there, and the configuration names another.
     """
     given, base = model[NAME], trained.base
+    hub = trained.config.get("model", {}).get("hub") or model["hub"]
     if base is None or Path(given).expanduser().resolve() == Path(base).expanduser().resolve():
+        model["hub"] = hub
         return
-    there, mine = fingerprint(base), fingerprint(given)
+    there, mine = fingerprint(base, hub), fingerprint(given, model["hub"])
     then = trained.fingerprint or there
     if then is not None and then == mine:
         return
     if there is not None and trained.fingerprint in (None, there):
         log.warning("the adapter of %s was trained on %s, not on %s; %s is taken", trained.source, base, given, base)
-        model[NAME] = base
+        model[NAME], model["hub"] = base, hub
         return
     if then is not None and mine is not None:
         raise UserError(
@@ -174,7 +176,9 @@ def begin_from(model: Any, trained: Trained) -> None:
             model.lora_config[key] = value
     if trained.base is None:
         return
-    then, now = trained.fingerprint or fingerprint(trained.base), fingerprint(model[NAME])
+    hub = trained.config.get("model", {}).get("hub") or model["hub"]
+    then = trained.fingerprint or fingerprint(trained.base, hub)
+    now = fingerprint(model[NAME], model["hub"])
     if then and now and then != now:
         raise UserError(
             f"model.{NAME} is {model[NAME]}, but the adapter of model.init_adapter was trained on {trained.base}; "
