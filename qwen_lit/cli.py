@@ -31,6 +31,7 @@ from qwen_lit.callbacks.samples import Samples
 from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, step_of
 from qwen_lit.chat import main as chat
 from qwen_lit.checks import check_paths, check_values
+from qwen_lit.data import split
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import watch_parent
 from qwen_lit.errors import RunError, UserError, shortened
@@ -57,7 +58,7 @@ OUT_OF_MEMORY = """out of GPU memory. The levers, in order:
   data.batch_size {batch_size} (lower it, raise trainer.accumulate_grad_batches {accumulate} by as much)
   model.gradient_checkpointing {checkpointing} (true keeps only layer inputs)
   model.memory_budget {budget} (for the fast engine: a size below what the card has free, such as 7GiB)
-  data.max_length {max_length} (rows that are longer are shortened)
+  data.max_length {max_length} (rows that are longer are shortened, or dropped where their answer does not fit)
   model.lora_config.r {r} (fewer trained parameters)
   model.quantization_config (nf4 with bnb_4bit_use_double_quant: true is the smallest)"""
 
@@ -304,6 +305,8 @@ def main(args: list[str] | None = None) -> int:
             return stop.exit_code
     if given[:1] == ["configs"]:
         return shipped.main(given[1:])
+    if given[:1] == ["data"]:
+        return split.main(given[1:])
     args = [ALIASES.get(one, one) for one in given]
     cli.wanted = args[0] if args and args[0] in QwenCLI.subcommands() else None
     with watched():
