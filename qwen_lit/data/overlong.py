@@ -8,7 +8,7 @@ from qwen_lit.data.render import Draft, Messages
 OLDEST, SHORTENED = "oldest turns dropped", "longest user text shortened"
 CUT = "end of the answer cut off"
 LEAST_ANSWER = 2
-"""Of so many parts of the tokens one is left to an answer that is cut, before its question is shortened."""
+"""Of so many parts of the tokens one is left to an answer that is cut; what precedes it is shortened for that."""
 
 Ids = Callable[[Draft], list[int]]
 Offsets = Callable[[str], list[tuple[int, int]]]
@@ -149,8 +149,8 @@ def _make_room(
     one: Draft, ids: list[int], limit: int, ids_of: Ids, offsets_of: Offsets, trained_from: TrainedFrom
 ) -> tuple[Draft, list[int]]:
     """The last exchange with so much of its prompt left out that part of its answer fits; see ``shorten``."""
-    wanted = limit - max(1, limit // LEAST_ANSWER)
     begin = trained_from(ids, one)
+    wanted = limit - min(len(ids) - begin, max(1, limit // LEAST_ANSWER))
     while begin > wanted:
         before = one.turns[0]
         sizes = {number: offsets_of(message["content"]) for number, message in enumerate(one.messages[:before])}

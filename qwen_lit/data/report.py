@@ -45,12 +45,12 @@ class Report:
         if examples <= rows or not rows:
             return ""
         return (
-            f"{rows:,} rows became {examples:,} examples ({examples / rows:.3g} each): each answer is trained with the "
-            "history that the server shows; data.expand_turns: off trains a row once"
+            f"{rows:,} rows became {examples:,} examples ({examples / rows:.3g} each): each answer is trained with "
+            "the history that the server shows; data.expand_turns: off trains a row once"
         )
 
     def losses(self, max_length: int, overlong: str) -> list[str]:
-        """What of the rows is not trained as it stands, with the key that changes it; empty where all is.
+        """What is not trained as it stands in its row, with the key that changes it; empty where all is.
 
         Args:
             max_length: of the configuration.
