@@ -63,7 +63,8 @@ class Samples(Callback):
             if data.val_rows.is_text(number):
                 at = opening(ids.tolist(), data.tokenizer)
                 following = data.tokenizer.decode(ids[at : at + self.max_new_tokens], skip_special_tokens=True)
-                found.append((ids[:at].tolist(), following))
+                # It may end within a character.
+                found.append((ids[:at].tolist(), following.rstrip("\ufffd")))
                 continue
             begin, end = (int(one) for one in spans[-1])
             found.append((ids[:begin].tolist(), data.tokenizer.decode(ids[begin:end], skip_special_tokens=True)))

@@ -177,6 +177,8 @@ class QwenDataModule(L.LightningDataModule):
             return
         folder = self._prepare(self.sources)
         self.report = read_report(folder)
+        if not len(Rows(folder)):
+            raise UserError(self._nothing_left(folder))
         train = Rows(folder, self._chosen(Rows(folder), self.sources))
         hashes = train.column("hash")
         if self.val_sources:
@@ -191,8 +193,7 @@ class QwenDataModule(L.LightningDataModule):
             log.warning("%d training rows are left out: they are validation rows too", held_out.sum())
         self.train_rows, self.val_rows = Rows(folder, train.chosen[~held_out]), val
         if not len(self.train_rows):
-            names = ", ".join(source.path for source in self.sources)
-            raise UserError(f"no row of {names} is left to train on; see {folder / 'rows.log'}.")
+            raise UserError(self._nothing_left(folder))
         if self.val_size and not self.val_sources and not len(val):
             log.warning(
                 "data.val_size is %s, which holds out none of %d distinct rows; give a larger share, or a count, such "
@@ -242,8 +243,7 @@ class QwenDataModule(L.LightningDataModule):
     def _tell(self, folder: Path) -> None:
         assert self.train_rows is not None and self.val_rows is not None
         if lost := self.losses():
-            log.warning("of %s rows: %s (each is named in %s)", f"{self.report.rows:,}", "; ".join(lost),
-                        folder / "rows.log")  # fmt: skip
+            log.warning("not all is trained: %s (each is named in %s)", "; ".join(lost), folder / "rows.log")
         for kind, count in self.report.changed.items():
             if kind not in LOSSES:
                 log.warning("%d rows changed: %s (named in %s)", count, kind, folder / "rows.log")
@@ -251,11 +251,6 @@ class QwenDataModule(L.LightningDataModule):
             log.info("raw text, trained as it is: %s blocks", f"{self.report.blocks:,}")
         if told := self.report.expanded():
             log.info("%s", told)
-        if (dropped := sum(self.report.dropped.values())) > self.max_bad_share * self.report.rows:
-            log.warning(
-                "%.0f %% of all rows are dropped: too long for data.max_length %d; raise it, or shorten them",
-                100 * dropped / max(1, self.report.rows), self.max_length,
-            )  # fmt: skip
         tell_unread(self.report.unread)
         if absent := self.report.absent():
             log.warning("%s", absent)
@@ -264,6 +259,10 @@ class QwenDataModule(L.LightningDataModule):
             "%d rows to train on (%s tokens, %.0f %% supervised), %d to validate",
             len(self.train_rows), f"{tokens:,}", 100 * supervised / max(tokens, 1), len(self.val_rows),
         )  # fmt: skip
+
+    def _nothing_left(self, folder: Path) -> str:
+        names, lost = ", ".join(source.path for source in self.sources), "; ".join(self.losses())
+        return f"no row of {names} is left to train on{': ' * bool(lost)}{lost}; see {folder / 'rows.log'}."
 
     def losses(self) -> list[str]:
         """What of the rows will not be trained as it stands in them, and the key that changes it."""

@@ -65,7 +65,8 @@ class Report:
         longer = f"longer than data.max_length {max_length}; raise it"
         found = [f"{_many(count, 'row')} skipped as faulty: {kind}; fix them" for kind, count in self.faults.items()]
         for kind, count in self.dropped.items():
-            what = _many(count, "turn") if kind == TURN else f"{count:,} of {_many(self.rows, 'row')}"
+            of = f"{count:,} of {_many(self.rows, 'row')} ({count / self.rows:.0%})"
+            what = _many(count, "turn") if kind == TURN else of
             found.append(f"{what} dropped: {dropped}")
         for kind, how in (
             (OLDEST, f"shortened, {OLDEST}: {longer}"),

@@ -296,7 +296,7 @@ def test_a_large_share_of_dropped_rows_is_told(tokenizer, tmp_path, caplog):
     data = QwenDataModule([str(path)], max_length=64, cache_dir=str(tmp_path / "cache"))
     data.tokenizer = tokenizer
     data.setup()
-    assert "80 % of all rows are dropped: too long for data.max_length 64" in caplog.text
+    assert "not all is trained: 8 of 10 rows (80%) dropped: question and answer do not fit into" in caplog.text
 
 
 def test_the_fields_that_an_error_names_can_be_written_as_they_stand(inspect):
