@@ -125,6 +125,7 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
         "rows": len(rows),
         "tokens_per_epoch": tokens,
         "supervised_share": round(share, 4),
+        "lost": data.losses(),
         "steps": steps,
         "epochs": round(steps / of_epoch, 2) if steps else None,
         "steps_per_epoch": of_epoch,
@@ -281,7 +282,14 @@ def advice(
         for share in (sizes[plan.merge], sizes[plan.merge] // 2)
     )  # fmt: skip
     if whole - half > GIB // 8:
-        found.append(f"smaller: data.max_length {sizes[1] // 2} takes {(whole - half) / GIB:.1f} GiB less")
+        shorter = max(8, sizes[1] // 2)
+        lengths, text = (data.train_rows.column(name) for name in ("length", "text"))
+        longer = int(((lengths > shorter) & (text == 0)).sum())
+        told = f"{longer:,} of {len(lengths):,} rows are longer and would be shortened or dropped"
+        found.append(
+            f"smaller: data.max_length {shorter} takes {(whole - half) / GIB:.1f} GiB less; "
+            f"{told if longer else 'no row is longer'}"
+        )
     lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved = lora // 2 * (8 + module.state_bytes)
     found.append(f"smaller: lora_config.r {module.lora_config.r // 2} takes {saved / GIB:.2f} GiB less")
@@ -301,6 +309,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     out = [
         f"data        {result['rows']:,} rows, {result['tokens_per_epoch']:,} tokens an epoch, "
         f"{result['supervised_share']:.0%} supervised",
+        *(f"not trained {line}" for line in result["lost"]),
         f"run         {_steps(result)}, about {result['tokens_per_step']:,} tokens each",
     ]
     if result["measured"]:

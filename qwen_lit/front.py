@@ -15,7 +15,12 @@ from qwen_lit import help
 from qwen_lit.keys import wrong_keys
 from qwen_lit.signals import Stopped, watched
 
-BESIDE = {"chat": "qwen_lit.chat", "configs": "qwen_lit.shipped", "convert": "qwen_lit.convert"}
+BESIDE = {
+    "chat": "qwen_lit.chat",
+    "configs": "qwen_lit.shipped",
+    "convert": "qwen_lit.convert",
+    "data": "qwen_lit.data.split",
+}
 """Commands that are no method of the Trainer: the module whose ``main`` takes the arguments."""
 LIBRARIES = {"lightning": "trainer", "peft": "model.lora_config", "transformers": "model.quantization_config"}
 """Packages whose version decides which keys a section has."""

@@ -9,6 +9,7 @@ import torch
 
 from qwen_lit.data.faults import RowError
 from qwen_lit.data.records import parse_line, parse_row
+from qwen_lit.data.text import read_text
 from qwen_lit.errors import UserError
 from qwen_lit.export.serving import end_tokens
 from qwen_lit.progress import Progress
@@ -26,8 +27,8 @@ def done_lines(path: Path) -> int:
     return content[:whole].count(b"\n")
 
 
-def questions(path: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]], Any]]:
-    """Each row with its messages up to the last user or tool turn, and its tools.
+def questions(path: Path, tokenizer: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Each row with the token ids of its prompt: its messages up to the last user or tool turn, or its raw text.
 
     Raises:
         UserError: a row asks nothing.
@@ -39,10 +40,14 @@ def questions(path: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]
             source = f"{path}:{number}"
             try:
                 row: Any = parse_line(line)
+                if document := read_text(row, source):
+                    yield row, list(tokenizer(document.text, add_special_tokens=False)["input_ids"])
+                    continue
                 messages, tools = _question(row, source)
             except RowError as error:
                 raise UserError(f"{source}: {error}") from error
-            yield row, messages, tools
+            asked = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
+            yield row, list(asked["input_ids"])
 
 
 def _question(row: Any, source: str) -> tuple[list[dict[str, Any]], Any]:
@@ -69,7 +74,8 @@ def predict(
     Args:
         model: for generation, on its device.
         tokenizer: with a chat template.
-        source: JSONL in any of the formats of training; answers in it are not shown to the model.
+        source: JSONL in any of the formats of training; answers in it are not shown to the model, and raw text is
+            continued.
         target: JSONL; the rows it has are not answered again.
         batch_size: rows that are answered at a time.
         max_new_tokens: most tokens of an answer.
@@ -77,7 +83,7 @@ def predict(
     Returns:
         Rows answered now, and rows that were there already.
     """
-    rows = list(questions(source))
+    rows = list(questions(source, tokenizer))
     there = done_lines(target)
     ends, device = end_tokens(tokenizer), model.device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[-1]
@@ -86,19 +92,16 @@ def predict(
     with target.open("a", encoding="utf-8") as file, progress:
         for start in range(there, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            prompts = [
-                tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"]
-                for _, messages, tools in batch
-            ]
+            prompts = [prompt for _, prompt in batch]
             width = max(map(len, prompts))
-            ids = torch.tensor([[pad] * (width - len(one)) + list(one) for one in prompts], device=device)
+            ids = torch.tensor([[pad] * (width - len(one)) + one for one in prompts], device=device)
             mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
             with torch.no_grad():
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
                     eos_token_id=ends, pad_token_id=pad,
                 )[:, width:]  # fmt: skip
-            for (row, _, _), answer in zip(batch, out, strict=True):
+            for (row, _), answer in zip(batch, out, strict=True):
                 text = tokenizer.decode(answer, skip_special_tokens=True)
                 file.write(json.dumps({**row, "prediction": text}, ensure_ascii=False) + "\n")
             file.flush()

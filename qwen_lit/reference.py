@@ -152,7 +152,7 @@ def _beside(name: str, parser: argparse.ArgumentParser, told: str, example: str)
         key = action.dest if positional else action.option_strings[0].lstrip("-")
         kind = "bool" if action.nargs == 0 else " or ".join(action.choices or ())
         default = None if action.default == argparse.SUPPRESS else action.default
-        option = {"key": key, "type": kind or getattr(action.type, "__name__", "str"), "default": default}
+        option = {"key": key, "type": kind or getattr(action.type, "__name__", "str").lstrip("_"), "default": default}
         option["help"] = " ".join((action.help or "").split())
         options.append({**option, **({"positional": True} if positional else {})})
     return {name: {"help": told, "example": example, "options": options}, **below}

@@ -3,6 +3,7 @@
 COMMANDS = {
     "convert": ("Turn a configuration of another trainer into one of ours.", "qwen-lit convert llama_factory.yaml"),
     "configs": ("Write the shipped configurations into a folder.", "qwen-lit configs"),
+    "data": ("Make rows to train on: split cuts a novel into rows that continue it.", "qwen-lit data split novel.txt"),
     "inspect": (
         "Audit the dataset and show rows as they will be trained; needs no GPU.",
         "qwen-lit inspect --config configs/qwen7b.yaml --rows 3",

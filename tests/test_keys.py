@@ -104,6 +104,7 @@ def test_as_many_processes_tokenise_as_asked(count, model_folder, dataset, tmp_p
 
 
 LONG = {"instruction": "a long question " * 40, "output": "short"}
+LONG_ANSWER = {"instruction": "short", "output": "a long answer " * 40}
 TWO_TURNS = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "first"},
                           {"role": "user", "content": "b"}, {"role": "assistant", "content": "second"}]}  # fmt: skip
 TWO_QUESTIONS = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"},
@@ -130,7 +131,9 @@ def inspect(model_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("row", "key", "value", "code", "words"),
     [
-        (LONG, "overlong", "truncate", 1, "1 rows cut: longest user text shortened"),
+        (LONG, "overlong", "shorten", 1, "1 rows cut: longest user text shortened"),
+        (LONG_ANSWER, "overlong", "shorten", 1, "1 rows dropped: overlong"),
+        (LONG_ANSWER, "overlong", "truncate", 1, "1 rows cut: end of the answer cut off"),
         (LONG, "overlong", "drop", 1, "dropped         overlong 1"),
         (LONG, "overlong", "error", 1, "has 607 tokens, more than data.max_length 96"),
         (LONG, "max_length", "2048", 0, "nothing is lost"),

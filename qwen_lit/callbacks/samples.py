@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from tqdm.utils import disp_len, disp_trim
 
 from qwen_lit.callbacks.logger import RunLogger
+from qwen_lit.data.text import opening
 from qwen_lit.export.serving import end_tokens
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class Samples(Callback):
         """Asks nothing yet.
 
         Args:
-            prompts: questions to ask; null takes those of the first validation rows.
+            prompts: questions to ask; null takes those of the first validation rows, of raw text its beginning.
             rows: validation rows to take them from; 0 asks nothing.
             max_new_tokens: most tokens of an answer.
             output_dir: set by the top-level output_dir.
@@ -60,6 +61,12 @@ class Samples(Callback):
         found: list[tuple[list[int], str | None]] = []
         for number in range(min(self.rows, len(data.val_rows))):
             ids, spans = data.val_rows[number]
+            if data.val_rows.is_text(number):
+                at = opening(ids.tolist(), data.tokenizer)
+                following = data.tokenizer.decode(ids[at : at + self.max_new_tokens], skip_special_tokens=True)
+                # It may end within a character.
+                found.append((ids[:at].tolist(), following.rstrip("\ufffd")))
+                continue
             begin, end = (int(one) for one in spans[-1])
             found.append((ids[:begin].tolist(), data.tokenizer.decode(ids[begin:end], skip_special_tokens=True)))
         return found

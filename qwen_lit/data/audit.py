@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from qwen_lit.data.chatml import UNOFFERED, UNTHOUGHT
 from qwen_lit.data.columns import is_harmless, listed
 from qwen_lit.data.datamodule import QwenDataModule
-from qwen_lit.data.encoding import Report
-from qwen_lit.data.overlong import OLDEST, SHORTENED
+from qwen_lit.data.kinds import TEXTS, kind_of
+from qwen_lit.data.overlong import CUT
 from qwen_lit.data.packing import fill
+from qwen_lit.data.report import LOSSES, Report
 from qwen_lit.data.rows import Rows
 
-LOSSES = (OLDEST, SHORTENED, UNTHOUGHT, UNOFFERED)
 PERCENTILES = (50, 90, 95, 99, 100)
 
 
@@ -42,6 +41,8 @@ class Audit:
     """Examples with a trained answer that does not end in ``<|im_end|>``."""
     duplicates: list[str]
     """``path:line`` of rows that say what an earlier row says."""
+    blocks: int
+    """Examples that are blocks of raw text."""
     fill: float
     """Share of the batches' tokens that is not padding or empty."""
     batches: int
@@ -90,6 +91,7 @@ def audit(data: QwenDataModule, accumulate: int) -> Audit:
         masked=int((rows.column("supervised") == 0).sum()),
         endless=_endless(rows, end),
         duplicates=_duplicates(rows),
+        blocks=int((rows.column("text") > 0).sum()),
         fill=float(share),
         batches=len(batches),
         steps=math.ceil(len(batches) / accumulate),
@@ -144,7 +146,9 @@ def _endless(rows: Rows, end: int) -> int:
             more = at + 1 < len(owner) and owner[at + 1] == owner[at]
             if not more or end in values[places[at, 1] : places[at + 1, 0]]:
                 found.add(int(owner[at]))
-        count += len(found)
+        # A block of raw text is no turn; an answer that is cut off is told as such.
+        text, note = batch.column("text").to_numpy(), batch.column("note")
+        count += sum(not text[row] and CUT not in note[row].as_py() for row in found)
     return count
 
 
@@ -191,8 +195,10 @@ def _figures(result: Audit) -> Iterable[str]:
     yield f"fully masked    {result.masked:,}"
     yield f"no <|im_end|>   {result.endless:,}"
     yield f"duplicates      {len(result.duplicates):,}" + "".join(f"\n  {place}" for place in result.duplicates[:5])
+    if result.blocks:
+        yield f"raw text        {result.blocks:,} blocks, trained as they are"
     share = result.supervised / max(1, result.tokens)
-    yield "token ids       every row is apply_chat_template's own"
+    yield "token ids       every row is apply_chat_template's own" + ", raw text the tokenizer's" * bool(result.blocks)
     yield f"tokens          {result.tokens:,}, {share:.1%} supervised"
     lengths = ", ".join(f"{'max' if p == 100 else f'p{p}'} {n:,}" for p, n in result.percentiles.items())
     yield f"tokens in a row {lengths}"
@@ -235,13 +241,18 @@ def _is_place(place: str, wanted: str) -> bool:
 
 
 def find_rows(rows: Rows, wanted: str) -> list[int]:
-    """Numbers of the examples of one row, given as ``path:line``."""
-    return [
-        int(start) + at
-        for start, batch in zip(rows.starts, rows.batches, strict=False)
-        for at, place in enumerate(batch.column("place").to_pylist())
-        if _is_place(place, wanted)
+    """Numbers of the examples of one row, given as ``path:line``; a line of a text file is in the block around it."""
+    places = [place for batch in rows.batches for place in batch.column("place").to_pylist()]
+    found = [at for at, place in enumerate(places) if _is_place(place, wanted)]
+    path, _, line = wanted.rpartition(":")
+    if found or not line.isdigit() or kind_of(Path(path)) not in TEXTS:
+        return found
+    before = [
+        (int(place.rpartition(":")[2]), at)
+        for at, place in enumerate(places)
+        if _is_place(place.rpartition(":")[0], path) and int(place.rpartition(":")[2]) < int(line)
     ]
+    return [max(before)[1]] if before else []
 
 
 def spread_rows(rows: Rows, count: int) -> list[int]:

@@ -11,10 +11,11 @@ from qwen_lit.data.control import guard
 from qwen_lit.data.difference import parting
 from qwen_lit.data.fast import FastDiffers, FastEncoder
 from qwen_lit.data.faults import DataError, RowError, snippet
-from qwen_lit.data.overlong import shorten
+from qwen_lit.data.overlong import CUT, shorten
 from qwen_lit.data.parts import untrained
 from qwen_lit.data.records import Conversation
 from qwen_lit.data.render import Draft, Renderer
+from qwen_lit.data.report import UNOFFERED, UNTHOUGHT
 
 IGNORED = -100
 LONGER = 8
@@ -23,11 +24,9 @@ GROUP = 1_000_000
 """Characters that are tokenised at once, which bounds memory."""
 HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
-ESCAPED, TRAILING, UNOFFERED, UNTHOUGHT, SPLIT, MERGED = (
+ESCAPED, TRAILING, SPLIT, MERGED = (
     "control tokens escaped",
     "turns after the last answer left out",
-    "tools left out by the chat template",
-    "reasoning left out by the chat template",
     "text before </think> made a thought by the chat template",
     "newlines before an answer in one token with its header, not trained",
 )
@@ -62,7 +61,7 @@ class Encoder:
         tokenizer: Any,
         *,
         max_length: int,
-        overlong: Literal["truncate", "drop", "error"] = "truncate",
+        overlong: Literal["shorten", "truncate", "drop", "error"] = "shorten",
         train_on: Literal["all", "last"] = "all",
         expand_turns: Literal["auto", "off"] = "auto",
         control_tokens: Literal["error", "escape"] = "error",
@@ -74,7 +73,8 @@ class Encoder:
         Args:
             tokenizer: transformers' tokenizer with a ChatML template.
             max_length: most tokens of an example.
-            overlong: truncate, drop (a ``RowError`` of kind ``overlong``) or error (of kind ``too long``).
+            overlong: shorten, truncate, drop (a ``RowError`` of kind ``overlong``) or error (of kind ``too long``);
+                what cannot be shortened is of kind ``overlong`` too.
             train_on: every assistant turn that is to be trained, or the last one.
             expand_turns: auto gives a turn an example of its own where the template renders it differently later.
             control_tokens: error or escape.
@@ -127,7 +127,7 @@ class Encoder:
     def _examples(self, drafts: list[Draft]) -> list[Example | RowError]:
         """The example of each draft, or why there is none."""
         # What is longer by far is cut before it is tokenised: each turn of a long conversation is a draft.
-        most = LONGER * self.max_length if self.overlong == "truncate" else math.inf
+        most = LONGER * self.max_length if self.overlong in ("shorten", "truncate") else math.inf
         usual = [draft for draft in drafts if len(draft.text) <= most]
         encoded = self._tokenised([draft.text for draft in usual])
         used = [pair for pair in zip(usual, encoded, strict=True) if len(pair[1]) <= self.max_length]
@@ -221,15 +221,33 @@ class Encoder:
         """
         self._complete(draft)
         if ids is None or len(ids) > self.max_length:
-            if ids is not None and self.overlong != "truncate":
+            if ids is not None and self.overlong not in ("shorten", "truncate"):
                 kind = "overlong" if self.overlong == "drop" else "too long"
                 raise RowError(kind, f"has {len(ids)} tokens, more than data.max_length {self.max_length}.")
             draft, ids = shorten(
                 draft, self.max_length, self._rendered,
                 lambda text: self.backend.encode(text, add_special_tokens=False).offsets,
+                self._trained_from if self.overlong == "truncate" else None,
             )  # fmt: skip
             self._prove([draft], [ids])
-        return Example(ids, self._spans(ids, draft), draft.source, "; ".join(draft.notes))
+        spans = self._spans(ids, draft)
+        if len(ids) > self.max_length:
+            ids = self._whole_characters(ids[: self.max_length])
+            spans = [(begin, min(end, len(ids))) for begin, end in spans if begin < len(ids)]
+            draft.notes.append(CUT)
+        return Example(ids, spans, draft.source, "; ".join(draft.notes))
+
+    def _trained_from(self, ids: list[int], draft: Draft) -> int:
+        """Where the first trained turn begins."""
+        return self._spans(ids, draft)[0][0]
+
+    def _whole_characters(self, ids: list[int]) -> list[int]:
+        """The ids without the last ones that are a part of a character; a character has four bytes at most."""
+        for left_out in range(4):
+            kept = ids[: len(ids) - left_out]
+            if not self.backend.decode(kept[-4:], skip_special_tokens=False).endswith("\ufffd"):
+                return kept
+        return ids
 
     @staticmethod
     def _complete(draft: Draft) -> None:

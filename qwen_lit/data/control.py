@@ -32,17 +32,18 @@ def guard(conversation: Conversation, control: frozenset[str], policy: str) -> b
     Raises:
         RowError: a control token stands in a message and ``policy`` is ``error``.
     """
-    escaped = False
+    changed = False
 
     def walk(value: Any) -> Any:
-        nonlocal escaped
+        nonlocal changed
         if isinstance(value, str):
             if "<|" not in value:
                 return value
-            for token in set(CONTROL.findall(value)) & control:
-                if policy == "error":
+            if policy == "error":
+                for token in set(CONTROL.findall(value)) & control:
                     raise RowError("control token", _refused(value, token))
-                value, escaped = value.replace(token, "<\u200b" + token[1:]), True
+            value, found = escaped(value, control)
+            changed = changed or found
             return value
         if isinstance(value, list):
             return [walk(item) for item in value]
@@ -50,4 +51,12 @@ def guard(conversation: Conversation, control: frozenset[str], policy: str) -> b
 
     conversation.messages = walk(conversation.messages)
     conversation.tools = walk(conversation.tools)
-    return escaped
+    return changed
+
+
+def escaped(text: str, control: frozenset[str]) -> tuple[str, bool]:
+    """The text with each control token parted by a zero-width space, and whether there was one."""
+    found = set(CONTROL.findall(text)) & control
+    for token in found:
+        text = text.replace(token, "<\u200b" + token[1:])
+    return text, bool(found)

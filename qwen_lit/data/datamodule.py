@@ -18,14 +18,16 @@ from torch.utils.data import DataLoader
 from qwen_lit.checks import check_ranges, check_writable
 from qwen_lit.data.batches import Batch, Collate, EpochOrder, ResumableLoader, group
 from qwen_lit.data.columns import tell_unread
-from qwen_lit.data.encoding import Report, Task
+from qwen_lit.data.encoding import Task
 from qwen_lit.data.faults import DataError
-from qwen_lit.data.kinds import passed_over
+from qwen_lit.data.kinds import is_hub_name, passed_over
 from qwen_lit.data.layouts import check_fields
+from qwen_lit.data.overlong import CUT
 from qwen_lit.data.prepare import PROVED, judge, prepare, read_report
 from qwen_lit.data.prove import prove
+from qwen_lit.data.report import LOSSES, Report
 from qwen_lit.data.rows import Rows
-from qwen_lit.data.sources import Scalar, Source, as_sources, expand
+from qwen_lit.data.sources import Source, Value, as_sources, expand
 from qwen_lit.errors import UserError, refuse_changes
 from qwen_lit.signals import leave_to_parent
 
@@ -33,17 +35,17 @@ log = logging.getLogger(__name__)
 
 
 class QwenDataModule(L.LightningDataModule):
-    """Instruction rows as batches of token ids."""
+    """Instruction rows and raw text as batches of token ids."""
 
     def __init__(
         self,
-        dataset_path: str | list[str | dict[str, Scalar]],
-        val_dataset_path: str | list[str | dict[str, Scalar]] | None = None,
+        dataset_path: str | dict[str, Value] | list[str | dict[str, Value]],
+        val_dataset_path: str | dict[str, Value] | list[str | dict[str, Value]] | None = None,
         val_size: float = 0.0,
         batch_size: int = 1,
         max_length: int = 2048,
         packing: bool = False,
-        overlong: Literal["truncate", "drop", "error"] = "truncate",
+        overlong: Literal["shorten", "truncate", "drop", "error"] = "shorten",
         train_on: Literal["all", "last"] = "all",
         expand_turns: Literal["auto", "off"] = "auto",
         control_tokens: Literal["error", "escape"] = "error",
@@ -59,15 +61,19 @@ class QwenDataModule(L.LightningDataModule):
         """Checks that the files are there; rows are read in ``prepare_data``.
 
         Args:
-            dataset_path: file, folder, glob, or a list of them or of {path, weight, max_rows}: JSONL (also .gz,
-                .zst), a JSON array or Parquet.
+            dataset_path: file, folder, glob or name of a dataset of the hub, or a list of them or of {path, weight,
+                max_rows, columns, name, split}: JSONL, a JSON array, CSV, TSV, Parquet, or raw text (.txt, .md, rows
+                of {"text": …}), which is trained as it is.
             val_dataset_path: rows for validation; null takes val_size of the training rows.
             val_size: rows held out, chosen by content, each of which keeps its side when the files grow: a share below
-                1, or a count of distinct rows, which the same share of later rows joins.
+                1, or a count of distinct rows, which the same share of later rows joins. Of a text of more than 20,000
+                characters, blocks are held out; a shorter one is on one side as a whole.
             batch_size: rows in a micro-batch; with packing, it holds batch_size x max_length tokens.
-            max_length: longest row, in tokens.
+            max_length: longest row, in tokens; longer raw text is cut into blocks, and none of it is lost.
             packing: fill micro-batches with whole rows end to end instead of padding; none sees another.
-            overlong: what becomes of a longer row: truncate keeps the last question and the whole answer.
+            overlong: what becomes of a longer row: shorten leaves out its oldest turns, then the middle of the longest
+                user text, and drops it where the answer does not fit; truncate cuts the end off that answer instead;
+                drop, or error.
             train_on: all assistant turns, or the last one alone.
             expand_turns: auto trains each turn with the history it will really see; off takes a row as one.
             control_tokens: text like <|im_start|> inside a message: error, or escape it.
@@ -91,8 +97,12 @@ class QwenDataModule(L.LightningDataModule):
             raise UserError(f"data.val_size is {val_size}; give a share below 1, or a whole count of rows.")
         if max_bad_share > 1:
             raise UserError(f"data.max_bad_share is {max_bad_share}; it must be a share from 0 to 1.")
-        self.sources = _checked("dataset_path", dataset_path)
-        self.val_sources = _checked("val_dataset_path", val_dataset_path) if val_dataset_path is not None else []
+        cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        self.cache = Path(os.path.expanduser(cache_dir or f"{cache_home}/qwen_lit"))
+        check_writable("data.cache_dir", self.cache)
+        self.sources = _checked("dataset_path", dataset_path, self.cache)
+        given = val_dataset_path
+        self.val_sources = _checked("val_dataset_path", given, self.cache) if given is not None else []
         self.val_size, self.batch_size, self.max_length, self.packing = val_size, batch_size, max_length, packing
         self.encoder_options: dict[str, Any] = {
             "max_length": max_length,
@@ -107,9 +117,6 @@ class QwenDataModule(L.LightningDataModule):
             check_fields(self.fields)
         except DataError as error:
             raise UserError(f"data.fields: {error}") from error
-        cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.cache = Path(os.path.expanduser(cache_dir or f"{cache_home}/qwen_lit"))
-        check_writable("data.cache_dir", self.cache)
         self.num_proc, self.num_workers, self.seed = num_proc, num_workers, seed
         self.merge, self.unpadded, self.heaviest_first = 1, packing, False
         self.waited = 0.0
@@ -170,6 +177,8 @@ class QwenDataModule(L.LightningDataModule):
             return
         folder = self._prepare(self.sources)
         self.report = read_report(folder)
+        if not len(Rows(folder)):
+            raise UserError(self._nothing_left(folder))
         train = Rows(folder, self._chosen(Rows(folder), self.sources))
         hashes = train.column("hash")
         if self.val_sources:
@@ -184,8 +193,7 @@ class QwenDataModule(L.LightningDataModule):
             log.warning("%d training rows are left out: they are validation rows too", held_out.sum())
         self.train_rows, self.val_rows = Rows(folder, train.chosen[~held_out]), val
         if not len(self.train_rows):
-            names = ", ".join(source.path for source in self.sources)
-            raise UserError(f"no row of {names} is left to train on; see {folder / 'rows.log'}.")
+            raise UserError(self._nothing_left(folder))
         if self.val_size and not self.val_sources and not len(val):
             log.warning(
                 "data.val_size is %s, which holds out none of %d distinct rows; give a larger share, or a count, such "
@@ -234,17 +242,15 @@ class QwenDataModule(L.LightningDataModule):
 
     def _tell(self, folder: Path) -> None:
         assert self.train_rows is not None and self.val_rows is not None
-        for name in ("faults", "dropped", "changed"):
-            for kind, count in getattr(self.report, name).items():
-                what = {"faults": "skipped", "dropped": "dropped", "changed": "changed"}[name]
-                log.warning("%d rows %s: %s (named in %s)", count, what, kind, folder / "rows.log")
+        if lost := self.losses():
+            log.warning("not all is trained: %s (each is named in %s)", "; ".join(lost), folder / "rows.log")
+        for kind, count in self.report.changed.items():
+            if kind not in LOSSES:
+                log.warning("%d rows changed: %s (named in %s)", count, kind, folder / "rows.log")
+        if self.report.texts:
+            log.info("raw text, trained as it is: %s blocks", f"{self.report.blocks:,}")
         if told := self.report.expanded():
             log.info("%s", told)
-        if (dropped := sum(self.report.dropped.values())) > self.max_bad_share * self.report.rows:
-            log.warning(
-                "%.0f %% of all rows are dropped: too long for data.max_length %d; raise it, or shorten them",
-                100 * dropped / max(1, self.report.rows), self.max_length,
-            )  # fmt: skip
         tell_unread(self.report.unread)
         if absent := self.report.absent():
             log.warning("%s", absent)
@@ -253,6 +259,16 @@ class QwenDataModule(L.LightningDataModule):
             "%d rows to train on (%s tokens, %.0f %% supervised), %d to validate",
             len(self.train_rows), f"{tokens:,}", 100 * supervised / max(tokens, 1), len(self.val_rows),
         )  # fmt: skip
+
+    def _nothing_left(self, folder: Path) -> str:
+        names, lost = ", ".join(source.path for source in self.sources), "; ".join(self.losses())
+        return f"no row of {names} is left to train on{': ' * bool(lost)}{lost}; see {folder / 'rows.log'}."
+
+    def losses(self) -> list[str]:
+        """What of the rows will not be trained as it stands in them, and the key that changes it."""
+        overlong = self.encoder_options["overlong"]
+        found = self.report.losses(self.max_length, overlong)
+        return found + [f"validation: {one}" for one in self.val_report.losses(self.max_length, overlong)]
 
     def batches(self, rows: Rows) -> list[list[int]]:
         """Row numbers of each micro-batch of an epoch, over all ranks."""
@@ -263,11 +279,13 @@ class QwenDataModule(L.LightningDataModule):
         """What a reader wants to know of the data."""
         assert self.train_rows is not None and self.val_rows is not None
         tokens, supervised = self.train_rows.column("length").sum(), self.train_rows.column("supervised").sum()
+        blocks = int((self.train_rows.column("text") > 0).sum())
         return {
             "files": ", ".join(source.path for source in self.sources),
             "rows read": self.report.rows,
             "examples trained": len(self.train_rows),
             "examples held out": len(self.val_rows),
+            **({"of them blocks of raw text": blocks} if blocks else {}),
             "tokens in an epoch": int(tokens),
             "supervised tokens": int(supervised),
             "share supervised": f"{supervised / max(1, tokens):.1%}",
@@ -300,7 +318,11 @@ class QwenDataModule(L.LightningDataModule):
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
         mine = self.state_dict()
-        refuse_changes({key: (value, mine.get(key)) for key, value in state_dict.items() if value != mine.get(key)})
+        changes = {key: (value, mine.get(key)) for key, value in state_dict.items() if value != mine.get(key)}
+        if "data.dataset_path" in changes and self.report.changed.get(CUT):
+            cut = f"truncate, which cuts {self.report.changed[CUT]} answers"
+            changes["data.overlong"] = ("maybe truncate of an earlier version, which is shorten now", cut)
+        refuse_changes(changes)
 
     def _rows_digest(self) -> str:
         assert self.train_rows is not None
@@ -380,10 +402,15 @@ class QwenDataModule(L.LightningDataModule):
         return self._loader(self.val_rows, shuffled=False) if self.val_rows is not None and len(self.val_rows) else []
 
 
-def _checked(key: str, given: Any) -> list[Source]:
+def _checked(key: str, given: Any, cache: Path) -> list[Source]:
     try:
         sources = as_sources(given)
         for source in sources:
+            check_fields(source.columns or {})
+            if is_hub_name(source.path):
+                from qwen_lit.data.hub import fetch
+
+                source.copy = str(fetch(source, cache / "hub"))
             expand(source)
             folder = Path(source.path).expanduser()
             if folder.is_dir() and (others := passed_over(folder)):

@@ -13,22 +13,25 @@ MOST = 16
 Decode = Callable[[list[int]], str]
 
 
-def parting(found: Sequence[int], own: Sequence[int], decode: Decode) -> list[str]:
+def parting(
+    found: Sequence[int], own: Sequence[int], decode: Decode, owner: str = "apply_chat_template"
+) -> list[str]:
     """Lines that show where two lists of token ids part and meet again.
 
     Args:
         found: ids of the row as it would be trained.
-        own: ids of the same row by ``apply_chat_template``.
+        own: ids of the same row by the tokenizer alone.
         decode: ids to text, special tokens and all.
+        owner: of the tokenizer's own ids, by name.
     """
     least = min(len(found), len(own))
     begin = next((at for at in range(least) if found[at] != own[at]), least)
     alike = next((n for n in range(least - begin) if found[-1 - n] != own[-1 - n]), least - begin)
     first = max(0, begin - AROUND)
-    lines = [f"the ids part at token {begin} (of {len(found)} prepared, {len(own)} of apply_chat_template)"]
+    lines = [f"the ids part at token {begin} (of {len(found)} prepared, {len(own)} of {owner})"]
     lines += [f"  both, from {first}: {_shown(own[first:begin], decode)}"] if begin else []
     lines.append(f"  prepared, from {begin}: {_shown(found[begin : len(found) - alike], decode)}")
-    lines.append(f"  apply_chat_template, from {begin}: {_shown(own[begin : len(own) - alike], decode)}")
+    lines.append(f"  {owner}, from {begin}: {_shown(own[begin : len(own) - alike], decode)}")
     after = own[len(own) - alike :][:AROUND]
     return [*lines, f"  both, after it: {_shown(after, decode)}" if after else "  and both end"]
 

@@ -9,15 +9,18 @@ import sys
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from qwen_lit.data.chatml import Encoder, Example
+from qwen_lit.data.chatml import Encoder
 from qwen_lit.data.fast import FastEncoder
 from qwen_lit.data.faults import Fault, RowError
+from qwen_lit.data.passages import Passage
 from qwen_lit.data.records import Conversation, parse_line, parse_row
+from qwen_lit.data.report import TURN, Report
 from qwen_lit.data.rows import SCHEMA, as_batch
 from qwen_lit.data.sources import Chunk, RawRow, Source, expand, read_chunks
+from qwen_lit.data.text import Block, Document, TextEncoder, read_text
 from qwen_lit.data.workers import in_order
 from qwen_lit.progress import Progress
 
@@ -25,56 +28,6 @@ LARGE_BYTES = 2_000_000
 """Size of the files above which a faster encoder and more processes pay; started processes pay above 8 times this."""
 EXACT_EVERY = 64
 """Of so many examples of a large dataset one is compared as each of a small one is; see ``fast`` for why it may be."""
-
-
-@dataclass
-class Report:
-    """What became of every row."""
-
-    rows: int = 0
-    rows_per_source: dict[str, int] = field(default_factory=dict)
-    formats: dict[str, int] = field(default_factory=dict)
-    faults: dict[str, int] = field(default_factory=dict)
-    """Rows that cannot be used, by kind."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Good rows that are too long to train, by kind."""
-    changed: dict[str, int] = field(default_factory=dict)
-    """Examples that differ from their row or are odd, by how."""
-    unread: dict[str, int] = field(default_factory=dict)
-    """Rows with a column, or a key of a message, that nothing reads, by its name."""
-    mapped: dict[str, int] = field(default_factory=dict)
-    """Rows with a column of ``data.fields``, by its name."""
-    first: list[Fault] = field(default_factory=list)
-    """The first faults, in the order of the files."""
-    examples: int = 0
-    taken: int = 0
-    """Rows of which there are examples."""
-
-    def expanded(self) -> str:
-        """What became of rows of which each trained turn is an example of its own; empty where each row is one."""
-        if self.examples <= self.taken or not self.taken:
-            return ""
-        each = f"{self.examples / self.taken:.3g} each"
-        return (
-            f"{self.taken:,} rows became {self.examples:,} examples ({each}): each answer is trained with the history "
-            "that the server shows; data.expand_turns: off trains a row once"
-        )
-
-    def absent(self) -> str:
-        """Which columns of ``data.fields`` no row has, or nothing."""
-        names = [name for name, count in self.mapped.items() if not count]
-        return f"no row has what data.fields names: {', '.join(names)}" if names and self.taken else ""
-
-    def add(self, other: "Report") -> None:
-        """Take in the counts of a later chunk."""
-        self.rows += other.rows
-        self.examples += other.examples
-        self.taken += other.taken
-        for name in ("rows_per_source", "formats", "faults", "dropped", "changed", "unread", "mapped"):
-            mine = getattr(self, name)
-            for key, count in getattr(other, name).items():
-                mine[key] = mine.get(key, 0) + count
-        self.first += other.first[: max(0, 10 - len(self.first))]
 
 
 @dataclass(frozen=True)
@@ -127,9 +80,10 @@ def _encoded(
 def _chunks(task: Task, sizes: deque[float]) -> Generator[tuple[int, str, Chunk], None, None]:
     """The task's chunks, each with its source's number and path; ``sizes`` gets the bytes of its file for each."""
     for number, source in enumerate(task.sources):
+        names = {*task.fields.values(), *(source.columns or {}).values()}
         for path in expand(source):
             before = 0.0
-            for chunk in read_chunks(path):
+            for chunk in read_chunks(path, source.path if source.copy else None, names):
                 sizes.append((chunk.share - before) * path.stat().st_size)
                 before = chunk.share
                 yield number, source.path, chunk
@@ -149,9 +103,11 @@ class Worker:
     """Raw rows of one source to an Arrow batch, their report and the lines of ``rows.log``."""
 
     def __init__(self, tokenizer: Any, task: Task, fast: FastEncoder | None) -> None:
-        exact_every = 1 if fast is None else EXACT_EVERY
-        self.encoder = Encoder(tokenizer, **task.encoder, exact_every=exact_every, fast=fast)
-        self.fields: Mapping[str, str] = task.fields
+        self.exact_every = 1 if fast is None else EXACT_EVERY
+        self.encoder = Encoder(tokenizer, **task.encoder, exact_every=self.exact_every, fast=fast)
+        self.texts: TextEncoder | None = None
+        """For raw text, once there is some."""
+        self.fields: list[Mapping[str, str]] = [task.fields | (source.columns or {}) for source in task.sources]
         self.odd_turns = task.odd_turns
 
     def __call__(self, chunk: tuple[int, str, Chunk]) -> Encoded:
@@ -170,16 +126,17 @@ class Worker:
 
     def _encode(self, chunk: tuple[int, str, Chunk]) -> Encoded:
         number, name, rows = chunk[0], chunk[1], chunk[2].rows()
-        report, named = Report(rows=len(rows), rows_per_source={name: len(rows)}), []
+        count = sum(opens(row.content) for row in rows)
+        report, named = Report(rows=count, rows_per_source={name: count}), []
         wrong: dict[int, RowError] = {}
-        parsed = self._parse(rows, wrong)
-        report.formats = dict(Counter(conversation.format for _, conversation, _ in parsed))
+        parsed = self._parse(rows, self.fields[number], wrong)
+        report.formats = dict(Counter(one.format for _, one, _ in parsed if opens(one)))
         found = Counter(name for _, conversation, _ in parsed for name in conversation.mapped)
-        report.mapped = {name: found[name] for name in self.fields.values()}
+        report.mapped = {name: found[name] for name in self.fields[number].values()}
         report.unread = dict(Counter(name for _, conversation, _ in parsed for name in conversation.unread))
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         changed, dropped = Counter[str](), Counter[str]()
-        outcomes = self.encoder.encode([conversation for _, conversation, _ in parsed])
+        outcomes = self._outcomes([conversation for _, conversation, _ in parsed])
         for (place, conversation, key), outcome in zip(parsed, outcomes, strict=True):
             errors = [one for one in outcome if isinstance(one, RowError)]
             fatal = next((error for error in errors if error.kind != "overlong"), None)
@@ -187,15 +144,19 @@ class Worker:
                 wrong[place] = fatal or errors[0]
                 continue
             # A turn with its history can be too long where others of its row are not.
-            dropped.update(["overlong turn"] * len(errors))
-            named += [f"{conversation.source}: overlong turn: {error}" for error in errors]
-            examples = [one for one in outcome if isinstance(one, Example)]
+            dropped.update([TURN] * len(errors))
+            named += [f"{conversation.source}: {TURN}: {error}" for error in errors]
+            examples = [one for one in outcome if not isinstance(one, RowError)]
             report.taken += 1
+            if isinstance(conversation, Document):
+                report.blocks += len(examples)
+                report.texts += 1
             for example in examples:
                 columns["input_ids"].append(example.input_ids)
                 columns["spans"].append([place for span in example.spans for place in span])
                 columns["supervised"].append(sum(end - begin for begin, end in example.spans))
-                columns["hash"].append(key)
+                columns["hash"].append(example.hash if isinstance(example, Block) else key)
+                columns["text"].append(int(isinstance(example, Block)))
                 columns["source"].append(number)
                 columns["place"].append(example.source)
                 columns["note"].append(example.note)
@@ -205,7 +166,7 @@ class Worker:
                 named.append(f"{conversation.source}: changed: {'; '.join(notes)}")
         report.changed, report.dropped, report.examples = dict(changed), dict(dropped), len(columns["hash"])
         for place, fault in sorted(wrong.items()):
-            source = rows[place].source
+            source = fault.source or rows[place].source
             group = report.dropped if fault.kind == "overlong" else report.faults
             group[fault.kind] = group.get(fault.kind, 0) + 1
             named.append(f"{source}: {fault.kind}: {fault}")
@@ -213,17 +174,52 @@ class Worker:
                 report.first.append(Fault(source, fault.kind, str(fault)))
         return (as_batch(columns) if report.examples else None), report, [line.replace("\n", "\\n") for line in named]
 
-    def _parse(self, rows: list[RawRow], wrong: dict[int, RowError]) -> list[tuple[int, Conversation, int]]:
-        """The rows that can be used: number, conversation and hash of each; what is wrong with the others."""
-        parsed = []
+    def _outcomes(self, rows: list[Conversation | Document]) -> list[Any]:
+        """For each row its examples or blocks; in the place of one that cannot be used, why."""
+        chats = [row for row in rows if isinstance(row, Conversation)]
+        encoded = self.encoder.encode(chats)
+        if len(chats) == len(rows):
+            return encoded
+        told = iter(encoded)
+        return [next(told) if isinstance(row, Conversation) else self._blocks(row) for row in rows]
+
+    def _blocks(self, document: Document) -> list[Block] | list[RowError]:
+        one = self.encoder
+        if self.texts is None:
+            self.texts = TextEncoder(
+                one.tokenizer, max_length=one.max_length, control=one.control, control_tokens=one.control_tokens,
+                exact_every=self.exact_every, fast=one.fast,
+            )  # fmt: skip
+        try:
+            return self.texts.encode(document)
+        except RowError as error:
+            return [error]
+
+    def _parse(
+        self, rows: list[RawRow], fields: Mapping[str, str], wrong: dict[int, RowError]
+    ) -> list[tuple[int, Conversation | Document, int]]:
+        """The rows that can be used: number, conversation or text, and hash of each; what is wrong with the others."""
+        parsed: list[tuple[int, Conversation | Document, int]] = []
         for place, row in enumerate(rows):
             try:
                 content = parse_line(row.content) if isinstance(row.content, bytes) else row.content
-                conversation = parse_row(content, row.source, self.fields, self.odd_turns)
+                if isinstance(content, RowError):
+                    raise content
+                document = read_text(content, row.source, fields)
+                if document is not None:
+                    parsed.append((place, document, document.hash))
+                    continue
+                conversation = parse_row(content, row.source, fields, self.odd_turns)
                 parsed.append((place, conversation, content_hash(conversation)))
             except RowError as error:
                 wrong[place] = error
         return parsed
+
+
+def opens(row: Any) -> bool:
+    """Whether a row is one of its own, or the first passage of a text file that is read in several."""
+    passage = row.passage if isinstance(row, Document) else row
+    return not isinstance(passage, Passage) or passage.opens
 
 
 _written = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode

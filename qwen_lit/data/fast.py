@@ -90,7 +90,7 @@ class FastEncoder:
         vocabulary = backend.get_vocab(with_added_tokens=False)
         if not proven and not is_proven(backend, parts["model"]):
             return None
-        bytes_of = _bytes_of_characters()
+        bytes_of = bytes_of_characters()
         try:
             ranks = {name.translate(bytes_of).encode("latin-1"): rank for name, rank in vocabulary.items()}
             special = {one["content"]: one["id"] for one in added}
@@ -179,7 +179,7 @@ def is_proven(backend: Any, model: dict[str, Any]) -> bool:
     return all(one.ids == [vocabulary[name]] for name, one in zip(names, encoded, strict=True))
 
 
-def _bytes_of_characters() -> dict[int, int]:
+def bytes_of_characters() -> dict[int, int]:
     """Byte-level vocabularies write every byte as a printable character (Radford et al., 2019)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

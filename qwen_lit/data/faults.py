@@ -13,6 +13,8 @@ class RowError(DataError):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+        self.source: str | None = None
+        """``path:line``, where it is not that of the row."""
 
 
 @dataclass(frozen=True)

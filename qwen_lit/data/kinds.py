@@ -1,17 +1,41 @@
-"""Files that are not rows: which they are, and how to make rows of them."""
+"""Which files hold rows, and how to make rows of those that do not."""
 
 import re
 from pathlib import Path
 
 from qwen_lit.data.faults import DataError
 
-ROWS = (".jsonl", ".json", ".gz", ".zst", ".parquet")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+TEXTS = (".txt", ".md")
+PACKED = (".gz", ".zst")
+ROWS = (".jsonl", ".json", *SEPARATORS, ".txt", *PACKED, ".parquet")
+"""What is taken from a folder; a .md beside them is most likely a description."""
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files that stand beside rows and hold none."""
-LOADED = {".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+ABOUT = re.compile(r"(?:readme|licen[cs]e|notice|requirements)\b.*", re.IGNORECASE)
+"""Texts that stand beside rows and are about them."""
 SHEETS = (".xlsx", ".xls", ".ods")
-TEXTS = (".txt", ".md", ".pdf", ".docx", ".epub", ".html")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+PAPERS = (".pdf", ".docx", ".doc", ".epub", ".mobi", ".html", ".htm", ".rtf")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says what a file holds, in lower case, without that of its compression."""
+    name = path.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    return Path(name).suffix
+
+
+def is_passed_over(path: Path) -> bool:
+    """Whether a file of a folder or a glob is about rows."""
+    return path.name in METADATA or (kind_of(path) in TEXTS and ABOUT.fullmatch(path.name) is not None)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path that is not there is the name of a dataset of the hub."""
+    known = (*ROWS, *TEXTS, *SHEETS, *PAPERS, ".arrow", ".yaml")
+    return HUB_NAME.fullmatch(path) is not None and not path.lower().endswith(known) and not Path(path).exists()
 
 
 def refuse_file(path: Path) -> None:
@@ -20,20 +44,16 @@ def refuse_file(path: Path) -> None:
     Raises:
         DataError: naming what to do with it.
     """
-    suffix, out = path.suffix.lower(), path.with_suffix(".jsonl").name
+    suffix, out = kind_of(path), path.with_suffix(".jsonl").name
     if path.name in METADATA:
         raise DataError(f"{path} describes a dataset and holds no rows; give the path of a JSONL file.")
-    if suffix in LOADED:
-        separator = ", sep='\\t'" if suffix == ".tsv" else ""
-        load = f"load_dataset('{LOADED[suffix]}', data_files='{path}', split='train'{separator})"
+    if suffix == ".arrow":
+        load = f"load_dataset('arrow', data_files='{path}', split='train')"
         raise DataError(f"{path}: {suffix} is not read; make it JSONL: {_line('load_dataset', load, out)}")
     if suffix in SHEETS:
-        raise DataError(f"{path}: {suffix} is not read; save the sheet as CSV, and make that JSONL.")
-    if suffix in TEXTS and not _begins_with_json(path):
-        raise DataError(
-            f"{path}: {suffix} is raw text, which is not trained here; write questions with their answers, one JSON "
-            'object a line: {"instruction": …, "output": …}.'
-        )
+        raise DataError(f"{path}: {suffix} is not read; save the sheet as 'CSV UTF-8', and give that file.")
+    if suffix in PAPERS:
+        raise DataError(f"{path}: {suffix} is not read; save its text as .txt in UTF-8, and give that file.")
 
 
 def refuse_folder(path: Path) -> None:
@@ -59,26 +79,17 @@ def passed_over(folder: Path) -> list[str]:
     return sorted(
         file.name
         for file in folder.iterdir()
-        if file.is_file() and file.suffix.lower() in (*LOADED, *SHEETS, ".txt") and not file.name.startswith(".")
+        if file.is_file()
+        and file.suffix.lower() in (*SHEETS, *PAPERS, ".arrow", ".md")
+        and not file.name.startswith(".")
+        and not is_passed_over(file)
     )
 
 
 def not_there(path: str) -> DataError:
-    """Why nothing is at a path; a name of a hub comes with the line that saves its rows."""
-    if HUB_NAME.fullmatch(path) and not path.lower().endswith(ROWS):
-        load = f"load_dataset('{path}', split='train')"
-        line = _line("load_dataset", load, path.partition("/")[2] + ".jsonl")
-        return DataError(f"no such dataset: {path}; to save one of a hub as a file: {line}")
-    return DataError(f"no such dataset: {path}; give the path of a JSONL file.")
+    """Why nothing is at a path."""
+    return DataError(f"no such dataset: {path}; give the path of a JSONL, CSV, Parquet or .txt file.")
 
 
 def _line(name: str, load: str, out: str) -> str:
     return f"python -c \"from datasets import {name}; {load}.to_json('{out}', force_ascii=False)\""
-
-
-def _begins_with_json(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
-    except OSError:
-        return True  # reading it tells why

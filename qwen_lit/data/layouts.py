@@ -71,7 +71,7 @@ def read_layout(row: dict[str, Any], fields: Mapping[str, str] | None, seen: See
 
 
 def check_fields(fields: Mapping[str, str]) -> None:
-    """Each key of ``data.fields`` is read somewhere, and each column given once.
+    """Each key of ``data.fields``, or of a source's columns, is read somewhere, and each column given once.
 
     Raises:
         DataError: naming the key or the column.
@@ -244,13 +244,19 @@ def _unknown(row: dict[str, Any]) -> RowError:
     missing = PAIRS[asked][0] if asked else "prompt" if "completion" in row else "instruction"
     if "chat" in row:
         return RowError("unclear layout", "has a whole conversation in 'chat'; write it as a list of messages.")
+    beside = sorted(key for key in FIELDS & row.keys() - {"text"} if row[key] not in ("", [], {}))
+    if "text" in texts and beside:
+        return RowError(
+            "unclear layout",
+            f"has a text ('text') beside {', '.join(map(repr, beside))}; a row is a text alone, "
+            'or a question with its answer, such as {"instruction": …, "output": …}.',
+        )
     if line := _mapping(row, texts, asked):
         return RowError("missing field", f"misses {missing!r}; {have}; write data.fields: {line}.")
-    if "text" in row or (len(texts) == 1 and texts[0] in ("content", "document", "story", "body")):
+    if len(texts) == 1 and texts[0] in ("content", "document", "story", "body"):
         return RowError(
             "raw text",
-            f"holds raw text ({'text' if 'text' in row else texts[0]}), which is not trained here: rows are questions "
-            'with their answers, such as {"instruction": …, "output": …}.',
+            f"holds a text in {texts[0]!r}; to train it as it stands, write data.fields: {{text: {texts[0]}}}.",
         )
     return RowError("missing field", f"misses {missing!r}; {have} (data.fields maps other names).")
 

@@ -1,4 +1,4 @@
-"""What becomes of a conversation that is too long: its oldest turns go first, its last answer never."""
+"""What becomes of a conversation that is too long: its oldest turns go first, its last answer last, if at all."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,18 @@ from qwen_lit.data.faults import RowError
 from qwen_lit.data.render import Draft, Messages
 
 OLDEST, SHORTENED = "oldest turns dropped", "longest user text shortened"
+CUT = "end of the answer cut off"
+LEAST_ANSWER = 2
+"""Of so many parts of the tokens one is left to an answer that is cut; what precedes it is shortened for that."""
 
 Ids = Callable[[Draft], list[int]]
 Offsets = Callable[[str], list[tuple[int, int]]]
+TrainedFrom = Callable[[list[int], Draft], int]
 
 
-def shorten(draft: Draft, limit: int, ids_of: Ids, offsets_of: Offsets) -> tuple[Draft, list[int]]:
+def shorten(
+    draft: Draft, limit: int, ids_of: Ids, offsets_of: Offsets, trained_from: TrainedFrom | None = None
+) -> tuple[Draft, list[int]]:
     """The draft and its ids, whole if it fits and else cut until it does; what was done is added to its notes.
 
     Args:
@@ -19,16 +25,23 @@ def shorten(draft: Draft, limit: int, ids_of: Ids, offsets_of: Offsets) -> tuple
         limit: most tokens.
         ids_of: renders and tokenises a draft; sets its text.
         offsets_of: ``[begin, end)`` of each token of a plain text, in characters.
+        trained_from: where the first trained turn of a rendered draft begins, in tokens; given, an answer that does
+            not fit is left for the caller to cut: more ids than ``limit`` come back, with room for some of it.
 
     Raises:
-        RowError: system prompt, last question and whole answer do not fit.
+        RowError: system prompt, last question and whole answer do not fit; or not even the prompt does.
     """
     starts = _starts(draft)
     last = len(starts) - 1
     tried = {last: _from(draft, starts[last])}
     found = {last: ids_of(tried[last])}
     if len(found[last]) > limit:
-        return _shorten_text(tried[last], found[last], limit, ids_of, offsets_of, draft)
+        try:
+            return _shorten_text(tried[last], found[last], limit, ids_of, offsets_of, draft)
+        except RowError:
+            if trained_from is None:
+                raise
+            return _make_room(tried[last], found[last], limit, ids_of, offsets_of, trained_from)
 
     def fits(number: int) -> bool:
         if number not in found:
@@ -109,8 +122,7 @@ def _shorten_text(
         keep -= len(ids) - limit
         if keep < 1:
             break
-        tail = keep // 2
-        cut = text[: pieces[keep - tail - 1][1]] + (text[pieces[len(pieces) - tail][0] :] if tail else "")
+        cut = _without_middle(text, pieces, keep)
         messages = [*one.messages[:longest], {**one.messages[longest], "content": cut}, *one.messages[longest + 1 :]]
         one = Draft(messages, one.turns, one.tools, one.source, one.notes)
         ids = ids_of(one)
@@ -119,3 +131,40 @@ def _shorten_text(
             return one, ids
     length = len(ids_of(_from(whole, 0)))
     raise RowError("overlong", f"has {length} tokens; data.max_length {limit} cannot hold its question and answer.")
+
+
+def _without_middle(text: str, pieces: list[tuple[int, int]], keep: int) -> str:
+    """The first and the last of a text's tokens, so many of them.
+
+    Args:
+        text: in characters.
+        pieces: ``[begin, end)`` of each token.
+        keep: at least 1.
+    """
+    tail = keep // 2
+    return text[: pieces[keep - tail - 1][1]] + (text[pieces[len(pieces) - tail][0] :] if tail else "")
+
+
+def _make_room(
+    one: Draft, ids: list[int], limit: int, ids_of: Ids, offsets_of: Offsets, trained_from: TrainedFrom
+) -> tuple[Draft, list[int]]:
+    """The last exchange with so much of its prompt left out that part of its answer fits; see ``shorten``."""
+    begin = trained_from(ids, one)
+    wanted = limit - min(len(ids) - begin, max(1, limit // LEAST_ANSWER))
+    while begin > wanted:
+        before = one.turns[0]
+        sizes = {number: offsets_of(message["content"]) for number, message in enumerate(one.messages[:before])}
+        longest = max(sizes, key=lambda number: len(sizes[number]), default=None)
+        if longest is None or len(sizes[longest]) < 2:
+            break
+        keep = len(sizes[longest]) - (begin - wanted)
+        text = one.messages[longest]["content"]
+        cut = _without_middle(text, sizes[longest], max(1, keep))
+        messages = [*one.messages[:longest], {**one.messages[longest], "content": cut}, *one.messages[longest + 1 :]]
+        notes = one.notes if SHORTENED in one.notes else [*one.notes, SHORTENED]
+        one = Draft(messages, one.turns, one.tools, one.source, notes)
+        ids = ids_of(one)
+        begin = trained_from(ids, one)
+    if begin >= limit:
+        raise RowError("overlong", f"has a prompt of {begin} tokens; data.max_length {limit} cannot hold it.")
+    return one, ids

@@ -14,14 +14,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from qwen_lit.data.encoding import Report, Task, encoding, fast_encoder
+from qwen_lit.data.encoding import Task, encoding, fast_encoder
 from qwen_lit.data.fast import FastDiffers, FastEncoder
 from qwen_lit.data.faults import DataError, Fault
+from qwen_lit.data.report import Report
 from qwen_lit.data.rows import SCHEMA
 from qwen_lit.data.sources import digest, expand
 
 log = logging.getLogger(__name__)
-VERSION = 4
+VERSION = 5
 PROVED = "proved"
 """The name of the file that stands in a prepared folder once every row has been compared token for token."""
 
@@ -34,7 +35,7 @@ def cache_key(task: Task, tokenizer: Any) -> str:
     """
     parts: list[Any] = [VERSION, task.encoder, task.fields, task.odd_turns]
     for source in task.sources:
-        parts.append([source.path, [[str(file), digest(file)] for file in expand(source)]])
+        parts.append([source.path, source.columns, [[str(file), digest(file)] for file in expand(source)]])
     parts += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, sorted(tokenizer.all_special_tokens)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

@@ -12,6 +12,7 @@ SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         "spans": pa.list_(pa.int32()),
         "supervised": pa.int32(),
+        "text": pa.int32(),
         "hash": pa.uint64(),
         "source": pa.int32(),
         "place": pa.string(),
@@ -85,6 +86,15 @@ class Rows:
         """``path:line`` of one example, and what was changed in it."""
         batch, row = self._find(number)
         return batch.column("place")[row].as_py(), batch.column("note")[row].as_py()
+
+    def is_text(self, number: int) -> bool:
+        """Whether an example is a block of raw text, and no conversation."""
+        batch, row = self._find(number)
+        return bool(batch.column("text")[row].as_py())
+
+    def only(self, text: bool) -> "Rows":
+        """The blocks of raw text alone, or the conversations."""
+        return Rows(self.folder, self.chosen[(self.column("text") > 0) == text])
 
     def _find(self, number: int) -> tuple[Any, int]:
         at = int(self.chosen[number])

@@ -1,4 +1,4 @@
-"""Files to raw rows: JSON lines (plain, gzip, zstd), JSON arrays and Parquet, read in bounded memory."""
+"""Files to raw rows: JSON lines, JSON arrays, CSV, Parquet and raw text, also compressed, read in bounded memory."""
 
 import glob
 import gzip
@@ -8,19 +8,33 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen_lit.data.faults import DataError, RowError, snippet
-from qwen_lit.data.kinds import METADATA, ROWS, not_there, refuse_file, refuse_folder
+from qwen_lit.data.kinds import (
+    ROWS,
+    SEPARATORS,
+    TEXTS,
+    is_hub_name,
+    is_passed_over,
+    kind_of,
+    not_there,
+    refuse_file,
+    refuse_folder,
+)  # fmt: skip
+from qwen_lit.data.passages import BOM, holds_json, read_passages
 from qwen_lit.data.strict import decoder
+from qwen_lit.data.tables import read_table
 from qwen_lit.progress import Progress
 
-BOM = b"\xef\xbb\xbf"
 CHUNK_BYTES, CHUNK_ROWS = 500_000, 1000
-Scalar = str | int | float | bool | None
+Value = str | int | float | bool | dict[str, str] | None
+"""Of a key of a ``Source``."""
+Given = str | Mapping[str, Any]
+"""A path, or the fields of a ``Source``."""
 
 
 @dataclass
@@ -28,11 +42,20 @@ class Source:
     """One of several datasets."""
 
     path: str
-    """File, folder or glob: JSONL (also .gz, .zst), a JSON array or Parquet."""
+    """File, folder or glob: JSONL, a JSON array, CSV, TSV, Parquet or raw text (.txt, .md), also .gz and .zst; or the
+    name of a dataset of the hub, as tatsu-lab/alpaca."""
     weight: float = 1.0
     """How often each row is trained in an epoch: 2 is twice, 0.5 is half of the rows, chosen by content."""
     max_rows: int | None = None
     """Most distinct rows taken, chosen by content; null takes all. The weight applies to those that are left."""
+    name: str | None = None
+    """Which of the configurations of a dataset of the hub."""
+    split: str | None = None
+    """Which of its splits, or a part of one, as train[:1000]; null takes train, or the only one."""
+    columns: dict[str, str] | None = None
+    """Our field name to the columns' of this source, beside ``data.fields``."""
+    copy: str | None = None
+    """The file that holds what the hub has under ``path``."""
 
 
 @dataclass(frozen=True)
@@ -66,29 +89,40 @@ class Chunk:
         return [RawRow(f"{self.path}:{number}", line) for number, line in rows if line]
 
 
-def as_sources(dataset_path: str | Sequence[str | Mapping[str, Scalar]]) -> list[Source]:
-    """A path, or a list of paths and of ``Source`` fields, as sources.
+def as_sources(dataset_path: Given | Sequence[Given]) -> list[Source]:
+    """A path, ``Source`` fields, or a list of them, as sources.
 
     Raises:
         DataError: an item has an unknown key, or a value of another kind, or the list is empty.
     """
-    given = [dataset_path] if isinstance(dataset_path, str) else dataset_path
+    given = [dataset_path] if isinstance(dataset_path, str | Mapping) else dataset_path
     if not given:
         raise DataError("an empty list; give at least one path.")
     return [Source(one) if isinstance(one, str) else _source(one) for one in given]
 
 
-def _source(item: Mapping[str, Scalar]) -> Source:
-    kinds = {"path": (str,), "weight": (int, float), "max_rows": (int, type(None))}
+def _source(item: Mapping[str, Any]) -> Source:
+    text, none = "a text", type(None)
+    kinds: dict[str, tuple[tuple[type, ...], str]] = {
+        "path": ((str,), text), "weight": ((int, float), "a number"),
+        "max_rows": ((int, none), "a whole number or null"), "name": ((str, none), text), "split": ((str, none), text),
+        "columns": ((Mapping, none), "our names with the file's, as {instruction: question, output: answer}"),
+    }  # fmt: skip
     for key, value in item.items():
         if key not in kinds:
-            raise DataError(f"an item has the key {key!r}; its keys are path, weight and max_rows.")
-        if isinstance(value, bool) or not isinstance(value, kinds[key]):
-            wanted = {"path": "a text", "weight": "a number", "max_rows": "a whole number or null"}[key]
-            raise DataError(f"{item.get('path')}: {key} is {value!r}; give {wanted}.")
+            raise DataError(f"an item has the key {key!r}; its keys are {', '.join(kinds)}.")
+        if isinstance(value, bool) or not isinstance(value, kinds[key][0]):
+            raise DataError(f"{item.get('path')}: {key} is {value!r}; give {kinds[key][1]}.")
     if "path" not in item:
         raise DataError(f"the item {dict(item)} has no path.")
-    return Source(**item)  # type: ignore[arg-type]
+    source = Source(**item)
+    for ours, theirs in (source.columns or {}).items():
+        if not isinstance(theirs, str):
+            raise DataError(f"{source.path}: columns.{ours} is {theirs!r}; give the name of a column.")
+    if (source.name or source.split) and not is_hub_name(source.path):
+        key = "name" if source.name else "split"
+        raise DataError(f"{source.path}: {key} is for datasets of the hub, and this is a path; leave it out.")
+    return source
 
 
 def expand(source: Source) -> list[Path]:
@@ -97,6 +131,8 @@ def expand(source: Source) -> list[Path]:
     Raises:
         DataError: its path matches no file, one that holds no rows, or is not one of this machine.
     """
+    if source.copy is not None:
+        return [Path(source.copy)]
     if re.match(r"\w[\w+.-]*://", source.path):
         raise DataError(f"{source.path} is an address, and only local files are read; download it and give its path.")
     if not source.path.strip():
@@ -109,9 +145,9 @@ def expand(source: Source) -> list[Path]:
         refuse_folder(path)
     pattern = glob.escape(str(path)) + "/*" if path.is_dir() else str(path)
     files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-    files = [file for file in files if file.is_file() and file.name not in METADATA]
+    files = [file for file in files if file.is_file() and not is_passed_over(file)]
     if path.is_dir():
-        files = [file for file in files if file.suffix in ROWS]
+        files = [file for file in files if file.suffix.lower() in ROWS]
     if not files and path.is_dir():
         raise DataError(f"{source.path} holds no file that ends in {', '.join(ROWS)}; give the file itself.")
     if not files:
@@ -144,33 +180,47 @@ def read_rows(path: Path) -> Iterator[RawRow]:
         yield from chunk.rows()
 
 
-def read_chunks(path: Path) -> Iterator[Chunk]:
+def read_chunks(path: Path, shown: str | None = None, names: Collection[str] = ()) -> Iterator[Chunk]:
     """Rows of one file in its order, some at a time.
+
+    Args:
+        path: of the file.
+        shown: what its rows' places begin with; None is the path.
+        names: of columns that the configuration maps.
 
     Raises:
         DataError: the file cannot be read, decompressed or parsed as a whole.
     """
+    name, kind = shown or str(path), kind_of(path)
     try:
-        if path.suffix == ".parquet":
-            yield from _batched(path, _parquet(path))
+        if kind == ".parquet":
+            yield from _batched(name, _parquet(path, name))
             return
         with path.open("rb") as raw, _open(path, raw) as file:
+            size = max(path.stat().st_size, 1)
             start = file.peek(4096)[:4096] if isinstance(file, io.BufferedReader) else b""
-            if start.removeprefix(BOM).lstrip()[:1] == b"[":
-                yield from _batched(path, _array(path, file.read()))
-                return
-            first, size = 1, path.stat().st_size
-            while block := file.read(CHUNK_BYTES):
-                block += file.readline()
-                yield Chunk(str(path), block, first, raw.tell() / max(size, 1))
-                first += block.count(b"\n")
+            rows: Iterator[tuple[str, Any, float]]
+            if kind in SEPARATORS:
+                rows = read_table(name, file, SEPARATORS[kind], names, lambda: min(1.0, raw.tell() / size))
+                yield from _batched(name, ((RawRow(place, row), share) for place, row, share in rows))
+            elif kind in TEXTS and not holds_json(start):
+                rows = read_passages(name, file, lambda: min(1.0, raw.tell() / size))
+                yield from _batched(name, ((RawRow(place, row), share) for place, row, share in rows), 1)
+            elif start.removeprefix(BOM).lstrip()[:1] == b"[":
+                yield from _batched(name, _array(name, file.read()))
+            else:
+                first = 1
+                while block := file.read(CHUNK_BYTES):
+                    block += file.readline()
+                    yield Chunk(name, block, first, raw.tell() / size)
+                    first += block.count(b"\n")
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from error
+        raise DataError(f"{name}: cannot be read ({error}).") from error
 
 
-def _batched(path: Path, rows: Iterator[tuple[RawRow, float]]) -> Iterator[Chunk]:
-    while batch := list(itertools.islice(rows, CHUNK_ROWS)):
-        yield Chunk(str(path), [row for row, _ in batch], share=batch[-1][1])
+def _batched(path: str, rows: Iterator[tuple[RawRow, float]], count: int = CHUNK_ROWS) -> Iterator[Chunk]:
+    while batch := list(itertools.islice(rows, count)):
+        yield Chunk(path, [row for row, _ in batch], share=batch[-1][1])
 
 
 def _open(path: Path, raw: BinaryIO) -> BinaryIO:
@@ -217,7 +267,7 @@ class _Frames(io.RawIOBase):
             raise OSError(f"damaged zstd data: {error}") from error
 
 
-def _array(path: Path, raw: bytes) -> Iterator[tuple[RawRow, float]]:
+def _array(path: str, raw: bytes) -> Iterator[tuple[RawRow, float]]:
     """Each row, and the share of the file that ends with it."""
     try:
         text = raw.removeprefix(BOM).decode("utf-8")
@@ -256,7 +306,7 @@ def _array(path: Path, raw: bytes) -> Iterator[tuple[RawRow, float]]:
         raise DataError(f"{path}:{line}: something follows the JSON array: {snippet(text[position:])}")
 
 
-def _parquet(path: Path) -> Iterator[tuple[RawRow, float]]:
+def _parquet(path: Path, name: str) -> Iterator[tuple[RawRow, float]]:
     """Likewise."""
     import pyarrow
     import pyarrow.parquet
@@ -267,9 +317,9 @@ def _parquet(path: Path) -> Iterator[tuple[RawRow, float]]:
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield RawRow(f"{path}:{number}", _without_none(row)), number / file.metadata.num_rows
+                yield RawRow(f"{name}:{number}", _without_none(row)), number / file.metadata.num_rows
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: is not Parquet that can be read ({error}).") from error
+        raise DataError(f"{name}: is not Parquet that can be read ({error}).") from error
 
 
 def _without_none(value: Any) -> Any:

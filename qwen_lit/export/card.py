@@ -16,6 +16,8 @@ from qwen_lit.export.folder import open_tensors, read_json, write_json
 from qwen_lit.names import base_reference, hub_name
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
+BLOCKS = "of them blocks of raw text"
+"""What the data's facts call examples that are no conversation."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,13 @@ def model_card(told: Told) -> str:
     base = str(told.config.get("model", {}).get("model_name_or_path", "?"))
     begun = told.config.get("model", {}).get("init_adapter")
     lora, name = told.adapter.config if told.adapter else {}, served_name(told.config, base)
+    blocks = int(told.data.get(BLOCKS, 0))
+    both = blocks and blocks < int(told.data.get("examples trained", 0))
+    taught = "taught from instructions" if not blocks else "trained on raw text" + " and instructions" * bool(both)
     weights = f"weights as they were trained on, in {told.held_in}."
     parts = [
         _front_matter(base, {"library_name": "transformers", "tags": ["qwen_lit", "lora", "merged"]}),
-        f"# {Path(base).name}, taught from instructions",
+        f"# {Path(base).name}, {taught}",
         f"A LoRA adapter (r={lora.get('r')}, alpha={lora.get('lora_alpha')}) trained on `{base}` and merged into its "
         + ("bf16 weights." if told.merge_base == "original" else weights)
         + (f" The adapter was trained on from `{begun}`." if begun else ""),
@@ -98,6 +103,11 @@ def model_card(told: Told) -> str:
         *merged_section(name, told.gguf),
         *(adapter_section(told.adapter, name, base, told.adapter_path, told.config) if told.adapter else []),
     ]
+    if blocks:
+        parts.append(
+            "Raw text was trained as it stands, without a chat template: to have it continued, send its beginning to "
+            "the server's `/v1/completions`, which adds no template."
+        )
     if told.data:
         parts += ["## Data", _table(told.data)]
     if told.losses:

@@ -120,7 +120,7 @@ def canonical_merges(ranks):
 def test_the_vocabulary_of_qwen_is_proven_and_so_are_its_tokenizer_files(encoder, qwen_tokenizer):
     parts = json.loads(qwen_tokenizer.backend_tokenizer.to_str())
     assert is_proven(qwen_tokenizer.backend_tokenizer, parts["model"])
-    character = {byte: chr(code) for code, byte in fast._bytes_of_characters().items()}
+    character = {byte: chr(code) for code, byte in fast.bytes_of_characters().items()}
     ranks = {token: rank for token, rank in encoder.encoding._mergeable_ranks.items() if rank < 151_643}
 
     def written(token):

@@ -6,7 +6,7 @@ import pytest
 
 from qwen_lit.data.chatml import Encoder
 from qwen_lit.data.faults import RowError
-from qwen_lit.data.overlong import OLDEST, SHORTENED
+from qwen_lit.data.overlong import CUT, OLDEST, SHORTENED
 from qwen_lit.data.records import parse_row
 from qwen_lit.data.render import Renderer
 from tests.data.test_chatml import template
@@ -96,3 +96,43 @@ def test_versions_that_are_too_long_are_dropped_with_their_length(qwen_tokenizer
         else:
             assert one.kind == "overlong" and f"has {len(ids)} tokens" in str(one)
     assert 0 < sum(isinstance(one, RowError) for one in outcome) < len(outcome)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
+def test_truncate_drops_no_row_and_trains_no_end_of_an_answer_that_is_cut(name, qwen_tokenizer):
+    qwen_tokenizer.chat_template = template(name)
+    draw, seen = random.Random(2), {"whole": 0, "shortened": 0, "cut": 0}
+    for _ in range(60):
+        most = draw.choice([48, 100, 300])
+        shorten, truncate = (Encoder(qwen_tokenizer, max_length=most, overlong=one) for one in ("shorten", "truncate"))
+        row = conversation(draw, draw.randint(1, 5), draw.choice([5, 60, 400]))
+        for kept, example in zip(*(one.encode([row])[0] for one in (shorten, truncate)), strict=True):
+            if not isinstance(kept, RowError):
+                assert example == kept
+                seen["shortened" if kept.note else "whole"] += 1
+                continue
+            ids, (begin, end) = example.input_ids, example.spans[-1]
+            if CUT not in example.note.split("; "):
+                # It was too long for its system prompt.
+                assert SHORTENED in example.note and len(ids) <= most and ids[end - 1] == truncate.end
+                continue
+            assert most - 4 < len(ids) <= most
+            assert end == len(ids) > begin and ids[-1] != truncate.end
+            said = qwen_tokenizer.decode(ids[begin:end]).strip()
+            answers = [message for message in row.messages if message["role"] == "assistant"]
+            texts = [(one.get("reasoning_content", "") and f"<think>\n{one['reasoning_content']}\n</think>\n\n")
+                     + one["content"] for one in answers]  # fmt: skip
+            assert "\ufffd" not in said and any(
+                said in text or said.endswith(text[: len(said) // 2]) or text.startswith(said) for text in texts
+            )
+            # The question keeps a half at most.
+            assert begin <= most - most // 2 or SHORTENED not in example.note
+            seen["cut"] += 1
+    assert min(seen.values()) > 5
+
+
+def test_what_not_even_a_prompt_leaves_room_for_is_dropped_by_truncate_too(qwen_tokenizer):
+    qwen_tokenizer.chat_template = template("qwen2_5")
+    encoder = Encoder(qwen_tokenizer, max_length=8, overlong="truncate")
+    (outcome,) = encoder.encode([parse_row({"instruction": "a", "output": "b " * 50}, "a:1")])
+    assert outcome[0].kind == "overlong" and "cannot hold it" in str(outcome[0])
