@@ -36,6 +36,13 @@ def same(first: Path, second: Path) -> bool:
     return trace(first) == trace(second) and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def begun(folder: Path) -> dict[str, str]:
+    """The lines with which a run began, by name."""
+    from qwen_lit.lines import start_lines
+
+    return start_lines(json.loads((folder / "summary.json").read_text("utf-8"))["run"], folder)
+
+
 def no_space(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -221,3 +228,14 @@ def scalars(out: Path) -> dict[str, list[float]]:
         for name in events.Tags()["scalars"]:
             found.setdefault(name, {}).update({event.step: event.value for event in events.Scalars(name)})
     return {name: [values[step] for step in sorted(values)] for name, values in found.items()}
+
+
+def shake_adapter(trainer, argument):
+    """So that what follows is worse than what was before."""
+    for p in trainer.lightning_module.parameters():
+        if p.requires_grad:
+            p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+
+
+def damage_file(trainer, path):
+    Path(path).write_bytes(Path(path).read_bytes()[:1000])

@@ -9,15 +9,19 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from tqdm.utils import disp_len, disp_trim
 
-from qwen_lit.callbacks.logger import RunLogger
+from qwen_lit.callbacks.trackers import log_samples
 from qwen_lit.export.serving import end_tokens
+from qwen_lit.lines import question
 
 log = logging.getLogger(__name__)
+BEGINNING = 32
+"""Tokens of a text that is trained as a whole, which its continuation is asked for."""
 
 
 class Samples(Callback):
-    """Answers to the log, to TensorBoard and to ``output_dir/samples.jsonl``."""
+    """Answers to the log, to the loggers and to ``output_dir/samples.jsonl``."""
 
     def __init__(
         self,
@@ -60,6 +64,9 @@ class Samples(Callback):
         for number in range(min(self.rows, len(data.val_rows))):
             ids, spans = data.val_rows[number]
             begin, end = (int(one) for one in spans[-1])
+            if begin <= 1:
+                begin = min(BEGINNING, end // 2)
+                end = min(end, begin + self.max_new_tokens)
             found.append((ids[:begin].tolist(), data.tokenizer.decode(ids[begin:end], skip_special_tokens=True)))
         return found
 
@@ -104,15 +111,13 @@ class Samples(Callback):
             file.writelines(kept)
             for number, line in enumerate(lines):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                log.info("sample %d at step %d: %s", number + 1, line["step"], _short(line["answer"]))
+                log.info("sample %d at step %d: %s", number + 1, line["step"], _short(question(line["prompt"])))
+                log.info("  -> %s", _short(line["answer"]))
         os.replace(partial, self.path)
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                for number, line in enumerate(lines):
-                    text = f"```\n{line['prompt']}\n```\n\n{line['answer']}"
-                    logger.add_text(f"sample/{number + 1}", text, line["step"])
+        log_samples(trainer.loggers, [*map(json.loads, kept), *lines], len(lines))
 
 
-def _short(text: str, most: int = 72) -> str:
+def _short(text: str, most: int = 60) -> str:
+    """In so many columns of a terminal."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= most else flat[: most - 1] + "…"
+    return flat if disp_len(flat) <= most else disp_trim(flat, most - 1) + "…"
