@@ -30,6 +30,8 @@ from qwen_lit.errors import UserError, refuse_changes
 from qwen_lit.signals import leave_to_parent
 
 log = logging.getLogger(__name__)
+SPARES_ONE = 10
+"""Distinct rows of which a share of any size holds out one at least."""
 
 
 class QwenDataModule(L.LightningDataModule):
@@ -63,7 +65,8 @@ class QwenDataModule(L.LightningDataModule):
                 .zst), a JSON array or Parquet.
             val_dataset_path: rows for validation; null takes val_size of the training rows.
             val_size: rows held out, chosen by content, each of which keeps its side when the files grow: a share below
-                1, or a count of distinct rows, which the same share of later rows joins.
+                1, of ten rows or more one at least; or a count of distinct rows, which the same share of later rows
+                joins.
             batch_size: rows in a micro-batch; with packing, it holds batch_size x max_length tokens.
             max_length: longest row, in tokens.
             packing: fill micro-batches with whole rows end to end instead of padding; none sees another.
@@ -197,9 +200,11 @@ class QwenDataModule(L.LightningDataModule):
         """Rows whose hash is below this are held out."""
         if not self.val_size:
             return np.uint64(0)
-        if self.val_size < 1:
-            return np.uint64(int(self.val_size * 2**64))
         distinct, count = np.unique(hashes), int(self.val_size)
+        if self.val_size < 1:
+            share = np.uint64(int(self.val_size * 2**64))
+            # A file that can spare a row has one to measure on, however small the share.
+            return distinct[1] if len(distinct) >= SPARES_ONE and distinct[0] >= share else share
         if count >= len(distinct):
             raise UserError(
                 f"data.val_size is {count}, but there are {len(distinct)} distinct rows; give a smaller count, or a "
@@ -265,13 +270,13 @@ class QwenDataModule(L.LightningDataModule):
         tokens, supervised = self.train_rows.column("length").sum(), self.train_rows.column("supervised").sum()
         return {
             "files": ", ".join(source.path for source in self.sources),
-            "rows read": self.report.rows,
-            "examples trained": len(self.train_rows),
-            "examples held out": len(self.val_rows),
-            "tokens in an epoch": int(tokens),
-            "supervised tokens": int(supervised),
-            "share supervised": f"{supervised / max(1, tokens):.1%}",
-            "faulty, skipped": sum(self.report.faults.values()),
+            "rows_read": self.report.rows,
+            "examples_trained": len(self.train_rows),
+            "examples_held_out": len(self.val_rows),
+            "tokens_in_an_epoch": int(tokens),
+            "supervised_tokens": int(supervised),
+            "share_supervised": round(float(supervised / max(1, tokens)), 6),
+            "faulty_skipped": sum(self.report.faults.values()),
             "dropped": sum(self.report.dropped.values()),
             "changed": sum(self.report.changed.values()),
             "fingerprint": self._rows_digest(),
