@@ -28,7 +28,7 @@ td:last-child,th:last-child{padding-right:0}th{font-weight:500;color:var(--soft)
 @media(max-width:36rem){.facts th,.facts td{display:block;width:auto;padding:.1rem 0;border:0}
 .facts th{padding-top:.5rem;font-size:.85rem}.facts tr+tr th{border-top:1px solid var(--line)}}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px;margin:.6rem 0 0}
-summary{cursor:pointer;overflow-wrap:anywhere}mark{background:var(--mark);color:inherit}
+summary{cursor:pointer;overflow-wrap:anywhere}mark{background:var(--mark);color:var(--ink)}
 details{margin-bottom:.8rem}
 """
 

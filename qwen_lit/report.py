@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from qwen_lit.lines import chat_turns, duration, start_lines
+from qwen_lit.names import hub_name
 from qwen_lit.page import cards, document, facts, grid, text
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 480, 230, 58, 30, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 480, 230, 66, 30, 12
 STYLE = """
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(24rem,100%),1fr));gap:.8rem}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:14px;font-variant-numeric:tabular-nums}
 .rule{stroke:var(--line)}.one{stroke:var(--one);fill:none;stroke-width:1.8}
 .two{stroke:var(--two);fill:none;stroke-width:1.8}.dot.one{fill:var(--one)}.dot.two{fill:var(--two)}
+@media(max-width:36rem){svg text{font-size:17px}}
 .best{fill:none;stroke:var(--good);stroke-width:2}
 .key{font-weight:400;color:var(--soft);margin-left:.8rem;white-space:nowrap}
 .key i{display:inline-block;width:.9rem;height:.2rem;vertical-align:middle;margin-right:.3rem}
@@ -37,7 +39,7 @@ def page(summary: dict[str, Any]) -> str:
         chart("Tokens a second", {"": history.get("tokens_per_second", [])}),
         chart("Gradient norm", {"": history.get("grad_norm", [])}),
     ]
-    model, out = Path(run["model"]).name if Path(run["model"]).is_absolute() else run["model"], summary["output_dir"]
+    model, out = hub_name(run["model"]) or Path(run["model"]).name, summary["output_dir"]
     hardware, day = summary["hardware"], datetime.fromisoformat(summary["ended"])
     told = [f"{day:%Y-%m-%d %H:%M}", f"took {duration(summary['trained_seconds'])} of training",
             f"{hardware['count']} × {hardware['name']}", out]  # fmt: skip
@@ -148,7 +150,10 @@ def number(value: float) -> str:
         return "0"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.1e}"
+    if abs(value) >= 0.001:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def percent(name: str, value: Any) -> Any:

@@ -98,7 +98,7 @@ def trained_at(source: Path) -> dict[str, Any]:
     Args:
         source: an adapter folder, or a whole checkpoint of ours.
     """
-    if source.is_dir():
+    if not source.is_file():
         return read_object(source / TRAINED_AT)
     name = "best" if source.name == BEST else source.name
     return {"checkpoint": name, "step": step_of(source)} | best_of(source)

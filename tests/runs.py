@@ -230,11 +230,16 @@ def scalars(out: Path) -> dict[str, list[float]]:
     return {name: [values[step] for step in sorted(values)] for name, values in found.items()}
 
 
-def shake_adapter(trainer, argument):
-    """So that what follows is worse than what was before."""
-    for p in trainer.lightning_module.parameters():
-        if p.requires_grad:
-            p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+def worsen_validation(trainer, argument):
+    """Every validation from here on is worse by a hundred nats a token."""
+    module = trainer.lightning_module
+    plain = module.on_validation_epoch_end
+
+    def worse():
+        module.validated[0] += 100 * module.validated[1]
+        plain()
+
+    module.on_validation_epoch_end = worse
 
 
 def damage_file(trainer, path):

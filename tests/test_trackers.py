@@ -124,7 +124,7 @@ def test_answers_and_verdict_are_a_table_where_there_are_tables():
     log_verdict([wandb], VERDICT, 6)
     (_, key, table), metrics, (_, other, verdict), _ = wandb.calls
     assert key == ("samples",) and table["step"] == 4 and len(table["data"]) == 4
-    assert table["data"][3] == [5, "q", "a", True, None] and table["columns"][:2] == ["step", "prompt"]
+    assert table["data"][3] == [5, "q", "a", True, None] and table["columns"][:2] == ["step", "question"]
     assert metrics[1] == ({"verdict/adapter_loss": 1.5, "verdict/original_loss": 1.25, "verdict/original_kl": 0.5,
                            "verdict/original_same_top": 0.75}, 5)  # fmt: skip
     assert other == ("verdict",) and verdict["data"][1] == ["merge, original", 1.25, 0.5, 0.75]
@@ -145,4 +145,4 @@ def test_answers_are_texts_elsewhere_and_a_logger_of_numbers_alone_is_left_alone
     swanlab = Calls("log_text")
     log_samples([swanlab, SimpleNamespace()], LINES, 2)
     assert [(given[0], named["step"]) for _, given, named in swanlab.calls] == [("sample/1", 4), ("sample/2", 4)]
-    assert swanlab.calls[1][1][1] == ["```\nq\n```\n\na"]
+    assert swanlab.calls[1][1][1] == ["**q**\n\na"]

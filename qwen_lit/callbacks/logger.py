@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from qwen_lit.callbacks.facts import COMPARED
@@ -19,6 +20,8 @@ from qwen_lit.callbacks.facts import COMPARED
 log = logging.getLogger(__name__)
 MEASURED = ("val/best_loss", "val/loss", "train/loss", "train/tokens_per_second")
 """What the table of runs shows that came of each."""
+FIRST = ("learning_rate", "lora_alpha", "lora_dropout", "max_epochs", "r")
+"""What that table shows before anything is chosen: first comes what is said to differ, then the rest by name."""
 LOST = "TensorBoard cannot write to %s (%s); training goes on without it"
 
 
@@ -78,7 +81,13 @@ class RunLogger(TensorBoardLogger):
         self.hparams.update(params)
         if columns and not self.silent:
             with self._guarded():
-                self._write_hparams(*hparams(columns, dict.fromkeys(MEASURED, 0.0))[:2])
+                table, begun, _ = hparams(columns, dict.fromkeys(MEASURED, 0.0))
+                held = table.value[0].metadata.plugin_data
+                found = HParamsPluginData.FromString(held.content)
+                for info in found.experiment.hparam_infos:
+                    info.differs = info.name in FIRST
+                held.content = found.SerializeToString()
+                self._write(table, begun)
                 # Lightning has written the file before there was anything to write.
                 save_hparams_to_yaml(Path(self.log_dir) / self.NAME_HPARAMS_FILE, self.hparams)
 
@@ -86,9 +95,9 @@ class RunLogger(TensorBoardLogger):
         """Say in that table that the run is done."""
         if not self.silent:
             with self._guarded():
-                self._write_hparams(hparams({}, {})[2])
+                self._write(hparams({}, {})[2])
 
-    def _write_hparams(self, *summaries: Any) -> None:
+    def _write(self, *summaries: Any) -> None:
         for one in summaries:
             self.experiment._get_file_writer().add_summary(one)
 

@@ -203,7 +203,7 @@ def _files(out: Path, trainer: Any) -> dict[str, str]:
              "samples": "samples.jsonl"}  # fmt: skip
     found = {name: str(out / one) for name, one in names.items() if (out / one).exists()}
     logs = next((one.log_dir for one in trainer.loggers if isinstance(one, RunLogger)), None)
-    return found | ({"logs": str(logs)} if logs else {}) | {"summary": str(out / "summary.json"),
+    return found | ({"logs": str(Path(logs))} if logs else {}) | {"summary": str(out / "summary.json"),
                                                            "report": str(out / "report.html")}  # fmt: skip
 
 

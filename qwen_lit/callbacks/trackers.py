@@ -9,11 +9,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.errors import UserError
+from qwen_lit.lines import question
 
 log = logging.getLogger(__name__)
 CALLED = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
 """What Lightning calls of a logger while a run is under way."""
-COLUMNS = ("step", "prompt", "answer", "stopped", "wanted")
+COLUMNS = ("step", "question", "answer", "stopped", "wanted")
 
 
 def guard(logger: Any) -> None:
@@ -79,7 +80,7 @@ def log_samples(loggers: list[Any], lines: list[dict[str, Any]], new: int) -> No
         lines: of ``samples.jsonl``, all of them.
         new: so many of the last ones have come now, all of one step.
     """
-    rows = [[line[name] for name in COLUMNS] for line in lines]
+    rows = [[one["step"], question(one["prompt"]), one["answer"], one["stopped"], one["wanted"]] for one in lines]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     now, step = lines[-new:], lines[-1]["step"]
     for logger in loggers:
@@ -104,7 +105,7 @@ def _log_others(logger: Any, rows: list[list[Any]], text: str, now: list[dict[st
 
 
 def _markdown(line: dict[str, Any]) -> str:
-    return f"```\n{line['prompt']}\n```\n\n{line['answer']}"
+    return f"**{question(line['prompt'])}**\n\n{line['answer']}"
 
 
 def log_verdict(loggers: list[Any], verdict: dict[str, Any], step: int) -> None:

@@ -32,6 +32,8 @@ def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: An
     told = {f"  {fault.source}: {fault.message}" for fault in result.report.first}
     audited: dict[str, list[str]] = {}
     for line in text_report(result):
+        if line.startswith("verdict"):
+            continue
         if not line.startswith("  "):
             name, words = line[:16].strip(), line[16:].strip()
             # Validation files have lines of the same names.
@@ -44,7 +46,7 @@ def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: An
         "files": ", ".join(files),
         "model": model,
         "data.max_length": f"{data.max_length:,} tokens",
-        **{name: LINE.join(words) for name, words in audited.items() if name != "verdict"},
+        **{name: LINE.join(words) for name, words in audited.items() if words != [""]},
     }
     most = max(count for _, count in result.histogram)
     bars = "".join(

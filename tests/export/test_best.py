@@ -12,8 +12,8 @@ from qwen_lit.cli import main
 from tests.runs import adapter, doing
 
 BEST = ["--export.checkpoint", "best"]
-WORSE = doing(7, "shake_adapter")
-"""The adapter is spoilt at step 7, so that of the validations at steps 5 and 10 the first is the best."""
+WORSE = doing(7, "worsen_validation")
+"""Of the validations at steps 5 and 10 the first is the best."""
 
 
 def state(path: Path) -> dict[str, torch.Tensor]:
