@@ -42,7 +42,7 @@ def page(summary: dict[str, Any]) -> str:
     model, out = hub_name(run["model"]) or Path(run["model"]).name, summary["output_dir"]
     hardware, day = summary["hardware"], datetime.fromisoformat(summary["ended"])
     told = [f"{day:%Y-%m-%d %H:%M}", f"took {duration(summary['trained_seconds'])} of training",
-            f"{hardware['count']} × {hardware['name']}", out]  # fmt: skip
+            f"{hardware['count']}\u00a0×\u00a0{hardware['name']}", out]  # fmt: skip
     lines = start_lines(run, out)
     parts = [
         f"<h1>{text(Path(out).name)}: {text(model)}</h1><p class=soft>{text(' · '.join(told))}</p>",
@@ -195,8 +195,9 @@ def verdict(summary: dict[str, Any]) -> str:
     at = 1 + list(found["merges"]).index(chosen) if chosen in found["merges"] else None
     return (
         f"<h2>Does the merged model answer as trained?</h2><p class=soft>{found['rows']} {text(found['kind'])} rows, "
-        f"{found['tokens']:,} tokens; what was exported stands out</p>"
-        + grid(["", "loss", "KL from the adapter", "same top token"], rows, at)
+        f"{found['tokens']:,} tokens; KL and the share of tokens with the same likeliest choice "
+        "are from the adapter; what was exported stands out</p>"
+        + grid(["", "loss", "KL", "same top"], rows, at)
     )
 
 

@@ -27,6 +27,7 @@ from qwen_lit.data.prove import prove
 from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Scalar, Source, as_sources, expand
 from qwen_lit.errors import UserError, refuse_changes
+from qwen_lit.lines import plural
 from qwen_lit.signals import leave_to_parent
 
 log = logging.getLogger(__name__)
@@ -242,7 +243,7 @@ class QwenDataModule(L.LightningDataModule):
         for name in ("faults", "dropped", "changed"):
             for kind, count in getattr(self.report, name).items():
                 what = {"faults": "skipped", "dropped": "dropped", "changed": "changed"}[name]
-                log.warning("%d rows %s: %s (named in %s)", count, what, kind, folder / "rows.log")
+                log.warning("%s %s: %s (named in %s)", plural(count, "row"), what, kind, folder / "rows.log")
         if told := self.report.expanded():
             log.info("%s", told)
         if (dropped := sum(self.report.dropped.values())) > self.max_bad_share * self.report.rows:
@@ -255,8 +256,9 @@ class QwenDataModule(L.LightningDataModule):
             log.warning("%s", absent)
         supervised, tokens = self.train_rows.column("supervised").sum(), self.train_rows.column("length").sum()
         log.info(
-            "%d rows to train on (%s tokens, %.0f %% supervised), %d to validate",
-            len(self.train_rows), f"{tokens:,}", 100 * supervised / max(tokens, 1), len(self.val_rows),
+            "%s to train on (%s, %.0f %% supervised), %d to validate",
+            plural(len(self.train_rows), "row"), plural(int(tokens), "token"), 100 * supervised / max(tokens, 1),
+            len(self.val_rows),
         )  # fmt: skip
 
     def batches(self, rows: Rows) -> list[list[int]]:
