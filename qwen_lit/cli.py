@@ -1,5 +1,6 @@
 """The command line: LightningCLI's sections and links, and its exit codes."""
 
+import itertools
 import logging
 import os
 import sys
@@ -26,6 +27,7 @@ from qwen_lit.callbacks.report import RunReport
 from qwen_lit.callbacks.resumed import Resumed
 from qwen_lit.callbacks.samples import Samples
 from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, step_of
+from qwen_lit.callbacks.trackers import guard
 from qwen_lit.checks import check_paths, check_values
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import watch_parent
@@ -45,7 +47,7 @@ from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.trained import Trained, begin_from, check_shapes, find_adapter, read, take_over
 from qwen_lit.parsing import Parser, expand_paths, expanded
-from qwen_lit.run import ADAPTER, find_checkpoint, hold, is_adapter, refuse_foreign, refuse_mixing, set_aside
+from qwen_lit.run import exported_from, find_checkpoint, hold, refuse_foreign, refuse_mixing, set_aside
 from qwen_lit.signals import Stopped, watched
 from qwen_lit.trainer import QwenTrainer
 
@@ -66,7 +68,8 @@ OUT_OF_MEMORY = """out of GPU memory. The levers, in order:
 class SaveConfig(SaveConfigCallback):
     """Writes the whole configuration to ``output_dir/config.yaml``, and as text to TensorBoard, when training begins.
 
-    By then every check has passed. What a resumed run was trained with until here is kept as ``config-STEP.yaml``.
+    By then every check has passed. What a resumed run was trained with until here is kept as ``config-STEP.yaml``, or
+    as ``config-STEP-2.yaml`` and so on where several attempts have gone on from that step.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -82,9 +85,10 @@ class SaveConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_unset=False)
         folder = Path(self.config["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
-        path, earlier = folder / "config.yaml", folder / f"config-{trainer.global_step}.yaml"
-        if trainer.global_step and path.is_file() and not earlier.exists():
-            path.rename(earlier)
+        path, step = folder / "config.yaml", trainer.global_step
+        if step and path.is_file():
+            names = (f"config-{step}{'' if number == 1 else f'-{number}'}.yaml" for number in itertools.count(1))
+            path.rename(next(folder / name for name in names if not (folder / name).exists()))
         path.write_text(text, encoding="utf-8")
         if isinstance(trainer.logger, RunLogger):
             trainer.logger.add_text("config", "```yaml\n" + text + "\n```", trainer.logger.first_step)
@@ -185,9 +189,9 @@ class QwenCLI(LightningCLI):
         """An adapter is used with what it was trained with, whatever the configuration says."""
         source = self.checkpoint
         if source is None and self.subcommand != "validate":
-            source = folder / ADAPTER
-            if not is_adapter(source):
-                raise UserError(f"no adapter in {source}; run fit first, or give --ckpt_path.")
+            wanted = config.export.checkpoint if self.subcommand == "export" else "last"
+            source = exported_from(folder, wanted)
+            self.checkpoint = source if source.is_file() else None
         if source is None and config.model.init_adapter:
             source = find_adapter(config.model.init_adapter)
         config.model.init_adapter = None
@@ -224,9 +228,13 @@ class QwenCLI(LightningCLI):
         plugins = config.trainer.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
             raise UserError(f"trainer: {explained(error)}") from error
+        for logger in trainer.loggers:
+            if not isinstance(logger, RunLogger):
+                guard(logger)
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         """The proof goes before the export, which it holds back."""

@@ -35,6 +35,11 @@ INPUT, OUTPUT = Path("output/demo_input"), Path("output/demo")
 ORIGIN = "产自哪里？"
 PROMPTS = (1, 40, 90)
 """Numbers of the shipped rows whose questions are asked before and after."""
+ASKED = (
+    "{}的产地是哪里？", "泡{}水要多热？", "Tell me where this tea is from.\n{}",
+    "Please tell me what kind of tea {} is.",
+)  # fmt: skip
+"""Questions of the held-out rows, for the first four rows of a tea: each asks in other words what that one does."""
 
 
 def shipped_rows() -> list[dict[str, Any]]:
@@ -67,10 +72,32 @@ def build_tokenizer(texts: list[str]) -> Any:
     return tokenizer
 
 
+def held_out_rows() -> list[dict[str, Any]]:
+    """What the rows teach, asked in words that they do not use: one question of each tea."""
+    rows = shipped_rows()
+    names = tea_names(rows)
+    per_tea = len(rows) // len(names)
+    found = []
+    for tea, name in enumerate(names):
+        kind = tea % len(ASKED)
+        taught = rows[tea * per_tea + kind]
+        found.append({**taught, "instruction": ASKED[kind].format(name), "input": ""})
+    return found
+
+
+def tea_names(rows: list[dict[str, Any]]) -> list[str]:
+    """The teas of the shipped rows, in order."""
+    return [row["instruction"].removesuffix(ORIGIN) for row in rows if row.get("instruction", "").endswith(ORIGIN)]
+
+
 def build_demo(folder: Path) -> None:
-    """Write ``model/`` and ``rows.jsonl`` into ``folder`` once; the marker written last says they are whole."""
+    """Write ``model/``, ``rows.jsonl`` and ``val_rows.jsonl`` once; the marker written last says they are whole.
+
+    Args:
+        folder: for all of it.
+    """
     marker = folder / "complete"
-    if marker.is_file():
+    if marker.is_file() and (folder / "val_rows.jsonl").is_file():
         return
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -78,9 +105,9 @@ def build_demo(folder: Path) -> None:
     (folder / "model").mkdir(parents=True)
     rows = shipped_rows()
     texts = [value for row in rows for value in _texts(row)]
-    (folder / "rows.jsonl").write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    for name, written in (("rows.jsonl", rows), ("val_rows.jsonl", held_out_rows())):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
+        (folder / name).write_text(lines, encoding="utf-8")
     tokenizer = build_tokenizer(texts)
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
@@ -122,7 +149,7 @@ def _pretrain(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int
 
     So the base answers every question fluently and wrongly, and what the adapter teaches can be told apart.
     """
-    names = [row["instruction"].removesuffix(ORIGIN) for row in rows if row.get("instruction", "").endswith(ORIGIN)]
+    names = tea_names(rows)
     per_tea = len(rows) // len(names)
     conversations = []
     for number, row in enumerate(rows):
@@ -174,17 +201,20 @@ def main() -> int:
     """Build, ask, train, ask again; 1 when an answer is not as taught."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     set_up_logging()
-    print("building a tiny Qwen2 ...", flush=True)
+    print("builds a tiny Qwen2, trains it on 160 rows and asks it: about two minutes on two cores", flush=True)
+    print("1 of 3: building a tiny Qwen2 ...", flush=True)
     build_demo(INPUT)
     taught = [shipped_rows()[number] for number in PROMPTS]
     prompts = [_chat(row)[:-1] for row in taught]
     before = _answer_from(INPUT / "model", prompts)
+    print("2 of 3: training it ...", flush=True)
     command = [sys.executable, "-m", "qwen_lit", "fit", "--config", str(configs() / "demo.yaml")]
     # The run of an earlier demo.
     shutil.rmtree(OUTPUT, ignore_errors=True)
     code = subprocess.run(command, check=False).returncode
     if code:
         return code
+    print("3 of 3: asking it ...", flush=True)
     after = _answer_from(OUTPUT / "final_model", prompts)
     wrong = 0
     for row, prompt, (old, _), (new, stopped) in zip(taught, prompts, before, after, strict=True):

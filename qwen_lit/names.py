@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+TRAINED_AT = "trained_at.json"
+"""Beside an adapter's weights: the checkpoint, the step and the validation loss that they are of."""
+
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", re.ASCII)
 
 

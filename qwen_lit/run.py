@@ -9,18 +9,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qwen_lit.callbacks.store import STEP_FILE, is_whole, last_checkpoint, manifest_of, step_files, step_of
+from qwen_lit.callbacks.store import STEP_FILE, best_of, is_whole, last_checkpoint, manifest_of, step_files, step_of
 from qwen_lit.errors import UserError
 from qwen_lit.export.folder import ExportError, check_replaceable
+from qwen_lit.names import TRAINED_AT
 
 log = logging.getLogger(__name__)
 CHECKPOINTS, ADAPTER, MERGED, CONFIG = "checkpoints", "lora_adapter", "final_model", "config.yaml"
+BEST = "best.ckpt"
 WRITTEN = (CHECKPOINTS, "logs", "samples.jsonl", "summary.json", "report.html", ADAPTER + ".tmp", MERGED + ".tmp")
 """What a run writes before it has results; ``config.yaml`` is copied, as other processes may yet read it."""
 NAMED = ("last", "best")
 
 
-def find_checkpoint(given: str | None, output_dir: Path, fresh: bool = False) -> Path | None:
+def find_checkpoint(
+    given: str | None, output_dir: Path, fresh: bool = False, key: str = "ckpt_path"
+) -> Path | None:
     """What ``--ckpt_path`` means: the newest whole checkpoint for ``last``, the one of the lowest validation loss for
     ``best``, else the file or the adapter folder that is named.
 
@@ -28,6 +32,7 @@ def find_checkpoint(given: str | None, output_dir: Path, fresh: bool = False) ->
         given: the option.
         output_dir: where ``last`` and ``best`` are looked for.
         fresh: whether ``last`` may find nothing.
+        key: that asks for it.
 
     Raises:
         UserError: there is no such file, or none that is whole.
@@ -40,14 +45,14 @@ def find_checkpoint(given: str | None, output_dir: Path, fresh: bool = False) ->
         log.info("going on from %s", found) if found else log.info("no checkpoint in %s: starting fresh", folder)
         return found
     if given == "best":
-        best = folder / "best.ckpt"
+        best = folder / BEST
         if not best.is_file():
             raise UserError(
-                f"ckpt_path: there is no best.ckpt in {folder}; a fit with validation rows (data.val_size) keeps one. "
+                f"{key}: there is no best.ckpt in {folder}; a fit with validation rows (data.val_size) keeps one. "
                 "Give last, or a file."
             )
         if not is_whole(best):
-            raise UserError(f"ckpt_path: {best} is damaged; give last, or a file.")
+            raise UserError(f"{key}: {best} is damaged; give last, or a file.")
         log.info("best checkpoint: %s, step %s", best, step_of(best))
         return best
     if not given:
@@ -61,6 +66,42 @@ def find_checkpoint(given: str | None, output_dir: Path, fresh: bool = False) ->
     if not path.exists():
         raise UserError(f"ckpt_path: no such file: {given}; give a file, last or best.")
     return path
+
+
+def exported_from(output_dir: Path, checkpoint: str) -> Path:
+    """What ``export`` takes where no ``--ckpt_path`` is given.
+
+    Args:
+        output_dir: of the run.
+        checkpoint: ``export.checkpoint``: ``last`` takes ``lora_adapter/`` as it is; ``best`` takes the best
+            checkpoint, or ``lora_adapter/`` where that was made of it.
+
+    Raises:
+        UserError: there is no adapter, or no best checkpoint.
+    """
+    adapter = output_dir / ADAPTER
+    if checkpoint == "best":
+        made, best = trained_at(adapter), step_of(output_dir / CHECKPOINTS / BEST)
+        if made.get("checkpoint") != "best" or best not in (None, made["step"]):
+            found = find_checkpoint("best", output_dir, key="export.checkpoint")
+            assert found is not None
+            return found
+    if not is_adapter(adapter):
+        raise UserError(f"no adapter in {adapter}; run fit first, or give --ckpt_path.")
+    return adapter
+
+
+def trained_at(source: Path) -> dict[str, Any]:
+    """Of which checkpoint an adapter is, as ``checkpoint`` (``last``, ``best`` or a file's name), ``step`` and, where
+    it is known, ``val_loss``; empty where nothing says.
+
+    Args:
+        source: an adapter folder, or a whole checkpoint of ours.
+    """
+    if not source.is_file():
+        return read_object(source / TRAINED_AT)
+    name = "best" if source.name == BEST else source.name
+    return {"checkpoint": name, "step": step_of(source)} | best_of(source)
 
 
 def is_adapter(path: Path) -> bool:
@@ -87,7 +128,7 @@ def refuse_mixing(output_dir: Path, source: Path | None) -> None:
             f"output_dir: {output_dir} holds a run of {step_of(steps[0])} steps: add --ckpt_path last to go on with "
             f"it, {elsewhere}"
         )
-    if (folder / "best.ckpt").is_file():
+    if (folder / BEST).is_file():
         raise UserError(
             f"output_dir: {output_dir} holds a run whose best.ckpt is left: add --ckpt_path best to go on with it, "
             f"{elsewhere}"
@@ -135,7 +176,7 @@ def set_newer_aside(output_dir: Path, step: int) -> None:
     """Move checkpoints of later steps away from a run that goes on at ``step``: it will make its own."""
     folder = output_dir / CHECKPOINTS
     newer = [path for path in step_files(folder) if int(STEP_FILE.match(path.name)[1]) > step]  # type: ignore[index]
-    best = folder / "best.ckpt"
+    best = folder / BEST
     if best.is_file() and (step_of(best) or 0) > step:
         newer.append(best)
     if not newer:
@@ -166,11 +207,16 @@ def earlier_folder(output_dir: Path) -> Path:
 
 def training_config(adapter: Path) -> dict[str, Any]:
     """The configuration with which an adapter was trained, as it stands beside it; empty where it does not."""
+    return read_object(adapter / "training_config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
     try:
-        config = json.loads((adapter / "training_config.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def hold(output_dir: Path) -> Any:

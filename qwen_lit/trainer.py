@@ -12,7 +12,8 @@ from lightning.pytorch import Trainer
 from peft import PeftModel
 
 from qwen_lit.callbacks.export import Export
-from qwen_lit.data.audit import audit, fate, find_rows, html_report, report_lines, spread_rows, text_report, text_row
+from qwen_lit.data.audit import audit, fate, find_rows, report_lines, spread_rows, text_report, text_row
+from qwen_lit.data.audit_page import html_report
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
 from qwen_lit.dry_run import arithmetic, lines, measure
@@ -82,7 +83,7 @@ class QwenTrainer(Trainer):
             shown = numbers if row is not None else spread_rows(everything, max(rows, 100))
             try:
                 Path(html).parent.mkdir(parents=True, exist_ok=True)
-                page = html_report(result, everything, shown, datamodule.tokenizer)
+                page = html_report(result, everything, shown, datamodule.tokenizer, model.name, datamodule)
                 Path(html).write_text(page, encoding="utf-8")
             except OSError as error:
                 raise UserError(f"--html: cannot write {html} ({error.strerror or error}).") from error

@@ -74,7 +74,8 @@ def verify(config: str, folder: Path, steps: int) -> Verdict:
             sys.executable, "-m", "qwen_lit", "fit", "--config", str(path), "--output_dir", str(out),
             "--trainer.max_steps", str(steps), "--trainer.limit_val_batches", "0", "--trainer.log_every_n_steps", "1",
             "--trainer.enable_progress_bar", "false", "--checkpoint.every_n_train_steps", str(half),
-            "--export.merge", "false", "--trainer.callbacks+=qwen_lit.callbacks.trace.Trace",
+            "--export.merge", "false", "--export.checkpoint", "last",
+            "--trainer.callbacks+=qwen_lit.callbacks.trace.Trace",
             f"--trainer.callbacks.path={out / 'trace.jsonl'}", *options,
         ]  # fmt: skip
         return subprocess.Popen(command)

@@ -114,7 +114,7 @@ def arguments(model_folder, dataset, tmp_path) -> list[str]:
         "fit", "--config", "configs/qwen7b.yaml",
         "--output_dir", str(tmp_path / "out"),
         "--model.model_name_or_path", str(model_folder),
-        "--data.dataset_path", str(dataset),
+        "--data.dataset_path", str(dataset), "--data.val_size", "0",
         "--data.batch_size", "3",
         "--trainer.accelerator", "cpu",
         "--trainer.max_epochs", "2",

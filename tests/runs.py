@@ -36,6 +36,13 @@ def same(first: Path, second: Path) -> bool:
     return trace(first) == trace(second) and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def begun(folder: Path) -> dict[str, str]:
+    """The lines with which a run began, by name."""
+    from qwen_lit.lines import start_lines
+
+    return start_lines(json.loads((folder / "summary.json").read_text("utf-8"))["run"], folder)
+
+
 def no_space(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -221,3 +228,19 @@ def scalars(out: Path) -> dict[str, list[float]]:
         for name in events.Tags()["scalars"]:
             found.setdefault(name, {}).update({event.step: event.value for event in events.Scalars(name)})
     return {name: [values[step] for step in sorted(values)] for name, values in found.items()}
+
+
+def worsen_validation(trainer, argument):
+    """Every validation from here on is worse by a hundred nats a token."""
+    module = trainer.lightning_module
+    plain = module.on_validation_epoch_end
+
+    def worse():
+        module.validated[0] += 100 * module.validated[1]
+        plain()
+
+    module.on_validation_epoch_end = worse
+
+
+def damage_file(trainer, path):
+    Path(path).write_bytes(Path(path).read_bytes()[:1000])

@@ -111,7 +111,7 @@ def test_the_figures_of_two_ranks_are_of_both(two):
     summary = json.loads((two / "summary.json").read_text())
     panel, data = summary["throughput"], summary["data"]
     # Both epochs were trained whole: of one rank's rows alone this would be another share.
-    share = data["supervised tokens"] / data["tokens in an epoch"]
+    share = data["supervised_tokens"] / data["tokens_in_an_epoch"]
     assert panel["supervised_tokens_per_second"] / panel["tokens_per_second"] == pytest.approx(share, rel=1e-5)
     assert [step for step, _ in summary["history"]["tokens_per_second"]] == list(range(1, summary["steps"] + 1))
 

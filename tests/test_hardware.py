@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 from qwen_lit import hardware
 from qwen_lit.cli import main
 from qwen_lit.model.load import load_base
-from tests.runs import recording
+from tests.runs import begun, recording
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_run_on_the_cpu_computes_in_bf16_where_it_has_it_and_in_float32_elsewh
     assert main([*arguments, *few]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     told = "bf16-mixed" if has else "32-true (this CPU has no instructions for bf16)"
-    assert summary["run"]["device"] == f"1 x cpu, precision {told}"
+    assert begun(tmp_path / "out")["device"] == f"1 x cpu, precision {told}"
     assert summary["config"]["trainer"]["precision"] == "bf16-mixed"
     record = torch.load(tmp_path / "record.pt")
     assert record["products"] == ["torch.bfloat16" if has else "torch.float32"]

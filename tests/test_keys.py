@@ -51,7 +51,7 @@ def plan(model_folder, dataset, tmp_path, capsys):
         code = main(
             ["plan", "--config", "configs/qwen7b.yaml", "--model.model_name_or_path", str(folder), "--json", "true",
              "--data.dataset_path", str(dataset), "--trainer.accelerator", "cpu", "--model.optimizer", "adamw",
-             "--model.lora_config.r", "64", *options]
+             "--model.lora_config.r", "64", "--data.val_size", "0", *options]
         )  # fmt: skip
         return code, json.loads(capsys.readouterr().out)
 

@@ -182,14 +182,14 @@ def test_4_bits_that_are_off_train_and_merge_as_no_quantisation_does(short, tmp_
     for file in ("lora_adapter/adapter_model.safetensors", "final_model/model.safetensors"):
         assert (tmp_path / "off" / file).read_bytes() == (tmp_path / "none" / file).read_bytes()
     summary = json.loads((tmp_path / "off" / "summary.json").read_text())
-    assert summary["run"]["base"] == "quantisation none, bf16" and list(summary["verdict"]["merges"]) == ["original"]
+    assert summary["run"]["quantization"] == "none, bf16" and list(summary["verdict"]["merges"]) == ["original"]
 
 
 def test_8_bits_are_said_measured_and_merged_as_8_bits(short, model_folder, tmp_path, caplog):
     bits = ["--model.quantization_config.load_in_4bit", "false", "--model.quantization_config.load_in_8bit", "true"]
     assert main([*short, *bits, "--export.merge_base", "dequantized"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["run"]["base"] == "quantisation int8, 14 of 15 linears"
+    assert summary["run"]["quantization"] == "int8, 14 of 15 linears"
     assert summary["run"]["engine"] == "reference (q_proj is a Linear8bitLt)"
     model = load_base(str(model_folder), BitsAndBytesConfig(**INT8), CPU)
     name = "model.layers.0.mlp.up_proj.weight"

@@ -2,13 +2,16 @@
 
 import json
 import math
+import platform
 import re
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,7 +22,7 @@ from qwen_lit.flops import peak_flops, token_flops
 from qwen_lit.hardware import cpu_has_bf16
 from qwen_lit.model.optim import schedule
 from qwen_lit.report import chart, number, scale
-from tests.runs import lengths, stopping, trace
+from tests.runs import begun, lengths, stopping, trace
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def test_the_summary_holds_the_whole_run_across_a_resume(run):
     assert [point[0] for point in summary["history"]["loss"]] == list(range(1, 11))
     assert summary["resumed_at"] == [4] and summary["skipped_steps"] == 0
     assert [point[0] for point in summary["history"]["val_loss"]] == [5, 10]
-    assert summary["data"]["examples trained"] == 53 and summary["verdict"]["rows"] == 6
+    assert summary["data"]["examples_trained"] == 53 and summary["verdict"]["rows"] == 6
 
 
 def test_a_run_s_figures_are_those_of_its_rows_however_fast_it_was(arguments, tmp_path, model_folder, dataset, rows):
@@ -53,7 +56,7 @@ def test_a_run_s_figures_are_those_of_its_rows_however_fast_it_was(arguments, tm
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     panel, data = summary["throughput"], summary["data"]
     tokens, answers = (np.array(one) for one in lengths(rows, model_folder))
-    assert data["tokens in an epoch"] == tokens.sum() and data["supervised tokens"] == answers.sum()
+    assert data["tokens_in_an_epoch"] == tokens.sum() and data["supervised_tokens"] == answers.sum()
     share = answers.sum() / tokens.sum()
     # Rates are timed, their quotients are not.
     rate = panel["tokens_per_second"]
@@ -81,13 +84,13 @@ def test_tensorboard_counts_the_steps_of_the_log_and_shows_what_each_was_made_wi
     assert found["train/loss"] == [(line["step"], pytest.approx(line["loss"])) for line in lines]
     factor = schedule("cosine", 1, 10)
     assert found["train/lr"] == [(n, pytest.approx(2e-4 * factor(n - 1))) for n in range(1, 11)]
-    supervised = json.loads((run / "summary.json").read_text())["data"]["supervised tokens"]
+    supervised = json.loads((run / "summary.json").read_text())["data"]["supervised_tokens"]
     assert sum(value for _, value in found["train/supervised_tokens"]) == 2 * supervised
     assert found["train/skipped_steps"] == [(n, 0.0) for n in range(1, 11)]
     assert [step for step, _ in found["val/loss"]] == [5, 10]
     assert found["val/perplexity"] == [(step, pytest.approx(math.exp(value))) for step, value in found["val/loss"]]
     assert all(value > 0 for _, value in found["train/grad_norm"])
-    assert [step for step, _ in found["export/adapter_loss"]] == [10]
+    assert [step for step, _ in found["verdict/adapter_loss"]] == [10]
     of_table = set(re.findall(r"`(train/\w+)`", Path("README.md").read_text(encoding="utf-8")))
     only_on_a_gpu = {"train/flop_use", "train/memory_gib", "train/peak_memory_gib"}
     assert of_table - only_on_a_gpu == {tag for tag in found if tag.startswith("train/")}
@@ -100,7 +103,7 @@ def test_a_run_shorter_than_the_interval_shows_the_loss_of_its_last_step_everywh
     assert main(command(out, *options, *bar)) == 0
     last = trace(out)[-1]["loss"]
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["losses"]["loss"] == pytest.approx(last) and summary["history"]["loss"][-1][0] == 4
+    assert summary["last"]["loss"] == pytest.approx(last) and summary["history"]["loss"][-1][0] == 4
     assert f"step 4 of 4  loss {last:.3f}" in caplog.text and f"training {last:.4f} at step 4" in caplog.text
     assert scalars(out)["train/loss"] == [(4, pytest.approx(last))]
     assert scalars(out)["train/tokens_per_second"][0][0] == 4
@@ -144,10 +147,14 @@ def test_validate_without_rows_is_refused_and_without_a_checkpoint_says_what_it_
     assert not out.exists() or not list(out.rglob("*.yaml"))
 
 
-def test_a_share_that_holds_out_nothing_says_what_to_write(arguments, caplog):
-    assert main(["inspect", *arguments[1:], "--data.val_size", "0.001"]) == 0
-    assert "data.val_size is 0.001, which holds out none of 25 distinct rows" in caplog.text
-    assert "such as data.val_size: 2" in caplog.text
+def test_any_share_of_ten_rows_holds_out_one_and_of_fewer_says_what_to_write(arguments, rows, tmp_path, caplog):
+    for count, told in ((10, "9 rows to train on"), (9, "holds out none of 9 distinct rows")):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        options = ["--data.dataset_path", str(path), "--data.val_size", "0.000001"]
+        assert main(["inspect", *arguments[1:], *options]) == 0
+        assert told in caplog.text
+    assert "such as data.val_size: 1" in caplog.text
 
 
 def test_the_page_needs_nothing_else_and_shows_curves_samples_and_verdict(run):
@@ -181,14 +188,14 @@ def test_a_chart_of_points_that_are_not_finite_is_left_out():
 
 def test_the_start_says_what_is_trained_on_what_and_for_how_long(run, model_folder):
     summary = json.loads((run / "summary.json").read_text())
-    begun, data = summary["run"], summary["data"]
-    tokens, supervised = data["tokens in an epoch"], data["supervised tokens"]
+    told, data = begun(run), summary["data"]
+    tokens, supervised = data["tokens_in_an_epoch"], data["supervised_tokens"]
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
     # r x (inputs + outputs) of q, k, v and o, in two layers.
     trained = 4 * 2 * (2 * (64 + 64) + 2 * (64 + 32))
     total = sum(p.numel() for p in base.parameters()) + trained
-    assert begun == {
+    assert told == {
         "model": f"{model_folder} ({total / 1e6:.1f} million parameters)",
         "trained": f"{trained:,} ({trained / total:.2%}): r=4, alpha=64 on k_proj, o_proj, q_proj, v_proj",
         "base": "quantisation nf4, double, 14 of 15 linears",
@@ -207,14 +214,15 @@ def test_the_summary_has_the_figures_of_data_verdict_samples_and_versions(run):
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["versions"]) >= {"torch", "transformers", "peft", "lightning", "bitsandbytes"}
     assert summary["versions"]["torch"] == torch.__version__
-    assert summary["losses"] == {name: summary["history"][name][-1][1] for name in ("loss", "val_loss")}
+    last = {name: summary["history"][name][-1][1] for name in ("loss", "val_loss")}
+    assert summary["last"] == {"step": 10, **last}
     assert summary["stopped"][1] == 3 and 0 <= summary["stopped"][0] <= 3
     lines = (run / "samples.jsonl").read_text("utf-8").splitlines()
     assert summary["samples"] == [json.loads(line) for line in lines] and lines
     assert summary["export"] == {} and summary["config"]["model"]["lora_config"]["r"] == 4
     data, manifest = summary["data"], json.loads((run / "checkpoints" / "step=00000010.json").read_text())
-    assert data["rows read"] == 59 and data["examples held out"] == 6
-    assert data["share supervised"] == f"{data['supervised tokens'] / data['tokens in an epoch']:.1%}"
+    assert data["rows_read"] == 59 and data["examples_held_out"] == 6
+    assert data["share_supervised"] == pytest.approx(data["supervised_tokens"] / data["tokens_in_an_epoch"], abs=1e-6)
     assert data["fingerprint"] and data["fingerprint"] in json.dumps(manifest)
 
 
@@ -226,8 +234,8 @@ def test_rows_that_are_skipped_dropped_and_changed_are_counted_in_the_summary(ar
     skip = ["--data.dataset_path", str(path), "--data.on_bad_row", "skip", "--data.max_length", "128"]
     assert main([*arguments, *skip, "--trainer.max_steps", "1", "--export.merge", "false"]) == 0
     data = json.loads((tmp_path / "out" / "summary.json").read_text())["data"]
-    assert (data["rows read"], data["examples trained"]) == (30, 27) and data["files"] == str(path)
-    assert (data["faulty, skipped"], data["dropped"], data["changed"]) == (2, 1, 2)
+    assert (data["rows_read"], data["examples_trained"]) == (30, 27) and data["files"] == str(path)
+    assert (data["faulty_skipped"], data["dropped"], data["changed"]) == (2, 1, 2)
 
 
 def test_the_start_is_told_in_lines_of_eighty_columns(command, tmp_path, caplog):
@@ -330,3 +338,64 @@ def test_early_stopping_and_a_profiler_work_from_the_configuration(command, tmp_
     out = tmp_path / "out"
     assert main(command(out, *stopper)) == 0
     assert json.loads((out / "summary.json").read_text())["steps"] == 10
+
+
+def test_the_summary_has_times_machine_and_paths_as_fields(run):
+    summary = json.loads((run / "summary.json").read_text())
+    started, ended = (datetime.fromisoformat(summary[name]) for name in ("started", "ended"))
+    assert started.tzinfo and (ended - started).total_seconds() == pytest.approx(summary["duration_seconds"], abs=2)
+    assert summary["attempts"] == 2 and summary["trained_seconds"] > 0
+    assert summary["hardware"]["type"] == "cpu" and summary["hardware"]["count"] == 1 and summary["hardware"]["name"]
+    assert summary["versions"]["python"] == platform.python_version() and "cuda" in summary["versions"]
+    # The tests run in a checkout of this project.
+    assert re.fullmatch("[0-9a-f]{40}", summary["git"]["commit"]) and summary["git"]["dirty"] in (True, False)
+    facts = summary["run"]
+    assert (facts["learning_rate"], facts["r"], facts["lora_alpha"], facts["rows"]) == (2e-4, 4, 64, 53)
+    assert (facts["steps"], facts["steps_per_epoch"], facts["epochs"], facts["begins_at"]) == (10, 5, 2, 4)
+    assert summary["best"]["step"] in (5, 10) and summary["best"]["val_loss"] <= summary["last"]["val_loss"]
+    assert summary["exported"]["step"] == 10 and summary["exported"]["checkpoint"] == "last"
+    assert {Path(path).relative_to(run).parts[0] for path in summary["files"].values()} == {
+        "lora_adapter", "final_model", "checkpoints", "config.yaml", "samples.jsonl", "logs", "summary.json",
+        "report.html",
+    }  # fmt: skip
+    # Words stand where words are values, never sentences.
+    sections = ("run", "hardware", "last", "best", "throughput", "exported")
+    assert all(not str(one).endswith(".") for name in sections for one in summary[name].values())
+
+
+def test_the_end_says_how_long_it_took_what_was_best_and_what_to_do_next(command, tmp_path, caplog):
+    out = tmp_path / "my out"
+    assert main(command(out, "--samples.rows", "1")) == 0
+    best = json.loads((out / "summary.json").read_text())["best"]
+    told = [record.message for record in caplog.records if record.name == "qwen_lit.callbacks.report"]
+    assert f"best         validation {best['val_loss']:.4f} at step {best['step']}" in told
+    assert re.fullmatch(r"done in      \d:\d\d:\d\d", told[-5])
+    assert told[-4].startswith("exported     step 10, the last")
+    assert told[-3:] == [f"talk to it   qwen-lit chat '{out}'", f"curves       tensorboard --logdir '{out}/logs'",
+                         f"report       {out}/report.html"]  # fmt: skip
+    (question,) = {json.loads(line)["prompt"] for line in (out / "samples.jsonl").read_text("utf-8").splitlines()}
+    asked = question.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0].split()
+    assert any(line.startswith("sample 1 at step 5: " + asked[0]) for line in caplog.messages)
+
+
+def test_attempts_from_one_step_keep_a_configuration_each(command, tmp_path):
+    out, quick = tmp_path / "out", ["--export.merge", "false"]
+    assert main(command(out, *quick, "--trainer.max_steps", "3")) == 0
+    checkpoint = ["--ckpt_path", str(out / "checkpoints" / "step=00000003.ckpt")]
+    for rate in ("0.003", "0.004"):
+        options = ["--model.learning_rate", rate, "--trainer.max_steps", "4"]
+        assert main(command(out, *quick, *options, *checkpoint)) == 0
+    rates = {name: yaml.safe_load((out / f"{name}.yaml").read_text())["model"]["learning_rate"]
+             for name in ("config-3", "config-3-2", "config")}  # fmt: skip
+    assert rates == {"config-3": 0.0002, "config-3-2": 0.003, "config": 0.004}
+
+
+def test_the_page_says_what_run_and_when_shows_turns_and_marks_the_best(run, model_folder):
+    text = (run / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((run / "summary.json").read_text())
+    day = summary["ended"][:10]
+    assert f"<title>out: training report, {day}</title>" in text and f"<h1>out: {model_folder.name}</h1>" in text
+    assert "&lt;|im_start|&gt;" not in text and '<dd class="asked">Say ' in text
+    assert "class=best" in text and f"best, step {summary['best']['step']}" in text
+    shares = summary["data"]["share_supervised"], summary["throughput"]["share_saving"]
+    assert all(f"{share:.1%}" in text for share in shares)

@@ -9,7 +9,7 @@ import torch
 
 from qwen_lit.cli import main
 from qwen_lit.model.optim import schedule
-from tests.runs import same, trace
+from tests.runs import begun, same, trace
 
 
 def lines(caplog) -> str:
@@ -99,7 +99,7 @@ def test_a_run_in_slots_of_time_is_the_run_that_was_left_alone(command, tmp_path
         made = len(trace(slots))
     assert many == [3, 3, 3, 1]
     assert same(whole, slots) and rates(slots) == rates(whole)
-    run = json.loads((slots / "summary.json").read_text())["run"]["run"]
+    run = begun(slots)["run"]
     assert run.startswith("10 optimizer steps, 2 epochs of 5, at most 1 day, 0:00:00 (the schedule is that of all")
     caplog.clear()
     assert main(command(slots, "--ckpt_path", "last")) == 0
@@ -114,7 +114,7 @@ def test_without_a_known_end_the_rate_is_constant_and_no_time_is_guessed(command
                "--trainer.callbacks.name=use_up_the_time"]  # fmt: skip
     assert main(command(out, *endless)) == 0
     assert len(trace(out)) == 7 and rates(out) == pytest.approx([1e-4] + [2e-4] * 6)
-    assert "no known end, at most 1 day, 0:00:00" in json.loads((out / "summary.json").read_text())["run"]["run"]
+    assert "no known end, at most 1 day, 0:00:00" in begun(out)["run"]
     assert "-1 day" not in caplog.text and " left" not in caplog.text
 
 

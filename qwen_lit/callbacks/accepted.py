@@ -55,7 +55,7 @@ def check_trainer(config: Any, command: str) -> None:
     """Refuse what cannot work, and give each callback of Lightning what it leaves open.
 
     Args:
-        config: of the command, with the sections ``trainer`` and ``data`` and ``output_dir``; changed in place.
+        config: of the command, with the sections ``trainer``, ``data``, ``export`` and ``output_dir``; is changed.
         command: whose configuration it is.
 
     Raises:
@@ -73,6 +73,8 @@ def check_trainer(config: Any, command: str) -> None:
             given.init_args.interval = str(getattr(given.init_args.interval, "value", given.init_args.interval))
     if command not in TRAINING:
         return
+    if command == "fit" and config.export.checkpoint == "best" and (reason := unvalidated(config)):
+        raise UserError(f"export.checkpoint is best, but {reason}, or export.checkpoint: last.")
     _check_options(trainer)
     for given, kind in callbacks:
         for name, reason in REFUSED.items():
@@ -176,22 +178,34 @@ def _check_monitor(config: Any, name: str, given: Any, own: bool) -> None:
         raise UserError(f"{key}, which is never logged; it can be one of {', '.join((*VALIDATED, *EVERY_STEP))}.")
     if given.monitor not in VALIDATED or (name == "EarlyStopping" and not given.strict):
         return
-    trainer, data = config.trainer, config.data
-    if not data.val_size and not data.val_dataset_path:
-        raise UserError(f"{key}, but no rows are held out; set data.val_size or data.val_dataset_path.")
-    if trainer.limit_val_batches == 0:
-        raise UserError(f"{key}, but trainer.limit_val_batches is 0; leave it out.")
-    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
-    if isinstance(every, int) and epochs and 0 < epochs < every:
-        raise UserError(
-            f"{key}, but trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}: nothing is "
-            "validated; lower the first."
-        )
+    if reason := unvalidated(config):
+        raise UserError(f"{key}, but {reason}.")
+    every = config.trainer.check_val_every_n_epoch
     if given.get("check_on_train_epoch_end") and every != 1:
         raise UserError(
             f"{key} at the end of every epoch, but validation does not come in each; leave check_on_train_epoch_end "
             "out."
         )
+
+
+def unvalidated(config: Any) -> str | None:
+    """Why no validation will come, with the remedy; None where one will.
+
+    Args:
+        config: of a command, with the sections ``trainer`` and ``data``.
+    """
+    trainer, data = config.trainer, config.data
+    if not data.val_size and not data.val_dataset_path:
+        return "no rows are held out; set data.val_size or data.val_dataset_path"
+    if trainer.limit_val_batches == 0:
+        return "trainer.limit_val_batches is 0; leave it out"
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+    if isinstance(every, int) and epochs and 0 < epochs < every:
+        return (
+            f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}: nothing is validated; lower "
+            "the first"
+        )
+    return None
 
 
 def check_held_out(callbacks: Iterable[Any], rows: int) -> None:

@@ -4,18 +4,18 @@ import logging
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from qwen_lit.callbacks.resumed import has_ended
-from qwen_lit.callbacks.store import AtomicCheckpointIO, clear_partial, remove, step_files
+from qwen_lit.callbacks.store import AtomicCheckpointIO, clear_partial, remove, step_files, step_of
 from qwen_lit.checks import check_ranges
 from qwen_lit.errors import RunError
 from qwen_lit.model.resume import settings
-from qwen_lit.run import CHECKPOINTS, set_newer_aside
+from qwen_lit.run import BEST, CHECKPOINTS, set_newer_aside
 from qwen_lit.signals import INTERRUPTS
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ class RunCheckpoint(Checkpoint):
         self.every_n_train_steps, self.keep = every_n_train_steps, keep
         self.folder = Path(output_dir) / CHECKPOINTS
         self.saved_step = self.seen_step = 0
-        self.best = float("inf")
+        self.best, self.best_step = float("inf"), cast("int | None", None)
+        """The lowest validation loss, in nats a token, and its step; None before a validation."""
         self.validation_due = self.ending = False
         self.rng: list[dict[str, Any]] = []
         self.stalled = 0.0
@@ -73,8 +74,8 @@ class RunCheckpoint(Checkpoint):
             return
         if trainer.is_global_zero:
             set_newer_aside(self.folder.parent, trainer.global_step)
-        if not trainer.strategy.broadcast((self.folder / "best.ckpt").is_file()):
-            self.best = float("inf")
+        if not trainer.strategy.broadcast((self.folder / BEST).is_file()):
+            self.best, self.best_step = float("inf"), None
 
     @staticmethod
     def _validate(trainer: Any) -> None:
@@ -157,9 +158,9 @@ class RunCheckpoint(Checkpoint):
         if loss is None:
             return
         if float(loss) < self.best:
-            self.best = float(loss)
+            self.best, self.best_step = float(loss), trainer.global_step
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                trainer.save_checkpoint(self.folder / "best.ckpt", storage_options={"manifest": _manifest(trainer)})
+                trainer.save_checkpoint(self.folder / BEST, storage_options={"manifest": _manifest(trainer)})
             log.info("best validation loss %.4f at step %d", self.best, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -236,6 +237,7 @@ class RunCheckpoint(Checkpoint):
         return {
             "saved_step": self.saved_step,
             "best": self.best,
+            "best_step": self.best_step,
             "rng": self.rng,
             "validation_due": self.validation_due,
         }
@@ -250,6 +252,8 @@ class RunCheckpoint(Checkpoint):
         """Take over the counters; the generators follow in ``on_train_start``."""
         self.saved_step, self.best, self.rng = state_dict["saved_step"], state_dict["best"], state_dict["rng"]
         self.validation_due = state_dict["validation_due"]
+        # A checkpoint that does not say has it in the file of the best.
+        self.best_step = state_dict["best_step"] if "best_step" in state_dict else step_of(self.folder / BEST)
 
 
 def _manifest(trainer: Any) -> dict[str, Any]:

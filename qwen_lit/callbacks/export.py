@@ -5,9 +5,11 @@ import logging
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
@@ -17,7 +19,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from qwen_lit.callbacks.logger import RunLogger
+from qwen_lit.callbacks.checkpoint import RunCheckpoint
+from qwen_lit.callbacks.store import is_whole, step_of
+from qwen_lit.callbacks.trackers import log_verdict
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
 from qwen_lit.errors import UserError
@@ -27,11 +31,11 @@ from qwen_lit.export.folder import ExportError, commit_folder
 from qwen_lit.export.gguf import GgufType
 from qwen_lit.export.kquants import missing_quantizer
 from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part, run
-from qwen_lit.export.verdict import Verdict
 from qwen_lit.quantization import base_name
-from qwen_lit.run import ADAPTER, MERGED
+from qwen_lit.run import ADAPTER, BEST, MERGED, trained_at
 
 log = logging.getLogger(__name__)
+NO_BEST = "the best checkpoint"
 
 
 class Export(Callback):
@@ -40,6 +44,7 @@ class Export(Callback):
     def __init__(
         self,
         merge: bool = True,
+        checkpoint: Literal["last", "best"] = "last",
         merge_base: MergeBase = "original",
         gguf: GgufType | None = None,
         verdict_rows: int = 32,
@@ -50,6 +55,7 @@ class Export(Callback):
 
         Args:
             merge: write the merged bf16 model as well as the adapter.
+            checkpoint: what is exported: last, the end of the run; or best, the lowest validation loss.
             merge_base: add the adapter to the original bf16 weights, or to the 4-bit weights as trained; auto
                 measures both on held-out rows and keeps the one with the lower loss, or else the nearer one.
             gguf: also write the merged model as GGUF, with its matrices in q8_0, f16 or bf16, or, by llama.cpp's own
@@ -58,19 +64,27 @@ class Export(Callback):
             smoke_rows: trained prompts that the merged model answers, to see that it stops; 0 tries none.
             output_dir: set by the top-level output_dir.
         """
-        self.merge, self.merge_base, self.gguf = merge, merge_base, gguf
+        self.merge, self.checkpoint, self.merge_base, self.gguf = merge, checkpoint, merge_base, gguf
         self.verdict_rows, self.smoke_rows = verdict_rows, smoke_rows
         self.folder = Path(output_dir)
         self.training_config: dict[str, Any] = {}
         self.told: Told | None = None
         self.missing: dict[str, str] = {}
+        self.made: dict[str, Any] = {}
+        """Of which checkpoint the adapter is: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """What cannot be exported is known before anything is trained.
 
         Raises:
-            UserError: the adapter cannot be merged, or GGUF cannot be written.
+            UserError: the adapter cannot be merged, GGUF cannot be written, or there will be no best checkpoint.
         """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and self.checkpoint == "best" and not len(data.val_rows):
+            raise UserError(
+                "export.checkpoint is best, but data.val_size holds out no row; give a larger share, or a count such "
+                "as data.val_size: 8, or export.checkpoint: last."
+            )
         if stage != "fit" or not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module = cast(Any, pl_module)
@@ -98,22 +112,33 @@ class Export(Callback):
         assert module.model is not None
         adapter = self.folder / ADAPTER
         partial = adapter.with_name(adapter.name + ".tmp")
-        with part(adapter.name, self.missing):
+        saver = next(one for one in trainer.callbacks if isinstance(one, RunCheckpoint))  # type: ignore[attr-defined]
+        self.made = {"checkpoint": "last", "step": trainer.global_step}
+        weights = None
+        if self.checkpoint == "best":
+            with part(NO_BEST, self.missing):
+                weights = best_weights(saver)
+                self.made = {"checkpoint": "best", "step": saver.best_step, "val_loss": saver.best}
+        elif saver.best_step == trainer.global_step:
+            self.made["val_loss"] = saver.best
+        with part(adapter.name, self.missing), holding(module, weights):
             shutil.rmtree(partial, ignore_errors=True)
             initial = module.initial_adapter.name if module.initial_adapter else None
             module.model.save_pretrained(
                 str(partial), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
             )
-            finish_adapter(partial, module.name, self.training_config)
+            finish_adapter(partial, module.name, self.training_config, self.made)
             commit_folder(partial, adapter)
-            log.info("adapter written to %s", adapter)
+            log.info("adapter of step %d written to %s", self.made["step"], adapter)
         names = {"train/loss": "train, last step", "val/loss": "validation, last", "val/perplexity": "perplexity"}
         metrics = {text: float(trainer.callback_metrics[key]) for key, text in names.items()
                    if key in trainer.callback_metrics}  # fmt: skip
+        if saver.best_step is not None:
+            metrics[f"validation, best (step {saver.best_step})"] = saver.best
         if adapter.name in self.missing:
             # What there is of it takes the room that the report needs.
             shutil.rmtree(partial, ignore_errors=True)
-        else:
+        elif NO_BEST not in self.missing:
             with part(MERGED, self.missing):
                 self.export(trainer, adapter, module, metrics)
         if self.missing:
@@ -129,11 +154,11 @@ class Export(Callback):
         """
         if self.merge:
             self.check_gguf()
-        adapter = path
+        adapter, self.made = path, trained_at(path)
         if path.is_file():
             adapter = self.folder / ADAPTER
-            adapter_from_checkpoint(path, module.lora_config, module.name, adapter, self.training_config)
-            log.info("adapter written to %s", adapter)
+            adapter_from_checkpoint(path, module.lora_config, module.name, adapter, self.training_config, self.made)
+            log.info("adapter of step %d written to %s", self.made["step"], adapter)
         self.export(trainer, adapter, module, {})
         if self.missing:
             raise ExportError(self.said())
@@ -156,7 +181,9 @@ class Export(Callback):
             base_dir=module.folder,
             out_dir=self.folder / MERGED,
             tokenizer=data.tokenizer,
-            told=Told(config=self.training_config, data=data.facts(), losses=losses, missing=self.missing),
+            told=Told(
+                config=self.training_config, data=data.facts(), losses=losses, missing=self.missing, made=self.made
+            ),
             held=module.held_weights(device),
             merge_base=self.merge_base,
             gguf=self.gguf,
@@ -167,16 +194,20 @@ class Export(Callback):
             device=device,
         )
         self.told = job.told
-        run(job, lambda verdict: _log_verdict(trainer, verdict))
+        step = self.made.get("step") or trainer.global_step
+        run(job, lambda verdict: log_verdict(trainer.loggers, verdict.as_dict(), step))
 
     def again(self) -> str:
         """The command that exports once more what is missing."""
         changed = str(self.training_config["model"]["lora_config"]["init_lora_weights"]).lower()
         config = shlex.quote(str(self.folder / "config.yaml"))
-        if "lora_adapter" not in self.missing:
+        if NO_BEST in self.missing:
+            return f"python -m qwen_lit export --config {config} --export.checkpoint last"
+        if ADAPTER not in self.missing:
             return f"python -m qwen_lit export --config {config}"
-        command = "fit" if changed.startswith(RESIDUAL_INITS) else "export"
-        return f"python -m qwen_lit {command} --config {config} --ckpt_path last"
+        if changed.startswith(RESIDUAL_INITS):
+            return f"python -m qwen_lit fit --config {config} --ckpt_path last"
+        return f"python -m qwen_lit export --config {config} --ckpt_path {self.checkpoint}"
 
     def said(self) -> str:
         """One line on what is missing."""
@@ -184,7 +215,48 @@ class Export(Callback):
         for name, reason in self.missing.items():
             by_reason.setdefault(reason, []).append(name)
         reasons = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in by_reason.items())
-        return f"not exported: {reasons}. What was trained is safe; once that is put right: {self.again()}"
+        then = "once that is put right"
+        if NO_BEST in self.missing and ADAPTER not in self.missing:
+            then = f"{ADAPTER}/ is of the last step, {self.made['step']}, and to export that"
+        return f"not exported: {reasons}. What was trained is safe; {then}: {self.again()}"
+
+
+def best_weights(saver: RunCheckpoint) -> dict[str, torch.Tensor]:
+    """The trained weights of the best checkpoint, by their names in ``QwenModule``.
+
+    Raises:
+        ExportError: there is none, or it is damaged or of another step.
+    """
+    path = saver.folder / BEST
+    if saver.best_step is None:
+        raise ExportError("no validation has come, so none is the best")
+    if not path.is_file():
+        raise ExportError(f"{path} is not there")
+    if not is_whole(path):
+        raise ExportError(f"{path} is damaged")
+    if (step := step_of(path)) != saver.best_step:
+        raise ExportError(f"{path} is of step {step}; that of step {saver.best_step} could not be written")
+    found: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    return found
+
+
+@contextmanager
+def holding(module: Any, weights: dict[str, torch.Tensor] | None) -> Iterator[None]:
+    """Let a module have other trained weights for a while; its own are put back bit for bit.
+
+    Args:
+        module: ``QwenModule``.
+        weights: all of its trained ones, by its names; None changes nothing.
+    """
+    if weights is None:
+        yield
+        return
+    own = {name: tensor.to("cpu", copy=True) for name, tensor in module.state_dict().items()}
+    module.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        module.load_state_dict(own)
 
 
 def check_mergeable(lora: LoraConfig, config: Any) -> None:
@@ -212,17 +284,6 @@ def check_mergeable(lora: LoraConfig, config: Any) -> None:
             f"model.lora_config.{options[0]} cannot be merged into the base; leave it out, or set export.merge to "
             "false and serve lora_adapter/ with PEFT."
         )
-
-
-def _log_verdict(trainer: Any, verdict: Verdict) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, RunLogger):
-            values = {"export/adapter_loss": verdict.adapter_loss}
-            for name, one in verdict.merges.items():
-                values |= {f"export/{name}_loss": one.loss, f"export/{name}_kl": one.kl}
-                values[f"export/{name}_same_top"] = one.same_top
-            logger.log_metrics(values, trainer.global_step - 1)
-            logger.save()
 
 
 def spread(rows: Rows, count: int) -> list[Example]:

@@ -11,15 +11,16 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tqdm.utils import disp_len, disp_trim
 
-from qwen_lit.callbacks.logger import RunLogger
+from qwen_lit.callbacks.trackers import log_samples
 from qwen_lit.data.text import opening
 from qwen_lit.export.serving import end_tokens
+from qwen_lit.lines import question
 
 log = logging.getLogger(__name__)
 
 
 class Samples(Callback):
-    """Answers to the log, to TensorBoard and to ``output_dir/samples.jsonl``."""
+    """Answers to the log, to the loggers and to ``output_dir/samples.jsonl``."""
 
     def __init__(
         self,
@@ -112,16 +113,13 @@ class Samples(Callback):
             file.writelines(kept)
             for number, line in enumerate(lines):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                log.info("sample %d at step %d: %s", number + 1, line["step"], _short(line["answer"]))
+                log.info("sample %d at step %d: %s", number + 1, line["step"], _short(question(line["prompt"])))
+                log.info("  -> %s", _short(line["answer"]))
         os.replace(partial, self.path)
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                for number, line in enumerate(lines):
-                    text = f"```\n{line['prompt']}\n```\n\n{line['answer']}"
-                    logger.add_text(f"sample/{number + 1}", text, line["step"])
+        log_samples(trainer.loggers, [*map(json.loads, kept), *lines], len(lines))
 
 
-def _short(text: str, most: int = 72) -> str:
+def _short(text: str, most: int = 60) -> str:
     """The text in so many columns of a terminal."""
     flat = " ".join(text.split())
     return flat if disp_len(flat) <= most else disp_trim(flat, most - 1) + "…"

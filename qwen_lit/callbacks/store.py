@@ -208,6 +208,17 @@ def step_of(path: Path) -> int | None:
     return None
 
 
+def best_of(path: Path) -> dict[str, float]:
+    """``val_loss`` of a checkpoint that was the best when it was written; empty for any other.
+
+    Args:
+        path: of a whole checkpoint.
+    """
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    own = state.get("callbacks", {}).get("RunCheckpoint", {})
+    return {"val_loss": float(own["best"])} if own.get("best_step") == state["global_step"] else {}
+
+
 def is_whole(path: Path) -> bool:
     """Whether a checkpoint has the size and digest of its manifest; without one, whether its archive is sound."""
     try:

@@ -1,6 +1,5 @@
 """The audit of a whole dataset before any training, and rows as they will be trained."""
 
-import html
 import math
 import textwrap
 from collections.abc import Iterable
@@ -258,47 +257,3 @@ def find_rows(rows: Rows, wanted: str) -> list[int]:
 def spread_rows(rows: Rows, count: int) -> list[int]:
     """Numbers of ``count`` examples, spread over the data."""
     return sorted(set(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int).tolist()))
-
-
-STYLE = """
-body{font:15px/1.6 system-ui,"PingFang SC","Microsoft YaHei",sans-serif;max-width:60rem;margin:2rem auto;
-padding:0 1rem;color:#1a1a1a;background:#fff}
-h1{font-size:1.5rem}table{border-collapse:collapse}td,th{padding:.2rem 1rem .2rem 0;
-text-align:left;vertical-align:top}.bar{background:#2a7ae2;height:.8rem;display:inline-block}pre{white-space:pre-wrap;
-overflow-wrap:anywhere;background:#f6f6f4;padding:.8rem;border-radius:6px}mark{background:#c8f0cd;color:inherit}
-.bad{color:#b00020}.good{color:#1b7f3b}summary{cursor:pointer}
-@media(prefers-color-scheme:dark){body{background:#161616;color:#e6e6e6}pre{background:#222}mark{background:#1f5a2c}}
-"""
-
-
-def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: Any) -> str:
-    """The audit and some rows as one page that needs nothing else."""
-    told = {f"  {fault.source}: {fault.message}" for fault in result.report.first}
-    table = ""
-    for line in text_report(result):
-        if not line.startswith("  "):
-            table += f"<tr><th>{html.escape(line[:16].strip())}<td>{html.escape(line[16:].strip())}"
-        elif not line.startswith("  ≤") and line not in told:
-            table += f"<br>{html.escape(line.strip())}"
-    most = max(count for _, count in result.histogram)
-    bars = "".join(
-        f'<tr><td>≤ {edge:,}<td><span class="bar" style="width:{30 * count / most:.2f}rem"></span> {count:,}'
-        for edge, count in result.histogram
-    )
-    faults = "".join(f"<li>{html.escape(fault.source)}: {html.escape(fault.message)}" for fault in result.report.first)
-    shown = []
-    for number in numbers:
-        place, note = rows.place(number)
-        body = "".join(
-            f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text)
-            for text, trained in pieces(rows, number, tokenizer)
-        )
-        title = html.escape(f"{place} {note and f'({note})'}")
-        shown.append(f"<details open><summary>{title}</summary><pre>{body}</pre></details>")
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Dataset audit</title><style>{STYLE}</style>'
-        f'<h1>Dataset audit</h1><p class="{"bad" if result.problems else "good"}">{html.escape(result.verdict)}</p>'
-        f"<table>{table}</table><h2>Tokens in a row</h2><table>{bars}</table>"
-        + (f"<h2>First faults</h2><ul>{faults}</ul>" if faults else "")
-        + f"<h2>Rows</h2><p>Trained text is <mark>marked</mark>.</p>{''.join(shown)}</html>"
-    )

@@ -29,9 +29,12 @@ from qwen_lit.data.report import LOSSES, Report
 from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Source, Value, as_sources, expand
 from qwen_lit.errors import UserError, refuse_changes
+from qwen_lit.lines import plural
 from qwen_lit.signals import leave_to_parent
 
 log = logging.getLogger(__name__)
+SPARES_ONE = 10
+"""Distinct rows of which a share of any size holds out one at least."""
 
 
 class QwenDataModule(L.LightningDataModule):
@@ -66,8 +69,8 @@ class QwenDataModule(L.LightningDataModule):
                 of {"text": …}), which is trained as it is.
             val_dataset_path: rows for validation; null takes val_size of the training rows.
             val_size: rows held out, chosen by content, each of which keeps its side when the files grow: a share below
-                1, or a count of distinct rows, which the same share of later rows joins. Of a text of more than 20,000
-                characters, blocks are held out; a shorter one is on one side as a whole.
+                1, of ten rows or more one at least; or a count of distinct rows, which the same share of later rows
+                joins. Of a text of more than 20,000 characters, blocks are held out; a shorter one is on one side.
             batch_size: rows in a micro-batch; with packing, it holds batch_size x max_length tokens.
             max_length: longest row, in tokens; longer raw text is cut into blocks, and none of it is lost.
             packing: fill micro-batches with whole rows end to end instead of padding; none sees another.
@@ -205,9 +208,11 @@ class QwenDataModule(L.LightningDataModule):
         """Rows whose hash is below this are held out."""
         if not self.val_size:
             return np.uint64(0)
-        if self.val_size < 1:
-            return np.uint64(int(self.val_size * 2**64))
         distinct, count = np.unique(hashes), int(self.val_size)
+        if self.val_size < 1:
+            share = np.uint64(int(self.val_size * 2**64))
+            # A file that can spare a row has one to measure on, however small the share.
+            return distinct[1] if len(distinct) >= SPARES_ONE and distinct[0] >= share else share
         if count >= len(distinct):
             raise UserError(
                 f"data.val_size is {count}, but there are {len(distinct)} distinct rows; give a smaller count, or a "
@@ -246,9 +251,9 @@ class QwenDataModule(L.LightningDataModule):
             log.warning("not all is trained: %s (each is named in %s)", "; ".join(lost), folder / "rows.log")
         for kind, count in self.report.changed.items():
             if kind not in LOSSES:
-                log.warning("%d rows changed: %s (named in %s)", count, kind, folder / "rows.log")
+                log.warning("%s changed: %s (named in %s)", plural(count, "row"), kind, folder / "rows.log")
         if self.report.texts:
-            log.info("raw text, trained as it is: %s blocks", f"{self.report.blocks:,}")
+            log.info("raw text, trained as it is: %s", plural(self.report.blocks, "block"))
         if told := self.report.expanded():
             log.info("%s", told)
         tell_unread(self.report.unread)
@@ -256,8 +261,9 @@ class QwenDataModule(L.LightningDataModule):
             log.warning("%s", absent)
         supervised, tokens = self.train_rows.column("supervised").sum(), self.train_rows.column("length").sum()
         log.info(
-            "%d rows to train on (%s tokens, %.0f %% supervised), %d to validate",
-            len(self.train_rows), f"{tokens:,}", 100 * supervised / max(tokens, 1), len(self.val_rows),
+            "%s to train on (%s, %.0f %% supervised), %d to validate",
+            plural(len(self.train_rows), "row"), plural(int(tokens), "token"), 100 * supervised / max(tokens, 1),
+            len(self.val_rows),
         )  # fmt: skip
 
     def _nothing_left(self, folder: Path) -> str:
@@ -282,14 +288,14 @@ class QwenDataModule(L.LightningDataModule):
         blocks = int((self.train_rows.column("text") > 0).sum())
         return {
             "files": ", ".join(source.path for source in self.sources),
-            "rows read": self.report.rows,
-            "examples trained": len(self.train_rows),
-            "examples held out": len(self.val_rows),
-            **({"of them blocks of raw text": blocks} if blocks else {}),
-            "tokens in an epoch": int(tokens),
-            "supervised tokens": int(supervised),
-            "share supervised": f"{supervised / max(1, tokens):.1%}",
-            "faulty, skipped": sum(self.report.faults.values()),
+            "rows_read": self.report.rows,
+            "examples_trained": len(self.train_rows),
+            "examples_held_out": len(self.val_rows),
+            **({"blocks_of_raw_text": blocks} if blocks else {}),
+            "tokens_in_an_epoch": int(tokens),
+            "supervised_tokens": int(supervised),
+            "share_supervised": round(float(supervised / max(1, tokens)), 6),
+            "faulty_skipped": sum(self.report.faults.values()),
             "dropped": sum(self.report.dropped.values()),
             "changed": sum(self.report.changed.values()),
             "fingerprint": self._rows_digest(),

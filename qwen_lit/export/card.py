@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qwen_lit.environment import versions
 from qwen_lit.export.commands import adapter_section, merged_section, request, served_name
 from qwen_lit.export.folder import open_tensors, read_json, write_json
-from qwen_lit.names import base_reference, hub_name
+from qwen_lit.names import TRAINED_AT, base_reference, hub_name
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
-BLOCKS = "of them blocks of raw text"
+BLOCKS = "blocks_of_raw_text"
 """What the data's facts call examples that are no conversation."""
 
 
@@ -82,6 +81,8 @@ class Told:
     """Of the GGUF file in the model folder, its name."""
     missing: dict[str, str] = field(default_factory=dict)
     """What could not be exported, and why."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """Of which checkpoint the adapter is: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
 
 
 def model_card(told: Told) -> str:
@@ -90,7 +91,7 @@ def model_card(told: Told) -> str:
     begun = told.config.get("model", {}).get("init_adapter")
     lora, name = told.adapter.config if told.adapter else {}, served_name(told.config, base)
     blocks = int(told.data.get(BLOCKS, 0))
-    both = blocks and blocks < int(told.data.get("examples trained", 0))
+    both = blocks and blocks < int(told.data.get("examples_trained", 0))
     taught = "taught from instructions" if not blocks else "trained on raw text" + " and instructions" * bool(both)
     weights = f"weights as they were trained on, in {told.held_in}."
     parts = [
@@ -98,7 +99,8 @@ def model_card(told: Told) -> str:
         f"# {Path(base).name}, {taught}",
         f"A LoRA adapter (r={lora.get('r')}, alpha={lora.get('lora_alpha')}) trained on `{base}` and merged into its "
         + ("bf16 weights." if told.merge_base == "original" else weights)
-        + (f" The adapter was trained on from `{begun}`." if begun else ""),
+        + (f" The adapter was trained on from `{begun}`." if begun else "")
+        + _made(told.made),
         "## Serve",
         *merged_section(name, told.gguf),
         *(adapter_section(told.adapter, name, base, told.adapter_path, told.config) if told.adapter else []),
@@ -109,7 +111,7 @@ def model_card(told: Told) -> str:
             "the server's `/v1/completions`, which adds no template."
         )
     if told.data:
-        parts += ["## Data", _table(told.data)]
+        parts += ["## Data", _table({name.replace("_", " "): _shown(one) for name, one in told.data.items()})]
     if told.losses:
         parts += ["## Losses", _table({name: f"{value:.4f}" for name, value in told.losses.items()})]
     if told.verdict:
@@ -126,28 +128,31 @@ def model_card(told: Told) -> str:
         ]
     if told.stopped:
         parts.append(f"{told.stopped[0]} of {told.stopped[1]} trained prompts ended at `<|im_end|>` by themselves.")
-    parts += ["## Versions", _table({name: version(name) for name in LIBRARIES})]
+    parts += ["## Versions", _table({name: one for name, one in versions().items() if one})]
     settings = json.dumps(told.config, indent=1, ensure_ascii=False, default=str)
     parts += ["## Configuration", f"<details><summary>all of it</summary>\n\n```json\n{settings}\n```\n</details>"]
     return "\n\n".join(parts) + "\n"
 
 
-def finish_adapter(folder: Path, base: str, run: dict[str, Any]) -> None:
+def finish_adapter(folder: Path, base: str, run: dict[str, Any], made: dict[str, Any] | None = None) -> None:
     """Let an adapter folder name its base so that any tool finds it, keep how it was trained, and give it a card.
 
     Args:
         folder: as PEFT has written it.
         base: the base model's folder or hub name.
         run: the configuration of the run.
+        made: of which checkpoint it is.
     """
     write_json(folder / "training_config.json", run)
+    if made:
+        write_json(folder / TRAINED_AT, made)
     config = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": base_reference(base)}
     write_json(folder / "adapter_config.json", config)
     facts, name = AdapterFacts.read(folder), served_name(run, base)
     parts = [
         _front_matter(base, {"library_name": "peft", "tags": ["qwen_lit", "lora"]}),
         f"# LoRA adapter for {Path(base).name}",
-        f"r={config.get('r')}, alpha={config.get('lora_alpha')}, trained on `{base}`.",
+        f"r={config.get('r')}, alpha={config.get('lora_alpha')}, trained on `{base}`.{_made(made or {})}",
         "## Serve",
         "In the terminal: `qwen-lit chat .`, in the folder of this file.",
         *adapter_section(facts, name, base, ".", run),
@@ -162,6 +167,21 @@ def _front_matter(base: str, facts: dict[str, Any]) -> str:
     if hub_name(base):
         values["base_model"] = base
     return f"---\n{yaml.safe_dump(values, allow_unicode=True, sort_keys=False)}---"
+
+
+def _made(made: dict[str, Any]) -> str:
+    """Which step of the run it is."""
+    if not made:
+        return ""
+    names = {"last": "the last of the run", "best": "the best of the run by validation loss"}
+    loss = f"; validation loss {made['val_loss']:.4f} nats a token" if "val_loss" in made else ""
+    name = names.get(made["checkpoint"], f"from `{made['checkpoint']}`")
+    return f" It is that of optimizer step {made['step']:,}, {name}{loss}."
+
+
+def _shown(value: Any) -> str:
+    """A count with its thousands; a share as percent."""
+    return f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _table(values: dict[str, Any]) -> str:

@@ -169,7 +169,9 @@ def try_prompts(job: Job) -> tuple[int, int]:
     return stopped, len(job.taught)
 
 
-def adapter_from_checkpoint(path: Path, lora: Any, base_name: str, out_dir: Path, run: dict[str, Any]) -> None:
+def adapter_from_checkpoint(
+    path: Path, lora: Any, base_name: str, out_dir: Path, run: dict[str, Any], made: dict[str, Any] | None = None
+) -> None:
     """Write ``lora_adapter/`` from the trained weights in a checkpoint, as PEFT would.
 
     Args:
@@ -178,6 +180,7 @@ def adapter_from_checkpoint(path: Path, lora: Any, base_name: str, out_dir: Path
         base_name: the base model's folder or hub name.
         out_dir: the adapter's folder.
         run: the configuration of the run.
+        made: of which checkpoint it is, to be kept beside it.
 
     Raises:
         ExportError: the adapter counts from a base that its initialisation has changed.
@@ -193,5 +196,5 @@ def adapter_from_checkpoint(path: Path, lora: Any, base_name: str, out_dir: Path
     config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base_name, True
     config.save_pretrained(str(partial))
     save_file(weights(path), partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    finish_adapter(partial, base_name, run)
+    finish_adapter(partial, base_name, run, made)
     commit_folder(partial, out_dir)

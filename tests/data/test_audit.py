@@ -89,12 +89,16 @@ def test_one_row_is_found_by_its_place(inspect, rows):
     assert inspect(rows, "--row", "rows.jsonl:400")[0] == 2
 
 
-def test_the_page_holds_the_audit_and_escaped_rows(inspect, tmp_path):
+def test_the_page_holds_the_audit_and_escaped_rows(inspect, model_folder, tmp_path):
     page = tmp_path / "report.html"
     code, _ = inspect([{"instruction": "<script>", "output": "a & b"}], "--html", str(page))
     text = page.read_text(encoding="utf-8")
     assert code == 0 and "<mark>a &amp; b&lt;|im_end|&gt;</mark>" in text and "<script>" not in text
     assert "http" not in text
+    assert "<title>rows.jsonl: dataset audit, 20" in text and "at most 2,048 tokens a row" in text
+    assert "width=device-width" in text and f"{model_folder} · at most" in text
+    assert "<b>1</b><span>rows to train on</span>" in text
+    assert "<th>formats<td>alpaca 1" in text and "<th>verdict" not in text
 
 
 def test_a_row_that_is_not_trained_is_found_with_what_became_of_it(inspect, rows):

@@ -52,7 +52,7 @@ def test_a_full_disk_leaves_adapter_report_and_the_command_that_exports_again(ru
     assert "not exported: final_model (" in line and "the disk has 0.0 GiB left" in line
     assert (out / "lora_adapter" / "adapter_model.safetensors").is_file() and not (out / "final_model").exists()
     found = summary(out)
-    assert found["steps"] == 2 and found["verdict"]["rows"] == 5 and found["losses"]["loss"] > 0
+    assert found["steps"] == 2 and found["verdict"]["rows"] == 5 and found["last"]["loss"] > 0
     assert list(found["export"]["missing"]) == ["final_model"]
     assert shlex.split(found["export"]["again"])[3:] == again
     assert "Not exported" in (out / "report.html").read_text("utf-8")

@@ -29,7 +29,7 @@ def test_an_export_from_a_checkpoint_is_the_one_of_the_run(arguments, tmp_path, 
     assert "does the merged model answer as trained? 5 held-out rows" in caplog.text
     summary = json.loads((out / "summary.json").read_text())
     # The validation at the end of training has measured the adapter on the same rows.
-    assert summary["verdict"]["adapter_loss"] == pytest.approx(summary["losses"]["val_loss"], abs=0.002)
+    assert summary["verdict"]["adapter_loss"] == pytest.approx(summary["last"]["val_loss"], abs=0.002)
     first = {path.name: path.read_bytes() for path in (out / "final_model").iterdir()}
     adapter = load_file(out / "lora_adapter" / "adapter_model.safetensors")
     assert {"model.safetensors", "model-f16.gguf", "README.md", "Modelfile", "training_config.json"} <= set(first)
@@ -62,7 +62,7 @@ def test_the_verdict_stands_in_the_log_the_card_and_tensorboard(arguments, tmp_p
     assert "Does it answer as trained?" in card and "adapter on its base" in card and "trained prompts ended" in card
     events = EventAccumulator(str(out / "logs"))
     events.Reload()
-    assert "export/dequantized_kl" in events.Tags()["scalars"]
+    assert "verdict/dequantized_kl" in events.Tags()["scalars"]
     config = json.loads((out / "final_model" / "training_config.json").read_text())
     assert config["model"]["lora_config"]["r"] == 4
 

@@ -117,7 +117,7 @@ def test_a_new_run_starts_from_an_adapter_with_a_fresh_schedule(arguments_of, tm
     config = json.loads((second / "lora_adapter" / "training_config.json").read_text())
     assert config["model"]["init_adapter"] == str(first / "lora_adapter")
     summary = json.loads((second / "summary.json").read_text())
-    assert f"begun from {first / 'lora_adapter'}" in summary["run"]["trained"] and summary["resumed_at"] == []
+    assert summary["run"]["init_adapter"] == str(first / "lora_adapter") and summary["resumed_at"] == []
     assert f"trained on from `{first / 'lora_adapter'}`" in (second / "final_model" / "README.md").read_text()
     assert not all(torch.equal(tensor, adapter(first)[name]) for name, tensor in adapter(second).items())
     (first / "lora_adapter").rename(tmp_path / "gone")

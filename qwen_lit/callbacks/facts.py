@@ -1,0 +1,93 @@
+"""What a run is, as plain values: what its start says, what ``summary.json`` holds and what trackers compare."""
+
+from typing import Any
+
+from lightning.pytorch.callbacks import Timer
+
+from qwen_lit.hardware import product_dtype
+from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps, warmup_steps
+from qwen_lit.quantization import count_linears, described
+
+COMPARED = {
+    "model": "model.model_name_or_path", "learning_rate": "model.learning_rate", "lr_scheduler": "model.lr_scheduler",
+    "warmup_ratio": "model.warmup_ratio", "optimizer": "model.optimizer", "weight_decay": "model.weight_decay",
+    "r": "model.lora_config.r", "lora_alpha": "model.lora_config.lora_alpha",
+    "lora_dropout": "model.lora_config.lora_dropout", "target_modules": "model.lora_config.target_modules",
+    "use_rslora": "model.lora_config.use_rslora", "use_dora": "model.lora_config.use_dora",
+    "lora_plus_ratio": "model.lora_plus_ratio", "neftune_noise_alpha": "model.neftune_noise_alpha",
+    "load_in_4bit": "model.quantization_config.load_in_4bit", "batch_size": "data.batch_size",
+    "accumulate_grad_batches": "trainer.accumulate_grad_batches", "max_epochs": "trainer.max_epochs",
+    "max_length": "data.max_length", "packing": "data.packing", "seed": "seed_everything",
+    "rows": "run.rows", "steps": "run.steps", "tokens_per_step": "run.tokens_per_step",
+}  # fmt: skip
+"""What a table of runs shows of each, by the name of its column."""
+
+
+def run_facts(trainer: Any, module: Any) -> dict[str, Any]:
+    """What is trained, on what, and for how long. None is what is not known or not set.
+
+    Args:
+        trainer: in ``fit``, its data set up.
+        module: ``QwenModule`` with its model.
+    """
+    data, lora, device = trainer.datamodule, module.lora_config, trainer.strategy.root_device
+    trained, total = module.model.get_nb_trainable_parameters()
+    rows = data.train_rows
+    tokens, supervised = int(rows.column("length").sum()), int(rows.column("supervised").sum())
+    in_epoch, of_epoch = epoch_batches(trainer, data), epoch_steps(trainer, data)
+    share = min(1.0, in_epoch * data.merge / data.micro_batches(trainer.world_size))
+    held, dtype = module.held_weights(device), product_dtype(device)
+    steps, epochs = total_steps(trainer, data), trainer.max_epochs
+    cut = steps is not None and ((epochs or -1) < 0 or steps == trainer.max_steps)
+    return {
+        "model": module.name,
+        "parameters": int(total),
+        "trained_parameters": int(trained),
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": lora.target_modules
+        if isinstance(lora.target_modules, str)
+        else sorted(lora.target_modules),
+        "init_adapter": module.run_config.get("model", {}).get("init_adapter"),
+        "quantization": described(held, count_linears(module.model), dtype),
+        "engine": module.engine_told,
+        "rows": len(rows),
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "held_out_rows": len(data.val_rows),
+        "batch_size": data.batch_size,
+        "max_length": data.max_length,
+        "packing": data.packing,
+        "micro_batches_per_step": min(trainer.accumulate_grad_batches, in_epoch) * data.merge * trainer.world_size,
+        "tokens_per_step": round(tokens * share / max(1, of_epoch)),
+        "steps": steps,
+        "steps_per_epoch": of_epoch,
+        "epochs": None if steps is None else round(steps / of_epoch, 4) if cut else epochs,
+        "max_seconds": next((one._duration for one in trainer.callbacks if isinstance(one, Timer)), None),
+        "learning_rate": module.learning_rate,
+        "lr_scheduler": module.schedule_name,
+        "warmup_steps": warmup_steps(module.warmup_ratio, trainer, data),
+        "optimizer": module.optimizer_name,
+        "seed": data.seed,
+        "device": device.type,
+        "devices": trainer.world_size,
+        "precision": trainer.precision,
+        "product_dtype": str(dtype).removeprefix("torch."),
+        "begins_at": trainer.global_step,
+    }
+
+
+def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested dicts as one, their keys joined by dots; numbers, words and what is on or off as they are, lists as words
+    between commas, and without what is not set."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{before}{key}"
+        if isinstance(value, dict):
+            found |= flat(value, name + ".")
+        elif isinstance(value, list | tuple):
+            found[name] = ", ".join(map(str, value))
+        elif value is not None:
+            found[name] = value if isinstance(value, bool | int | float) else str(value)
+    return found
