@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = "<!-- every key -->"
+KEYS, COMMANDS = "<!-- every key -->", "<!-- every command -->"
 OURS = ("", "model", "data", "checkpoint", "export", "samples")
 """Sections whose keys are this project's own; the others are libraries'."""
+LIBRARIES = ("model.quantization_config", "model.lora_config", "trainer")
 TITLES = {
     "en": {"": "The run", "model": "`model`", "data": "`data`", "checkpoint": "`checkpoint`", "export": "`export`",
            "samples": "`samples`", "head": ("key", "type", "default", "what it does"), "none": "required"},
@@ -22,9 +24,11 @@ TITLES = {
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Put the tables where a page asks for them."""
-    if MARK not in markdown:
-        return markdown
-    return markdown.replace(MARK, tables("zh" if page.file.src_uri.endswith(".zh.md") else "en"))
+    language = "zh" if page.file.src_uri.endswith(".zh.md") else "en"
+    for mark, made in ((KEYS, tables), (COMMANDS, commands)):
+        if mark in markdown:
+            markdown = markdown.replace(mark, made(language))
+    return markdown
 
 
 def tables(language: str) -> str:
@@ -32,43 +36,63 @@ def tables(language: str) -> str:
     words = TITLES[language]
     chinese = yaml.safe_load((ROOT / "docs" / "reference.zh.yaml").read_text(encoding="utf-8"))
     sections: dict[str, list[str]] = {}
-    for one in reference():
-        section = section_of(one)
-        told = chinese.get(one["key"], one["help"]) if language == "zh" else one["help"]
-        default = words["none"] if one["default"] is ... else f"`{json.dumps(one['default'], ensure_ascii=False)}`"
-        cells = (f"`{one['key']}`", f"`{one['type']}`", default, cell(told))
-        sections.setdefault(section, []).append("| " + " | ".join(each.replace("|", "\\|") for each in cells) + " |")
+    for one in reference()["keys"]:
+        told = chinese[one["key"]] if language == "zh" and one["key"] in chinese else escaped(one["help"])
+        default = words["none"] if one.get("required") else f"`{shown(one['default'])}`"
+        row = f"| `{one['key']}` | `{one['type']}` | {default} | {told} |"
+        sections.setdefault(section_of(one["key"]), []).append(row)
     ordered = [name for name in OURS if name in sections] + [name for name in sections if name not in OURS]
     head = "| " + " | ".join(words["head"]) + " |\n|---|---|---|---|\n"
     return "\n\n".join(f"## {words.get(name, f'`{name}`')}\n\n{head}" + "\n".join(sections[name]) for name in ordered)
 
 
-def cell(text: str) -> str:
-    """A help line as text of a table."""
-    return html.escape(" ".join(text.split()), quote=False).replace("*", "\\*").replace("_", "\\_")
+def commands(language: str) -> str:
+    """Each command with an example and its options, as Markdown."""
+    head = "| " + " | ".join(TITLES[language]["head"]) + " |\n|---|---|---|---|\n"
+    parts = []
+    for name, one in reference()["commands"].items():
+        options = "".join(
+            f"| `{'' if option.get('positional') else '--'}{option['key']}` | `{option['type']}` | "
+            f"`{shown(option['default'])}` | {escaped(option['help'])} |\n"
+            for option in one["options"]
+        )
+        parts.append(f"### `{name}`\n\n{escaped(one['help'])}\n\n```bash\n{one['example']}\n```\n\n")
+        parts[-1] += head + options if options else ""
+    return "\n".join(parts)
 
 
-def section_of(key: dict[str, Any]) -> str:
+def escaped(text: str) -> str:
+    """A help line, which may have marks of reStructuredText, as text of a Markdown table."""
+    plain = re.sub(r":\w+:`~?([^`<]*)[^`]*`", r"\1", " ".join(text.split())).replace("`", "")
+    return re.sub(r"([\\*_|\[\]])", r"\\\1", html.escape(plain, quote=False))
+
+
+def shown(value: Any) -> str:
+    """A default as YAML has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def section_of(key: str) -> str:
     """Ours by their first word; a library's by all but the last, as ``model.lora_config``."""
-    name = key["key"]
-    for library in ("model.quantization_config", "model.lora_config", "trainer"):
-        if name == library or name.startswith(library + "."):
-            return "model" if name == library else library
-    return name.split(".")[0] if "." in name else ""
+    for library in LIBRARIES:
+        if key.startswith(library + "."):
+            return library
+    return key.split(".")[0] if "." in key else ""
 
 
 @cache
-def reference() -> list[dict[str, Any]]:
-    """Every key of ``fit`` with its type, default and help."""
+def reference() -> dict[str, Any]:
+    """``keys``, each with its type, default and help, and ``commands`` with their options."""
     written = ROOT / "qwen_lit" / "reference.json"
     if written.is_file():
-        return list(json.loads(written.read_text(encoding="utf-8"))["keys"])
-    return from_parser()
+        return dict(json.loads(written.read_text(encoding="utf-8")))
+    return {"keys": from_parser(), "commands": {}}
 
 
 def from_parser() -> list[dict[str, Any]]:
-    """The same, asked of the command line itself."""
-    from jsonargparse import set_parsing_settings
+    """The keys of ``fit``, asked of the command line itself."""
+    from jsonargparse import SUPPRESS, set_parsing_settings
+    from jsonargparse._typehints import type_to_str
 
     from qwen_lit.cli import QwenCLI, QwenDataModule, QwenModule, QwenTrainer
     from qwen_lit.parsing import Parser
@@ -91,12 +115,13 @@ def from_parser() -> list[dict[str, Any]]:
         parser = found.args[0]
     keys = []
     for action in parser._actions:
-        if not action.option_strings or action.help == "==SUPPRESS==" or action.dest.endswith("help"):
+        if not action.option_strings or action.help == SUPPRESS or action.default == SUPPRESS or "help" in action.dest:
             continue
         kind = getattr(action, "_typehint", None) or action.type
-        keys.append({"key": action.dest, "type": getattr(kind, "__name__", str(kind)),
-                     "default": ... if action.required else plain(action.default), "help": action.help or ""})  # fmt: skip
-    return keys
+        named = type_to_str(kind).replace("NoneType", "null") if kind else ""
+        keys.append({"key": action.dest, "type": named, "default": plain(action.default), "help": action.help or "",
+                     "required": action.required})  # fmt: skip
+    return [one for one in keys if one["key"] not in ("config", "print_config")]
 
 
 def plain(value: Any) -> Any:

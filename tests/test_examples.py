@@ -1,4 +1,4 @@
-"""Every example runs at toy size: its rows, its configuration and its scripts, with the tiny model in the base's place."""
+"""Every example runs at toy size, with the tiny model as its base: its rows, its configuration, its scripts."""
 
 import importlib.util
 import os
