@@ -15,7 +15,7 @@ from rich.cells import cell_len
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "docs" / "assets"
-COLUMNS, WIDE, HIGH, PAD = 84, 9.6, 22, 18
+COLUMNS, WIDE, HIGH, PAD = 92, 9.6, 22, 18
 """Cells of a line, and in pixels the size of a cell and the margin."""
 COLOURS = {"plain": "#c9d1d9", "soft": "#8b949e", "bright": "#f0f6fc", "trained": "#7ee787"}
 FONT = 'ui-monospace,"Cascadia Mono",Menlo,Consolas,"DejaVu Sans Mono","Noto Sans Mono CJK SC","PingFang SC",monospace'
@@ -66,21 +66,22 @@ def drawn(lines: list[list[Part]]) -> str:
     for number, line in enumerate(lines):
         at = 0
         for text, colour in line:
-            for size, run in groupby(text, key=cell_len):
-                run = "".join(run)
-                cells = size * len(run)
-                if run.strip():
-                    texts.append(
-                        f'<text x="{PAD + at * WIDE:.1f}" y="{PAD + 28 + number * HIGH}" fill="{COLOURS[colour]}" '
-                        f'textLength="{cells * WIDE:.1f}" lengthAdjust="spacing{"AndGlyphs" * (size < 2)}">'
-                        f"{html.escape(run)}</text>"
-                    )
-                at += cells
+            # Spaces that stand together are one to a browser.
+            for run in re.findall(r"\s{2,}|^\s|\s$|(?:\S|\s(?=\S))+", text):
+                for size, piece in groupby(run, key=cell_len):
+                    written = "".join(piece)
+                    cells = size * len(written)
+                    if written.strip():
+                        texts.append(
+                            f'<text x="{PAD + at * WIDE:.1f}" y="{PAD + 28 + number * HIGH}" fill="{COLOURS[colour]}" '
+                            f'textLength="{cells * WIDE:.1f}">{html.escape(written)}</text>'
+                        )
+                    at += cells
     dots = "".join(f'<circle cx="{22 + 18 * n}" cy="16" r="5.5" fill="{fill}"/>'
                    for n, fill in enumerate(("#ff5f57", "#febc2e", "#28c840")))  # fmt: skip
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" '
-        f'height="{height}" xml:space="preserve" font-family=\'{FONT}\' font-size="16">'
+        f'height="{height}" font-family=\'{FONT}\' font-size="16">'
         f'<rect width="100%" height="100%" rx="10" fill="#0d1117"/>{dots}'
         f'<text x="{width - PAD:.0f}" y="21" fill="{COLOURS["trained"]}" text-anchor="end" font-size="13">'
         f"trained text is green</text>\n" + "\n".join(texts) + "</svg>\n"
