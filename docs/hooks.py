@@ -16,9 +16,9 @@ OURS = ("", "model", "data", "checkpoint", "export", "samples")
 LIBRARIES = ("model.quantization_config", "model.lora_config", "trainer")
 TITLES = {
     "en": {"": "The run", "model": "`model`", "data": "`data`", "checkpoint": "`checkpoint`", "export": "`export`",
-           "samples": "`samples`", "head": ("key", "type", "default", "what it does"), "none": "required"},
+           "samples": "`samples`", "head": ("key", "what it does", "default", "type"), "none": "required"},
     "zh": {"": "整个运行", "model": "`model`", "data": "`data`", "checkpoint": "`checkpoint`", "export": "`export`",
-           "samples": "`samples`", "head": ("键", "类型", "默认值", "作用"), "none": "必填"},
+           "samples": "`samples`", "head": ("键", "作用", "默认值", "类型"), "none": "必填"},
 }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def tables(language: str) -> str:
     for one in reference()["keys"]:
         told = chinese[one["key"]] if language == "zh" and one["key"] in chinese else escaped(one["help"])
         default = words["none"] if one.get("required") else f"`{shown(one['default'])}`"
-        row = f"| `{one['key']}` | `{one['type']}` | {default} | {told} |"
+        row = f"| `{one['key']}` | {told} | {default} | `{one['type']}` |"
         sections.setdefault(section_of(one["key"]), []).append(row)
     ordered = [name for name in OURS if name in sections] + [name for name in sections if name not in OURS]
     head = "| " + " | ".join(words["head"]) + " |\n|---|---|---|---|\n"
@@ -52,8 +52,8 @@ def commands(language: str) -> str:
     parts = []
     for name, one in reference()["commands"].items():
         options = "".join(
-            f"| `{'' if option.get('positional') else '--'}{option['key']}` | `{option['type']}` | "
-            f"`{shown(option['default'])}` | {escaped(option['help'])} |\n"
+            f"| `{'' if option.get('positional') else '--'}{option['key']}` | {escaped(option['help'])} | "
+            f"`{shown(option['default'])}` | `{option['type']}` |\n"
             for option in one["options"]
         )
         parts.append(f"### `{name}`\n\n{escaped(one['help'])}\n\n```bash\n{one['example']}\n```\n\n")
