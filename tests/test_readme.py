@@ -27,6 +27,10 @@ ELSEWHERE = (
 """Programs beside this one, which a test cannot call or calls by itself."""
 
 
+BESIDE = ("configs", "convert", "data")
+"""Commands with a parser of their own."""
+
+
 def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 
@@ -60,6 +64,8 @@ def talk(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize("command", commands())
 def test_every_command_of_the_documentation_is_one_that_works(command, capsys, monkeypatch, tmp_path):
     words = shlex.split(command)
+    if words[0] == "qwen-lit":
+        words = ["python", "-m", "qwen_lit", *words[1:]]
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", Path("Makefile").read_text(), re.MULTILINE)
     elif words[0] == "tensorboard":
@@ -72,10 +78,15 @@ def test_every_command_of_the_documentation_is_one_that_works(command, capsys, m
         assert words[0] in ELSEWHERE or words[0] == "python", words[0]
     elif words[3] == "chat":
         assert talk(words[4:], monkeypatch) == 0
+    elif words[3] in BESIDE:
+        with pytest.raises(SystemExit, match="0"):
+            main([*words[3 : 4 + (words[3] == "data")], "--help"])
+        said = capsys.readouterr().out
+        assert all(word in said for word in words if word.startswith("--"))
     else:
-        if "mine.yaml" in words:
-            (tmp_path / "mine.yaml").write_text("seed_everything: 1\n")
-            words[words.index("mine.yaml")] = str(tmp_path / "mine.yaml")
+        for own in {"mine.yaml", "my.yaml"} & set(words):
+            (tmp_path / own).write_text("model: {model_name_or_path: x}\ndata: {dataset_path: my.jsonl}\n")
+            words[words.index(own)] = str(tmp_path / own)
         if any("output/" in word and word.endswith("config.yaml") for word in words):
             words = [word if "output/" not in word else "configs/qwen7b.yaml" for word in words]
             words += ["--data.dataset_path", "my.jsonl"]
