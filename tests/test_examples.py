@@ -55,6 +55,13 @@ def test_the_novel_trains_and_is_asked_to_write_on(toy, tmp_path):
     assert "灯塔" in (out / "samples.jsonl").read_text(encoding="utf-8")
 
 
+def test_the_novel_trains_as_raw_text(toy, tmp_path):
+    out = tmp_path / "out"
+    assert main([*over("qwen3_8b", EXAMPLES / "novel/novel.yaml"), *toy, "--output_dir", str(out), "--data.val_size", "0",
+                 "--data.dataset_path", "examples/novel/novel.txt", "--export.merge", "false"]) == 0  # fmt: skip
+    assert (out / "lora_adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_sharegpt_trains_with_another_logger_where_wandb_is_missing(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     path, out = EXAMPLES / "sharegpt_wandb/wandb.yaml", tmp_path / "out"
