@@ -57,8 +57,8 @@ def test_the_novel_trains_and_is_asked_to_write_on(toy, tmp_path):
 
 def test_the_novel_trains_as_raw_text(toy, tmp_path):
     out = tmp_path / "out"
-    assert main([*over("qwen3_8b", EXAMPLES / "novel/novel.yaml"), *toy, "--output_dir", str(out), "--data.val_size", "0",
-                 "--data.dataset_path", "examples/novel/novel.txt", "--export.merge", "false"]) == 0  # fmt: skip
+    raw = ["--data.dataset_path", "examples/novel/novel.txt", "--data.val_size", "0", "--export.merge", "false"]
+    assert main([*over("qwen3_8b", EXAMPLES / "novel/novel.yaml"), *toy, *raw, "--output_dir", str(out)]) == 0
     assert (out / "lora_adapter" / "adapter_model.safetensors").is_file()
 
 
