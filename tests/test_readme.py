@@ -6,13 +6,10 @@ import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 
-from qwen_lit.chat import HELP, Chat
 from qwen_lit.cli import main
 from qwen_lit.data.records import parse_row
 
@@ -28,7 +25,7 @@ ELSEWHERE = (
 """Programs beside this one, which a test cannot call or calls by itself."""
 
 
-BESIDE = ("configs", "convert", "data")
+BESIDE = ("chat", "configs", "convert", "data")
 """Commands with a parser of their own."""
 
 
@@ -48,22 +45,8 @@ def commands() -> list[str]:
     return [line for line in found if "..." not in line]
 
 
-def talk(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """``chat`` with its own parser, on no model, to one who says nothing; a wrong option is SystemExit 2."""
-
-    def silence(prompt: str) -> str:
-        raise EOFError
-
-    model = SimpleNamespace(config=SimpleNamespace(_name_or_path="a model"), dtype=torch.bfloat16, device="cpu")
-    loaded = model, SimpleNamespace(chat_template="{{ enable_thinking }}")
-    monkeypatch.setattr("qwen_lit.chat.load", lambda path, quantize: loaded)
-    monkeypatch.setattr(Chat, "ask", lambda self, question: (one for one in [question]))
-    monkeypatch.setattr("builtins.input", silence)
-    return main(["chat", *words])
-
-
 @pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_documentation_is_one_that_works(command, capsys, monkeypatch, tmp_path):
+def test_every_command_of_the_documentation_is_one_that_works(command, capsys, tmp_path):
     words = shlex.split(command)
     if words[0] == "qwen-lit":
         words = ["python", "-m", "qwen_lit", *words[1:]]
@@ -77,8 +60,6 @@ def test_every_command_of_the_documentation_is_one_that_works(command, capsys, m
         assert board.flags.logdir in ("output/qwen_qlora_model/logs", "output/sweep")
     elif words[:3] != ["python", "-m", "qwen_lit"]:
         assert words[0] in ELSEWHERE or words[0] == "python", words[0]
-    elif words[3] == "chat":
-        assert talk(words[4:], monkeypatch) == 0
     elif words[3] in BESIDE:
         with pytest.raises(SystemExit, match="0"):
             main([*words[3 : 4 + (words[3] == "data")], "--help"])
@@ -96,15 +77,6 @@ def test_every_command_of_the_documentation_is_one_that_works(command, capsys, m
         except SystemExit as stop:
             assert stop.code == 0
         assert "model_name_or_path" in capsys.readouterr().out
-
-
-def test_a_wrong_option_of_chat_is_refused(monkeypatch, capsys):
-    lines = [shlex.split(line)[4:] for line in commands() if line.startswith("python -m qwen_lit chat")]
-    assert lines
-    for words in lines:
-        with pytest.raises(SystemExit, match="2"):
-            talk([*words, "--nonsense"], monkeypatch)
-        assert "--nonsense" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
@@ -131,7 +103,9 @@ def test_the_commands_of_a_readme_train_a_model_one_after_the_other(path, model_
 @pytest.mark.parametrize("path", [DOCS / "chat.md", DOCS / "chat.zh.md"], ids=lambda path: path.name)
 def test_what_is_told_of_chat_is_what_it_knows(path):
     text = path.read_text(encoding="utf-8")
-    for name in re.findall(r"/[a-z]+", HELP):
+    known = [re.search(r'^HELP = """(.*?)"""', one.read_text(), re.M | re.S) for one in Path("qwen_lit").glob("*.py")]
+    (listed,) = [found[1] for found in known if found]
+    for name in re.findall(r"/[a-z]+", listed):
         assert f"`{name}" in text, name
 
 
