@@ -1,11 +1,11 @@
-# `make demo` and `make test` on a fresh machine; each can be the first one run.
+# `make demo`, `make test` and `make docs` on a fresh machine; each can be the first one run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --progress-bar on
 OLD := Python 3.11 or newer is needed, and $(PYTHON) is not one; give it as: make $(MAKECMDGOALS) PYTHON=python3.12
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(OLD)" >&2; exit 2; }
@@ -26,8 +26,15 @@ test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: $(VENV)/.ready
-	$(BIN)/ruff check qwen_lit tests benchmarks
+	$(BIN)/ruff check qwen_lit tests benchmarks docs examples
 	$(BIN)/mypy
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) --quiet --constraint constraints.txt --editable '.[docs,zstd]'
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) output
+	rm -rf $(VENV) output site

@@ -91,7 +91,7 @@ def test_tensorboard_counts_the_steps_of_the_log_and_shows_what_each_was_made_wi
     assert found["val/perplexity"] == [(step, pytest.approx(math.exp(value))) for step, value in found["val/loss"]]
     assert all(value > 0 for _, value in found["train/grad_norm"])
     assert [step for step, _ in found["verdict/adapter_loss"]] == [10]
-    of_table = set(re.findall(r"`(train/\w+)`", Path("README.md").read_text(encoding="utf-8")))
+    of_table = set(re.findall(r"`(train/\w+)`", Path("docs/watch.md").read_text(encoding="utf-8")))
     only_on_a_gpu = {"train/flop_use", "train/memory_gib", "train/peak_memory_gib"}
     assert of_table - only_on_a_gpu == {tag for tag in found if tag.startswith("train/")}
 

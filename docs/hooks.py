@@ -1,0 +1,133 @@
+"""What the site takes from the code while it is built: the table of all configuration keys, in each language."""
+
+import html
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS, COMMANDS = "<!-- every key -->", "<!-- every command -->"
+OURS = ("", "model", "data", "checkpoint", "export", "samples")
+"""Sections whose keys are this project's own; the others are libraries'."""
+LIBRARIES = ("model.quantization_config", "model.lora_config", "trainer")
+TITLES = {
+    "en": {"": "The run", "model": "`model`", "data": "`data`", "checkpoint": "`checkpoint`", "export": "`export`",
+           "samples": "`samples`", "head": ("key", "what it does", "default", "type"), "none": "required"},
+    "zh": {"": "整个运行", "model": "`model`", "data": "`data`", "checkpoint": "`checkpoint`", "export": "`export`",
+           "samples": "`samples`", "head": ("键", "作用", "默认值", "类型"), "none": "必填"},
+}  # fmt: skip
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Put the tables where a page asks for them."""
+    language = "zh" if page.file.src_uri.endswith(".zh.md") else "en"
+    for mark, made in ((KEYS, tables), (COMMANDS, commands)):
+        if mark in markdown:
+            markdown = markdown.replace(mark, made(language))
+    return markdown
+
+
+def tables(language: str) -> str:
+    """The keys of each section, our own first, as Markdown."""
+    words = TITLES[language]
+    chinese = yaml.safe_load((ROOT / "docs" / "reference.zh.yaml").read_text(encoding="utf-8"))
+    sections: dict[str, list[str]] = {}
+    for one in reference()["keys"]:
+        told = chinese[one["key"]] if language == "zh" and one["key"] in chinese else escaped(one["help"])
+        default = words["none"] if one.get("required") else f"`{shown(one['default'])}`"
+        row = f"| `{one['key']}` | {told} | {default} | `{one['type']}` |"
+        sections.setdefault(section_of(one["key"]), []).append(row)
+    ordered = [name for name in OURS if name in sections] + [name for name in sections if name not in OURS]
+    head = "| " + " | ".join(words["head"]) + " |\n|---|---|---|---|\n"
+    return "\n\n".join(f"## {words.get(name, f'`{name}`')}\n\n{head}" + "\n".join(sections[name]) for name in ordered)
+
+
+def commands(language: str) -> str:
+    """Each command with an example and its options, as Markdown."""
+    head = "| " + " | ".join(TITLES[language]["head"]) + " |\n|---|---|---|---|\n"
+    parts = []
+    for name, one in reference()["commands"].items():
+        options = "".join(
+            f"| `{'' if option.get('positional') else '--'}{option['key']}` | {escaped(option['help'])} | "
+            f"`{shown(option['default'])}` | `{option['type']}` |\n"
+            for option in one["options"]
+        )
+        parts.append(f"### `{name}`\n\n{escaped(one['help'])}\n\n```bash\n{one['example']}\n```\n\n")
+        parts[-1] += head + options if options else ""
+    return "\n".join(parts)
+
+
+def escaped(text: str) -> str:
+    """A help line, which may have marks of reStructuredText, as text of a Markdown table."""
+    plain = re.sub(r":\w+:`~?([^`<]*)[^`]*`", r"\1", " ".join(text.split())).replace("`", "")
+    return re.sub(r"([\\*_|\[\]])", r"\\\1", html.escape(plain, quote=False))
+
+
+def shown(value: Any) -> str:
+    """A default as YAML has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def section_of(key: str) -> str:
+    """Ours by their first word; a library's by all but the last, as ``model.lora_config``."""
+    for library in LIBRARIES:
+        if key.startswith(library + "."):
+            return library
+    return key.split(".")[0] if "." in key else ""
+
+
+@cache
+def reference() -> dict[str, Any]:
+    """``keys``, each with its type, default and help, and ``commands`` with their options."""
+    written = ROOT / "qwen_lit" / "reference.json"
+    if written.is_file():
+        return dict(json.loads(written.read_text(encoding="utf-8")))
+    return {"keys": from_parser(), "commands": {}}
+
+
+def from_parser() -> list[dict[str, Any]]:
+    """The keys of ``fit``, asked of the command line itself."""
+    from jsonargparse import SUPPRESS, set_parsing_settings
+    from jsonargparse._typehints import type_to_str
+
+    from qwen_lit.cli import QwenCLI, QwenDataModule, QwenModule, QwenTrainer
+    from qwen_lit.parsing import Parser
+
+    class Found(Exception):
+        """Carries the parser out."""
+
+    class Reader(QwenCLI):
+        """Stops where arguments would be read."""
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            """Not reached by a run."""
+            raise Found(self._subcommand_parsers["fit"])
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        Reader(QwenModule, QwenDataModule, trainer_class=QwenTrainer, parser_class=Parser, seed_everything_default=42,
+               auto_configure_optimizers=False, load_from_checkpoint_support=False, args=["fit"])  # fmt: skip
+    except Found as found:
+        parser = found.args[0]
+    keys = []
+    for action in parser._actions:
+        if not action.option_strings or action.help == SUPPRESS or action.default == SUPPRESS or "help" in action.dest:
+            continue
+        kind = getattr(action, "_typehint", None) or action.type
+        named = type_to_str(kind).replace("NoneType", "null") if kind else ""
+        keys.append({"key": action.dest, "type": named, "default": plain(action.default), "help": action.help or "",
+                     "required": action.required})  # fmt: skip
+    return [one for one in keys if one["key"] not in ("config", "print_config")]
+
+
+def plain(value: Any) -> Any:
+    """A default as JSON has it."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return str(value)
+    return value
