@@ -285,7 +285,7 @@ class QwenDataModule(L.LightningDataModule):
             "rows read": self.report.rows,
             "examples trained": len(self.train_rows),
             "examples held out": len(self.val_rows),
-            **({"of them blocks of raw text": blocks} if blocks else {}),
+            **({"blocks of raw text trained": blocks} if blocks else {}),
             "tokens in an epoch": int(tokens),
             "supervised tokens": int(supervised),
             "share supervised": f"{supervised / max(1, tokens):.1%}",

@@ -16,7 +16,7 @@ from qwen_lit.export.folder import open_tensors, read_json, write_json
 from qwen_lit.names import base_reference, hub_name
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
-BLOCKS = "of them blocks of raw text"
+BLOCKS = "blocks of raw text trained"
 """What the data's facts call examples that are no conversation."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
