@@ -291,7 +291,7 @@ class QwenDataModule(L.LightningDataModule):
             "rows_read": self.report.rows,
             "examples_trained": len(self.train_rows),
             "examples_held_out": len(self.val_rows),
-            **({"blocks_of_raw_text": blocks} if blocks else {}),
+            **({"blocks_of_raw_text_trained": blocks} if blocks else {}),
             "tokens_in_an_epoch": int(tokens),
             "supervised_tokens": int(supervised),
             "share_supervised": round(float(supervised / max(1, tokens)), 6),

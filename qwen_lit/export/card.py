@@ -15,7 +15,7 @@ from qwen_lit.export.commands import adapter_section, merged_section, request, s
 from qwen_lit.export.folder import open_tensors, read_json, write_json
 from qwen_lit.names import TRAINED_AT, base_reference, hub_name
 
-BLOCKS = "blocks_of_raw_text"
+BLOCKS = "blocks_of_raw_text_trained"
 """What the data's facts call examples that are no conversation."""
 
 
