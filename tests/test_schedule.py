@@ -71,7 +71,7 @@ def test_the_steps_that_are_told_are_those_that_are_made_and_the_rate_falls_over
 ):
     assert main([*arguments, *options, "--export.merge", "false"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["steps"] == steps and summary["run"]["run"].startswith(told)
+    assert summary["steps"] == summary["run"]["steps"] == steps and begun(tmp_path / "out")["run"].startswith(told)
     warmup = max(1, math.ceil(0.03 * steps))
     assert rates(tmp_path / "out") == pytest.approx(cosine(steps, warmup), rel=1e-6)
     assert min(rates(tmp_path / "out")) > 0
