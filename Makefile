@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --progress-bar on
 OLD := Python 3.11 or newer is needed, and $(PYTHON) is not one; give it as: make $(MAKECMDGOALS) PYTHON=python3.12
+BARE := $(PYTHON) comes without venv; on Debian and Ubuntu: apt install python3-venv
 
 .PHONY: demo test lint docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(OLD)" >&2; exit 2; }
-	@$(PYTHON) -c 'import ensurepip, venv' || { echo "error: on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "error: $(OLD)" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(BARE)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) --constraint constraints.txt --editable '.[zstd]'
