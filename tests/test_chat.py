@@ -47,6 +47,7 @@ def run(model_folder, dataset, tmp_path_factory):
         "--model.model_name_or_path", str(model_folder), "--data.dataset_path", str(dataset),
         "--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false",
         "--trainer.val_check_interval", "8", "--model.lora_config.r", "4",
+        "--samples.max_new_tokens", "4",
     ]  # fmt: skip
     assert main(arguments) == 0
     return out, arguments
