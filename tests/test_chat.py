@@ -47,6 +47,7 @@ def run(model_folder, dataset, tmp_path_factory):
         "--model.model_name_or_path", str(model_folder), "--data.dataset_path", str(dataset),
         "--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false",
         "--trainer.val_check_interval", "8", "--model.lora_config.r", "4",
+        "--samples.max_new_tokens", "4",
     ]  # fmt: skip
     assert main(arguments) == 0
     return out, arguments
@@ -280,6 +281,7 @@ class Terminal:
     """A conversation in a real terminal of 80 columns, in a process of its own."""
 
     def __init__(self, folder, **environment) -> None:
+        self.marks_pastes = False
         self.seen, self.decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
         self.fd, child = pty.openpty()
         settings = os.environ | {"XDG_STATE_HOME": str(folder), "TERM": "xterm", "COLUMNS": "80"} | environment
@@ -298,6 +300,8 @@ class Terminal:
             if select.select([self.fd], [], [], 0.5)[0]:
                 self.seen += self.decoder.decode(os.read(self.fd, 4096))
         shown, _, self.seen = self.seen.partition(words)
+        # A terminal marks what is pasted only while it is asked to.
+        self.marks_pastes |= "\x1b[?2004h" in shown
         return re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", shown + words)
 
     def type(self, text: str, words: str) -> str:
@@ -327,6 +331,7 @@ def test_a_terminal_edits_chinese_and_brings_the_last_question_back(tmp_path, lo
 
 def test_lines_that_are_pasted_together_are_one_question(tmp_path):
     terminal = Terminal(tmp_path)
+    assert terminal.marks_pastes
     pasted = "\x1b[200~one\ntwo\n三\x1b[201~"
     assert "<'one\\ntwo\\n三'>" in terminal.type(pasted + "\r", "'>")
     terminal.until("> ")
