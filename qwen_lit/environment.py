@@ -4,11 +4,13 @@ import platform
 import re
 import subprocess
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from qwen_lit import __version__
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lightning")
 DRIVER = re.compile(r"Kernel Module(?: for \S+)?\s+(\d[\d.]*)")
@@ -19,12 +21,7 @@ PATIENCE = 10
 
 def versions() -> dict[str, str | None]:
     """Of this package, of Python, of torch's CUDA (None for a build without), and of the libraries that compute."""
-    try:
-        own = version("qwen_lit")
-    except PackageNotFoundError:
-        # Run from its folder without being installed.
-        own = "unknown"
-    found = {"qwen_lit": own, "python": platform.python_version()}
+    found: dict[str, str | None] = {"qwen_lit": __version__, "python": platform.python_version()}
     return found | {name: version(name) for name in LIBRARIES} | {"cuda": torch.version.cuda}
 
 

@@ -31,7 +31,7 @@ def test_a_novel_is_trained_sampled_exported_and_continued(arguments, novel, tmp
     text = novel.read_text("utf-8")
     assert all(one["prompt"].lstrip() + one["wanted"] in text for one in samples)
     summary = json.loads((out / "summary.json").read_text("utf-8"))
-    assert summary["data"]["blocks of raw text trained"] == summary["data"]["examples trained"]
+    assert summary["data"]["blocks_of_raw_text_trained"] == summary["data"]["examples_trained"]
     assert summary["verdict"]["kind"] == "held-out" and summary["verdict"]["rows"] == 5
     card = (out / "final_model" / "README.md").read_text("utf-8")
     assert "trained on raw text" in card and "/v1/completions" in card and "instructions" not in card.split("## ")[0]

@@ -239,5 +239,5 @@ def merge_adapter(
     report = MergeReport(len(weight_map), expected, total, time.perf_counter() - start, largest)
     if deltas and report.max_delta == 0.0:
         log.warning("%s: every LoRA delta is zero, the merged model equals the base", adapter_dir)
-    log.info("merged %d LoRA pairs into %s in %.1f s", report.merged, out_dir, report.seconds)
+    log.info("merged %d LoRA pairs in %.1f s", report.merged, report.seconds)
     return report
