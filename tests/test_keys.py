@@ -132,7 +132,7 @@ def inspect(model_folder, tmp_path, capsys):
     ("row", "key", "value", "code", "words"),
     [
         (LONG, "overlong", "shorten", 1, "1 rows cut: longest user text shortened"),
-        (LONG_ANSWER, "overlong", "shorten", 1, "1 rows dropped: overlong"),
+        (LONG_ANSWER, "overlong", "shorten", 1, "1 of 1 row (100%) dropped: question and answer do not fit"),
         (LONG_ANSWER, "overlong", "truncate", 1, "1 rows cut: end of the answer cut off"),
         (LONG, "overlong", "drop", 1, "dropped         overlong 1"),
         (LONG, "overlong", "error", 1, "has 607 tokens, more than data.max_length 96"),

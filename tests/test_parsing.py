@@ -84,8 +84,9 @@ def test_so_does_one_of_a_command_and_its_absolute_path(given, command, keys):
 
 
 def test_a_list_of_datasets_arrives_as_it_is_written(given):
-    text = "[array.json, {path: table.csv, weight: 2.5, max_rows: 3}, {path: '123'}]"
-    wanted = ["array.json", {"path": "table.csv", "weight": 2.5, "max_rows": 3}, {"path": "123"}]
+    text = "[array.json, {path: table.csv, weight: 2.5, max_rows: 3}, {path: '123', columns: {output: a}}]"
+    wanted = ["array.json", {"path": "table.csv", "weight": 2.5, "max_rows": 3},
+              {"path": "123", "columns": {"output": "a"}}]  # fmt: skip
     Path("over.yaml").write_text(f"data: {{dataset_path: {text}}}")
     assert given("--data.dataset_path", text)["data.dataset_path"] == wanted
     assert given("--config", "over.yaml")["data.dataset_path"] == wanted

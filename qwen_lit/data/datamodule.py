@@ -42,8 +42,8 @@ class QwenDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        dataset_path: str | dict[str, Value] | list[str | dict[str, Value]],
-        val_dataset_path: str | dict[str, Value] | list[str | dict[str, Value]] | None = None,
+        dataset_path: str | list[str | dict[str, Value]],
+        val_dataset_path: str | list[str | dict[str, Value]] | None = None,
         val_size: float = 0.0,
         batch_size: int = 1,
         max_length: int = 2048,

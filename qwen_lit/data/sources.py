@@ -33,8 +33,6 @@ from qwen_lit.progress import Progress
 CHUNK_BYTES, CHUNK_ROWS = 500_000, 1000
 Value = str | int | float | bool | dict[str, str] | None
 """Of a key of a ``Source``."""
-Given = str | Mapping[str, Any]
-"""A path, or the fields of a ``Source``."""
 
 
 @dataclass
@@ -89,13 +87,13 @@ class Chunk:
         return [RawRow(f"{self.path}:{number}", line) for number, line in rows if line]
 
 
-def as_sources(dataset_path: Given | Sequence[Given]) -> list[Source]:
-    """A path, ``Source`` fields, or a list of them, as sources.
+def as_sources(dataset_path: str | Sequence[str | Mapping[str, Any]]) -> list[Source]:
+    """A path, or a list of paths and of ``Source`` fields, as sources.
 
     Raises:
         DataError: an item has an unknown key, or a value of another kind, or the list is empty.
     """
-    given = [dataset_path] if isinstance(dataset_path, str | Mapping) else dataset_path
+    given = [dataset_path] if isinstance(dataset_path, str) else dataset_path
     if not given:
         raise DataError("an empty list; give at least one path.")
     return [Source(one) if isinstance(one, str) else _source(one) for one in given]

@@ -8,7 +8,7 @@ import pytest
 
 from qwen_lit.data.faults import DataError
 from qwen_lit.data.kinds import is_hub_name
-from qwen_lit.data.sources import Source, as_sources
+from qwen_lit.data.sources import as_sources
 
 TEAS = {"path": "someone/teas"}
 ASKED = [
@@ -69,7 +69,3 @@ def test_paths_are_not_taken_for_names(path):
 def test_a_wrong_key_of_a_source_is_named(item, said):
     with pytest.raises(DataError, match=said):
         as_sources([item])
-
-
-def test_a_source_can_stand_alone():
-    assert as_sources(TEAS | {"split": "test"}) == [Source("someone/teas", split="test")]
