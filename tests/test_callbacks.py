@@ -66,7 +66,6 @@ def documents(batch) -> int:
         (callback("EarlyStopping", monitor="val_loss"), "EarlyStopping monitors val_loss, which is never logged"),
         (callback("EarlyStopping", monitor="val/loss"), "but no rows are held out; set data.val_size"),
         (callback("ModelCheckpoint", monitor="val/loss"), "ModelCheckpoint monitors val/loss, but no rows"),
-        ([*callback("EarlyStopping", monitor="val/loss"), "--data.val_size", "0.001"], "holds out no row"),
         ([*callback("EarlyStopping", monitor="val/loss"), "--data.val_size", "5",
           "--trainer.check_val_every_n_epoch", "3"], "nothing is validated"),
         ([*callback("EarlyStopping", monitor="val/loss"), "--data.val_size", "5",
@@ -88,6 +87,14 @@ def test_what_would_die_or_deceive_later_is_told_before_the_model_is_loaded(
 ):
     assert main([*arguments, *options]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_monitor_of_rows_that_a_share_of_few_does_not_hold_out_is_refused(arguments, tmp_path, capsys, unloaded):
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"instruction": f"{n}", "output": "a"}) + "\n" for n in range(5)))
+    few = ["--data.dataset_path", str(path), "--data.val_size", "0.000001"]
+    assert main([*arguments, *callback("EarlyStopping", monitor="val/loss"), *few]) == 2
+    assert "EarlyStopping monitors val/loss, but data.val_size holds out no row" in capsys.readouterr().err
 
 
 PACKAGES = [("logger", "WandbLogger", "wandb"), ("logger", "MLFlowLogger", "mlflow"),
