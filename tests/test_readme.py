@@ -7,10 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 
-from qwen_lit.chat import HELP, Chat
+from qwen_lit.chat import HELP
 from qwen_lit.cli import main
 from qwen_lit.data.records import parse_row
 
@@ -32,10 +31,8 @@ def talk(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     def silence(prompt: str) -> str:
         raise EOFError
 
-    model = SimpleNamespace(config=SimpleNamespace(_name_or_path="a model"), dtype=torch.bfloat16, device="cpu")
-    loaded = model, SimpleNamespace(chat_template="{{ enable_thinking }}")
-    monkeypatch.setattr("qwen_lit.chat.load", lambda path, quantize: loaded)
-    monkeypatch.setattr(Chat, "ask", lambda self, question: (one for one in [question]))
+    chat = SimpleNamespace(ask=lambda question: (one for one in [question]), answering=False, cut=False)
+    monkeypatch.setattr("qwen_lit.chat.started", lambda given: (chat, "a model"))
     monkeypatch.setattr("builtins.input", silence)
     return main(["chat", *words])
 
