@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     # torch takes seconds to import, which a wrong option need not wait for.
     from qwen_lit.conversation import Chat
 
+HELP = """/system TEXT       start over under a system prompt; without TEXT, under none
+/reset             start over; the system prompt stays
+/think             switch thinking on or off
+/save FILE.jsonl   add the conversation to a file, as a row to train on
+/help              this list
+/quit              leave; Ctrl-D does too
+Ctrl-C             stop the answer; twice, leave"""
 OUT_OF_MEMORY = (
     "out of memory; /reset starts over with a short conversation, and chat with --load_in_4bit takes a quarter of the "
     "memory for weights"

@@ -9,15 +9,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from qwen_lit.chat import HELP
 from qwen_lit.export.serving import end_tokens
-
-HELP = """/system TEXT       start over under a system prompt; without TEXT, under none
-/reset             start over; the system prompt stays
-/think             switch thinking on or off
-/save FILE.jsonl   add the conversation to a file, as a row to train on
-/help              this list
-/quit              leave; Ctrl-D does too
-Ctrl-C             stop the answer; twice, leave"""
 
 
 class _Until(StoppingCriteria):

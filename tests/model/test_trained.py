@@ -143,12 +143,14 @@ def test_an_adapter_that_cannot_be_started_from_is_refused(run, arguments_of, tm
 
 
 def test_chat_holds_the_base_as_the_run_did(run, tmp_path):
-    from qwen_lit.chat import load
+    from qwen_lit.chat_model import choose, load
     from qwen_lit.quantization import loaded_weights
 
-    held = loaded_weights(load(str(run / "lora_adapter"), None)[0])
-    assert held and {str(one) for one in held.values()} == {"nf4"}
-    assert not loaded_weights(load(str(run / "lora_adapter"), False)[0])
+    def held(quantize):
+        choice, _ = choose(str(run / "lora_adapter"), quantize, torch.device("cpu"))
+        return {str(one) for one in loaded_weights(load(choice, torch.device("cpu"))[0]).values()}
+
+    assert held(None) == {"nf4"} and held(False) == set()
 
 
 def test_the_users_own_files_stay_in_an_export_that_is_made_again(run, arguments_of, caplog):
