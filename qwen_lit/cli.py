@@ -56,6 +56,8 @@ ALIASES = {"verify-resume": "verify_resume"}
 SKIPPED = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
 LOADING = ("fit", "validate", "verify_resume", "export", "predict")
 """Commands that read the base's weights."""
+FROM_CHECKPOINT = ("fit", "validate", "export", "predict")
+"""Commands that take a checkpoint; the others find its key in the configuration of a run."""
 OUT_OF_MEMORY = """out of GPU memory. The levers, in order:
   data.batch_size {batch_size} (lower it, raise trainer.accumulate_grad_batches {accumulate} by as much)
   model.gradient_checkpointing {checkpointing} (true keeps only layer inputs)
@@ -158,7 +160,8 @@ class QwenCLI(LightningCLI):
         check_trainer(config, str(self.subcommand))
         first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
         check_gpu(config.trainer.accelerator, tell=first and self.subcommand != "inspect")
-        given, folder = config.get("ckpt_path"), Path(config.output_dir)
+        given = config.get("ckpt_path") if self.subcommand in FROM_CHECKPOINT else None
+        folder = Path(config.output_dir)
         writes = self.subcommand in ("fit", "export") and not config.trainer.fast_dev_run
         if writes and first:
             self.lock = hold(folder)
@@ -360,7 +363,7 @@ def failed(error: Exception, cli: QwenCLI) -> int:
     trainer = getattr(cli, "trainer", None)
     reason = f"{type(error).__name__}: {shortened(' '.join(str(error).split()))}"
     if trainer is not None and trainer.state.fn == "fit" and _saved(cli):
-        text = f"the run broke off ({reason}); what it has saved is whole, go on with --ckpt_path last"
+        text = f"the run failed ({reason}); its checkpoints are whole, resume it with --ckpt_path last"
     else:
         text = f"{getattr(cli, 'subcommand', None) or 'the command line'} failed: {reason}"
     print(f"error: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What ends a command: what the user can mend, and what the work found wrong."""
+"""What ends a command: what the user can fix, and what the work found wrong."""
 
 from typing import Any
 

@@ -102,7 +102,7 @@ def gpu_problem() -> str | None:
     if hidden is not None and not re.match(r"\d|GPU-|MIG-", hidden):
         return f"{there} CUDA_VISIBLE_DEVICES={hidden!r} hides it; unset it to use the GPU"
     if version and not node and not wsl:
-        remedy = "start a container with --gpus all, or the machine anew after its driver was installed"
+        remedy = "start the container with --gpus all, or restart the machine after installing its driver"
         return f"{there} no /dev/nvidia0; {remedy}"
     if not version and not complaint and not node:
         return f"a GPU is there, but no driver is loaded; install one{f' of {needed} or newer' * bool(needed)}"

@@ -203,7 +203,7 @@ def _get(source: HuggingFace | ModelScope, name: str, files: list[str], sizes: d
     """Fetch files; how much, from where and to where is said before.
 
     Raises:
-        UserError: they do not fit the disk, or it broke off.
+        UserError: they do not fit the disk, or it was interrupted.
     """
     there = source.find(name)
     missing = [one for one in files if there is None or not (there / one).is_file()]

@@ -34,7 +34,7 @@ def unreached(source: HuggingFace | ModelScope, name: str, error: BaseException,
         reason += f", through the proxy {urlsplit(proxy).hostname or proxy}"
     if begun:
         again = "files that are whole stay: run the command again"
-        return f"fetching {name} from {where} broke off ({reason}); {again}, or {_remedies(source, name)}"
+        return f"fetching {name} from {where} was interrupted ({reason}); {again}, or {_remedies(source, name)}"
     return f"{name} cannot be fetched from {where} ({reason}); {_remedies(source, name)}"
 
 

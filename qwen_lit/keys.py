@@ -35,6 +35,7 @@ ALIASES = {
     "gradient_accumulation": "trainer.accumulate_grad_batches",
     "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
     "gradient_clip": "trainer.gradient_clip_val",
+    "load_best_model_at_end": "export.checkpoint",
     "logging_dir": "output_dir",
     "logging_steps": "trainer.log_every_n_steps",
     "lora": "model.lora_config",

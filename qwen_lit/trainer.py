@@ -42,7 +42,8 @@ class QwenTrainer(Trainer):
     """The checkpoint that ``validate`` measures."""
 
     def inspect(
-        self, model: Any, datamodule: QwenDataModule, rows: int = 3, row: str | None = None, html: str | None = None
+        self, model: Any, datamodule: QwenDataModule, rows: int = 3, row: str | None = None, html: str | None = None,
+        ckpt_path: str | None = None,
     ) -> None:
         """Audit the whole dataset and show rows as they will be trained; needs no GPU and loads no weights.
 
@@ -52,6 +53,7 @@ class QwenTrainer(Trainer):
             rows: number of rows to show.
             row: show this one, as path:line.
             html: also write the audit and the rows to this file.
+            ckpt_path: not used; the config.yaml of a run has it.
         """
         datamodule.on_bad_row, datamodule.max_bad_share = "skip", 1.0
         datamodule.prepare_data()
@@ -90,7 +92,8 @@ class QwenTrainer(Trainer):
         self.exit_code = 1 if result.problems else 0
 
     def plan(
-        self, model: Any, datamodule: QwenDataModule, memory_budget: str | None = None, json: bool = False
+        self, model: Any, datamodule: QwenDataModule, memory_budget: str | None = None, json: bool = False,
+        ckpt_path: str | None = None,
     ) -> None:
         """Run the heaviest real batch through every part of a run, and tell memory, speed, time and disk.
 
@@ -99,6 +102,7 @@ class QwenTrainer(Trainer):
             datamodule: the data it would be trained on.
             memory_budget: answer for a card of this size, such as 8GiB.
             json: print JSON instead of lines.
+            ckpt_path: not used; the config.yaml of a run has it.
         """
         datamodule.prepare_data()
         datamodule.setup()
@@ -116,13 +120,16 @@ class QwenTrainer(Trainer):
         unfit = result["measured"] is False and not result["fits"]
         self.exit_code = 1 if unfit else 0
 
-    def verify_resume(self, model: Any, datamodule: QwenDataModule, steps: int = 6) -> None:
+    def verify_resume(
+        self, model: Any, datamodule: QwenDataModule, steps: int = 6, ckpt_path: str | None = None
+    ) -> None:
         """Train a few steps, kill, resume, and compare with a run that was left alone, in output_dir/verify_resume.
 
         Args:
             model: not used.
             datamodule: the data to train on.
             steps: optimizer steps of each run.
+            ckpt_path: not used; the config.yaml of a run has it.
         """
         datamodule.prepare_data()
         # Its runs are short, and each would wait for this at its end.

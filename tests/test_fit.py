@@ -51,6 +51,14 @@ def test_fit_leaves_an_adapter_and_a_merged_model_that_plain_libraries_load(argu
     assert json.loads((out / "final_model" / "training_config.json").read_text())["seed_everything"] == 42
 
 
+@pytest.mark.parametrize("name", ["inspect", "plan", "validate", "fit"])
+def test_the_configuration_that_a_run_leaves_is_one_for_every_command(whole, name, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text((whole / "config.yaml").read_text().replace("ckpt_path: null", "ckpt_path: last"))
+    options = ["--trainer.limit_val_batches", "1"] if name == "validate" else []
+    assert main([name, "--config", str(config), *options]) == 0, capsys.readouterr().err
+
+
 def test_two_runs_with_one_seed_are_equal_and_a_resumed_one_equals_them(arguments, tmp_path):
     out = tmp_path / "out"
     assert main(arguments) == 0

@@ -215,7 +215,7 @@ class Export(Callback):
         for name, reason in self.missing.items():
             by_reason.setdefault(reason, []).append(name)
         reasons = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in by_reason.items())
-        then = "once that is put right"
+        then = "once that is fixed"
         if NO_BEST in self.missing and ADAPTER not in self.missing:
             then = f"{ADAPTER}/ is of the last step, {self.made['step']}, and to export that"
         return f"not exported: {reasons}. What was trained is safe; {then}: {self.again()}"

@@ -102,7 +102,7 @@ class RunReport(Callback):
         return {"history": self.history, "resumed": self.resumed, "trained_seconds": self._trained()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the curves and the clock; a checkpoint that does not say begins the clock anew."""
+        """Go on with the curves and the clock; a checkpoint that does not say starts the clock over."""
         self.history, self.resumed = state_dict["history"], state_dict["resumed"]
         self.trained = state_dict.get("trained_seconds", 0.0)
 

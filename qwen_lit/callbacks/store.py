@@ -161,7 +161,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, manifest: dict[str,
     The manifest goes first: a checkpoint is never seen without one.
 
     Raises:
-        OSError: the disk refuses, or gives back other bytes than were written.
+        OSError: the disk refuses, or returns other bytes than were written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, partial_manifest = (one.with_name(f"{one.name}.tmp-{os.getpid()}") for one in (path, manifest_of(path)))
@@ -179,7 +179,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, manifest: dict[str,
             os.fsync(file.fileno())
         digest, size = digested.sha256.hexdigest(), partial.stat().st_size
         if file_digest(partial) != digest:
-            raise OSError(f"{partial}: the disk gives back other bytes than were written")
+            raise OSError(f"{partial}: the disk returned other bytes than were written")
         told = {**manifest, "sha256": digest, "bytes": size, "written": datetime.now(UTC).isoformat()}
         with partial_manifest.open("w", encoding="utf-8") as text:
             json.dump(told, text, indent=1, ensure_ascii=False)
@@ -266,6 +266,6 @@ def last_checkpoint(folder: Path) -> Path | None:
                 one.rename(one.with_name(one.name + ".corrupt"))
     if files or list(folder.glob("step=*.ckpt.corrupt")):
         raise UserError(
-            f"no checkpoint in {folder} is whole; to start afresh, give another output_dir or remove that folder."
+            f"no checkpoint in {folder} is whole; to start over, give another output_dir or remove that folder."
         )
     return None

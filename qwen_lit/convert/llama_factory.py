@@ -224,7 +224,7 @@ PEER = Peer(
     without=grouped({
         "rows are mixed by data.dataset_path: [{path: FILE, weight: 2.0}]": "mix_strategy interleave_probs",
         "one validation loss is measured over all rows": "eval_on_each_dataset",
-        "rows are shuffled anew in every epoch": "disable_shuffling",
+        "rows are shuffled again in every epoch": "disable_shuffling",
         "AdamW is the optimizer here": "use_adam_mini use_muon",
         "rows without a system prompt get the one of the tokenizer's template": "default_system",
         "the vocabulary stays the base's": "resize_vocab add_tokens add_special_tokens new_special_tokens_config "

@@ -167,7 +167,7 @@ def optimizer(draft: Draft) -> None:
     name, told = str(given).rpartition(".")[2].lower(), draft.origin("optim")
     found = next((ours for ours, theirs in OPTIMIZERS.items() if name in theirs), None)
     if found is None:
-        draft.note(f"{told}: AdamW is the optimizer here (paged_adamw_8bit is written); choose its learning rate anew")
+        draft.note(f"{told}: AdamW is the optimizer here (paged_adamw_8bit is written); choose a learning rate for it")
     draft.write("model.optimizer", found or "paged_adamw_8bit", told)
 
 

@@ -99,7 +99,7 @@ PEER = Peer(
         "the tokenizer's own chat template and tokens are used": "chat_template_path eos_token pad_token "
             "lora_task_type",
         "rows are kept in data.cache_dir, in bounded memory": "dataset_streaming streaming dataset_batch_size",
-        "rows are shuffled anew in every epoch": "shuffle_dataset",
+        "rows are shuffled again in every epoch": "shuffle_dataset",
         "long rows lose their oldest turns first, never their answer": "truncation_mode",
         'rows {"text": ...} are trained whole': "dataset_text_field",
         hugging_face.INTERNAL: "router_aux_loss_coef",

@@ -264,7 +264,7 @@ class Encoder:
                 continue
             content, thought = message["content"], message.get("reasoning_content", "")
             if content.strip() not in turn:
-                # A thought within the text may be set anew, but with the answer after it.
+                # A thought within the text may be set again, but with the answer after it.
                 opened, _, rest = content.partition("</think>")
                 pieces = (opened.strip().removeprefix("<think>").strip(), rest.strip())
                 if not all(piece in turn for piece in pieces):

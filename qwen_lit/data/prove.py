@@ -50,7 +50,7 @@ def prove(task: Task, tokenizer: Any, folder: Path, processes: int | None = None
             names = ", ".join(source.path for source in task.sources)
             raise DataError(
                 f"{names}: changed since its rows were prepared, so they cannot be compared with the tokenizer's own "
-                "token ids; put the file back, or begin anew with the changed one."
+                "token ids; put the file back, or start over with the changed one."
             ) from error
         raise
     # Where nobody can write, each run compares for itself.
@@ -100,14 +100,14 @@ def _told(stored: Iterator[dict[str, Any]], own: Iterator[dict[str, Any]], token
     shown = "".join(f"\n  {line}" for line in lines)
     return (
         f"{(wanted or kept)['place']}: the prepared token ids differ from the exported tokenizer's own:{shown}\n"
-        f"Delete {folder} and begin anew, with another output_dir where a run has trained on it; report this."
+        f"Delete {folder} and start over, with another output_dir where a run has trained on it; report this."
     )
 
 
 class Prover:
     """``prove`` in a process of its own, beside a training.
 
-    It is started anew, never forked: CUDA runs in this process. It takes one core at the lowest priority and sees no
+    It is a new process, never forked: CUDA runs in this process. It takes one core at the lowest priority and sees no
     GPU, does not hear the terminal's Ctrl-C, and ends with this process however that ends.
     """
 

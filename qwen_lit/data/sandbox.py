@@ -1,4 +1,4 @@
-"""Chat templates run in a sandbox; most of its time goes into asking, anew for each row, what is safe to read."""
+"""Chat templates run in a sandbox; most of its time goes into asking, for each row again, what is safe to read."""
 
 from types import BuiltinMethodType
 from typing import Any

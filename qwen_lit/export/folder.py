@@ -255,7 +255,7 @@ def _keep_own(tmp: Path, out_dir: Path) -> None:
     """Take the user's files of ``out_dir`` over into ``tmp``: those that were added, and ours that were edited.
 
     Where the export has a file of that name, it is written beside it as ``NAME.new``. What is ours says a list that
-    the export leaves; of a folder without one, every file that the export writes anew, and its weights.
+    the export leaves; of a folder without one, every file that the export writes again, and its weights.
     """
     old = out_dir / LIST
     listed = read_json(old) if old.is_file() else None
@@ -292,7 +292,7 @@ def _link(source: Any, target: Any) -> None:
 
 
 def rewrite(out_dir: Path, name: str, text: str) -> None:
-    """Write a text of a finished export anew, beside the user's own where that stands in its place."""
+    """Write a text of a finished export again, beside the user's own where that stands in its place."""
     ours = read_json(out_dir / LIST)
     name = name if name in ours else f"{name}.new"
     partial = out_dir / f"{name}.tmp"

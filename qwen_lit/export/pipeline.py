@@ -31,7 +31,7 @@ MergeBase = Literal["auto", "original", "dequantized"]
 Example = tuple[Any, Any]
 """Token ids ``[t]`` and trained ranges ``[k, 2]``."""
 EXPECTED = (ExportError, OSError, MemoryError, SafetensorError, torch.OutOfMemoryError)
-"""What a user can put right, told in a line; anything else is told with where it happened."""
+"""What a user can fix, told in a line; anything else is told with where it happened."""
 
 
 @dataclass

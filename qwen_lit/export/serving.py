@@ -69,7 +69,7 @@ def write_serving_files(out_dir: Path, base_dir: Path, tokenizer: Any, told: Tol
 
 
 def copy_tokenizer(base_dir: Path, out_dir: Path, tokenizer: Any) -> None:
-    """Copy the base's tokenizer files byte for byte: other versions of transformers may not read what is written anew.
+    """Copy the base's tokenizer files byte for byte: other versions of transformers may not read what is rewritten.
 
     The chat template stands in tokenizer_config.json, where old readers look, and in chat_template.jinja, where new
     ones do; it is added where the base lacks it.

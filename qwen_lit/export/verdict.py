@@ -22,7 +22,7 @@ from qwen_lit.quantization import Held
 
 log = logging.getLogger(__name__)
 LOUD_LOSS = 0.05
-"""A merge whose loss is this much above the adapter's, in nats a token, is warned of."""
+"""A merge whose loss is this much above the adapter's, in nats a token, gets a warning."""
 NEAR = 0.01
 """Losses that differ by less, in nats a token, are taken as equal."""
 CHUNK = 1024

@@ -145,7 +145,7 @@ def settle(plan_with: Callable[[int], Plan], peak_of: Callable[[Plan], int | Non
         peak = peak_of(plan)
         if not plan.fits or not left or (peak is not None and peak <= limit(plan.budget)):
             break
-        log.warning("%s: %s; planning anew", plan, "did not fit" if peak is None else f"took {peak / GIB:.2f} GiB")
+        log.warning("%s: %s; planning again", plan, "did not fit" if peak is None else f"took {peak / GIB:.2f} GiB")
         beside = max(2 * beside, plan.budget // 32) if peak is None else beside + max(peak - plan.estimate, GIB // 16)
         if left == 1:
             beside = plan.budget

@@ -343,7 +343,7 @@ class QwenModule(L.LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Begin the sums anew."""
+        """Start the sums over."""
         self.validated = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:

@@ -215,7 +215,7 @@ def compare_module(then: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def recount(progress: dict[str, Any], then: int, now: int, micro_batches: int) -> None:
-    """Count Lightning's batches anew where another number of micro-batches is computed as one.
+    """Count Lightning's batches again where another number of micro-batches is computed as one.
 
     Args:
         progress: of the training batches, as in a checkpoint; changed in place.

@@ -34,7 +34,7 @@ def told(capsys):
     """The one line on what is missing, and the command that it ends with, as arguments."""
     text = capsys.readouterr().err
     (line,) = [one for one in text.splitlines() if one.startswith("error:")]
-    assert "Traceback" not in text and "the run broke off" not in text
+    assert "Traceback" not in text and "the run failed" not in text
     return line, shlex.split(line.partition("python -m qwen_lit ")[2])
 
 
