@@ -25,6 +25,7 @@ from qwen_lit.flops import measured_flops, token_flops
 from qwen_lit.hub import is_folder, missing_bytes
 from qwen_lit.kernels.engine import why_not
 from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, relative_time, time_of
+from qwen_lit.lines import plural
 from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps
 from qwen_lit.model.planning import merge_limit, merges_of
 from qwen_lit.quantization import HEAD, Held, base_name
@@ -307,7 +308,7 @@ def advice(
 def lines(result: dict[str, Any]) -> list[str]:
     """The answer in lines of at most 80 columns."""
     out = [
-        f"data        {result['rows']:,} rows, {result['tokens_per_epoch']:,} tokens an epoch, "
+        f"data        {plural(result['rows'], 'row')}, {result['tokens_per_epoch']:,} tokens an epoch, "
         f"{result['supervised_share']:.0%} supervised",
         *(f"not trained {line}" for line in result["lost"]),
         f"run         {_steps(result)}, about {result['tokens_per_step']:,} tokens each",
@@ -343,6 +344,11 @@ def lines(result: dict[str, Any]) -> list[str]:
             how += f", MLP in pieces of {plan['mlp_piece_tokens']}" * (plan["mlp_piece_tokens"] > 0)
             fits = how if plan["fits"] else "does not fit"
             out.append(f"{plan['budget_gib']:>7.2f} GiB  peak {plan['estimated_peak_gib']:>6.2f}  {fits}")
+        if result["plans"]:
+            out.append(
+                "            merged: micro-batches computed at once; recomputed: layers whose forward runs twice, to "
+                "save memory; offloaded: kept in host memory until backward"
+            )
     gguf = f", {result['gguf_gb']} GB to make the GGUF file" if result["gguf_gb"] else ""
     download = f", {result['download_gb']} GB to download the base" if result["download_gb"] else ""
     disk = f"{result['disk_gb']} GB for checkpoints and export, of it {result['export_gb']} GB merged"
@@ -355,7 +361,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 def _steps(result: dict[str, Any]) -> str:
     if result["steps"] is None:
         return f"no known end, {result['steps_per_epoch']:,} optimizer steps an epoch"
-    return f"{result['steps']:,} optimizer steps"
+    return plural(result["steps"], "optimizer step")
 
 
 def _time(seconds: float | None) -> str:

@@ -131,9 +131,9 @@ def inspect(model_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("row", "key", "value", "code", "words"),
     [
-        (LONG, "overlong", "shorten", 1, "1 rows cut: longest user text shortened"),
+        (LONG, "overlong", "shorten", 1, "1 row cut: longest user text shortened"),
         (LONG_ANSWER, "overlong", "shorten", 1, "1 of 1 row (100%) dropped: question and answer do not fit"),
-        (LONG_ANSWER, "overlong", "truncate", 1, "1 rows cut: end of the answer cut off"),
+        (LONG_ANSWER, "overlong", "truncate", 1, "1 row cut: end of the answer cut off"),
         (LONG, "overlong", "drop", 1, "dropped         overlong 1"),
         (LONG, "overlong", "error", 1, "has 607 tokens, more than data.max_length 96"),
         (LONG, "max_length", "2048", 0, "nothing is lost"),

@@ -16,6 +16,7 @@ from qwen_lit.data.overlong import CUT
 from qwen_lit.data.packing import fill
 from qwen_lit.data.report import LOSSES, Report
 from qwen_lit.data.rows import Rows
+from qwen_lit.lines import plural
 
 PERCENTILES = (50, 90, 95, 99, 100)
 
@@ -106,16 +107,16 @@ def audit(data: QwenDataModule, accumulate: int) -> Audit:
 def _problems(report: Report, rows: Rows, end: int) -> list[str]:
     """What would be lost or trained wrongly of one prepared folder."""
     masked, endless = int((rows.column("supervised") == 0).sum()), _endless(rows, end)
-    found = [f"{count} rows faulty: {kind}" for kind, count in report.faults.items()]
-    found += [f"{count} rows dropped: {kind}" for kind, count in report.dropped.items()]
-    found += [f"{n} rows cut: {kind}" for kind, n in report.changed.items() if kind in LOSSES]
-    found += [f"{masked} rows train nothing"] * bool(masked)
-    return found + [f"{endless} rows have an answer without <|im_end|>"] * bool(endless)
+    found = [f"{plural(count, 'row')} faulty: {kind}" for kind, count in report.faults.items()]
+    found += [f"{plural(count, 'row')} dropped: {kind}" for kind, count in report.dropped.items()]
+    found += [f"{plural(n, 'row')} cut: {kind}" for kind, n in report.changed.items() if kind in LOSSES]
+    found += [f"{plural(masked, 'row')} without a trained word"] * bool(masked)
+    return found + [f"{plural(endless, 'row')} with an answer without <|im_end|>"] * bool(endless)
 
 
 def _notes(report: Report) -> list[str]:
     """What of one prepared folder is not lost, and yet not as it stands in the files."""
-    found = [f"{count} rows: {kind}" for kind, count in report.changed.items() if kind not in LOSSES]
+    found = [f"{plural(count, 'row')}: {kind}" for kind, count in report.changed.items() if kind not in LOSSES]
     unread = {name: count for name, count in report.unread.items() if not is_harmless(name)}
     found += [f"not read: {listed(unread)}"] * bool(unread)
     return found + [report.absent()] * bool(report.absent())

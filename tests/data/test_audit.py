@@ -53,11 +53,11 @@ def test_every_figure_of_the_audit_is_that_of_its_rows(inspect, rows, model_fold
 
 def test_faults_drops_and_cuts_make_it_fail(inspect, rows):
     code, out = inspect([*rows, "nonsense"])
-    assert code == 1 and "bad JSON 1" in out and "1 rows faulty: bad JSON" in out
+    assert code == 1 and "bad JSON 1" in out and "1 row faulty: bad JSON" in out
     code, out = inspect([*rows, {"instruction": "a", "output": "long " * 500}], "--data.max_length", "200")
-    assert code == 1 and "1 rows dropped: overlong" in out
+    assert code == 1 and "1 row dropped: overlong" in out
     code, out = inspect([*rows, {"instruction": "long " * 500, "output": "b"}], "--data.max_length", "200")
-    assert code == 1 and "1 rows cut: longest user text shortened" in out
+    assert code == 1 and "1 row cut: longest user text shortened" in out
 
 
 def test_rows_of_which_each_answer_is_an_example_are_told_with_the_way_out(
@@ -120,7 +120,7 @@ def test_validation_files_are_audited_as_well(inspect, rows, tmp_path):
     path = tmp_path / "val.jsonl"
     path.write_text('nonsense\n{"instruction": "v", "output": "w"}\n')
     code, out = inspect(rows, "--data.val_dataset_path", str(path))
-    assert code == 1 and "validation: 1 rows faulty: bad JSON" in out and f"{path}:1: is not JSON" in out
+    assert code == 1 and "validation: 1 row faulty: bad JSON" in out and f"{path}:1: is not JSON" in out
     code, out = inspect(rows, "--data.val_dataset_path", str(path), "--row", "val.jsonl:2")
     assert "⟦w<|im_end|>⟧" in out
 

@@ -229,10 +229,10 @@ def test_inspect_says_that_nothing_is_lost_only_where_nothing_is(inspect):
     assert "not read        category (1 row)" in out and out.count("verdict         nothing is lost\n") == 1
     code, out, _ = inspect("a.jsonl", [{**dolly, "passage": "lost"}, {"messages": [U, A, U]}])
     assert code == 0 and "passage (1 row)" in out and "turns after the last answer left out 1" in out
-    assert "verdict         no row is lost, but look at: 1 rows: turns after the last answer left out; not read" in out
+    assert "verdict         no row is lost, but look at: 1 row: turns after the last answer left out; not read" in out
     code, out, _ = inspect("a.jsonl", [dolly, {"messages": [U, {**A, "loss": False}, U, B]}, {"story": "A novel."}])
     assert code == 1 and "⟦B<|im_end|>⟧" in out and "⟦A<|im_end|>⟧" in out and out.count("⟦") == 2
-    assert "1 rows faulty: raw text" in out and "write data.fields: {text: story}" in out
+    assert "1 row faulty: raw text" in out and "write data.fields: {text: story}" in out
 
 
 def test_odd_turns_are_merged_from_the_command_line_and_counted(inspect):
