@@ -259,7 +259,7 @@ def test_wrong_options_are_one_line_and_load_nothing(tmp_path, capsys):
 
 
 TALKING = """
-import sys, time
+import signal, sys, time
 from qwen_lit.chat import converse, line_editing
 
 class Parrot:
@@ -272,6 +272,8 @@ class Parrot:
             yield "."
             time.sleep(0.01)
 
+# A shell that starts the tests in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with line_editing():
     sys.exit(converse(Parrot()))
 """
