@@ -155,11 +155,13 @@ def _make_room(
         before = one.turns[0]
         sizes = {number: offsets_of(message["content"]) for number, message in enumerate(one.messages[:before])}
         longest = max(sizes, key=lambda number: len(sizes[number]), default=None)
-        if longest is None or len(sizes[longest]) < 2:
+        text = one.messages[longest]["content"] if longest is not None else ""
+        if longest is None or len(text) < 2 or len(sizes[longest]) < 2:
             break
-        keep = len(sizes[longest]) - (begin - wanted)
-        text = one.messages[longest]["content"]
-        cut = _without_middle(text, sizes[longest], max(1, keep))
+        cut = _without_middle(text, sizes[longest], max(1, len(sizes[longest]) - (begin - wanted)))
+        if len(cut) >= len(text):
+            # A character of several tokens, such as an emoji, is whole as soon as its first token is kept.
+            cut = text[: len(text) // 2]
         messages = [*one.messages[:longest], {**one.messages[longest], "content": cut}, *one.messages[longest + 1 :]]
         notes = one.notes if SHORTENED in one.notes else [*one.notes, SHORTENED]
         one = Draft(messages, one.turns, one.tools, one.source, notes)

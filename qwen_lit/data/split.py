@@ -144,7 +144,7 @@ def main(args: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="qwen-lit data", description="Make rows of other data.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="split")
-    one = commands.add_parser("split", help="a novel to rows that continue it", description=main.__doc__,
+    one = commands.add_parser("split", help="Cut a novel into rows that continue it.", description=main.__doc__,
                               allow_abbrev=False)  # fmt: skip
     one.add_argument("files", nargs="+", metavar="novel.txt", help="text in UTF-8")
     one.add_argument("--output", help="JSONL to write; default: the first file's name with .jsonl")

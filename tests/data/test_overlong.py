@@ -125,10 +125,21 @@ def test_truncate_drops_no_row_and_trains_no_end_of_an_answer_that_is_cut(name, 
             assert "\ufffd" not in said and any(
                 said in text or said.endswith(text[: len(said) // 2]) or text.startswith(said) for text in texts
             )
-            # The question keeps a half at most.
-            assert begin <= most - most // 2 or SHORTENED not in example.note
+            # The question keeps a half at most, or no more than a token beside what the template adds.
+            asked = qwen_tokenizer.decode(ids[:begin]).rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+            least = len(qwen_tokenizer.tokenize(asked)) < 2
+            assert begin <= most - most // 2 or SHORTENED not in example.note or least
             seen["cut"] += 1
     assert min(seen.values()) > 5
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", ["👩‍🚀", "𠮷𠮷", "é", "👍🏽 " * 40])
+def test_truncate_ends_where_characters_of_several_tokens_cannot_be_shortened(text, qwen_tokenizer):
+    qwen_tokenizer.chat_template = template("qwen2_5")
+    encoder = Encoder(qwen_tokenizer, max_length=36, overlong="truncate")
+    (outcome,) = encoder.encode([parse_row({"instruction": text, "output": "b " * 50}, "a:1")])
+    assert CUT in outcome[0].note and len(outcome[0].input_ids) <= 36
 
 
 def test_what_not_even_a_prompt_leaves_room_for_is_dropped_by_truncate_too(qwen_tokenizer):
