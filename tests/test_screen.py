@@ -140,6 +140,8 @@ def test_a_run_has_one_bar_which_leaves_nothing_behind(terminal, command, tmp_pa
     shown = terminal()
     seen = []
     line = RunProgress._line
+    # However fast the machine is.
+    monkeypatch.setattr(Bar, "draw", Bar.refresh)
     monkeypatch.setattr(RunProgress, "_line", lambda self, width: seen.append(line(self, width)) or seen[-1])
     options = ["--trainer.enable_progress_bar", "true", "--trainer.max_steps", "3", "--data.num_workers", "0",
                "--trainer.val_check_interval", "3"]  # fmt: skip

@@ -89,7 +89,8 @@ def test_every_figure_is_that_of_the_whole_models(tmp_path, kind, variant):
     held, untrained = loaded_weights(model), answers(model)
     verdict = measure(adapter, base, examples(), held, CPU)
     trained = answers(PeftModel.from_pretrained(model, adapter).eval())
-    assert verdict.adapter_loss == pytest.approx(loss(trained), abs=0.003)
+    # Sums of bfloat16 products in another order differ by as much on CPUs that have instructions for them.
+    assert verdict.adapter_loss == pytest.approx(loss(trained), abs=0.005)
     for name in ("original", "dequantized"):
         merge_adapter(adapter, base, tmp_path / name, merge_base=name, held=held)
         merged = answers(AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16).eval())
