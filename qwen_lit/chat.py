@@ -93,7 +93,7 @@ def started(given: argparse.Namespace) -> tuple[Chat, str]:
     """
     if given.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {given.max_new_tokens}; it must be at least 1.")
-    if not Path(given.path).expanduser().is_dir():
+    if not os.path.isdir(os.path.expanduser(given.path)):
         raise UserError(f"chat: no such folder: {given.path}; give the output folder of a run.")
     print(f"loading {given.path} ...", file=sys.stderr, flush=True)
     import torch

@@ -1,6 +1,7 @@
 """What chat talks to: of the models in a folder the first that fits into memory, loaded."""
 
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def choose(path: str, quantize: bool | None, device: torch.device) -> tuple[Choi
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     passed: list[str] = []
     try:
-        for choice in choices(Path(path).expanduser(), quantize):
+        for choice in choices(Path(os.path.expanduser(path)), quantize):
             choice.check()
             needed = ROOM * choice.bytes_needed(device)
             if needed <= free:
@@ -189,7 +190,7 @@ def base_of(adapter: Path) -> str:
     base = adapter_config(adapter).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{adapter / 'adapter_config.json'} names no base; export the adapter again.")
-    folder = Path(base).expanduser()
+    folder = Path(os.path.expanduser(base))
     return str(folder) if folder.is_dir() else str(base)
 
 

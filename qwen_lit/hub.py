@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from qwen_lit.errors import UserError
+from qwen_lit.errors import UserError, shortened
 from qwen_lit.hub_failure import unreached
 from qwen_lit.hub_libraries import TIMEOUT, Hub, HuggingFace, ModelScope, library
 from qwen_lit.names import HUB_NAME
@@ -33,7 +33,7 @@ TOKENIZERS = ("tokenizer.json", "vocab.json", "qwen.tiktoken")
 
 def is_folder(name: str) -> bool:
     """Whether the base is a local folder; ``~`` is the home folder."""
-    return Path(name).expanduser().is_dir()
+    return os.path.isdir(os.path.expanduser(name))
 
 
 def check_model_path(name: str) -> None:
@@ -42,18 +42,19 @@ def check_model_path(name: str) -> None:
     Raises:
         UserError: no such folder, no ``config.json`` in it, or a name that is neither a folder nor a hub name.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if is_folder(name):
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"model_name_or_path: {name} has no config.json; give the folder that holds the model's files."
             )
         if lacks := [one for one in shards(folder) if not (folder / one).is_file()]:
             raise UserError(f"model_name_or_path: {folder} lacks {lacks[0]}, which its index names; fetch it again.")
-    elif not HUB_NAME.match(name) or folder.parent.is_dir():
+    elif not HUB_NAME.match(name) or os.path.isdir(folder.parent):
+        path = f" ({folder.parent} is a folder here, so this is taken for a path)" * bool(HUB_NAME.match(name))
         raise UserError(
-            f"model_name_or_path: no such folder: {name}; give a folder with config.json, or a hub name like "
-            "Qwen/Qwen2.5-7B-Instruct."
+            f"model_name_or_path: no such folder: {shortened(name)}{path}; give a folder with config.json, or a hub "
+            "name like Qwen/Qwen2.5-7B-Instruct."
         )
 
 
@@ -99,7 +100,7 @@ def missing_bytes(folder: Path, all_of_them: int) -> int:
 
 def find(name: str, hub: Hub = "huggingface") -> Path | None:
     """The folder of a base, if its config.json is on this machine: itself, or the hub's copy."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if (folder / "config.json").is_file():
         return folder
     if not HUB_NAME.match(name) or folder.is_dir():
@@ -125,7 +126,7 @@ def fetch(name: str, hub: Hub = "huggingface", weights: bool = False) -> Path:
     """
     check_model_path(name)
     if is_folder(name):
-        return Path(name).expanduser()
+        return Path(os.path.expanduser(name))
     source = library(hub)
     if (found := _whole(source, name, weights)) is not None:
         return found

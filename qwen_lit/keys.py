@@ -147,10 +147,13 @@ def _given(args: list[str], known: Collection[str]) -> Iterator[tuple[str, str]]
 
 def _in_text(value: str, prefix: str, known: Collection[str]) -> Iterator[tuple[str, str]]:
     inline, path = value.lstrip().startswith("{"), Path(value)
-    # A section takes no other files; and what comes through a pipe can be read once.
-    if not inline and ((prefix and path.suffix not in (".yaml", ".yml")) or not path.is_file()):
+    # A section takes no other files.
+    if not inline and prefix and path.suffix not in (".yaml", ".yml"):
         return
     try:
+        # What comes through a pipe can be read once; a name can be too long to look for.
+        if not inline and not path.is_file():
+            return
         text = value if inline else path.read_text(encoding="utf-8-sig")
         content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -161,7 +164,7 @@ def _in_text(value: str, prefix: str, known: Collection[str]) -> Iterator[tuple[
 
 def _in_mapping(content: Any, prefix: str, known: Collection[str]) -> Iterator[str]:
     for key, value in content.items() if isinstance(content, dict) else ():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{key}".removesuffix("+")
         if _is_section(name, known):
             yield from _in_mapping(value, name + ".", known)
         elif not _is_known(name, known):

@@ -1,7 +1,7 @@
 """The parser of the command line: a value stays what was given, and what cannot be parsed is one line."""
 
+import os
 import re
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -113,7 +113,7 @@ def expand_paths(config: Any) -> None:
 
 def expanded(path: str) -> str:
     """The path with the home folder for ``~``; as it is where there is none."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    return os.path.expanduser(path) if path.startswith("~") else path
 
 
 def one_line(message: str) -> str:

@@ -80,6 +80,12 @@ def test_what_the_parser_understands_is_left_to_it(args):
     assert wrong_keys(args, KEYS, KEYS) == []
 
 
+def test_a_list_that_a_file_adds_to_is_its_key_and_a_name_too_long_for_a_file_no_crash(tmp_path):
+    (tmp_path / "more.yaml").write_text("trainer:\n  callbacks+:\n  - class_path: EarlyStopping\n")
+    assert not wrong_keys(["--config", str(tmp_path / "more.yaml")], KEYS, KEYS)
+    assert not wrong_keys(["--config", "a" * 300, "--data", "/" + "a" * 300 + ".yaml"], KEYS, KEYS)
+
+
 def test_what_comes_through_a_pipe_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     assert wrong_keys(["--config", str(tmp_path / "pipe.yaml")], KEYS, KEYS) == []

@@ -146,7 +146,8 @@ class RunCheckpoint(Checkpoint):
         if INTERRUPTS.received is None:  # another rank was asked
             INTERRUPTS.received = signal.SIGTERM
         self._io(trainer).wait()
-        log.info("stopped after step %d; go on with --ckpt_path last", self.saved_step)
+        if trainer.is_global_zero:
+            log.info("stopped after step %d; go on with --ckpt_path last", self.saved_step)
         INTERRUPTS.check()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -161,7 +162,8 @@ class RunCheckpoint(Checkpoint):
             self.best, self.best_step = float(loss), trainer.global_step
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 trainer.save_checkpoint(self.folder / BEST, storage_options={"manifest": _manifest(trainer)})
-            log.info("best validation loss %.4f at step %d", self.best, trainer.global_step)
+            if trainer.is_global_zero:
+                log.info("best validation loss %.4f at step %d", self.best, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end of the run, wherever it falls between two periodic saves."""

@@ -1,6 +1,7 @@
 """The command ``convert``: reads a file, writes ours, and says what is different."""
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -86,7 +87,8 @@ def main(args: list[str]) -> int:
     parser.add_argument("file", metavar="FILE", help="YAML, JSON, or a script that calls swift sft or trl sft")
     parser.add_argument("--output", metavar="FILE", help="file to write; default: the terminal")
     given = parser.parse_args(args)
-    path, target = Path(given.file).expanduser(), Path(given.output).expanduser() if given.output else None
+    path = Path(os.path.expanduser(given.file))
+    target = Path(os.path.expanduser(given.output)) if given.output else None
     try:
         if target is not None and target.exists():
             raise UserError(f"{target} is there already; give another --output.")
@@ -97,6 +99,9 @@ def main(args: list[str]) -> int:
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
+        return 2
+    except (ArithmeticError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        print(f"error: {path}: a value is of another kind than its key takes ({error}).", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: cannot write {target} ({error.strerror or error}); give another --output.", file=sys.stderr)

@@ -48,6 +48,8 @@ def config_of(config: str | os.PathLike[str] | dict[str, Any]) -> tuple[Peer, di
 
 def is_ours(given: dict[str, Any]) -> bool:
     """Whether the keys are those of this program."""
+    if any("." in key and key.partition(".")[0] in OUR_SECTIONS for key in given):
+        return True
     return any(isinstance(given.get(key), dict) for key in OUR_SECTIONS) or given.keys() <= {
         "output_dir", "seed_everything", "ckpt_path"
     }  # fmt: skip

@@ -125,10 +125,10 @@ def registered(draft: Draft, folder: str) -> tuple[Path, dict[str, Any]]:
 
 def source(draft: Draft, name: str, given: dict[str, Any], place: Path) -> list[dict[str, Any]]:
     """One dataset of the register."""
-    if given.get("ranking") or any(key in given.get("columns", {}) for key in ("chosen", "rejected", "kto_tag")):
+    if given.get("ranking") or any(key in (given.get("columns") or {}) for key in ("chosen", "rejected", "kto_tag")):
         draft.refuse(f"dataset: {name} is preference data, which is not trained here")
         return []
-    if any(given.get("columns", {}).get(key) for key in ("images", "videos", "audios")):
+    if any((given.get("columns") or {}).get(key) for key in ("images", "videos", "audios")):
         draft.note(f"dataset: {name}: rows with pictures, videos or sound are refused")
     hub = next((key for key in HUBS if key in given), None)
     if hub:

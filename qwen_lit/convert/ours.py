@@ -251,7 +251,8 @@ def sources(draft: Draft) -> None:
     for word, key in (("dataset", "data.dataset_path"), ("eval_dataset", "data.val_dataset_path")):
         items = given[word]
         if most is not None:
-            items = [{"max_rows": whole(draft.name("max_samples"), most), **one} for one in items]
+            limit = whole(draft.name("max_samples"), most)
+            items = [{**one, "max_rows": min(limit, one.get("max_rows", limit))} for one in items]
         plain = [one["path"] if set(one) == {"path"} else {"path": one["path"], **one} for one in items]
         if plain:
             draft.write(key, plain[0] if len(plain) == 1 and isinstance(plain[0], str) else plain, draft.origin(word))

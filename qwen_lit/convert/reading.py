@@ -36,7 +36,11 @@ def load(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     Raises:
         UserError: it cannot be read, or is none of these formats.
     """
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise UserError(f"{shortened(str(path))}: cannot be read ({error.strerror or error}).") from error
+    if not there:
         # Of a pipe, what is read here would be missing where it is parsed.
         raise UserError(f"{path}: no such file.")
     try:

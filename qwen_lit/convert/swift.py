@@ -7,7 +7,7 @@ from typing import Any
 from qwen_lit.convert import hugging_face
 from qwen_lit.convert.draft import Draft, Peer, grouped
 from qwen_lit.convert.named import is_hub_name, named_sources, with_columns
-from qwen_lit.convert.values import is_off, listed, number, spelled, text
+from qwen_lit.convert.values import is_off, listed, number, spelled, text, whole
 
 TRAINED = ("causal_lm",)
 DATASET = re.compile(r"(?:(?P<hub>HF|MS)::)?(?P<path>.+?)(?::(?P<subsets>[\w/-]+))?(?:#(?P<rows>\d+))?")
@@ -41,9 +41,11 @@ def read(draft: Draft) -> None:
         if low == "lora-ga":
             draft.refuse("init_weights: lora-ga is not done here; take it out")
     quantization(draft)
-    batch = number("per_device_train_batch_size", draft.given.get("per_device_train_batch_size") or 1)
+    batch = max(1, whole("per_device_train_batch_size", draft.given.get("per_device_train_batch_size") or 1))
+    processes = str(draft.given.get("nproc_per_node") or 1)
+    ranks = max(1, int(processes)) if processes.isdigit() else 1
     if draft.given.get("gradient_accumulation_steps") is None:
-        draft.put("gradient_accumulation_steps", -(-16 // int(batch)), "ms-swift's default on one GPU")
+        draft.put("gradient_accumulation_steps", -(-16 // (batch * ranks)), "ms-swift's default, 16 rows a step")
     strategy = str(draft.take("truncation_strategy", "delete"))
     if strategy in LONG_ROWS:
         draft.put("overlong", LONG_ROWS[strategy], f"truncation_strategy: {strategy}")

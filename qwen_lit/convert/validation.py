@@ -13,6 +13,8 @@ def validation(draft: Draft) -> None:
     """Validation rows, how often they are measured, and what depends on it."""
     if (size := draft.use("val_size")) is not None and (found := number(draft.name("val_size"), size)) > 0:
         draft.write("data.val_size", found, draft.origin("val_size"))
+    if (share := draft.use("val_percent")) is not None and (found := number(draft.name("val_percent"), share)) > 0:
+        draft.write("data.val_size", found / 100, draft.origin("val_percent"))
     held = "data.val_size" in draft.ours or "data.val_dataset_path" in draft.ours
     strategy, steps, times = draft.use("eval_strategy"), draft.use("eval_steps"), draft.use("evals_per_epoch")
     patience, best = draft.use("early_stopping_patience"), draft.use("load_best_model_at_end")
@@ -26,7 +28,8 @@ def validation(draft: Draft) -> None:
         return
     measured = when(draft, strategy, steps, times, bool(wanted or patience_told))
     if metric is not None and str(metric) not in LOSSES:
-        draft.note(f"{draft.origin('metric_for_best')}: the best checkpoint is the one of the lowest validation loss")
+        told = draft.origin("metric_for_best_model")
+        draft.note(f"{told}: the best checkpoint is the one of the lowest validation loss")
     if wanted and measured:
         draft.write("export.checkpoint", "best", wanted)
     if patience is not None and measured:
@@ -53,7 +56,7 @@ def when(draft: Draft, strategy: Any, steps: Any, times: Any, needed: bool) -> b
     if strategy is not None and str(strategy).lower() == "epoch":
         draft.write("trainer.check_val_every_n_epoch", 1, told)
         return True
-    if steps is None:
+    if steps is None or number(draft.name("eval_steps"), steps) <= 0:
         draft.note("rows are held out, and validated at the end of each epoch")
         return True
     every, told = number(draft.name("eval_steps"), steps), draft.origin("eval_steps")

@@ -303,6 +303,28 @@ def test_the_register_is_found_beside_the_file_and_above_it(monkeypatch, tmp_pat
     assert paths == ["i.json", "a"]
 
 
+def test_the_smaller_of_two_limits_of_rows_and_the_rows_of_a_step_of_several_gpus_are_kept():
+    register = {"rows": {"file_name": "rows.json", "num_samples": 10000, "columns": None}}
+    Path("dataset_info.json").write_text(json.dumps(register))
+    ours, _ = changed(examples.LLAMA_FACTORY, dataset="rows", dataset_dir=".", max_samples=50)
+    assert ours["data"]["dataset_path"][0]["max_rows"] == 50
+    ours, _ = of("NPROC_PER_NODE=4 swift sft --model a/b --dataset d.jsonl --per_device_train_batch_size 1\n", ".sh")
+    assert ours["trainer"]["accumulate_grad_batches"] * ours["trainer"]["devices"] == 16
+
+
+def test_a_share_in_percent_is_held_out_and_no_interval_is_the_end_of_an_epoch():
+    ours, _ = of("training_args: {learning_rate: 1e-4, eval_strategy: epoch}\nmodel_name_or_path: a/b\n"
+                 "data_args: {dataset_path: d.jsonl, validation_split_percentage: 5}\n"
+                 "lora_config: {r: 8}\n")  # fmt: skip
+    assert ours["data"]["val_size"] == 0.05
+
+
+@pytest.mark.parametrize("text", ["trainer.max_epochs: 2\nmodel.learning_rate: 1.0e-4\noutput_dir: o\n"])
+def test_keys_of_ours_with_dots_are_ours(text):
+    Path("dots.yaml").write_text(text)
+    assert kind_of("dots.yaml") is None
+
+
 def test_datasets_of_axolotl_keep_their_columns_subset_and_split():
     datasets = [
         {"path": "tatsu-lab/alpaca", "type": "alpaca", "split": "train[:10%]", "name": "a"},
