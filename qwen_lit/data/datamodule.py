@@ -219,7 +219,11 @@ class QwenDataModule(L.LightningDataModule):
                 "share such as 0.1."
             )
         # What a count has once held out stays held out when the files grow: the limit is kept beside the rows.
-        name = json.dumps([[str(Path(source.path).absolute()) for source in self.sources], count])
+        places = [
+            [source.path, source.name, source.split] if source.copy else str(Path(source.path).absolute())
+            for source in self.sources
+        ]
+        name = json.dumps([places, count])
         kept = self.cache / f"split-{hashlib.sha256(name.encode()).hexdigest()[:32]}.txt"
         if kept.is_file() and count <= (distinct < (limit := np.uint64(int(kept.read_text())))).sum() < len(distinct):
             return limit

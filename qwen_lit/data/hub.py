@@ -1,5 +1,6 @@
 """Datasets of the hub by their name, through ``datasets``: a copy of each is kept beside the prepared rows."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -42,6 +43,9 @@ def fetch(source: Source, folder: Path) -> Path:
         path = folder / f"{stem}-{revision[:16]}.parquet"
         if not path.is_file():
             _write(_load(source, revision), path)
+        with contextlib.suppress(OSError):
+            # The newest copy is what is used where the hub is not reached.
+            path.touch()
     _check_columns(source, path)
     return path
 

@@ -1,5 +1,6 @@
 """Which files hold rows, and how to make rows of those that do not."""
 
+import os
 import re
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def is_passed_over(path: Path) -> bool:
 def is_hub_name(path: str) -> bool:
     """Whether a path that is not there is the name of a dataset of the hub."""
     known = (*ROWS, *TEXTS, *SHEETS, *PAPERS, ".arrow", ".yaml")
-    return HUB_NAME.fullmatch(path) is not None and not path.lower().endswith(known) and not Path(path).exists()
+    return HUB_NAME.fullmatch(path) is not None and not path.lower().endswith(known) and not os.path.exists(path)
 
 
 def refuse_file(path: Path) -> None:

@@ -74,7 +74,7 @@ def prepare(task: Task, tokenizer: Any, cache: Path, processes: int | None = Non
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        (partial / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
+        (partial / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     return folder
@@ -112,14 +112,16 @@ def judge(report: Report, on_bad_row: str, max_bad_share: float) -> None:
     bad = sum(report.faults.values())
     if not bad:
         return
+    # A large text file is one row, and each of its passages can be faulty.
+    rows = max(report.rows, report.taken + bad)
     counts = ", ".join(f"{kind}: {count}" for kind, count in Counter(report.faults).most_common())
     lines = "\n".join(f"  {fault.source}: {fault.message}" for fault in report.first)
-    text = f"{bad} of {report.rows} rows are faulty ({counts}):\n{lines}"
+    text = f"{bad} of {rows} rows are faulty ({counts}):\n{lines}"
     if bad > len(report.first):
         text += f"\n  … and {bad - len(report.first)} more"
     if on_bad_row == "error":
         raise DataError(f"{text}\nFix them, or set data.on_bad_row: skip.")
-    if bad > max_bad_share * report.rows:
+    if bad > max_bad_share * rows:
         raise DataError(
             f"{text}\nThat is more than data.max_bad_share {max_bad_share}; fix them, or raise the share."
         )

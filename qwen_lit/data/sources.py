@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -135,18 +136,18 @@ def expand(source: Source) -> list[Path]:
         raise DataError(f"{source.path} is an address, and only local files are read; download it and give its path.")
     if not source.path.strip():
         raise DataError("an empty path; give the path of a JSONL file.")
-    path = Path(source.path).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(source.path))
+    if os.path.isfile(path):
         refuse_file(path)
         return [path]
-    if path.is_dir():
+    if os.path.isdir(path):
         refuse_folder(path)
-    pattern = glob.escape(str(path)) + "/*" if path.is_dir() else str(path)
+    pattern = glob.escape(str(path)) + "/*" if os.path.isdir(path) else str(path)
     files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
     files = [file for file in files if file.is_file() and not is_passed_over(file)]
-    if path.is_dir():
+    if os.path.isdir(path):
         files = [file for file in files if file.suffix.lower() in ROWS]
-    if not files and path.is_dir():
+    if not files and os.path.isdir(path):
         raise DataError(f"{source.path} holds no file that ends in {', '.join(ROWS)}; give the file itself.")
     if not files:
         raise not_there(source.path)
@@ -222,9 +223,9 @@ def _batched(path: str, rows: Iterator[tuple[RawRow, float]], count: int = CHUNK
 
 
 def _open(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.open(raw))  # type: ignore[arg-type]
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         try:
             import zstandard
         except ImportError as error:

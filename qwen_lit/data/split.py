@@ -70,7 +70,7 @@ def continuations(text: str, passage: int, length: int) -> list[tuple[str, str]]
     begin = first
     while begin < len(parts):
         end = _upto(parts, begin, length)
-        if not "".join(parts[end:]).strip():
+        if end > filled[-1]:
             end = len(parts)
         start, size = begin, 0
         while start > 0 and size + len(parts[start - 1]) <= passage:

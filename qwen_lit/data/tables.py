@@ -47,7 +47,7 @@ def read_table(
         if not all(map(_is_utf8, cells)):
             raw = separator.join(cells).encode("utf-8", "surrogateescape")
             raise not_utf8(path, raw, f"in line {first}", spreadsheet=True)
-        if not cells or (len(cells) == 1 and not cells[0].strip()):
+        if not any(cell.strip() for cell in cells):
             continue
         if not header:
             header = [cell.strip() for cell in cells]

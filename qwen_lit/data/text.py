@@ -191,12 +191,14 @@ class TextEncoder:
         whole = passage.opens and passage.closes and len(text) <= LONG
         own = document.hash if whole else 0
         stream, blocks = [*ids, self.end] if passage.closes else ids, []
+        line, counted = passage.line, 0
         for begin, stop in _cuts(ranks, len(stream), len(before), self.max_length):
             context = before if not begin else ids[_character(ranks, begin) : begin]
-            said = raw[ends[min(begin, len(ids))] : ends[min(stop, len(ids))]].decode()
+            # A cut may stand within a character, where no token of a block ends with one.
+            said = raw[ends[min(begin, len(ids))] : ends[min(stop, len(ids))]].decode("utf-8", "replace")
             source = document.source
             if document.passage is not None:
-                line = passage.line + normal.count("\n", 0, int(at[begin]))
+                line, counted = line + normal.count("\n", counted, int(at[begin])), int(at[begin])
                 source = f"{document.source.rpartition(':')[0]}:{line}"
             key = own if whole else text_hash(said)
             blocks.append(Block([*context, *stream[begin:stop]], max(1, len(context)), source, key, note))
@@ -318,8 +320,10 @@ def borders(text: str) -> np.ndarray:
 
 def _character(ranks: np.ndarray, at: int) -> int:
     """Where the last whole character before a token begins."""
+    # A character has four bytes at most; tokens may end within the next one again and again.
+    least = max(0, at - 4)
     at -= 1
-    while at > 0 and ranks[at] < 0:
+    while at > least and ranks[at] < 0:
         at -= 1
     return at
 

@@ -74,3 +74,9 @@ def test_columns_are_mapped_for_one_source_alone(tokenizer, tmp_path):
     second = Source(str(tmp_path / "b.csv"), columns={"instruction": "a", "output": "q"})
     report = read_report(prepare(Task([first, second], {"max_length": 64}, {}), tokenizer, tmp_path / "cache"))
     assert report.examples == 2 and report.formats == {"alpaca": 2} and not report.absent()
+
+
+def test_rows_of_empty_cells_as_spreadsheets_leave_them_are_none(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("instruction,output\na,b\n,\n , \n")
+    assert rows(path) == [("2", {"instruction": "a", "output": "b"})]

@@ -42,6 +42,8 @@ def texts():
     yield from ("🙂" * 50, "x" * 300, "e\u0301" * 40)
     yield "雨下个不停，他在屋里走来走去。" * 667
     yield "字" * 10_000
+    # Tokens that end within the next character, one after the other.
+    yield from ("흠" * 200, "햤" * 300, "a흠 " * 50 + "흠" * 100)
     for _ in range(60):
         yield "".join(draw.choices(PARTS, k=draw.randint(1, 120))) or "x"
 
