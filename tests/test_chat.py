@@ -307,6 +307,9 @@ class Terminal:
         return re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", shown + words)
 
     def type(self, text: str, words: str) -> str:
+        if text == CTRL_C:
+            # Python's readline overlooks a signal that comes between a key and its wait for the next one.
+            time.sleep(0.5)
         os.write(self.fd, text.encode())
         return self.until(words)
 

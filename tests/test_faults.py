@@ -61,7 +61,7 @@ def test_killed_workers_end_the_run_which_then_resumes(command, whole, tmp_path,
     out = tmp_path / "out"
     # As the second epoch begins: later its last batches can all be there already.
     assert main(command(out, *doing(6, "kill_workers"))) == 1
-    assert "go on with --ckpt_path last" in capsys.readouterr().err
+    assert "resume it with --ckpt_path last" in capsys.readouterr().err
     kept = int(last_checkpoint(out / "checkpoints").stem[-8:])
     (out / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in trace(out)[:kept]))
     assert main(command(out, "--ckpt_path", "last")) == 0
