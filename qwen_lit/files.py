@@ -1,7 +1,9 @@
 """Files that are whole on disk."""
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -18,3 +20,16 @@ def fsync_dir(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def whole_or_absent(partial: Path, path: Path) -> Iterator[None]:
+    """A file that is written as ``partial`` meanwhile stands at ``path``, durable, once all has gone well."""
+    try:
+        yield
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -19,7 +19,7 @@ from qwen_lit.errors import UserError, shortened
 from qwen_lit.hub_failure import unreached
 from qwen_lit.hub_libraries import TIMEOUT, Hub, HuggingFace, ModelScope, library
 from qwen_lit.names import HUB_NAME
-from qwen_lit.progress import Progress, told
+from qwen_lit.progress import Progress, meanwhile, told
 from qwen_lit.signals import Stopped
 
 log = logging.getLogger(__name__)
@@ -251,20 +251,9 @@ def _growing(folder: Path, total: int, what: str) -> Iterator[None]:
     if sys.stderr.isatty():
         yield
         return
-    progress = Progress(what, total, "B")
-    ended, before = threading.Event(), _size(folder)
-
-    def watch() -> None:
-        while not ended.wait(1.0):
-            progress.advance(_size(folder) - before - progress.done)
-
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
-    try:
+    progress, before = Progress(what, total, "B"), _size(folder)
+    with meanwhile(lambda: progress.advance(_size(folder) - before - progress.done), 1.0, 1.0):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _size(folder: Path) -> int:

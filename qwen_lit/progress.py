@@ -4,7 +4,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
@@ -98,16 +98,31 @@ def told(what: str) -> Iterator[None]:
     if on_screen():
         yield
         return
-    ended = threading.Event()
     began = time.monotonic()
+    with meanwhile(
+        lambda: log.info("%s: %s so far", what, timedelta(seconds=round(time.monotonic() - began))), PATIENCE, EVERY
+    ):
+        yield
 
-    def tell() -> None:
-        wait = PATIENCE
+
+@contextlib.contextmanager
+def meanwhile(work: Callable[[], object], first: float, every: float) -> Iterator[None]:
+    """Call a function in a thread while the context lasts.
+
+    Args:
+        work: what is called.
+        first: seconds until the first call.
+        every: seconds between two calls.
+    """
+    ended = threading.Event()
+
+    def repeat() -> None:
+        wait = first
         while not ended.wait(wait):
-            log.info("%s: %s so far", what, timedelta(seconds=round(time.monotonic() - began)))
-            wait = EVERY
+            work()
+            wait = every
 
-    thread = threading.Thread(target=tell, name="progress", daemon=True)
+    thread = threading.Thread(target=repeat, name="progress", daemon=True)
     thread.start()
     try:
         yield

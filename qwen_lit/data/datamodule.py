@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import logging
 import math
 import os
@@ -20,6 +19,7 @@ from qwen_lit.data.batches import Batch, Collate, EpochOrder, ResumableLoader, g
 from qwen_lit.data.columns import tell_unread
 from qwen_lit.data.encoding import Task
 from qwen_lit.data.faults import DataError
+from qwen_lit.data.held_out import chosen, limit
 from qwen_lit.data.kinds import is_hub_name, passed_over
 from qwen_lit.data.layouts import check_fields
 from qwen_lit.data.overlong import CUT
@@ -33,8 +33,6 @@ from qwen_lit.lines import plural
 from qwen_lit.signals import leave_to_parent
 
 log = logging.getLogger(__name__)
-SPARES_ONE = 10
-"""Distinct rows of which a share of any size holds out one at least."""
 
 
 class QwenDataModule(L.LightningDataModule):
@@ -182,15 +180,15 @@ class QwenDataModule(L.LightningDataModule):
         self.report = read_report(folder)
         if not len(Rows(folder)):
             raise UserError(self._nothing_left(folder))
-        train = Rows(folder, self._chosen(Rows(folder), self.sources))
+        train = Rows(folder, chosen(Rows(folder), self.sources))
         hashes = train.column("hash")
         if self.val_sources:
             val_folder = self._prepare(self.val_sources)
             self.val_report = read_report(val_folder)
-            val = Rows(val_folder, self._chosen(Rows(val_folder), self.val_sources))
+            val = Rows(val_folder, chosen(Rows(val_folder), self.val_sources))
             held_out = np.isin(hashes, val.column("hash"))
         else:
-            held_out = hashes < self._limit(hashes)
+            held_out = hashes < limit(hashes, self.val_size, self.sources, self.cache)
             val = Rows(folder, np.unique(train.chosen[held_out]))
         if self.val_sources and held_out.any():
             log.warning("%d training rows are left out: they are validation rows too", held_out.sum())
@@ -203,51 +201,6 @@ class QwenDataModule(L.LightningDataModule):
                 "as data.val_size: %d", self.val_size, len(np.unique(hashes)), min(8, max(1, len(hashes) // 10)),
             )  # fmt: skip
         self._tell(folder)
-
-    def _limit(self, hashes: np.ndarray) -> Any:
-        """Rows whose hash is below this are held out."""
-        if not self.val_size:
-            return np.uint64(0)
-        distinct, count = np.unique(hashes), int(self.val_size)
-        if self.val_size < 1:
-            share = np.uint64(int(self.val_size * 2**64))
-            # A file that can spare a row has one to measure on, however small the share.
-            return distinct[1] if len(distinct) >= SPARES_ONE and distinct[0] >= share else share
-        if count >= len(distinct):
-            raise UserError(
-                f"data.val_size is {count}, but there are {len(distinct)} distinct rows; give a smaller count, or a "
-                "share such as 0.1."
-            )
-        # What a count has once held out stays held out when the files grow: the limit is kept beside the rows.
-        places = [
-            [source.path, source.name, source.split] if source.copy else str(Path(source.path).absolute())
-            for source in self.sources
-        ]
-        name = json.dumps([places, count])
-        kept = self.cache / f"split-{hashlib.sha256(name.encode()).hexdigest()[:32]}.txt"
-        if kept.is_file() and count <= (distinct < (limit := np.uint64(int(kept.read_text())))).sum() < len(distinct):
-            return limit
-        partial = kept.with_suffix(f".{os.getpid()}")
-        partial.write_text(str(distinct[count]))
-        partial.rename(kept)
-        return distinct[count]
-
-    @staticmethod
-    def _chosen(rows: Rows, sources: list[Source]) -> np.ndarray:
-        """Numbers of the examples of an epoch, by each source's cap and weight."""
-        of_source, hashes = rows.column("source"), rows.column("hash")
-        # Other orders than the split's, so that no choice moves another.
-        mixed, again = (hashes * np.uint64(odd) for odd in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9))
-        chosen = []
-        for number, source in enumerate(sources):
-            mine = np.flatnonzero(of_source == number)
-            if source.max_rows is not None:
-                distinct = np.unique(mixed[mine])[: source.max_rows]
-                mine = mine[np.isin(mixed[mine], distinct)]
-            whole = int(source.weight)
-            part = mine[again[mine] < np.uint64(int((source.weight - whole) * 2**64))]
-            chosen += [mine] * whole + [part]
-        return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
 
     def _tell(self, folder: Path) -> None:
         assert self.train_rows is not None and self.val_rows is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import torch
 
 from qwen_lit.export.folder import BaseModel, ExportError, read_json
 from qwen_lit.export.kquants import K_QUANTS, quantize
+from qwen_lit.files import whole_or_absent
 from qwen_lit.progress import through
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def write_plain(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> 
         block, size = gguf.GGML_QUANT_SIZES[stored[name]]
         count = int(np.prod(shape))
         writer.add_tensor_info(to, shape, np.dtype(np.float32), count // block * size, raw_dtype=stored[name])
-    try:
+    with whole_or_absent(partial, path):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -105,12 +105,6 @@ def write_plain(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> 
             writer.write_tensor_data(gguf.quants.quantize(_numbers(base, name), stored[name]))
         writer.close()
         worst = compare(partial, base, renamed, kind)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     log.info("%s written and read back (%.2f GB)", path.name, path.stat().st_size / 1e9)
     return worst
 

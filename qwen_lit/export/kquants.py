@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qwen_lit.export.folder import ExportError
+from qwen_lit.files import whole_or_absent
 from qwen_lit.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -85,15 +85,9 @@ def quantize(source: Path, path: Path, kind: str) -> float:
     if reason := missing_quantizer(kind):
         raise ExportError(reason)
     partial = path.with_name(path.name + ".tmp")
-    try:
+    with whole_or_absent(partial, path):
         _run([*(quantizer() or []), str(source), str(partial), kind.upper()], kind)
         worst, kinds = compare(partial, source)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     told = ", ".join(f"{count} {name}" for name, count in kinds.most_common())
     log.info("%s written and read back (%.2f GB; tensors: %s)", path.name, path.stat().st_size / 1e9, told)
     return worst

@@ -1,5 +1,11 @@
 """Configurations of other trainers, short, with the keys of their public examples."""
 
+from pathlib import Path
+
+import yaml
+
+from qwen_lit.convert import converted
+
 LLAMA_FACTORY = """\
 ### model
 model_name_or_path: Qwen/Qwen2.5-7B-Instruct
@@ -235,3 +241,17 @@ EVERY = {
     "flat.yaml": (FLAT, "transformers TrainingArguments"),
 }  # fmt: skip
 """File name to its text and whose it is."""
+
+
+def of(text, suffix=".yaml", name="given"):
+    """Our configuration and what is told, of a text."""
+    path = Path(name + suffix)
+    path.write_text(text, encoding="utf-8")
+    made, told = converted(path)
+    return yaml.safe_load(made), told
+
+
+def changed(text, **keys):
+    """The same example with other values; None takes a key out."""
+    given = yaml.safe_load(text) | keys
+    return of(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
