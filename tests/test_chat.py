@@ -109,16 +109,13 @@ def test_thinking_begins_as_the_template_says_and_is_switched(run, tmp_path):
 
 
 class Lines:
-    """Answers ``input`` by a script; a number sends Ctrl-C so many seconds later, an error is raised."""
+    """Answers ``input`` by a script; an error in it is raised."""
 
     def __init__(self, *script) -> None:
         self.script = list(script)
 
     def __call__(self, prompt: str = "") -> str:
         line = self.script.pop(0)
-        if isinstance(line, tuple):
-            line, seconds = line
-            Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
         if isinstance(line, type):
             raise line
         return line
@@ -126,7 +123,18 @@ class Lines:
 
 def test_ctrl_c_stops_the_answer_and_gives_the_prompt_back_and_twice_ends(run, tmp_path, monkeypatch, capsys):
     kept = tmp_path / "kept.jsonl"
-    script = Lines(("Hi", 2.0), f"/save {kept}", KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt)
+    ask = Chat.ask
+
+    def disturbed(self, question):
+        sent = False
+        for piece in ask(self, question):
+            yield piece
+            if piece and not sent:
+                sent = True
+                Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    monkeypatch.setattr(Chat, "ask", disturbed)
+    script = Lines("Hi", f"/save {kept}", KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt)
     monkeypatch.setattr("builtins.input", script)
     adapter = str(run[0] / "lora_adapter")
     assert main(["chat", adapter, "--greedy", "--max_new_tokens", "20000"]) == 130
