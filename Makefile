@@ -28,6 +28,7 @@ test: $(VENV)/.ready
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check qwen_lit tests benchmarks docs examples
+	$(BIN)/ruff format --check qwen_lit tests benchmarks docs examples
 	$(BIN)/mypy
 
 $(VENV)/.docs: $(VENV)/.installed

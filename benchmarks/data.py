@@ -127,8 +127,11 @@ def main() -> int:
                 f"reopened in {opened:.2f} s (peak {open_peak:.0f} MiB)"
             )
             results[f"{count} rows"] = {
-                "cold_s": whole, "cold_peak_mib": peak, "warm_s": opened, "warm_peak_mib": open_peak
-            }  # fmt: skip
+                "cold_s": whole,
+                "cold_peak_mib": peak,
+                "warm_s": opened,
+                "warm_peak_mib": open_peak,
+            }
     if given.json:
         given.json.write_text(json.dumps(results, indent=1))
     return 0

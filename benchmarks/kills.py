@@ -55,9 +55,17 @@ def main() -> int:
     def arguments(name: str) -> list[str]:
         out = given.output / name
         return [
-            "fit", *keys, "--output_dir", str(out), "--ckpt_path", "last", "--trainer.enable_progress_bar", "false",
-            "--trainer.callbacks+=qwen_lit.callbacks.trace.Trace", f"--trainer.callbacks.path={out / 'trace.jsonl'}",
-        ]  # fmt: skip
+            "fit",
+            *keys,
+            "--output_dir",
+            str(out),
+            "--ckpt_path",
+            "last",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.callbacks+=qwen_lit.callbacks.trace.Trace",
+            f"--trainer.callbacks.path={out / 'trace.jsonl'}",
+        ]
 
     began = time.perf_counter()
     if end(start(arguments("whole"), log)):
@@ -79,11 +87,14 @@ def main() -> int:
     code = end(start(arguments("killed"), log))
     folders = [given.output / "killed", *(given.output / f"killed-{number + 1}" for number in range(rounds))]
     figures = {
-        "kills": kills, "moments": dict(moments), "exit_code": code, "runs": len(folders),
+        "kills": kills,
+        "moments": dict(moments),
+        "exit_code": code,
+        "runs": len(folders),
         "same_adapter": all(same_adapter(given.output / "whole", one) for one in folders),
         "rows_once_each_epoch": all(rows_once(one) for one in folders),
         "seconds_alone": round(alone, 1),
-    }  # fmt: skip
+    }
     print(json.dumps(figures, indent=1))
     return 0 if code == 0 and figures["same_adapter"] and figures["rows_once_each_epoch"] else 1
 

@@ -58,6 +58,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     # isort: off
     import qwen_lit  # noqa: F401
     import torch
+
     # isort: on
     import numpy as np
     from peft import LoraConfig
@@ -65,28 +66,30 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
 
     from qwen_lit.data.batches import collate
     from qwen_lit.data.packing import best_fit
-    from qwen_lit.kernels.engine import FastEngine, why_not
-    from qwen_lit.kernels.member import WORKSPACE
-    from qwen_lit.kernels.plan import GIB, Shape, apply, choose, free_memory
-    from qwen_lit.kernels.probe import measure_machine
+    from qwen_lit.engine.engine import FastEngine, unsupported_reason
+    from qwen_lit.engine.lora_linear import WORKSPACE
     from qwen_lit.model.load import add_adapter, load_base
     from qwen_lit.model.optim import build_optimizer
+    from qwen_lit.planner.measure import measure_host
+    from qwen_lit.planner.plan import GIB, Shape, apply, choose, free_memory
 
     device = torch.device("cuda:0")
     if "memory" in case:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(case["memory"] * GIB / total)
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=True,
-    )  # fmt: skip
+    )
     base = load_base(model_path, quantization, device)
     lora = LoraConfig(
         r=32, lora_alpha=64, lora_dropout=case.get("dropout", 0.0), target_modules=case.get("targets", QKVO)
     )
     model = add_adapter(base, lora, False)
     load_peak = torch.cuda.max_memory_allocated()
-    reason = why_not(model, device)
+    reason = unsupported_reason(model, device)
     if reason:
         raise SystemExit(reason)
     longest, step_tokens = case.get("longest", 2048), case.get("tokens", 16_384)
@@ -97,7 +100,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     few: Any = collate([(np.zeros(16), np.array([[0, 16]]))], 0, packed=True)
     few = {key: value.to(device) if hasattr(value, "to") else value for key, value in few.items()}
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        machine = measure_machine(FastEngine(model), shape, few, 1)
+        machine = measure_host(FastEngine(model), shape, few, 1)
     machine = replace(machine, **{key: case[key] for key in ("share", "launch") if key in case})
     WORKSPACE.buffers.clear()
     torch.cuda.empty_cache()
@@ -142,15 +145,24 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     first = 1 if steps > 1 else 0
     rates = sorted(n / s for n, s in zip(tokens[first:], seconds[first:], strict=True))
     return {
-        "tokens_per_second": round(rates[len(rates) // 2]), "first_step_s": round(seconds[0], 1), "losses": losses[:3],
+        "tokens_per_second": round(rates[len(rates) // 2]),
+        "first_step_s": round(seconds[0], 1),
+        "losses": losses[:3],
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
-        "estimate_gib": round(plan.estimate / GIB, 2), "merge": plan.merge, "recompute": plan.recompute_layers,
-        "chunk": plan.loss_chunk, "host_embedding": plan.host_embedding, "offload": plan.offload,
-        "piece": plan.piece, "offload_layers": plan.offload_layers, "share": machine.share,
+        "estimate_gib": round(plan.estimate / GIB, 2),
+        "merge": plan.merge,
+        "recompute": plan.recompute_layers,
+        "chunk": plan.loss_chunk,
+        "host_embedding": plan.host_embedding,
+        "offload": plan.offload,
+        "piece": plan.piece,
+        "offload_layers": plan.offload_layers,
+        "share": machine.share,
         "launch": machine.launch,
-        "resident": plan.resident_layers, "load_gib": round(load_peak / GIB, 2),
-    }  # fmt: skip
+        "resident": plan.resident_layers,
+        "load_gib": round(load_peak / GIB, 2),
+    }
 
 
 def profile(step: Any) -> None:
@@ -209,18 +221,26 @@ def _sft(model_path: str, case: dict[str, Any], peer: str) -> dict[str, Any]:
 
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
             bnb_4bit_use_double_quant=True,
-        )  # fmt: skip
+        )
         model = AutoModelForCausalLM.from_pretrained(
             model_path, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0}
         )
         config = LoraConfig(task_type="CAUSAL_LM", **lora)
     docs = documents(case, steps * accumulate * rows, 2048)
-    data = Dataset.from_list([
-        {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids),
-         "labels": [-100] * int(span[0, 0]) + ids[span[0, 0] :].tolist()} for ids, span in docs
-    ])  # fmt: skip
+    data = Dataset.from_list(
+        [
+            {
+                "input_ids": ids.tolist(),
+                "attention_mask": [1] * len(ids),
+                "labels": [-100] * int(span[0, 0]) + ids[span[0, 0] :].tolist(),
+            }
+            for ids, span in docs
+        ]
+    )
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
@@ -243,16 +263,32 @@ def _sft(model_path: str, case: dict[str, Any], peer: str) -> dict[str, Any]:
         }
 
     settings = SFTConfig(
-        output_dir="/tmp/benchmark", per_device_train_batch_size=rows, gradient_accumulation_steps=accumulate,
-        max_steps=steps, learning_rate=2e-4, bf16=True, optim="paged_adamw_8bit", gradient_checkpointing=recompute,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recompute else None, save_strategy="no",
-        report_to="none", logging_steps=1, max_length=2048, packing=False, remove_unused_columns=False,
+        output_dir="/tmp/benchmark",
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulate,
+        max_steps=steps,
+        learning_rate=2e-4,
+        bf16=True,
+        optim="paged_adamw_8bit",
+        gradient_checkpointing=recompute,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        max_length=2048,
+        packing=False,
+        remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-    )  # fmt: skip
+    )
     trainer = SFTTrainer(
-        model=model, args=settings, train_dataset=data, processing_class=tokenizer, peft_config=config,
-        callbacks=[Clock()], data_collator=pad,
-    )  # fmt: skip
+        model=model,
+        args=settings,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=config,
+        callbacks=[Clock()],
+        data_collator=pad,
+    )
     trainer.train()
     counts = [
         sum(len(ids) for ids, _ in docs[n : n + accumulate * rows]) for n in range(0, len(docs), accumulate * rows)
@@ -260,10 +296,12 @@ def _sft(model_path: str, case: dict[str, Any], peer: str) -> dict[str, Any]:
     rates = sorted(n / s for n, s in zip(counts[1:], seconds[1:], strict=False))
     losses = [round(one["loss"], 4) for one in trainer.state.log_history if "loss" in one]
     return {
-        "tokens_per_second": round(rates[len(rates) // 2]), "first_step_s": round(seconds[0], 1), "losses": losses[:3],
+        "tokens_per_second": round(rates[len(rates) // 2]),
+        "first_step_s": round(seconds[0], 1),
+        "losses": losses[:3],
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-    }  # fmt: skip
+    }
 
 
 RUNNERS = {"qwen_lit": ours, "trl": trl, "unsloth": unsloth}

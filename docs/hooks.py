@@ -15,11 +15,27 @@ OURS = ("", "model", "data", "checkpoint", "export", "samples")
 """Sections whose keys are this project's own; the others are libraries'."""
 LIBRARIES = ("model.quantization_config", "model.lora_config", "trainer")
 TITLES = {
-    "en": {"": "The run", "model": "`model`", "data": "`data`", "checkpoint": "`checkpoint`", "export": "`export`",
-           "samples": "`samples`", "head": ("key", "what it does", "default", "type"), "none": "required"},
-    "zh": {"": "整个运行", "model": "`model`", "data": "`data`", "checkpoint": "`checkpoint`", "export": "`export`",
-           "samples": "`samples`", "head": ("键", "作用", "默认值", "类型"), "none": "必填"},
-}  # fmt: skip
+    "en": {
+        "": "The run",
+        "model": "`model`",
+        "data": "`data`",
+        "checkpoint": "`checkpoint`",
+        "export": "`export`",
+        "samples": "`samples`",
+        "head": ("key", "what it does", "default", "type"),
+        "none": "required",
+    },
+    "zh": {
+        "": "整个运行",
+        "model": "`model`",
+        "data": "`data`",
+        "checkpoint": "`checkpoint`",
+        "export": "`export`",
+        "samples": "`samples`",
+        "head": ("键", "作用", "默认值", "类型"),
+        "none": "必填",
+    },
+}
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:

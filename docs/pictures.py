@@ -38,8 +38,11 @@ def terminal(model: str) -> None:
     audit, *rows = re.split(r"\n(?=── )", found.stdout.rstrip())
     lines: list[list[Part]] = [[("$ ", "trained"), (f"qwen-lit inspect --config {config} \\", "bright")]]
     lines.append([(f"    --data.dataset_path '{data}'", "bright")])
-    lines += [[(line, "bright" if line.startswith("verdict") else "plain")] for line in audit.splitlines()
-              if line.startswith(SHOWN)]  # fmt: skip
+    lines += [
+        [(line, "bright" if line.startswith("verdict") else "plain")]
+        for line in audit.splitlines()
+        if line.startswith(SHOWN)
+    ]
     for row in (rows[1], rows[-3]):
         lines += [[], *coloured(row)]
     (ASSETS / "inspect.svg").write_text(drawn(lines), encoding="utf-8")
@@ -77,8 +80,10 @@ def drawn(lines: list[list[Part]]) -> str:
                             f'textLength="{cells * WIDE:.1f}">{html.escape(written)}</text>'
                         )
                     at += cells
-    dots = "".join(f'<circle cx="{22 + 18 * n}" cy="16" r="5.5" fill="{fill}"/>'
-                   for n, fill in enumerate(("#ff5f57", "#febc2e", "#28c840")))  # fmt: skip
+    dots = "".join(
+        f'<circle cx="{22 + 18 * n}" cy="16" r="5.5" fill="{fill}"/>'
+        for n, fill in enumerate(("#ff5f57", "#febc2e", "#28c840"))
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" '
         f'height="{height}" font-family=\'{FONT}\' font-size="16">'
@@ -93,11 +98,21 @@ def report(page: str, browser: str) -> None:
     quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
     with tempfile.TemporaryDirectory() as profile:
         subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--no-first-run", "--hide-scrollbars", "--window-size=1280,1000",
-             *(f"--disable-{one}" for one in quiet), f"--user-data-dir={profile}",
-             f"--screenshot={ASSETS / 'report.png'}", Path(page).resolve().as_uri()],
-            check=True, capture_output=True,
-        )  # fmt: skip
+            [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--no-first-run",
+                "--hide-scrollbars",
+                "--window-size=1280,1000",
+                *(f"--disable-{one}" for one in quiet),
+                f"--user-data-dir={profile}",
+                f"--screenshot={ASSETS / 'report.png'}",
+                Path(page).resolve().as_uri(),
+            ],
+            check=True,
+            capture_output=True,
+        )
 
 
 def main() -> None:

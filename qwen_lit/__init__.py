@@ -9,8 +9,10 @@ __version__ = "0.1.0"
 
 # Between blocks of fixed segments lie gaps that no plan can know; segments that grow leave none. Drivers under WSL can
 # fail to make them (pytorch/pytorch#192330).
-if sys.platform == "linux" and "microsoft" not in platform.release().lower() and not os.environ.get(
-    "PYTORCH_CUDA_ALLOC_CONF"
+if (
+    sys.platform == "linux"
+    and "microsoft" not in platform.release().lower()
+    and not os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
 ):
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

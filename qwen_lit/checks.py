@@ -48,8 +48,16 @@ DTYPES = {
 }
 NONE = ("none", "false", "nil", "no")
 """What people write for null."""
-NULLABLE = ("data.val_dataset_path", "data.cache_dir", "model.memory_budget", "memory_budget", "ckpt_path", "row",
-            "html", "push_to_hub")  # fmt: skip
+NULLABLE = (
+    "data.val_dataset_path",
+    "data.cache_dir",
+    "model.memory_budget",
+    "memory_budget",
+    "ckpt_path",
+    "row",
+    "html",
+    "push_to_hub",
+)
 LOCAL = ("output_dir", "data.cache_dir", "ckpt_path", "html", "source", "target")
 ADDRESS = r"\w[\w+.-]*://"
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from qwen_lit.callbacks.accepted import check_trainer, explained
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
+from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, last_checkpoint, step_of
 from qwen_lit.callbacks.export import Export
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput
@@ -26,7 +27,6 @@ from qwen_lit.callbacks.proof import Proof
 from qwen_lit.callbacks.report import RunReport
 from qwen_lit.callbacks.resumed import Resumed
 from qwen_lit.callbacks.samples import Samples
-from qwen_lit.callbacks.store import AtomicCheckpointIO, last_checkpoint, step_of
 from qwen_lit.callbacks.trackers import guard
 from qwen_lit.checks import check_paths, check_values
 from qwen_lit.data.datamodule import QwenDataModule
@@ -37,7 +37,6 @@ from qwen_lit.front import main as main
 from qwen_lit.gpu import check_device, check_gpu, check_size
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch
-from qwen_lit.kernels.plan import parse_bytes
 from qwen_lit.keys import wrong_keys
 from qwen_lit.logs import set_up_logging
 from qwen_lit.model.base import fingerprint
@@ -47,8 +46,9 @@ from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.trained import Trained, begin_from, check_shapes, find_adapter, read, take_over
 from qwen_lit.parsing import Parser, expand_paths, expanded
-from qwen_lit.run import exported_from, find_checkpoint, hold, refuse_foreign, refuse_mixing, set_aside
-from qwen_lit.signals import Stopped, watched
+from qwen_lit.planner.plan import parse_bytes
+from qwen_lit.run import exported_from, find_checkpoint, lock_output_dir, refuse_foreign, refuse_mixing, set_aside
+from qwen_lit.signals import Interrupted, handle_signals
 from qwen_lit.trainer import QwenTrainer
 
 log = logging.getLogger("qwen_lit")
@@ -164,7 +164,7 @@ class QwenCLI(LightningCLI):
         folder = Path(config.output_dir)
         writes = self.subcommand in ("fit", "export") and not config.trainer.fast_dev_run
         if writes and first:
-            self.lock = hold(folder)
+            self.lock = lock_output_dir(folder)
         self.checkpoint = find_checkpoint(given, folder, fresh=self.subcommand == "fit")
         if self.subcommand == "fit":
             self._begin(config, folder, first)
@@ -300,7 +300,7 @@ def run(given: list[str]) -> int:
     set_parsing_settings(docstring_parse_attribute_docstrings=shown)
     args = [ALIASES.get(one, one) for one in given]
     cli.wanted = args[0] if args[0] in QwenCLI.subcommands() else None
-    with watched():
+    with handle_signals():
         return _run(cli, args)
 
 
@@ -336,7 +336,7 @@ def _run(cli: QwenCLI, args: list[str]) -> int:
     except (ExportError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except Stopped as stop:
+    except Interrupted as stop:
         return stop.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1

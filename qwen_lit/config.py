@@ -8,13 +8,13 @@ from transformers import BitsAndBytesConfig
 
 
 @final
-class Quantization(BitsAndBytesConfig):
+class QuantizationSection(BitsAndBytesConfig):
     """transformers' BitsAndBytesConfig: how the frozen base is held in memory."""
 
 
 @final
 @dataclass
-class Lora(LoraConfig):
+class LoraSection(LoraConfig):
     """PEFT's LoraConfig: which linears are adapted, and how."""
 
     def __post_init__(self) -> None:

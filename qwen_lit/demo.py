@@ -36,9 +36,11 @@ ORIGIN = "产自哪里？"
 PROMPTS = (1, 40, 90)
 """Numbers of the shipped rows whose questions are asked before and after."""
 ASKED = (
-    "{}的产地是哪里？", "泡{}水要多热？", "Tell me where this tea is from.\n{}",
+    "{}的产地是哪里？",
+    "泡{}水要多热？",
+    "Tell me where this tea is from.\n{}",
     "Please tell me what kind of tea {} is.",
-)  # fmt: skip
+)
 """Questions of the held-out rows, for the first four rows of a tea: each asks in other words what that one does."""
 
 
@@ -183,9 +185,13 @@ def answer(model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]]) -> l
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=96,
-                eos_token_id=end, pad_token_id=tokenizer.pad_token_id,
-            )[0, ids.shape[1] :]  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=96,
+                eos_token_id=end,
+                pad_token_id=tokenizer.pad_token_id,
+            )[0, ids.shape[1] :]
         answers.append((tokenizer.decode(out, skip_special_tokens=True), end in out.tolist()))
     return answers
 

@@ -75,8 +75,10 @@ def _watch_children(processes: list[Any]) -> None:
                 asked = INTERRUPTS.received is not None and process.returncode in (130, 143)
                 log.error(
                     "local rank %d ended with code %d, and this one cannot go on; what is saved is whole, go on with "
-                    "--ckpt_path last", number, process.returncode,
-                )  # fmt: skip
+                    "--ckpt_path last",
+                    number,
+                    process.returncode,
+                )
                 for other in processes:
                     other.kill()
                 os._exit(process.returncode if asked else 1)

@@ -13,10 +13,10 @@ from typing import Any
 
 from qwen_lit import help
 from qwen_lit.keys import wrong_keys
-from qwen_lit.signals import Stopped, watched
+from qwen_lit.signals import Interrupted, handle_signals
 
 BESIDE = {
-    "chat": "qwen_lit.chat",
+    "chat": "qwen_lit.commands.chat",
     "configs": "qwen_lit.shipped",
     "convert": "qwen_lit.convert",
     "data": "qwen_lit.data.split",
@@ -25,10 +25,22 @@ BESIDE = {
 LIBRARIES = {"lightning": "trainer", "peft": "model.lora_config", "transformers": "model.quantization_config"}
 """Packages whose version decides which keys a section has."""
 MEANT = {
-    "train": "fit", "sft": "fit", "finetune": "fit", "fine-tune": "fit", "eval": "validate", "evaluate": "validate",
-    "test": "validate", "infer": "predict", "generate": "predict", "merge": "export", "check": "inspect",
-    "preprocess": "inspect", "estimate": "plan", "config": "configs", "init": "configs",
-}  # fmt: skip
+    "train": "fit",
+    "sft": "fit",
+    "finetune": "fit",
+    "fine-tune": "fit",
+    "eval": "validate",
+    "evaluate": "validate",
+    "test": "validate",
+    "infer": "predict",
+    "generate": "predict",
+    "merge": "export",
+    "check": "inspect",
+    "preprocess": "inspect",
+    "estimate": "plan",
+    "config": "configs",
+    "init": "configs",
+}
 """What other trainers call a command."""
 
 
@@ -46,9 +58,9 @@ def main(args: list[str] | None = None) -> int:
         with _interruptible():
             command = import_module(BESIDE[given[0]])
         try:
-            with watched():
+            with handle_signals():
                 return int(command.main(given[1:]))
-        except Stopped as stop:
+        except Interrupted as stop:
             return stop.exit_code
     with _interruptible():
         from qwen_lit.cli import run

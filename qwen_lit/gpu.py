@@ -46,9 +46,12 @@ def smi() -> tuple[str, str]:
         return "", ""
     try:
         told = subprocess.run(
-            [command, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True,
-            timeout=PATIENCE, check=False,
-        )  # fmt: skip
+            [command, "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", f"nvidia-smi: {type(error).__name__}"
     version = re.match(r"\d+(\.\d+)+", told.stdout.strip())

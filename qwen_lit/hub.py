@@ -20,7 +20,7 @@ from qwen_lit.hub_failure import unreached
 from qwen_lit.hub_libraries import TIMEOUT, Hub, HuggingFace, ModelScope, library
 from qwen_lit.names import HUB_NAME
 from qwen_lit.progress import Progress, meanwhile, told
-from qwen_lit.signals import Stopped
+from qwen_lit.signals import Interrupted
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -184,8 +184,13 @@ def _fetch(source: HuggingFace | ModelScope, name: str, weights: bool) -> Path:
         sizes = within(TIMEOUT, lambda: source.sizes(name))
     except Exception as error:  # each library has kinds of its own
         raise UserError(f"model_name_or_path: {unreached(source, name, error)}") from error
-    files = [one for one in sizes if fnmatch.fnmatch(one, TEMPLATES)
-             or "/" not in one and any(fnmatch.fnmatch(one, pattern) for pattern in SMALL)]  # fmt: skip
+    files = [
+        one
+        for one in sizes
+        if fnmatch.fnmatch(one, TEMPLATES)
+        or "/" not in one
+        and any(fnmatch.fnmatch(one, pattern) for pattern in SMALL)
+    ]
     if "config.json" not in files:
         raise UserError(f"model_name_or_path: {name} on {source.endpoint} has no config.json; give another model.")
     folder = _get(source, name, files, sizes, "config and tokenizer")
@@ -221,15 +226,20 @@ def _get(source: HuggingFace | ModelScope, name: str, files: list[str], sizes: d
             f"make room, or set {source.home} to a folder on a larger disk."
         )
     log.info(
-        "fetching %s from %s: %s, %s, into %s, which has %s free", name, source.endpoint, what, in_gb(size),
-        source.cache, in_gb(free),
-    )  # fmt: skip
+        "fetching %s from %s: %s, %s, into %s, which has %s free",
+        name,
+        source.endpoint,
+        what,
+        in_gb(size),
+        source.cache,
+        in_gb(free),
+    )
     folder = source.folder(name)
     before = _partial(folder)
     try:
         with _growing(folder, size, f"fetching {name}"):
             return within(None, lambda: source.fetch(name, files))
-    except Stopped as stop:
+    except Interrupted as stop:
         # The library's threads would finish their files first; a part with this process's number serves no other.
         for one in _partial(folder) - before:
             if isinstance(source, HuggingFace) and "." in one.stem:

@@ -124,9 +124,7 @@ def loaded_weights(model: nn.Module) -> dict[str, Held]:
     return found
 
 
-def planned_weights(
-    config: Any, quantization: BitsAndBytesConfig | None, device: torch.device
-) -> dict[str, Held]:
+def planned_weights(config: Any, quantization: BitsAndBytesConfig | None, device: torch.device) -> dict[str, Held]:
     """The same before a weight is read: transformers' own quantizer on a model without weights.
 
     Args:

@@ -20,14 +20,12 @@ from jsonargparse._parameter_resolvers import get_signature_parameters
 from jsonargparse.typing import Path_fr
 
 from qwen_lit import cli
-from qwen_lit.config import Lora, Quantization
+from qwen_lit.config import LoraSection, QuantizationSection
 from qwen_lit.front import BESIDE
 from qwen_lit.wording import COMMANDS, KEYS
 
 TARGET = Path(__file__).with_name("reference.json")
-LIBRARIES = {
-    "trainer": "Lightning", "model.lora_config": "PEFT", "model.quantization_config": "transformers"
-}  # fmt: skip
+LIBRARIES = {"trainer": "Lightning", "model.lora_config": "PEFT", "model.quantization_config": "transformers"}
 """Sections whose keys are those of another library."""
 SECTIONS = ("", "model", "data", "checkpoint", "export", "samples", *LIBRARIES)
 """As they are listed; the first is the top level."""
@@ -61,7 +59,7 @@ def _keys(parser: Any) -> list[dict[str, Any]]:
     for key in found:
         key["section"] = section_of(key["key"])
     section = "model.quantization_config"
-    for one in get_signature_parameters(Quantization):
+    for one in get_signature_parameters(QuantizationSection):
         kind = "list[str] or null" if one.name.endswith("modules") else _kind(one.default)
         key = {"key": f"{section}.{one.name}", "type": kind, "default": one.default}
         found.append({**key, "help": _help(key["key"], one.doc), "section": section})
@@ -71,7 +69,7 @@ def _keys(parser: Any) -> list[dict[str, Any]]:
 
 def _actions(parser: Any, command: str) -> list[dict[str, Any]]:
     """Every option of a parser of jsonargparse that takes a value."""
-    told = {f"model.lora_config.{one.name}": one.metadata.get("help") for one in fields(Lora)}
+    told = {f"model.lora_config.{one.name}": one.metadata.get("help") for one in fields(LoraSection)}
     found = []
     for action in parser._actions:
         hint = Path_fr if action.dest == "config" else getattr(action, "_typehint", None)

@@ -41,8 +41,12 @@ def page(summary: dict[str, Any]) -> str:
     ]
     model, out = hub_name(run["model"]) or Path(run["model"]).name, summary["output_dir"]
     hardware, day = summary["hardware"], datetime.fromisoformat(summary["ended"])
-    told = [f"{day:%Y-%m-%d %H:%M}", f"took {duration(summary['trained_seconds'])} of training",
-            f"{hardware['count']}\u00a0×\u00a0{hardware['name']}", out]  # fmt: skip
+    told = [
+        f"{day:%Y-%m-%d %H:%M}",
+        f"took {duration(summary['trained_seconds'])} of training",
+        f"{hardware['count']}\u00a0×\u00a0{hardware['name']}",
+        out,
+    ]
     lines = start_lines(run, out)
     parts = [
         f"<h1>{text(Path(out).name)}: {text(model)}</h1><p class=soft>{text(' · '.join(told))}</p>",
@@ -110,13 +114,13 @@ def chart(title: str, curves: dict[str, list[list[float]]], best: dict[str, Any]
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
 
     drawn = [
-        f'<line class=rule x1={LEFT} x2={WIDTH - 16} y1={y(t):.1f} y2={y(t):.1f} />'
-        f'<text x={LEFT - 8} y={y(t) + 5:.1f} text-anchor=end>{number(t)}</text>'
+        f"<line class=rule x1={LEFT} x2={WIDTH - 16} y1={y(t):.1f} y2={y(t):.1f} />"
+        f"<text x={LEFT - 8} y={y(t) + 5:.1f} text-anchor=end>{number(t)}</text>"
         for t in ticks
     ]
     for step in sorted({first, (first + last) / 2, last}):
         anchor = "end" if step == last > first else "middle"
-        drawn.append(f'<text x={x(step):.1f} y={HEIGHT - 8} text-anchor={anchor}>{step:,.0f}</text>')
+        drawn.append(f"<text x={x(step):.1f} y={HEIGHT - 8} text-anchor={anchor}>{step:,.0f}</text>")
     keys = ""
     for (name, points), colour in zip(curves.items(), ("one", "two"), strict=False):
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
@@ -125,7 +129,7 @@ def chart(title: str, curves: dict[str, list[list[float]]], best: dict[str, Any]
             drawn += [f'<circle class="dot {colour}" cx={x(s):.1f} cy={y(v):.1f} r=2.5 />' for s, v in points]
         keys += f'<span class=key><i style="background:var(--{colour})"></i>{text(name)}</span>' if name else ""
     if best and first <= best["step"] <= last and low <= best["val_loss"] <= high:
-        drawn.append(f'<circle class=best cx={x(best["step"]):.1f} cy={y(best["val_loss"]):.1f} r=6 />')
+        drawn.append(f"<circle class=best cx={x(best['step']):.1f} cy={y(best['val_loss']):.1f} r=6 />")
         keys += f'<span class=key><i style="background:var(--good)"></i>best, step {best["step"]:,}</span>'
     return (
         f"<figure><figcaption>{text(title)}{keys}</figcaption>"
@@ -196,8 +200,7 @@ def verdict(summary: dict[str, Any]) -> str:
     return (
         f"<h2>Does the merged model answer as trained?</h2><p class=soft>{found['rows']} {text(found['kind'])} rows, "
         f"{found['tokens']:,} tokens; KL and the share of tokens with the same likeliest choice "
-        "are from the adapter; what was exported stands out</p>"
-        + grid(["", "loss", "KL", "same top"], rows, at)
+        "are from the adapter; what was exported stands out</p>" + grid(["", "loss", "KL", "same top"], rows, at)
     )
 
 

@@ -9,7 +9,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qwen_lit.callbacks.store import STEP_FILE, best_of, is_whole, last_checkpoint, manifest_of, step_files, step_of
+from qwen_lit.callbacks.checkpoint_io import (
+    STEP_FILE,
+    best_of,
+    is_whole,
+    last_checkpoint,
+    manifest_of,
+    step_files,
+    step_of,
+)
 from qwen_lit.errors import UserError
 from qwen_lit.export.folder import ExportError, check_replaceable
 from qwen_lit.names import TRAINED_AT
@@ -22,9 +30,7 @@ WRITTEN = (CHECKPOINTS, "logs", "samples.jsonl", "summary.json", "report.html", 
 NAMED = ("last", "best")
 
 
-def find_checkpoint(
-    given: str | None, output_dir: Path, fresh: bool = False, key: str = "ckpt_path"
-) -> Path | None:
+def find_checkpoint(given: str | None, output_dir: Path, fresh: bool = False, key: str = "ckpt_path") -> Path | None:
     """What ``--ckpt_path`` means: the newest whole checkpoint for ``last``, the one of the lowest validation loss for
     ``best``, else the file or the adapter folder that is named.
 
@@ -158,8 +164,7 @@ def refuse_foreign(output_dir: Path) -> None:
 def set_aside(output_dir: Path) -> None:
     """Move what an attempt without results has left into a folder of its own, so that no two runs mix."""
     # A file in the place of a folder is none of ours.
-    left = [name for name in WRITTEN if (output_dir / name).exists()
-            and ("." in name or (output_dir / name).is_dir())]  # fmt: skip
+    left = [name for name in WRITTEN if (output_dir / name).exists() and ("." in name or (output_dir / name).is_dir())]
     empty = [name for name in left if (output_dir / name).is_dir() and not any((output_dir / name).iterdir())]
     if not set(left) - set(empty):
         return
@@ -219,7 +224,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def hold(output_dir: Path) -> Any:
+def lock_output_dir(output_dir: Path) -> Any:
     """Lock the output folder for this process; the file returned holds the lock while it is open.
 
     Raises:

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
-class Stopped(BaseException):
+class Interrupted(BaseException):
     """The run was asked to stop; ``exit_code`` is what the command ends with."""
 
     def __init__(self, signum: int) -> None:
@@ -39,7 +39,7 @@ class Interrupts:
             # A stop under way clears up; another signal must not cut that short.
             if _stopping():
                 return
-            raise Stopped(signum)
+            raise Interrupted(signum)
         if first:
             again = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
             log.warning("%s: finishing the optimizer step, then saving%s", signal.Signals(signum).name, again)
@@ -53,10 +53,10 @@ class Interrupts:
         """Obey a noted signal.
 
         Raises:
-            Stopped: there is one.
+            Interrupted: there is one.
         """
         if self.received is not None:
-            raise Stopped(self.received)
+            raise Interrupted(self.received)
 
 
 INTERRUPTS = Interrupts()
@@ -64,7 +64,7 @@ INTERRUPTS = Interrupts()
 
 def _stopping() -> bool:
     error = sys.exc_info()[1]
-    while error is not None and not isinstance(error, Stopped):
+    while error is not None and not isinstance(error, Interrupted):
         error = error.__context__
     return error is not None
 
@@ -109,7 +109,7 @@ def _end_with(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Signals stop the command with its exit code; the former handlers come back afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield

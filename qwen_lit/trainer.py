@@ -12,20 +12,20 @@ from lightning.pytorch import Trainer
 from peft import PeftModel
 
 from qwen_lit.callbacks.export import Export
-from qwen_lit.data.audit import audit, fate, find_rows, report_lines, spread_rows, text_report, text_row
+from qwen_lit.commands.plan import arithmetic, lines, measure
+from qwen_lit.commands.predict import predict
+from qwen_lit.commands.verify_resume import verify
+from qwen_lit.data.audit import audit, find_rows, report_lines, row_outcome, spread_rows, text_report, text_row
 from qwen_lit.data.audit_page import html_report
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
-from qwen_lit.dry_run import arithmetic, lines, measure
 from qwen_lit.errors import UserError
 from qwen_lit.export.pipeline import adapter_from_checkpoint
 from qwen_lit.export.push import check_repository, push
-from qwen_lit.kernels.plan import parse_bytes
 from qwen_lit.model.duration import check_limits, total_steps
 from qwen_lit.model.load import load_base
-from qwen_lit.predict import predict
+from qwen_lit.planner.plan import parse_bytes
 from qwen_lit.run import ADAPTER, MERGED
-from qwen_lit.verify import verify
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,12 @@ class QwenTrainer(Trainer):
     """The checkpoint that ``validate`` measures."""
 
     def inspect(
-        self, model: Any, datamodule: QwenDataModule, rows: int = 3, row: str | None = None, html: str | None = None,
+        self,
+        model: Any,
+        datamodule: QwenDataModule,
+        rows: int = 3,
+        row: str | None = None,
+        html: str | None = None,
         ckpt_path: str | None = None,
     ) -> None:
         """Audit the whole dataset and show rows as they will be trained; needs no GPU and loads no weights.
@@ -72,7 +77,7 @@ class QwenTrainer(Trainer):
         folders = list(dict.fromkeys([datamodule.train_rows.folder, datamodule.val_rows.folder]))
         everything, numbers = Rows(folders[0]), []
         if row is not None:
-            told = [line for folder in folders for line in fate(folder, row)]
+            told = [line for folder in folders for line in row_outcome(folder, row)]
             holding = [folder for folder in folders if find_rows(Rows(folder), row)]
             if not told and not holding:
                 raise UserError(f"--row: there is no row {row}; give path:line as the audit names it.")
@@ -92,7 +97,11 @@ class QwenTrainer(Trainer):
         self.exit_code = 1 if result.problems else 0
 
     def plan(
-        self, model: Any, datamodule: QwenDataModule, memory_budget: str | None = None, json: bool = False,
+        self,
+        model: Any,
+        datamodule: QwenDataModule,
+        memory_budget: str | None = None,
+        json: bool = False,
         ckpt_path: str | None = None,
     ) -> None:
         """Run the heaviest real batch through every part of a run, and tell memory, speed, time and disk.

@@ -92,9 +92,14 @@ def model_folder(tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -111,19 +116,34 @@ def dataset(rows, tmp_path_factory) -> Path:
 def arguments(model_folder, dataset, tmp_path) -> list[str]:
     """``fit`` of the tiny model: 4-bit, dropout, accumulation 3, 9 batches an epoch."""
     return [
-        "fit", "--config", "configs/qwen7b.yaml",
-        "--output_dir", str(tmp_path / "out"),
-        "--model.model_name_or_path", str(model_folder),
-        "--data.dataset_path", str(dataset), "--data.val_size", "0",
-        "--data.batch_size", "3",
-        "--trainer.accelerator", "cpu",
-        "--trainer.max_epochs", "2",
-        "--trainer.accumulate_grad_batches", "3",
-        "--trainer.enable_progress_bar", "false",
-        "--trainer.log_every_n_steps", "1",
-        "--checkpoint.every_n_train_steps", "2",
-        "--model.lora_config.r", "4",
-    ]  # fmt: skip
+        "fit",
+        "--config",
+        "configs/qwen7b.yaml",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--model.model_name_or_path",
+        str(model_folder),
+        "--data.dataset_path",
+        str(dataset),
+        "--data.val_size",
+        "0",
+        "--data.batch_size",
+        "3",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.max_epochs",
+        "2",
+        "--trainer.accumulate_grad_batches",
+        "3",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.log_every_n_steps",
+        "1",
+        "--checkpoint.every_n_train_steps",
+        "2",
+        "--model.lora_config.r",
+        "4",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -135,16 +155,45 @@ def command(model_folder, tmp_path_factory):
 
     def make(out: Path, *options: str) -> list[str]:
         return [
-            "fit", "--config", "configs/qwen7b.yaml", "--output_dir", str(out),
-            "--model.model_name_or_path", str(model_folder), "--model.lora_config.r", "4",
-            "--data.dataset_path", str(path), "--data.val_size", "6", "--data.packing", "true",
-            "--data.max_length", "352", "--data.num_workers", "2",
-            "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "3",
-            "--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1",
-            "--export.merge", "false", "--checkpoint.every_n_train_steps", "3", "--samples.rows", "0",
+            "fit",
+            "--config",
+            "configs/qwen7b.yaml",
+            "--output_dir",
+            str(out),
+            "--model.model_name_or_path",
+            str(model_folder),
+            "--model.lora_config.r",
+            "4",
+            "--data.dataset_path",
+            str(path),
+            "--data.val_size",
+            "6",
+            "--data.packing",
+            "true",
+            "--data.max_length",
+            "352",
+            "--data.num_workers",
+            "2",
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.max_epochs",
+            "2",
+            "--trainer.accumulate_grad_batches",
+            "3",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.log_every_n_steps",
+            "1",
+            "--export.merge",
+            "false",
+            "--checkpoint.every_n_train_steps",
+            "3",
+            "--samples.rows",
+            "0",
             "--trainer.callbacks+=qwen_lit.callbacks.trace.Trace",
-            f"--trainer.callbacks.path={out / 'trace.jsonl'}", *options,
-        ]  # fmt: skip
+            f"--trainer.callbacks.path={out / 'trace.jsonl'}",
+            *options,
+        ]
 
     return make
 
@@ -162,7 +211,7 @@ def whole(command, tmp_path_factory) -> Path:
 @pytest.fixture
 def stopped(command, tmp_path) -> Path:
     """A run with checkpoints at steps 3 and 4."""
-    from qwen_lit.callbacks.store import step_files
+    from qwen_lit.callbacks.checkpoint_io import step_files
     from qwen_lit.cli import main
     from tests.runs import stopping
 

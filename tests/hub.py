@@ -50,8 +50,12 @@ def main(folder: Path) -> None:
     """Ask for each source on standard input; then once more without the hub."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
-                   "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
+    os.environ |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     from qwen_lit.data.hub import fetch
     from qwen_lit.data.sources import Source, read_rows
 

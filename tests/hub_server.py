@@ -34,8 +34,11 @@ class FakeHub(ThreadingHTTPServer):
 
     def fetched(self) -> list[str]:
         """Names of the files whose content was asked for."""
-        return [one.rsplit("/", 1)[-1].rsplit("FilePath=", 1)[-1] for one in self.asked
-                if one.startswith("GET") and ("/resolve/" in one or "FilePath=" in one)]  # fmt: skip
+        return [
+            one.rsplit("/", 1)[-1].rsplit("FilePath=", 1)[-1]
+            for one in self.asked
+            if one.startswith("GET") and ("/resolve/" in one or "FilePath=" in one)
+        ]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -64,11 +67,17 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": one, "size": len(content)} for one, content in files.items()]
             return self.json({"id": name, "sha": commit, "siblings": siblings})
         if path == f"/api/models/{name}/tree/{commit}":
-            return self.json([{"type": "file", "path": one, "size": len(content), "oid": digest(content)[:40]}
-                              for one, content in files.items()])  # fmt: skip
+            return self.json(
+                [
+                    {"type": "file", "path": one, "size": len(content), "oid": digest(content)[:40]}
+                    for one, content in files.items()
+                ]
+            )
         if path == f"/api/v1/models/{name}/repo/files":
-            listed = [{"Path": one, "Name": one, "Size": len(content), "Type": "blob", "Sha256": digest(content)}
-                      for one, content in files.items()]  # fmt: skip
+            listed = [
+                {"Path": one, "Name": one, "Size": len(content), "Type": "blob", "Sha256": digest(content)}
+                for one, content in files.items()
+            ]
             return self.json({"Code": 200, "Success": True, "Data": {"Files": listed}})
         if path == f"/api/v1/models/{name}/repo":
             return self.content(files.get(query["FilePath"][0]), fault)

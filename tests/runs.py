@@ -93,8 +93,11 @@ def lengths(rows: list[dict], folder: Path) -> tuple[list[int], list[int]]:
 
 def stopping(step: int, name: str = "SIGTERM") -> list[str]:
     number = int(signal.Signals[name])
-    return ["--trainer.callbacks+=tests.runs.StopAt", f"--trainer.callbacks.step={step}",
-            f"--trainer.callbacks.signum={number}"]  # fmt: skip
+    return [
+        "--trainer.callbacks+=tests.runs.StopAt",
+        f"--trainer.callbacks.step={step}",
+        f"--trainer.callbacks.signum={number}",
+    ]
 
 
 class Poison(L.Callback):
@@ -160,8 +163,12 @@ def remove_file(trainer, path):
 
 
 def doing(step: int, name: str, argument: str = "") -> list[str]:
-    return ["--trainer.callbacks+=tests.runs.Do", f"--trainer.callbacks.step={step}",
-            f"--trainer.callbacks.name={name}", f"--trainer.callbacks.argument={argument}"]  # fmt: skip
+    return [
+        "--trainer.callbacks+=tests.runs.Do",
+        f"--trainer.callbacks.step={step}",
+        f"--trainer.callbacks.name={name}",
+        f"--trainer.callbacks.argument={argument}",
+    ]
 
 
 def spoil_adapter(trainer, argument):

@@ -25,9 +25,11 @@ def unloaded(monkeypatch):
 
 
 NEEDED = {
-    "StochasticWeightAveraging": {"swa_lrs": 0.1}, "GradientAccumulationScheduler": {"scheduling": "{0: 2}"},
-    "ModelPruning": {"pruning_fn": "l1_unstructured"}, "OnExceptionCheckpoint": {"dirpath": "x"},
-}  # fmt: skip
+    "StochasticWeightAveraging": {"swa_lrs": 0.1},
+    "GradientAccumulationScheduler": {"scheduling": "{0: 2}"},
+    "ModelPruning": {"pruning_fn": "l1_unstructured"},
+    "OnExceptionCheckpoint": {"dirpath": "x"},
+}
 
 
 @pytest.mark.parametrize("name", [*accepted.REFUSED, "EMAWeightAveraging"])
@@ -66,10 +68,26 @@ def documents(batch) -> int:
         (callback("EarlyStopping", monitor="val_loss"), "EarlyStopping monitors val_loss, which is never logged"),
         (callback("EarlyStopping", monitor="val/loss"), "but no rows are held out; set data.val_size"),
         (callback("ModelCheckpoint", monitor="val/loss"), "ModelCheckpoint monitors val/loss, but no rows"),
-        ([*callback("EarlyStopping", monitor="val/loss"), "--data.val_size", "5",
-          "--trainer.check_val_every_n_epoch", "3"], "nothing is validated"),
-        ([*callback("EarlyStopping", monitor="val/loss"), "--data.val_size", "5",
-          "--trainer.limit_val_batches", "0"], "trainer.limit_val_batches is 0"),
+        (
+            [
+                *callback("EarlyStopping", monitor="val/loss"),
+                "--data.val_size",
+                "5",
+                "--trainer.check_val_every_n_epoch",
+                "3",
+            ],
+            "nothing is validated",
+        ),
+        (
+            [
+                *callback("EarlyStopping", monitor="val/loss"),
+                "--data.val_size",
+                "5",
+                "--trainer.limit_val_batches",
+                "0",
+            ],
+            "trainer.limit_val_batches is 0",
+        ),
         (callback("ModelCheckpoint", save_on_exception="true"), "in the middle of an optimizer step"),
         (callback("ModelCheckpoint", train_time_interval="00:00:10"), "in the middle of an optimizer step"),
         (callback("RichProgressBar"), "RichProgressBar and trainer.enable_progress_bar: false"),
@@ -81,7 +99,7 @@ def documents(batch) -> int:
         (["--trainer.plugins", "AsyncCheckpointIO"], "AsyncCheckpointIO would take the place"),
         (["--trainer.gradient_clip_algorithm", "most"], "gradient_clip_algorithm"),
     ],
-)  # fmt: skip
+)
 def test_what_would_die_or_deceive_later_is_told_before_the_model_is_loaded(
     arguments, options, words, capsys, unloaded
 ):
@@ -97,8 +115,12 @@ def test_a_monitor_of_rows_that_a_share_of_few_does_not_hold_out_is_refused(argu
     assert "EarlyStopping monitors val/loss, but data.val_size holds out no row" in capsys.readouterr().err
 
 
-PACKAGES = [("logger", "WandbLogger", "wandb"), ("logger", "MLFlowLogger", "mlflow"),
-            ("logger", "CometLogger", "comet-ml"), ("callbacks", "RichModelSummary", "rich")]  # fmt: skip
+PACKAGES = [
+    ("logger", "WandbLogger", "wandb"),
+    ("logger", "MLFlowLogger", "mlflow"),
+    ("logger", "CometLogger", "comet-ml"),
+    ("callbacks", "RichModelSummary", "rich"),
+]
 
 
 @pytest.mark.parametrize(("key", "name", "package"), PACKAGES)
@@ -126,8 +148,9 @@ class LogsItsOwn(shipped.Callback):
 
 def test_a_model_checkpoint_links_removes_and_is_gone_on_from_and_exported(command, tmp_path, model_folder):
     out = tmp_path / "out"
-    mine = callback("ModelCheckpoint", monitor="val/loss", mode="max", save_top_k=1, save_last="link",
-                    filename="at-{step}")  # fmt: skip
+    mine = callback(
+        "ModelCheckpoint", monitor="val/loss", mode="max", save_top_k=1, save_last="link", filename="at-{step}"
+    )
     assert main(command(out, *mine, "--trainer.max_epochs", "1")) == 0
     folder = out / "model_checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["at-step=5.ckpt", "at-step=5.json", "last.ckpt"]

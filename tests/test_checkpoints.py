@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_lit.callbacks import store
-from qwen_lit.callbacks.store import is_whole, last_checkpoint, manifest_of, step_files
+from qwen_lit.callbacks import checkpoint_io as store
+from qwen_lit.callbacks.checkpoint_io import is_whole, last_checkpoint, manifest_of, step_files
 from qwen_lit.cli import main
 from tests.runs import no_space, same, trace
 

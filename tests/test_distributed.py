@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from qwen_lit.callbacks.store import last_checkpoint
+from qwen_lit.callbacks.checkpoint_io import last_checkpoint
 from qwen_lit.cli import main
 from tests.runs import SLOW, adapter, doing, same, trace
 
@@ -28,9 +28,12 @@ PADDED = ["--data.packing", "false", "--data.batch_size", "2", "--data.max_lengt
 
 def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "qwen_lit", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "qwen_lit", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )  # fmt: skip
+    )
 
 
 def finish(process: subprocess.Popen[str], seconds: float = HANG) -> tuple[int, str]:
@@ -185,9 +188,12 @@ def test_torchrun_starts_the_ranks_as_well(command, two, tmp_path):
     out = tmp_path / "out"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     started = subprocess.Popen(
-        [*launcher, "qwen_lit", *command(out, *TWO)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [*launcher, "qwen_lit", *command(out, *TWO)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env=os.environ | {"PYTHONFAULTHANDLER": "1"},
-    )  # fmt: skip
+    )
     try:
         told, _ = started.communicate(timeout=HANG)
     except subprocess.TimeoutExpired:

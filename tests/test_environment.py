@@ -37,6 +37,8 @@ def test_the_processor_and_the_versions_have_names():
 
 
 def test_the_driver_is_read_from_the_kernel_s_own_words():
-    for text in ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024",
-                 "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.183.01  Release Build"):  # fmt: skip
+    for text in (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.183.01  Release Build",
+    ):
         assert DRIVER.search(text)[1] == "535.183.01"

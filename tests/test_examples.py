@@ -23,11 +23,27 @@ FOLDERS = sorted(path for path in EXAMPLES.iterdir() if path.is_dir())
 def toy(model_folder, tmp_path) -> list[str]:
     """What makes a run of any example a matter of seconds on a CPU."""
     return [
-        "--model.model_name_or_path", str(model_folder), "--model.lora_config.r", "4",
-        "--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false",
-        "--data.cache_dir", str(tmp_path / "cache"), "--samples.max_new_tokens", "2", "--export.smoke_rows", "0",
-        "--export.verdict_rows", "2", "--trainer.log_every_n_steps", "1",
-    ]  # fmt: skip
+        "--model.model_name_or_path",
+        str(model_folder),
+        "--model.lora_config.r",
+        "4",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.max_steps",
+        "2",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--data.cache_dir",
+        str(tmp_path / "cache"),
+        "--samples.max_new_tokens",
+        "2",
+        "--export.smoke_rows",
+        "0",
+        "--export.verdict_rows",
+        "2",
+        "--trainer.log_every_n_steps",
+        "1",
+    ]
 
 
 def over(base: str, path: Path) -> list[str]:
@@ -49,8 +65,12 @@ def recorded(script: Path, name: str, folder: Path, *options: str, **variables: 
 
 def test_the_novel_trains_and_is_asked_to_write_on(toy, tmp_path):
     out = tmp_path / "out"
-    assert main([*over("qwen3_8b", EXAMPLES / "novel/novel.yaml"), *toy, "--output_dir", str(out),
-                 "--data.val_size", "1"]) == 0  # fmt: skip
+    assert (
+        main(
+            [*over("qwen3_8b", EXAMPLES / "novel/novel.yaml"), *toy, "--output_dir", str(out), "--data.val_size", "1"]
+        )
+        == 0
+    )
     assert (out / "final_model" / "model.safetensors").is_file()
     assert "灯塔" in (out / "samples.jsonl").read_text(encoding="utf-8")
 

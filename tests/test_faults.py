@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_lit.callbacks import store
-from qwen_lit.callbacks.store import last_checkpoint, step_files
+from qwen_lit.callbacks import checkpoint_io as store
+from qwen_lit.callbacks.checkpoint_io import last_checkpoint, step_files
 from qwen_lit.cli import main
 from qwen_lit.errors import UserError
 from tests.runs import adapter, doing, no_space, same, trace
@@ -17,8 +17,11 @@ from tests.runs import adapter, doing, no_space, same, trace
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_its_rows_named(command, tmp_path, what, caplog):
     out = tmp_path / "out"
-    poison = ["--trainer.callbacks+=tests.runs.Poison", "--trainer.callbacks.steps=[4]",
-              f"--trainer.callbacks.what={what}"]  # fmt: skip
+    poison = [
+        "--trainer.callbacks+=tests.runs.Poison",
+        "--trainer.callbacks.steps=[4]",
+        f"--trainer.callbacks.what={what}",
+    ]
     assert main(command(out, *poison, "--checkpoint.every_n_train_steps", "1", "--checkpoint.keep", "20")) == 0
     assert f"the {what} is not finite; the step is skipped (" in caplog.text and "rows.jsonl:" in caplog.text
     files = [out / "checkpoints" / f"step={step:08d}.ckpt" for step in (3, 4, 5)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_lit.callbacks.store import last_checkpoint
+from qwen_lit.callbacks.checkpoint_io import last_checkpoint
 from qwen_lit.cli import main
 
 

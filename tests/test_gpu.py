@@ -56,11 +56,13 @@ CARD = ["sys/bus/pci/devices/0000:01:00.0/vendor", "sys/bus/pci/devices/0000:01:
         ({"files": [DRIVER, NODE], "cuda": None}, ["driver 550.54.15", "is built without CUDA", gpu.PAGE]),
         ({"files": [DRIVER], "cuda": "12.4"}, ["no /dev/nvidia0", "--gpus all"]),
         ({"files": CARD}, ["no driver is loaded; install one of 580 or newer"]),
-        ({"files": [NODE], "smi": "Failed to initialize NVML: Driver/library version mismatch"},
-         ["cannot use it (nvidia-smi: Failed to initialize NVML: Driver/library version mismatch)"]),
+        (
+            {"files": [NODE], "smi": "Failed to initialize NVML: Driver/library version mismatch"},
+            ["cannot use it (nvidia-smi: Failed to initialize NVML: Driver/library version mismatch)"],
+        ),
         ({"files": [DRIVER, NODE], "cuda": "12.4"}, ["cannot use it; see that nvidia-smi works"]),
     ],
-)  # fmt: skip
+)
 def test_a_gpu_that_torch_cannot_use_is_told_with_its_driver_and_the_remedy(machine, there, words):
     problem = machine(**there)
     assert problem is not None and "\n" not in problem

@@ -22,8 +22,12 @@ COMMANDS = list(help.load()["commands"])
 )
 def test_the_reference_that_ships_is_what_the_code_gives():
     # By itself: what other tests have parsed stays in jsonargparse's caches.
-    found = subprocess.run([sys.executable, "-c", "from qwen_lit import reference; print(reference.text())"],
-                           capture_output=True, text=True, check=True).stdout  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, "-c", "from qwen_lit import reference; print(reference.text())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert help.load() == json.loads(found), "run python -m qwen_lit.reference"
 
 
@@ -74,10 +78,12 @@ def test_the_versions_are_one_line(capsys):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("fti", "there is no command fti; did you mean fit?"), ("train", "did you mean fit?"),
-        ("verify_resum", "did you mean verify-resume?"), ("xyzzy", "there is no command xyzzy; --help lists them"),
+        ("fti", "there is no command fti; did you mean fit?"),
+        ("train", "did you mean fit?"),
+        ("verify_resum", "did you mean verify-resume?"),
+        ("xyzzy", "there is no command xyzzy; --help lists them"),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_command_is_one_line_with_the_nearest(given, words, capsys):
     assert main([given, "--config", "configs/qwen7b.yaml"]) == 2
     told = capsys.readouterr().err
@@ -85,10 +91,18 @@ def test_an_unknown_command_is_one_line_with_the_nearest(given, words, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["fit", "--help"], ["chat", "--help"], ["configs", "--help"], ["--version"], ["fti"],
-              ["fit", "--config", "configs/qwen7b.yaml", "--model.lr", "1e-4"]],
+    "words",
+    [
+        ["--help"],
+        ["fit", "--help"],
+        ["chat", "--help"],
+        ["configs", "--help"],
+        ["--version"],
+        ["fti"],
+        ["fit", "--config", "configs/qwen7b.yaml", "--model.lr", "1e-4"],
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_nothing_heavy_is_imported_to_answer(words):
     script = f"import sys; from qwen_lit.front import main; main({words}); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

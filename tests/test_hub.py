@@ -78,8 +78,13 @@ def modelscope(model_folder, tmp_path, monkeypatch):
     package.calls, package.source = calls, source
     api.HubApi = type("HubApi", (), {"get_model_files": get_model_files})
     config.get_default_config = lambda: types.SimpleNamespace(endpoint="https://ms.example", cache_dir=cache)
-    for name, module in (("", package), (".hub", types.ModuleType("modelscope.hub")), (".hub.api", api),
-                         ("_hub", types.ModuleType("modelscope_hub")), ("_hub.config", config)):  # fmt: skip
+    for name, module in (
+        ("", package),
+        (".hub", types.ModuleType("modelscope.hub")),
+        (".hub.api", api),
+        ("_hub", types.ModuleType("modelscope_hub")),
+        ("_hub.config", config),
+    ):
         monkeypatch.setitem(sys.modules, f"modelscope{name}", module)
     hub_libraries.library.cache_clear()
     yield package
@@ -152,7 +157,7 @@ def test_what_does_not_fit_the_disk_is_refused_before_it_is_fetched(server: Fake
         ({"resolve": "silence"}, ["no answer in 1 s"]),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_hub_that_refuses_or_is_silent_is_one_line_with_what_to_do(server: FakeHub, arguments, fault, words, capsys):
     server.faults = fault
     assert main(by_name(arguments)) == 2
@@ -172,8 +177,13 @@ def test_a_hub_that_is_not_there_is_one_line_with_the_remedies_in_order(address,
         fetch(NAME)
     told = str(raised.value)
     assert f"{NAME} cannot be fetched from {address} (" in told and words in told and "\n" not in told
-    remedies = ["HF_ENDPOINT=https://hf-mirror.com", "--model.hub modelscope", "hf download", "modelscope download",
-                "HF_HUB_OFFLINE"]  # fmt: skip
+    remedies = [
+        "HF_ENDPOINT=https://hf-mirror.com",
+        "--model.hub modelscope",
+        "hf download",
+        "modelscope download",
+        "HF_HUB_OFFLINE",
+    ]
     places = [told.index(one) for one in remedies]
     assert places == sorted(places)
 
@@ -302,9 +312,10 @@ def test_modelscope_is_a_hub_like_the_other(modelscope, arguments, tmp_path, cap
     assert f"fetching {NAME} from https://ms.example: weights, 0.23 MB, into {tmp_path / 'modelscope'}" in caplog.text
     assert json.loads((out / "lora_adapter/adapter_config.json").read_text())["base_model_name_or_path"] == NAME
     assert f"VLLM_USE_MODELSCOPE=True vllm serve {NAME}" in (out / "lora_adapter/README.md").read_text()
-    assert f"SGLANG_USE_MODELSCOPE=true python -m sglang.launch_server --model-path {NAME}" in (
-        out / "final_model/README.md"
-    ).read_text()
+    assert (
+        f"SGLANG_USE_MODELSCOPE=true python -m sglang.launch_server --model-path {NAME}"
+        in (out / "final_model/README.md").read_text()
+    )
     # Whoever uses the adapter finds its base again without saying where it is from.
     assert main(["chat", str(out / "lora_adapter"), "--prompt", "Hi", "--greedy", "--max_new_tokens", "2"]) == 0
     assert main(["export", *by_name(arguments, *short)[1:]]) == 0

@@ -9,25 +9,45 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from qwen_lit import dry_run
 from qwen_lit.cli import main
+from qwen_lit.commands import plan as dry_run
 from qwen_lit.data import encoding
-from qwen_lit.flops import token_flops
-from qwen_lit.kernels.engine import FastEngine
-from qwen_lit.kernels.plan import Plan
+from qwen_lit.engine.engine import FastEngine
+from qwen_lit.planner.flops import token_flops
+from qwen_lit.planner.plan import Plan
 from tests.runs import adapter, doing, lengths, trace
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
-SHAPE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16,
-         "num_key_value_heads": 8, "vocab_size": 50_000, "layer_types": ["full_attention"] * 8}  # fmt: skip
+SHAPE = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 50_000,
+    "layer_types": ["full_attention"] * 8,
+}
 
 
 def test_samples_verdict_smoke_test_and_checkpoints_are_as_many_as_asked(arguments, tmp_path, caplog):
     options = [
-        "--trainer.max_steps", "4", "--data.val_size", "6", "--samples.prompts", '["Who are you?", "好?"]',
-        "--samples.max_new_tokens", "3", "--export.verdict_rows", "2", "--export.smoke_rows", "1",
-        "--checkpoint.every_n_train_steps", "1", "--checkpoint.keep", "3",
-    ]  # fmt: skip
+        "--trainer.max_steps",
+        "4",
+        "--data.val_size",
+        "6",
+        "--samples.prompts",
+        '["Who are you?", "好?"]',
+        "--samples.max_new_tokens",
+        "3",
+        "--export.verdict_rows",
+        "2",
+        "--export.smoke_rows",
+        "1",
+        "--checkpoint.every_n_train_steps",
+        "1",
+        "--checkpoint.keep",
+        "3",
+    ]
     assert main([*arguments, *options]) == 0
     out = tmp_path / "out"
     lines = [json.loads(line) for line in (out / "samples.jsonl").read_text("utf-8").splitlines()]
@@ -49,10 +69,27 @@ def plan(model_folder, dataset, tmp_path, capsys):
     def run(*options):
         capsys.readouterr()
         code = main(
-            ["plan", "--config", "configs/qwen7b.yaml", "--model.model_name_or_path", str(folder), "--json", "true",
-             "--data.dataset_path", str(dataset), "--trainer.accelerator", "cpu", "--model.optimizer", "adamw",
-             "--model.lora_config.r", "64", "--data.val_size", "0", *options]
-        )  # fmt: skip
+            [
+                "plan",
+                "--config",
+                "configs/qwen7b.yaml",
+                "--model.model_name_or_path",
+                str(folder),
+                "--json",
+                "true",
+                "--data.dataset_path",
+                str(dataset),
+                "--trainer.accelerator",
+                "cpu",
+                "--model.optimizer",
+                "adamw",
+                "--model.lora_config.r",
+                "64",
+                "--data.val_size",
+                "0",
+                *options,
+            ]
+        )
         return code, json.loads(capsys.readouterr().out)
 
     run.folder = folder
@@ -96,19 +133,44 @@ def test_a_plan_tells_disk_memory_and_advice_by_the_shapes(plan, rows):
 def test_as_many_processes_tokenise_as_asked(count, model_folder, dataset, tmp_path, monkeypatch):
     asked, plain = [], encoding.in_order
     monkeypatch.setattr(encoding, "in_order", lambda *given: asked.append(given[2]) or plain(*given))
-    inspect = ["inspect", "--config", "configs/qwen7b.yaml", "--model.model_name_or_path", str(model_folder),
-               "--data.dataset_path", str(dataset), "--trainer.accelerator", "cpu", "--data.num_proc", str(count),
-               "--data.cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    inspect = [
+        "inspect",
+        "--config",
+        "configs/qwen7b.yaml",
+        "--model.model_name_or_path",
+        str(model_folder),
+        "--data.dataset_path",
+        str(dataset),
+        "--trainer.accelerator",
+        "cpu",
+        "--data.num_proc",
+        str(count),
+        "--data.cache_dir",
+        str(tmp_path / "cache"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main(inspect) == 0
     assert asked == [count] * (count > 1) and list((tmp_path / "cache").glob("*/rows.arrow"))
 
 
 LONG = {"instruction": "a long question " * 40, "output": "short"}
 LONG_ANSWER = {"instruction": "short", "output": "a long answer " * 40}
-TWO_TURNS = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "first"},
-                          {"role": "user", "content": "b"}, {"role": "assistant", "content": "second"}]}  # fmt: skip
-TWO_QUESTIONS = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"},
-                              {"role": "assistant", "content": "c"}]}  # fmt: skip
+TWO_TURNS = {
+    "messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "second"},
+    ]
+}
+TWO_QUESTIONS = {
+    "messages": [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
+}
 CONTROL = {"instruction": "what is <|im_start|>?", "output": "a mark"}
 
 
@@ -119,9 +181,22 @@ def inspect(model_folder, tmp_path, capsys):
     def run(row, *options):
         path = tmp_path / "one.jsonl"
         path.write_text(json.dumps(row) + "\n")
-        command = ["inspect", "--config", "configs/qwen7b.yaml", "--model.model_name_or_path", str(model_folder),
-                   "--data.dataset_path", str(path), "--trainer.accelerator", "cpu", "--data.max_length", "96",
-                   "--output_dir", str(tmp_path / "out"), *options]  # fmt: skip
+        command = [
+            "inspect",
+            "--config",
+            "configs/qwen7b.yaml",
+            "--model.model_name_or_path",
+            str(model_folder),
+            "--data.dataset_path",
+            str(path),
+            "--trainer.accelerator",
+            "cpu",
+            "--data.max_length",
+            "96",
+            "--output_dir",
+            str(tmp_path / "out"),
+            *options,
+        ]
         capsys.readouterr()
         return main(command), capsys.readouterr().out
 
@@ -245,10 +320,17 @@ def test_a_plan_is_told_as_the_planner_chose_it(plan, monkeypatch):
     (found,) = told["plans"]
     assert found.pop("relative_time") > 0
     assert found == {
-        "budget_gib": 6.0, "estimated_peak_gib": 3.0, "merged_micro_batches": 4, "recomputed_layers": 5,
-        "embedding_on_cpu": True, "inputs_offloaded": True, "layers_offloaded": 3, "mlp_piece_tokens": 512,
-        "layers_held_in_bf16": 2, "fits": True,
-    }  # fmt: skip
+        "budget_gib": 6.0,
+        "estimated_peak_gib": 3.0,
+        "merged_micro_batches": 4,
+        "recomputed_layers": 5,
+        "embedding_on_cpu": True,
+        "inputs_offloaded": True,
+        "layers_offloaded": 3,
+        "mlp_piece_tokens": 512,
+        "layers_held_in_bf16": 2,
+        "fits": True,
+    }
 
 
 def test_the_budget_of_the_configuration_is_the_one_that_is_planned_for(plan):

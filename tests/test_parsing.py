@@ -21,10 +21,15 @@ def folder(monkeypatch, tmp_path):
     """The working directory, with files of every kind in it."""
     monkeypatch.chdir(tmp_path)
     files = {
-        "array.json": ROWS, "rows.jsonl": '{"instruction": "a", "output": "b"}\n', "table.csv": "a,b\n1,2\n",
-        "novel.txt": "Once upon a time\n", "empty.txt": "", "config.yaml": "dataset_path: other.jsonl\nr: 3\n",
-        "object.json": '{"dataset_path": "other.jsonl", "r": 3}', "last": "[1]",
-    }  # fmt: skip
+        "array.json": ROWS,
+        "rows.jsonl": '{"instruction": "a", "output": "b"}\n',
+        "table.csv": "a,b\n1,2\n",
+        "novel.txt": "Once upon a time\n",
+        "empty.txt": "",
+        "config.yaml": "dataset_path: other.jsonl\nr: 3\n",
+        "object.json": '{"dataset_path": "other.jsonl", "r": 3}',
+        "last": "[1]",
+    }
     for name, text in files.items():
         Path(name).write_text(text)
     Path("gbk.jsonl").write_bytes("好".encode("gbk"))
@@ -54,8 +59,15 @@ def given(folder, monkeypatch):
 
 
 VALUES = ["array.json", "table.csv", "empty.txt", "gbk.jsonl", "pipe", "folder", "123", "a: b", "#1"]
-PATHS = ("data.dataset_path", "data.val_dataset_path", "data.cache_dir", "output_dir", "model.model_name_or_path",
-         "model.memory_budget", "ckpt_path")  # fmt: skip
+PATHS = (
+    "data.dataset_path",
+    "data.val_dataset_path",
+    "data.cache_dir",
+    "output_dir",
+    "model.model_name_or_path",
+    "model.memory_budget",
+    "ckpt_path",
+)
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -73,10 +85,12 @@ def test_a_value_that_names_a_file_stays_its_name(given, value):
 @pytest.mark.parametrize(
     ("command", "keys"),
     [
-        ("inspect", ["row", "html"]), ("predict", ["source", "target"]),
-        ("export", ["push_to_hub"]), ("plan", ["memory_budget"]),
+        ("inspect", ["row", "html"]),
+        ("predict", ["source", "target"]),
+        ("export", ["push_to_hub"]),
+        ("plan", ["memory_budget"]),
     ],
-)  # fmt: skip
+)
 def test_so_does_one_of_a_command_and_its_absolute_path(given, command, keys):
     for value in ("array.json", str(Path("pipe").absolute())):
         parsed = given(*[f"--{key}={value}" for key in keys], f"--data.dataset_path={value}", command=command)
@@ -85,8 +99,11 @@ def test_so_does_one_of_a_command_and_its_absolute_path(given, command, keys):
 
 def test_a_list_of_datasets_arrives_as_it_is_written(given):
     text = "[array.json, {path: table.csv, weight: 2.5, max_rows: 3}, {path: '123', columns: {output: a}}]"
-    wanted = ["array.json", {"path": "table.csv", "weight": 2.5, "max_rows": 3},
-              {"path": "123", "columns": {"output": "a"}}]  # fmt: skip
+    wanted = [
+        "array.json",
+        {"path": "table.csv", "weight": 2.5, "max_rows": 3},
+        {"path": "123", "columns": {"output": "a"}},
+    ]
     Path("over.yaml").write_text(f"data: {{dataset_path: {text}}}")
     assert given("--data.dataset_path", text)["data.dataset_path"] == wanted
     assert given("--config", "over.yaml")["data.dataset_path"] == wanted
@@ -108,9 +125,11 @@ def test_a_written_configuration_gives_the_same_values_again(given, monkeypatch,
     quoted = ["null", "~", "123", "yes", "1e3", "a: b", "#1", "array.json", "2020-01-01", "0x1F", " a ", "好\n"]
     datasets = ["array.json", {"path": "123", "weight": 0.5, "max_rows": None}, {"path": "null", "max_rows": 7}, "1e3"]
     over = {
-        "output_dir": "1e3", "ckpt_path": "null ", "samples": {"prompts": quoted},
+        "output_dir": "1e3",
+        "ckpt_path": "null ",
+        "samples": {"prompts": quoted},
         "data": {"dataset_path": datasets, "val_dataset_path": "yes", "cache_dir": "0o17", "fields": {"a": "no"}},
-    }  # fmt: skip
+    }
     Path("over.yaml").write_text(json.dumps(over))
     first = given("--config", "over.yaml")
     capsys.readouterr()
@@ -139,14 +158,18 @@ def test_only_a_yaml_gives_a_section(given, capsys):
     [
         (["--data.batch_size", "many"], "data.batch_size: expected int, not 'many'"),
         (["--model.rank", "3"], "there is no key model.rank; did you mean model.lora_config.r?"),
-        (["--model.quantization_config", "none"], "model.quantization_config: expected Quantization or null, "
-                                                  "not 'none'; write null for none"),
+        (
+            ["--model.quantization_config", "none"],
+            "model.quantization_config: expected Quantization or null, not 'none'; write null for none",
+        ),
         (["--model.quantization_config", "array.json"], "expected Quantization or null, not 'array.json'"),
         (["--model.quantization_config.load_in_5bit", "true"], "load_in_5bit"),
         (["--export.gguf", "none"], "'bf16'] or null, not 'none'; write null for none"),
         (["--export.gguf", "False"], "write null for none"),
-        (["--samples.prompts", "novel.txt"], "samples.prompts: expected list[str] or null, not 'novel.txt'; "
-                                             "give a list, as [novel.txt]"),
+        (
+            ["--samples.prompts", "novel.txt"],
+            "samples.prompts: expected list[str] or null, not 'novel.txt'; give a list, as [novel.txt]",
+        ),
         (["--data.fields", "object.json"], "data.fields: expected dict[str, str] or null, not 'object.json'"),
         (["--trainer.callbacks", "array.json"], "trainer.callbacks: expected"),
         (["--trainer.callbacks+=NoSuchThing"], "NoSuchThing"),
@@ -157,7 +180,7 @@ def test_only_a_yaml_gives_a_section(given, capsys):
         (["--config", "gbk.jsonl"], "gbk.jsonl: is not UTF-8"),
         (["--config", "folder"], "folder"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_parsed_is_one_line(given, capsys, args, words):
     assert given(*args) is None
     told = capsys.readouterr().err
@@ -185,11 +208,14 @@ def test_what_cannot_be_parsed_in_a_file_is_one_line_with_its_name(given, capsys
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("hf://tatsu-lab/alpaca", "is an address"), ("", "an empty path"),
-        ("folder", "folder holds no file that ends in .jsonl"), ("pipe", "no such dataset: pipe"),
-        ("[{pth: rows.jsonl}]", "an item has the key 'pth'"), ("none", "write null for none"),
+        ("hf://tatsu-lab/alpaca", "is an address"),
+        ("", "an empty path"),
+        ("folder", "folder holds no file that ends in .jsonl"),
+        ("pipe", "no such dataset: pipe"),
+        ("[{pth: rows.jsonl}]", "an item has the key 'pth'"),
+        ("none", "write null for none"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_dataset_is_named_before_anything_is_loaded(folder, model_folder, capsys, value, words):
     key = "val_dataset_path" if value in ("none", "") else "dataset_path"
     args = ["fit", "--config", QWEN7B, "--model.model_name_or_path", str(model_folder)]
@@ -203,13 +229,14 @@ def test_what_is_no_dataset_is_named_before_anything_is_loaded(folder, model_fol
 @pytest.mark.parametrize(
     ("items", "words"),
     [
-        ([], "an empty list"), ([{"weight": 2}], "has no path"),
+        ([], "an empty list"),
+        ([{"weight": 2}], "has no path"),
         ([{"path": "a.jsonl", "weight": "much"}], "a.jsonl: weight is 'much'; give a number"),
         ([{"path": "a.jsonl", "max_rows": 1.5}], "a.jsonl: max_rows is 1.5; give a whole number or null"),
         ([{"path": "a.jsonl", "max_rows": True}], "a.jsonl: max_rows is True"),
         ([{"path": 12}], "path is 12; give a text"),
     ],
-)  # fmt: skip
+)
 def test_an_item_of_another_kind_is_named_by_its_key(items, words):
     with pytest.raises(DataError, match=re.escape(words)):
         as_sources(items)

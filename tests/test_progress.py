@@ -41,9 +41,21 @@ def test_a_preparation_ends_at_the_whole_of_its_files(model_folder, dataset, tmp
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     monkeypatch.setattr(progress, "EVERY", 0.0)
     caplog.set_level(logging.INFO)
-    inspect = ["inspect", "--config", "configs/qwen7b.yaml", "--model.model_name_or_path", str(model_folder),
-               "--data.dataset_path", str(dataset), "--data.cache_dir", str(tmp_path), "--trainer.accelerator", "cpu",
-               "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    inspect = [
+        "inspect",
+        "--config",
+        "configs/qwen7b.yaml",
+        "--model.model_name_or_path",
+        str(model_folder),
+        "--data.dataset_path",
+        str(dataset),
+        "--data.cache_dir",
+        str(tmp_path),
+        "--trainer.accelerator",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main(inspect) == 0
     assert any(line.startswith("preparing rows: 100%, 25 rows") for line in caplog.messages)
     assert any(line.startswith("reading rows.jsonl: 100%") for line in caplog.messages)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qwen_lit.cli import main
-from qwen_lit.dry_run import static_bytes
+from qwen_lit.commands.plan import static_bytes
+from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.export import merge_adapter
-from qwen_lit.kernels.engine import why_not
 from qwen_lit.model.load import load_base
 from qwen_lit.quantization import described, loaded_weights, planned_weights, usable
 from tests.export.test_merge import make_adapter, make_base, tensors
@@ -33,19 +33,25 @@ CONFIGURATIONS = {
     "compute float16": (NF4 | {"bnb_4bit_compute_dtype": "float16"}, "nf4, 14 of 15 linears"),
     "int8": (INT8, "int8, 14 of 15 linears"),
     "threshold": (INT8 | {"llm_int8_threshold": 0.0}, "int8, 14 of 15 linears"),
-    "nothing skipped": (NF4 | {"llm_int8_skip_modules": []}, {"qwen2": "nf4, 15 of 15 linears",
-                                                              "qwen3": "nf4, 14 of 15 linears"}),
-    "without the head": (NF4 | {"llm_int8_skip_modules": ["q_proj"]}, {"qwen2": "nf4, 13 of 15 linears",
-                                                                       "qwen3": "nf4, 12 of 15 linears"}),
-    "int8 without the head": (INT8 | {"llm_int8_skip_modules": ["q_proj"]}, {"qwen2": "int8, 13 of 15 linears",
-                                                                             "qwen3": "int8, 12 of 15 linears"}),
+    "nothing skipped": (
+        NF4 | {"llm_int8_skip_modules": []},
+        {"qwen2": "nf4, 15 of 15 linears", "qwen3": "nf4, 14 of 15 linears"},
+    ),
+    "without the head": (
+        NF4 | {"llm_int8_skip_modules": ["q_proj"]},
+        {"qwen2": "nf4, 13 of 15 linears", "qwen3": "nf4, 12 of 15 linears"},
+    ),
+    "int8 without the head": (
+        INT8 | {"llm_int8_skip_modules": ["q_proj"]},
+        {"qwen2": "int8, 13 of 15 linears", "qwen3": "int8, 12 of 15 linears"},
+    ),
     "with the head": (NF4 | {"llm_int8_skip_modules": ["lm_head", "down_proj"]}, "nf4, 12 of 15 linears"),
     "a path": (NF4 | {"llm_int8_skip_modules": ["lm_head", "model.layers.1"]}, "nf4, 7 of 15 linears"),
     "a pattern": (NF4 | {"llm_int8_skip_modules": ["lm_head", r"model\..*\.mlp"]}, "nf4, 8 of 15 linears"),
     "a suffix": (NF4 | {"llm_int8_skip_modules": ["lm_head", "_proj"]}, "none, bf16"),
     "not a part of a name": (NF4 | {"llm_int8_skip_modules": ["lm_head", "attn"]}, "nf4, 14 of 15 linears"),
     "offload": (NF4 | {"llm_int8_enable_fp32_cpu_offload": True}, "none, bf16"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=["qwen2", "qwen3"], scope="module")
@@ -116,7 +122,7 @@ def test_what_is_said_is_what_is_loaded_and_what_is_merged(base, tmp_path, case)
     assert loaded_weights(peft) == planned
     kinds = {one.kind for one in planned.values()}
     fast = "int8" not in kinds and "lm_head.weight" not in planned
-    assert (why_not(peft, CPU) is None) == fast
+    assert (unsupported_reason(peft, CPU) is None) == fast
     assert peft(input_ids=torch.arange(6)[None]).logits.isfinite().all()
 
 
@@ -170,8 +176,19 @@ def test_a_quantised_weight_is_not_trained_whole(arguments, capsys, monkeypatch)
 
 @pytest.fixture
 def short(arguments):
-    return [*arguments, "--trainer.max_steps", "2", "--data.val_size", "5", "--export.merge_base", "auto",
-            "--export.smoke_rows", "0", "--samples.rows", "0"]  # fmt: skip
+    return [
+        *arguments,
+        "--trainer.max_steps",
+        "2",
+        "--data.val_size",
+        "5",
+        "--export.merge_base",
+        "auto",
+        "--export.smoke_rows",
+        "0",
+        "--samples.rows",
+        "0",
+    ]
 
 
 def test_4_bits_that_are_off_train_and_merge_as_no_quantisation_does(short, tmp_path, caplog):
@@ -198,5 +215,3 @@ def test_8_bits_are_said_measured_and_merged_as_8_bits(short, model_folder, tmp_
     original = load_file(model_folder / "model.safetensors")[name]
     assert 0 < (merged[name] - original).abs().max() <= original.abs().max() / 254 * 1.05
     assert "in int8" in (tmp_path / "out" / "final_model" / "README.md").read_text()
-
-

@@ -21,8 +21,21 @@ def novel(tmp_path):
 
 
 def test_a_novel_is_trained_sampled_exported_and_continued(arguments, novel, tmp_path, capsys, caplog):
-    given = [*arguments, "--data.dataset_path", str(novel), "--data.val_size", "5", "--data.packing", "true",
-             "--data.max_length", "128", "--trainer.max_steps", "1", "--samples.max_new_tokens", "8"]  # fmt: skip
+    given = [
+        *arguments,
+        "--data.dataset_path",
+        str(novel),
+        "--data.val_size",
+        "5",
+        "--data.packing",
+        "true",
+        "--data.max_length",
+        "128",
+        "--trainer.max_steps",
+        "1",
+        "--samples.max_new_tokens",
+        "8",
+    ]
     assert main(given) == 0
     out = tmp_path / "out"
     assert "trained prompts ended" not in caplog.text and "blocks" in caplog.text
@@ -40,8 +53,9 @@ def test_a_novel_is_trained_sampled_exported_and_continued(arguments, novel, tmp
     asked = ["--source", str(source), "--target", str(target), "--max_new_tokens", "4"]
     assert main(["predict", *arguments[1:], *asked]) == 0
     assert [set(json.loads(line)) for line in target.read_text("utf-8").splitlines()] == [
-        {"text", "prediction"}, {"instruction", "prediction"},
-    ]  # fmt: skip
+        {"text", "prediction"},
+        {"instruction", "prediction"},
+    ]
 
 
 def test_inspect_shows_raw_text_as_trained_by_any_of_its_lines(arguments, novel, tmp_path, capsys):

@@ -19,9 +19,28 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if not path.name.endswith(".z
 ENGLISH_ALONE = {"design.md", "summary.md", "changelog.md"}
 PAIRS = [tuple(READMES), *((page, page.with_suffix(".zh.md")) for page in PAGES if page.name not in ENGLISH_ALONE)]
 ELSEWHERE = (
-    "make", ".", "uv", "python3", "pip", "modelscope", "export", "docker", "sudo", "nvidia-smi", "wandb",
-    "WANDB_MODE=offline", "sbatch", "torchrun", "srun", "bash", "hf", "cat", "cd", "vllm", "curl",
-)  # fmt: skip
+    "make",
+    ".",
+    "uv",
+    "python3",
+    "pip",
+    "modelscope",
+    "export",
+    "docker",
+    "sudo",
+    "nvidia-smi",
+    "wandb",
+    "WANDB_MODE=offline",
+    "sbatch",
+    "torchrun",
+    "srun",
+    "bash",
+    "hf",
+    "cat",
+    "cd",
+    "vllm",
+    "curl",
+)
 """Programs beside this one, which a test cannot call or calls by itself."""
 
 
@@ -84,10 +103,23 @@ def test_the_commands_of_a_readme_train_a_model_one_after_the_other(path, model_
     rows.write_text("".join(blocks(path, "json")), encoding="utf-8")
     out = tmp_path / "out"
     toy = [
-        "--model.model_name_or_path", str(model_folder), "--output_dir", str(out), "--trainer.accelerator", "cpu",
-        "--trainer.enable_progress_bar", "false", "--model.lora_config.r", "2", "--trainer.max_epochs", "1",
-        "--export.smoke_rows", "0", "--data.cache_dir", str(tmp_path / "cache"),
-    ]  # fmt: skip
+        "--model.model_name_or_path",
+        str(model_folder),
+        "--output_dir",
+        str(out),
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--model.lora_config.r",
+        "2",
+        "--trainer.max_epochs",
+        "1",
+        "--export.smoke_rows",
+        "0",
+        "--data.cache_dir",
+        str(tmp_path / "cache"),
+    ]
     ours = [shlex.split(line) for line in commands_of(path) if line.startswith("python -m qwen_lit")]
     assert [words[3] for words in ours] == ["inspect", "plan", "fit", "chat"]
     for words in ours[:3]:

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_lit.callbacks.metrics import Counts, Throughput
 from qwen_lit.cli import main
-from qwen_lit.flops import peak_flops, token_flops
 from qwen_lit.hardware import cpu_has_bf16
 from qwen_lit.model.optim import schedule
+from qwen_lit.planner.flops import peak_flops, token_flops
 from qwen_lit.report import chart, number, scale
 from tests.runs import begun, lengths, stopping, trace
 
@@ -280,10 +280,14 @@ def test_a_log_file_gets_lines_without_control_codes(command, tmp_path):
 
 def test_early_stopping_and_a_profiler_work_from_the_configuration(command, tmp_path):
     stopper = [
-        "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss",
-        "--trainer.callbacks.min_delta=100", "--trainer.callbacks.patience=1", "--trainer.max_epochs", "9",
+        "--trainer.callbacks+=EarlyStopping",
+        "--trainer.callbacks.monitor=val/loss",
+        "--trainer.callbacks.min_delta=100",
+        "--trainer.callbacks.patience=1",
+        "--trainer.max_epochs",
+        "9",
         "--trainer.profiler=simple",
-    ]  # fmt: skip
+    ]
     out = tmp_path / "out"
     assert main(command(out, *stopper)) == 0
     assert json.loads((out / "summary.json").read_text())["steps"] == 10
@@ -304,9 +308,15 @@ def test_the_summary_has_times_machine_and_paths_as_fields(run):
     assert summary["best"]["step"] in (5, 10) and summary["best"]["val_loss"] <= summary["last"]["val_loss"]
     assert summary["exported"]["step"] == 10 and summary["exported"]["checkpoint"] == "last"
     assert {Path(path).relative_to(run).parts[0] for path in summary["files"].values()} == {
-        "lora_adapter", "final_model", "checkpoints", "config.yaml", "samples.jsonl", "logs", "summary.json",
+        "lora_adapter",
+        "final_model",
+        "checkpoints",
+        "config.yaml",
+        "samples.jsonl",
+        "logs",
+        "summary.json",
         "report.html",
-    }  # fmt: skip
+    }
     # Words stand where words are values, never sentences.
     sections = ("run", "hardware", "last", "best", "throughput", "exported")
     assert all(not str(one).endswith(".") for name in sections for one in summary[name].values())
@@ -320,8 +330,11 @@ def test_the_end_says_how_long_it_took_what_was_best_and_what_to_do_next(command
     assert f"best         validation {best['val_loss']:.4f} at step {best['step']}" in told
     assert re.fullmatch(r"done in      \d:\d\d:\d\d", told[-5])
     assert told[-4].startswith("exported     step 10, the last")
-    assert told[-3:] == [f"talk to it   qwen-lit chat '{out}'", f"curves       tensorboard --logdir '{out}/logs'",
-                         f"report       {out}/report.html"]  # fmt: skip
+    assert told[-3:] == [
+        f"talk to it   qwen-lit chat '{out}'",
+        f"curves       tensorboard --logdir '{out}/logs'",
+        f"report       {out}/report.html",
+    ]
     (question,) = {json.loads(line)["prompt"] for line in (out / "samples.jsonl").read_text("utf-8").splitlines()}
     asked = question.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0].split()
     assert any(line.startswith("sample 1 at step 5: " + asked[0]) for line in caplog.messages)
@@ -334,8 +347,10 @@ def test_attempts_from_one_step_keep_a_configuration_each(command, tmp_path):
     for rate in ("0.003", "0.004"):
         options = ["--model.learning_rate", rate, "--trainer.max_steps", "4"]
         assert main(command(out, *quick, *options, *checkpoint)) == 0
-    rates = {name: yaml.safe_load((out / f"{name}.yaml").read_text())["model"]["learning_rate"]
-             for name in ("config-3", "config-3-2", "config")}  # fmt: skip
+    rates = {
+        name: yaml.safe_load((out / f"{name}.yaml").read_text())["model"]["learning_rate"]
+        for name in ("config-3", "config-3-2", "config")
+    }
     assert rates == {"config-3": 0.0002, "config-3-2": 0.003, "config": 0.004}
 
 

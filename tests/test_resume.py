@@ -127,7 +127,7 @@ def test_verify_resume_says_that_a_killed_run_is_the_same_run(command, tmp_path,
 
 
 def test_verify_resume_says_when_it_is_another_run(command, whole, tmp_path):
-    from qwen_lit.verify import compare
+    from qwen_lit.commands.verify_resume import compare
 
     other = tmp_path / "other"
     assert main(command(other, "--seed_everything", "7")) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qwen_lit.callbacks.store import step_of
+from qwen_lit.callbacks.checkpoint_io import step_of
 from qwen_lit.cli import main
 from tests.runs import adapter, ended, forked, same, stopping, wait_for
 
@@ -76,8 +76,11 @@ def test_what_an_attempt_without_a_checkpoint_left_is_set_aside_whole(command, d
     assert main(command(out, "--ckpt_path", "last")) == 0
     (kept,) = earlier(out)
     assert set(content(kept)) == {
-        "samples.jsonl", "logs/events.out.tfevents.1", "checkpoints/step=00000003.ckpt.tmp-9", "config.yaml",
-    }  # fmt: skip
+        "samples.jsonl",
+        "logs/events.out.tfevents.1",
+        "checkpoints/step=00000003.ckpt.tmp-9",
+        "config.yaml",
+    }
     assert (kept / "config.yaml").read_text() == "old: 1\n" and (out / "mine.txt").is_file()
     assert f"is set aside in {kept.name}" in caplog.text
     assert not (out / "samples.jsonl").exists()

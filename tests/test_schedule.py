@@ -91,8 +91,11 @@ def test_a_run_in_slots_of_time_is_the_run_that_was_left_alone(command, tmp_path
     made, many = 0, []
     while made < 10:
         # Each time is up in the middle of a step.
-        stop = ["--trainer.callbacks+=tests.runs.Do", f"--trainer.callbacks.step={made + 3}",
-                "--trainer.callbacks.name=use_up_the_time"]  # fmt: skip
+        stop = [
+            "--trainer.callbacks+=tests.runs.Do",
+            f"--trainer.callbacks.step={made + 3}",
+            "--trainer.callbacks.name=use_up_the_time",
+        ]
         options = ["--trainer.max_time", "01:00:00:00", "--ckpt_path", "last", *stop]
         assert main(command(slots, *options)) == 0
         many.append(len(trace(slots)) - made)
@@ -108,10 +111,19 @@ def test_a_run_in_slots_of_time_is_the_run_that_was_left_alone(command, tmp_path
 
 def test_without_a_known_end_the_rate_is_constant_and_no_time_is_guessed(command, tmp_path, caplog):
     out = tmp_path / "out"
-    endless = ["--trainer.max_epochs", "null", "--trainer.max_time", "01:00:00:00", "--model.lr_scheduler", "constant",
-               "--trainer.enable_progress_bar", "true",
-               "--trainer.callbacks+=tests.runs.Do", "--trainer.callbacks.step=7",
-               "--trainer.callbacks.name=use_up_the_time"]  # fmt: skip
+    endless = [
+        "--trainer.max_epochs",
+        "null",
+        "--trainer.max_time",
+        "01:00:00:00",
+        "--model.lr_scheduler",
+        "constant",
+        "--trainer.enable_progress_bar",
+        "true",
+        "--trainer.callbacks+=tests.runs.Do",
+        "--trainer.callbacks.step=7",
+        "--trainer.callbacks.name=use_up_the_time",
+    ]
     assert main(command(out, *endless)) == 0
     assert len(trace(out)) == 7 and rates(out) == pytest.approx([1e-4] + [2e-4] * 6)
     assert "no known end, at most 1 day, 0:00:00" in begun(out)["run"]
@@ -147,9 +159,14 @@ def test_a_share_of_warmup_is_rounded_up_and_never_the_whole_run(total, warmup):
     progress = SimpleNamespace(current=SimpleNamespace(ready=0, processed=0))
     loop = SimpleNamespace(epoch_progress=progress, epoch_loop=SimpleNamespace(batch_progress=progress))
     trainer = SimpleNamespace(
-        max_epochs=1, max_steps=-1, accumulate_grad_batches=1, limit_train_batches=1.0, world_size=1, global_step=0,
+        max_epochs=1,
+        max_steps=-1,
+        accumulate_grad_batches=1,
+        limit_train_batches=1.0,
+        world_size=1,
+        global_step=0,
         fit_loop=loop,
-    )  # fmt: skip
+    )
     data = SimpleNamespace(merge=1, micro_batches=lambda ranks: total)
     assert warmup_steps(0.03, trainer, data) == warmup
     assert warmup_steps(0.0, trainer, data) == 0

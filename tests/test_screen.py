@@ -143,8 +143,16 @@ def test_a_run_has_one_bar_which_leaves_nothing_behind(terminal, command, tmp_pa
     # However fast the machine is.
     monkeypatch.setattr(Bar, "draw", Bar.refresh)
     monkeypatch.setattr(RunProgress, "_line", lambda self, width: seen.append(line(self, width)) or seen[-1])
-    options = ["--trainer.enable_progress_bar", "true", "--trainer.max_steps", "3", "--data.num_workers", "0",
-               "--trainer.val_check_interval", "3"]  # fmt: skip
+    options = [
+        "--trainer.enable_progress_bar",
+        "true",
+        "--trainer.max_steps",
+        "3",
+        "--data.num_workers",
+        "0",
+        "--trainer.val_check_interval",
+        "3",
+    ]
     assert main(command(tmp_path / "out", *options)) == 0
     rows = shown.rows()
     assert not [row for row in rows if "|" in row or re.match(r"step \d", row)]

@@ -102,10 +102,18 @@ def test_tensorboard_compares_runs_by_what_they_were_trained_with_and_a_resume_a
     assert yaml.safe_load((out / "logs" / "hparams.yaml").read_text())["model.learning_rate"] == 3e-5
 
 
-LINES = [{"step": step, "prompt": prompt, "answer": "a", "stopped": True, "wanted": None}
-         for step in (0, 5) for prompt in ("p", "q")]  # fmt: skip
-VERDICT = {"adapter_loss": 1.5, "tokens": 9, "rows": 2, "best": "original",
-           "merges": {"original": {"loss": 1.25, "kl": 0.5, "same_top": 0.75}}}  # fmt: skip
+LINES = [
+    {"step": step, "prompt": prompt, "answer": "a", "stopped": True, "wanted": None}
+    for step in (0, 5)
+    for prompt in ("p", "q")
+]
+VERDICT = {
+    "adapter_loss": 1.5,
+    "tokens": 9,
+    "rows": 2,
+    "best": "original",
+    "merges": {"original": {"loss": 1.25, "kl": 0.5, "same_top": 0.75}},
+}
 
 
 class Calls:
@@ -125,8 +133,15 @@ def test_answers_and_verdict_are_a_table_where_there_are_tables():
     (_, key, table), metrics, (_, other, verdict), _ = wandb.calls
     assert key == ("samples",) and table["step"] == 4 and len(table["data"]) == 4
     assert table["data"][3] == [5, "q", "a", True, None] and table["columns"][:2] == ["step", "question"]
-    assert metrics[1] == ({"verdict/adapter_loss": 1.5, "verdict/original_loss": 1.25, "verdict/original_kl": 0.5,
-                           "verdict/original_same_top": 0.75}, 5)  # fmt: skip
+    assert metrics[1] == (
+        {
+            "verdict/adapter_loss": 1.5,
+            "verdict/original_loss": 1.25,
+            "verdict/original_kl": 0.5,
+            "verdict/original_same_top": 0.75,
+        },
+        5,
+    )
     assert other == ("verdict",) and verdict["data"][1] == ["merge, original", 1.25, 0.5, 0.75]
 
 

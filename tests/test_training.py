@@ -15,12 +15,29 @@ from tests.runs import adapter, recording, scalars
 
 RATE, BETAS, DECAY, PLUS, CLIP, WARMUP, STEPS = 3e-3, (0.7, 0.9), 0.8, 5.0, 0.2, 3, 6
 UNUSUAL = [
-    "--model.quantization_config", "null", "--model.lora_config.lora_dropout", "0",
-    "--model.lora_config.lora_alpha", "24", "--model.gradient_checkpointing", "false",
-    "--model.learning_rate", str(RATE), "--model.adam_beta1", str(BETAS[0]), "--model.adam_beta2", str(BETAS[1]),
-    "--model.weight_decay", str(DECAY), "--model.lora_plus_ratio", str(PLUS), "--model.warmup_ratio", "0.5",
-    "--trainer.gradient_clip_val", str(CLIP),
-]  # fmt: skip
+    "--model.quantization_config",
+    "null",
+    "--model.lora_config.lora_dropout",
+    "0",
+    "--model.lora_config.lora_alpha",
+    "24",
+    "--model.gradient_checkpointing",
+    "false",
+    "--model.learning_rate",
+    str(RATE),
+    "--model.adam_beta1",
+    str(BETAS[0]),
+    "--model.adam_beta2",
+    str(BETAS[1]),
+    "--model.weight_decay",
+    str(DECAY),
+    "--model.lora_plus_ratio",
+    str(PLUS),
+    "--model.warmup_ratio",
+    "0.5",
+    "--trainer.gradient_clip_val",
+    str(CLIP),
+]
 
 
 def plain_run(folder, record, schedule):

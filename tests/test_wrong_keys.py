@@ -44,13 +44,18 @@ def test_those_of_the_command_line_and_of_every_file_are_told_together(tmp_path,
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
-        ("learning_rate", "model.learning_rate"), ("model.max_length", "data.max_length"),
-        ("data.dataset_pth", "data.dataset_path"), ("trainer.num_train_epochs", "trainer.max_epochs"),
-        ("per_device_train_batch_size", "data.batch_size"), ("trainer.seed", "seed_everything"),
-        ("gradient_accumulation_steps", "trainer.accumulate_grad_batches"), ("outputdir", "output_dir"),
-        ("model.lora_alpha", "model.lora_config.lora_alpha"), ("zzz", None),
+        ("learning_rate", "model.learning_rate"),
+        ("model.max_length", "data.max_length"),
+        ("data.dataset_pth", "data.dataset_path"),
+        ("trainer.num_train_epochs", "trainer.max_epochs"),
+        ("per_device_train_batch_size", "data.batch_size"),
+        ("trainer.seed", "seed_everything"),
+        ("gradient_accumulation_steps", "trainer.accumulate_grad_batches"),
+        ("outputdir", "output_dir"),
+        ("model.lora_alpha", "model.lora_config.lora_alpha"),
+        ("zzz", None),
     ],
-)  # fmt: skip
+)
 def test_the_nearest_key_is_named(key, meant):
     assert nearest(key, KEYS) == meant
 

@@ -10,8 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, clear_partial, remove, step_files, step_of
 from qwen_lit.callbacks.resumed import has_ended
-from qwen_lit.callbacks.store import AtomicCheckpointIO, clear_partial, remove, step_files, step_of
 from qwen_lit.checks import check_ranges
 from qwen_lit.errors import RunError
 from qwen_lit.model.resume import settings

@@ -20,13 +20,13 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
-from qwen_lit.callbacks.store import is_whole, step_of
+from qwen_lit.callbacks.checkpoint_io import is_whole, step_of
 from qwen_lit.callbacks.trackers import log_verdict
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import RESIDUAL_INITS, UNSUPPORTED
-from qwen_lit.export.card import Told, finish_adapter
+from qwen_lit.export.card import ModelCardFacts, finish_adapter
 from qwen_lit.export.folder import ExportError, commit_folder
 from qwen_lit.export.gguf import GgufType
 from qwen_lit.export.kquants import missing_quantizer
@@ -68,7 +68,7 @@ class Export(Callback):
         self.verdict_rows, self.smoke_rows = verdict_rows, smoke_rows
         self.folder = Path(output_dir)
         self.training_config: dict[str, Any] = {}
-        self.told: Told | None = None
+        self.told: ModelCardFacts | None = None
         self.missing: dict[str, str] = {}
         self.made: dict[str, Any] = {}
         """Of which checkpoint the adapter is: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
@@ -131,8 +131,11 @@ class Export(Callback):
             commit_folder(partial, adapter)
             log.info("adapter of step %d written to %s", self.made["step"], adapter)
         names = {"train/loss": "train, last step", "val/loss": "validation, last", "val/perplexity": "perplexity"}
-        metrics = {text: float(trainer.callback_metrics[key]) for key, text in names.items()
-                   if key in trainer.callback_metrics}  # fmt: skip
+        metrics = {
+            text: float(trainer.callback_metrics[key])
+            for key, text in names.items()
+            if key in trainer.callback_metrics
+        }
         if saver.best_step is not None:
             metrics[f"validation, best (step {saver.best_step})"] = saver.best
         if adapter.name in self.missing:
@@ -181,7 +184,7 @@ class Export(Callback):
             base_dir=module.folder,
             out_dir=self.folder / MERGED,
             tokenizer=data.tokenizer,
-            told=Told(
+            told=ModelCardFacts(
                 config=self.training_config, data=data.facts(), losses=losses, missing=self.missing, made=self.made
             ),
             held=module.held_weights(device),
@@ -277,8 +280,11 @@ def check_mergeable(lora: LoraConfig, config: Any) -> None:
         with torch.device("meta"):
             model = get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(lora))
         layers = [(name, one) for name, one in model.named_modules() if isinstance(one, LoraLayer)]
-        options += [f"lora_bias on {base_name(name)}, which has no bias," for name, one in layers
-                    if getattr(one.get_base_layer(), "bias", None) is None]  # fmt: skip
+        options += [
+            f"lora_bias on {base_name(name)}, which has no bias,"
+            for name, one in layers
+            if getattr(one.get_base_layer(), "bias", None) is None
+        ]
     if options:
         raise UserError(
             f"model.lora_config.{options[0]} cannot be merged into the base; leave it out, or set export.merge to "

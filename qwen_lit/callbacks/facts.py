@@ -9,17 +9,31 @@ from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps, war
 from qwen_lit.quantization import count_linears, described
 
 COMPARED = {
-    "model": "model.model_name_or_path", "learning_rate": "model.learning_rate", "lr_scheduler": "model.lr_scheduler",
-    "warmup_ratio": "model.warmup_ratio", "optimizer": "model.optimizer", "weight_decay": "model.weight_decay",
-    "r": "model.lora_config.r", "lora_alpha": "model.lora_config.lora_alpha",
-    "lora_dropout": "model.lora_config.lora_dropout", "target_modules": "model.lora_config.target_modules",
-    "use_rslora": "model.lora_config.use_rslora", "use_dora": "model.lora_config.use_dora",
-    "lora_plus_ratio": "model.lora_plus_ratio", "neftune_noise_alpha": "model.neftune_noise_alpha",
-    "load_in_4bit": "model.quantization_config.load_in_4bit", "batch_size": "data.batch_size",
-    "accumulate_grad_batches": "trainer.accumulate_grad_batches", "max_epochs": "trainer.max_epochs",
-    "max_length": "data.max_length", "packing": "data.packing", "seed": "seed_everything",
-    "rows": "run.rows", "steps": "run.steps", "tokens_per_step": "run.tokens_per_step",
-}  # fmt: skip
+    "model": "model.model_name_or_path",
+    "learning_rate": "model.learning_rate",
+    "lr_scheduler": "model.lr_scheduler",
+    "warmup_ratio": "model.warmup_ratio",
+    "optimizer": "model.optimizer",
+    "weight_decay": "model.weight_decay",
+    "r": "model.lora_config.r",
+    "lora_alpha": "model.lora_config.lora_alpha",
+    "lora_dropout": "model.lora_config.lora_dropout",
+    "target_modules": "model.lora_config.target_modules",
+    "use_rslora": "model.lora_config.use_rslora",
+    "use_dora": "model.lora_config.use_dora",
+    "lora_plus_ratio": "model.lora_plus_ratio",
+    "neftune_noise_alpha": "model.neftune_noise_alpha",
+    "load_in_4bit": "model.quantization_config.load_in_4bit",
+    "batch_size": "data.batch_size",
+    "accumulate_grad_batches": "trainer.accumulate_grad_batches",
+    "max_epochs": "trainer.max_epochs",
+    "max_length": "data.max_length",
+    "packing": "data.packing",
+    "seed": "seed_everything",
+    "rows": "run.rows",
+    "steps": "run.steps",
+    "tokens_per_step": "run.tokens_per_step",
+}
 """What a table of runs shows of each, by the name of its column."""
 
 
@@ -46,12 +60,10 @@ def run_facts(trainer: Any, module: Any) -> dict[str, Any]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": lora.target_modules
-        if isinstance(lora.target_modules, str)
-        else sorted(lora.target_modules),
+        "target_modules": lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules),
         "init_adapter": module.run_config.get("model", {}).get("init_adapter"),
         "quantization": described(held, count_linears(module.model), dtype),
-        "engine": module.engine_told,
+        "engine": module.engine_description,
         "rows": len(rows),
         "tokens": tokens,
         "supervised_tokens": supervised,

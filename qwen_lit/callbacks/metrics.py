@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
-from qwen_lit.flops import peak_flops, token_flops
+from qwen_lit.planner.flops import peak_flops, token_flops
 
 
 @dataclass

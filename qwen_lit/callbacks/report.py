@@ -23,13 +23,16 @@ from qwen_lit.environment import git, hardware, versions
 from qwen_lit.lines import end_lines, loss_lines, panel_lines, start_lines
 from qwen_lit.report import page
 from qwen_lit.run import ADAPTER, CHECKPOINTS, CONFIG, MERGED
-from qwen_lit.signals import Stopped
+from qwen_lit.signals import Interrupted
 
 log = logging.getLogger(__name__)
 KEPT = {
-    "train/loss": "loss", "train/lr": "lr", "train/grad_norm": "grad_norm",
-    "train/tokens_per_second": "tokens_per_second", "val/loss": "val_loss",
-}  # fmt: skip
+    "train/loss": "loss",
+    "train/lr": "lr",
+    "train/grad_norm": "grad_norm",
+    "train/tokens_per_second": "tokens_per_second",
+    "val/loss": "val_loss",
+}
 LINE = 66
 """Columns of a line after the time and the level, of 80 in all."""
 MOST_POINTS = 4000
@@ -127,7 +130,9 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """A run that is stopped after a step has not logged it yet, and the resumed one will not make it again."""
-        ends = isinstance(exception, Stopped) and trainer.training and trainer.global_step == self.step != self.first
+        ends = (
+            isinstance(exception, Interrupted) and trainer.training and trainer.global_step == self.step != self.first
+        )
         if ends and is_logged(trainer, self.step) and not getattr(pl_module, "skipped_in_a_row", 0):
             log_to_all(trainer, _training_metrics(trainer), trainer.global_step)
 
@@ -199,12 +204,20 @@ class RunReport(Callback):
 
 def _files(out: Path, trainer: Any) -> dict[str, str]:
     """The paths of what a run has left."""
-    names = {"lora_adapter": ADAPTER, "final_model": MERGED, "checkpoints": CHECKPOINTS, "config": CONFIG,
-             "samples": "samples.jsonl"}  # fmt: skip
+    names = {
+        "lora_adapter": ADAPTER,
+        "final_model": MERGED,
+        "checkpoints": CHECKPOINTS,
+        "config": CONFIG,
+        "samples": "samples.jsonl",
+    }
     found = {name: str(out / one) for name, one in names.items() if (out / one).exists()}
     logs = next((one.log_dir for one in trainer.loggers if isinstance(one, RunLogger)), None)
-    return found | ({"logs": str(Path(logs))} if logs else {}) | {"summary": str(out / "summary.json"),
-                                                           "report": str(out / "report.html")}  # fmt: skip
+    return (
+        found
+        | ({"logs": str(Path(logs))} if logs else {})
+        | {"summary": str(out / "summary.json"), "report": str(out / "report.html")}
+    )
 
 
 def _export(trainer: Any) -> Export:

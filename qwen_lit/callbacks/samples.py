@@ -89,9 +89,14 @@ class Samples(Callback):
             ids = torch.tensor([prompt], device=embedding.device)
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 out = module.model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
-                    max_new_tokens=self.max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
-                )[0, len(prompt) :].tolist()  # fmt: skip
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    use_cache=True,
+                    max_new_tokens=self.max_new_tokens,
+                    eos_token_id=ends,
+                    pad_token_id=tokenizer.pad_token_id,
+                )[0, len(prompt) :].tolist()
             lines.append(
                 {
                     "step": trainer.global_step,

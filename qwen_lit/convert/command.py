@@ -18,6 +18,7 @@ from qwen_lit.errors import UserError
 
 LEFT_OUT = ("no counterpart:", "not needed:")
 
+
 def converted(path: Path) -> tuple[str, list[str]]:
     """A peer's configuration as our YAML.
 
@@ -74,9 +75,11 @@ def drafted(peer: Peer, given: dict[str, Any], path: Path) -> Draft:
         draft.write("trainer.devices", int(processes), "processes of the script")
         draft.write("trainer.strategy", "ddp")
     for word, value in peer.defaults.items():
-        if word not in draft.common and not (word == "warmup_steps" and "warmup_ratio" in draft.common) and not (
-            word == "warmup_ratio" and "warmup_steps" in draft.common
-        ):  # fmt: skip
+        if (
+            word not in draft.common
+            and not (word == "warmup_steps" and "warmup_ratio" in draft.common)
+            and not (word == "warmup_ratio" and "warmup_steps" in draft.common)
+        ):
             draft.put(word, value, f"{peer.name}'s default")
     return draft
 

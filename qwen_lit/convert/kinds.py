@@ -51,8 +51,10 @@ def is_ours(given: dict[str, Any]) -> bool:
     if any("." in key and key.partition(".")[0] in OUR_SECTIONS for key in given):
         return True
     return any(isinstance(given.get(key), dict) for key in OUR_SECTIONS) or given.keys() <= {
-        "output_dir", "seed_everything", "ckpt_path"
-    }  # fmt: skip
+        "output_dir",
+        "seed_everything",
+        "ckpt_path",
+    }
 
 
 def _told(given: dict[str, Any]) -> Peer | None:

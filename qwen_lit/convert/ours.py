@@ -38,16 +38,41 @@ PLAIN: dict[str, tuple[str, Reader]] = {
 OPTIMIZERS = {
     "paged_adamw_8bit": ("paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit"),
     "paged_adamw_32bit": ("paged_adamw_32bit", "paged_adamw"),
-    "adamw": ("adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused",
-              "adamw_apex_fused"),
-}  # fmt: skip
+    "adamw": (
+        "adamw",
+        "adamw_hf",
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_torch_xla",
+        "adamw_torch_npu_fused",
+        "adamw_apex_fused",
+    ),
+}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 NEAREST = {"polynomial": "linear"}
-LORA = {"r": whole, "lora_alpha": whole, "lora_dropout": number, "target_modules": None, "modules_to_save": listed,
-        "use_rslora": truth, "use_dora": truth}  # fmt: skip
+LORA = {
+    "r": whole,
+    "lora_alpha": whole,
+    "lora_dropout": number,
+    "target_modules": None,
+    "modules_to_save": listed,
+    "use_rslora": truth,
+    "use_dora": truth,
+}
 """PEFT's words in the order in which they are written; others follow."""
-PEFT_OWN = ("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "auto_mapping", "revision",
-            "peft_version", "corda_config", "eva_config", "megatron_config", "megatron_core")  # fmt: skip
+PEFT_OWN = (
+    "task_type",
+    "peft_type",
+    "inference_mode",
+    "base_model_name_or_path",
+    "auto_mapping",
+    "revision",
+    "peft_version",
+    "corda_config",
+    "eva_config",
+    "megatron_config",
+    "megatron_core",
+)
 OURS = re.compile(r"qwen-?(1\.5|2|2\.5|3)(?![.\d])|qwq|distill-qwen|qwen(?![\d.-]*\d)", re.IGNORECASE)
 """In the name of a model that is trained here."""
 OTHER_KINDS = re.compile(r"qwen3-next|-A\d+B|omni|audio|-VL\b|vision|embedding|reranker|reward|-PRM", re.IGNORECASE)
@@ -64,8 +89,20 @@ def to_ours(draft: Draft) -> None:
         value = draft.use(word)
         if value is not None:
             draft.write(key, read(draft.name(word), value), draft.origin(word))
-    for convert in (model, lora, quantization, duration, optimizer, schedule, precision, saving, sources, validation,
-                    trackers, resuming):  # fmt: skip
+    for convert in (
+        model,
+        lora,
+        quantization,
+        duration,
+        optimizer,
+        schedule,
+        precision,
+        saving,
+        sources,
+        validation,
+        trackers,
+        resuming,
+    ):
         convert(draft)
 
 
@@ -114,15 +151,21 @@ def targets(value: Any) -> Any:
 def quantization(draft: Draft) -> None:
     """BitsAndBytesConfig's words, or null for a base in bfloat16."""
     prefix = "quantization_config."
-    given = {word: value for word in list(draft.common) if word.startswith(prefix)
-             and (value := draft.use(word)) is not None}  # fmt: skip
+    given = {
+        word: value
+        for word in list(draft.common)
+        if word.startswith(prefix) and (value := draft.use(word)) is not None
+    }
     held = [bits for bits in (4, 8) if not is_off(given.get(f"{prefix}load_in_{bits}bit"))]
     if not held:
         draft.write("model.quantization_config", None, "LoRA on the base in bfloat16")
         return
     if held == [4]:
-        given = {f"{prefix}load_in_4bit": True, f"{prefix}bnb_4bit_quant_type": "nf4",
-                 f"{prefix}bnb_4bit_compute_dtype": "bfloat16"} | given  # fmt: skip
+        given = {
+            f"{prefix}load_in_4bit": True,
+            f"{prefix}bnb_4bit_quant_type": "nf4",
+            f"{prefix}bnb_4bit_compute_dtype": "bfloat16",
+        } | given
     for word, value in given.items():
         name = word.removeprefix(prefix)
         if name.startswith("load_in") and is_off(value) or (name.startswith("bnb_4bit") and held != [4]):
@@ -195,8 +238,10 @@ def schedule(draft: Draft) -> None:
             draft.write("model.warmup_ratio", round(min(steps / total, 0.99), 4), f"{told} of {total}")
         else:
             draft.write("model.warmup_ratio", 0.03, told)
-            draft.note(f"{told}: the warmup is a share of all steps here; `qwen-lit plan` shows their number, and "
-                       f"model.warmup_ratio is {spelled(steps)} divided by it (0.03 is written)")  # fmt: skip
+            draft.note(
+                f"{told}: the warmup is a share of all steps here; `qwen-lit plan` shows their number, and "
+                f"model.warmup_ratio is {spelled(steps)} divided by it (0.03 is written)"
+            )
     elif ratio is not None:
         draft.write("model.warmup_ratio", float(ratio), draft.origin("warmup_ratio"))
 
@@ -226,8 +271,9 @@ def saving(draft: Draft) -> None:
     told = draft.origin("save_steps")
     if strategy is not None and str(strategy).lower() != "steps":
         known = "a run always saves what it goes on from" if is_off(strategy) else "each validation saves as well"
-        draft.note(f"{draft.origin('save_strategy')}: checkpoint.every_n_train_steps counts steps, and stays at 100; "
-                   f"{known}")  # fmt: skip
+        draft.note(
+            f"{draft.origin('save_strategy')}: checkpoint.every_n_train_steps counts steps, and stays at 100; {known}"
+        )
     elif every is not None:
         steps, total = number(draft.name("save_steps"), every), draft.ours.get("trainer.max_steps", 0)
         count = int(steps if steps >= 1 else steps * total)
@@ -268,5 +314,7 @@ def resuming(draft: Draft) -> None:
     if str(given).lower() in ("true", "last", "latest", "auto"):
         draft.write("ckpt_path", "last", draft.origin("resume_from_checkpoint"))
     else:
-        draft.note(f"{draft.origin('resume_from_checkpoint')}: another trainer's run cannot be gone on with; "
-                   "model.init_adapter takes its adapter's weights into a new one")  # fmt: skip
+        draft.note(
+            f"{draft.origin('resume_from_checkpoint')}: another trainer's run cannot be gone on with; "
+            "model.init_adapter takes its adapter's weights into a new one"
+        )

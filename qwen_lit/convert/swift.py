@@ -19,8 +19,10 @@ def read(draft: Draft) -> None:
     """What takes more than one key, and what is refused."""
     tuner = next((value for key in ("tuner_type", "train_type", "sft_type") if (value := draft.take(key))), "lora")
     if tuner != "lora":
-        draft.refuse(f"train_type: {tuner} is not done here: an adapter is trained on a frozen base; to do that, "
-                     "write train_type: lora, lora_rank: 32")  # fmt: skip
+        draft.refuse(
+            f"train_type: {tuner} is not done here: an adapter is trained on a frozen base; to do that, "
+            "write train_type: lora, lora_rank: 32"
+        )
     kind = draft.take("task_type", "causal_lm")
     if kind not in TRAINED or draft.take("rlhf_type") is not None:
         draft.refuse(f"task_type: {kind}, or rlhf, is not done here: answers to instructions are trained")
@@ -87,16 +89,19 @@ def quantization(draft: Draft) -> None:
         return
     held = 8 if str(bits) in ("8", "float8") else 4
     draft.put(f"quantization_config.load_in_{held}bit", True, f"quant_bits: {bits}")
-    draft.put("quantization_config.bnb_4bit_use_double_quant", double,
-              f"bnb_4bit_use_double_quant: {spelled(double)}")  # fmt: skip
+    draft.put("quantization_config.bnb_4bit_use_double_quant", double, f"bnb_4bit_use_double_quant: {spelled(double)}")
     if str(bits) not in ("4", "8") or str(method or "bnb").lower() != "bnb":
         draft.note(f"quant_method: {method}, quant_bits: {bits}: the base is held in {held} bits of bitsandbytes here")
 
 
 def trackers(draft: Draft) -> None:
     """SwanLab has keys of its own."""
-    own = {"project": draft.take("swanlab_project"), "workspace": draft.take("swanlab_workspace"),
-           "run_name": draft.take("swanlab_exp_name"), "mode": draft.take("swanlab_mode")}  # fmt: skip
+    own = {
+        "project": draft.take("swanlab_project"),
+        "workspace": draft.take("swanlab_workspace"),
+        "run_name": draft.take("swanlab_exp_name"),
+        "mode": draft.take("swanlab_mode"),
+    }
     if "swanlab" in listed("report_to", draft.given.get("report_to")):
         for word, value in own.items():
             if value is not None:
@@ -141,8 +146,10 @@ def source(draft: Draft, key: str, given: str) -> list[dict[str, Any]]:
     if is_hub_name(path) and found["hub"] != "HF":
         draft.note(f"{key}: {path} is a name of ModelScope; datasets come from the Hugging Face hub, or as files")
     if path == "swift/self-cognition":
-        draft.note(f"{key}: {path}: its rows hold {{{{NAME}}}} and {{{{AUTHOR}}}}, which model_name and model_author "
-                   "fill; save it as JSONL and put them in")  # fmt: skip
+        draft.note(
+            f"{key}: {path}: its rows hold {{{{NAME}}}} and {{{{AUTHOR}}}}, which model_name and model_author "
+            "fill; save it as JSONL and put them in"
+        )
     subsets = found["subsets"].split("/") if found["subsets"] else [None]
     items = [one for name in subsets for one in named_sources(draft, f"{key}: {given}", {"path": path, "name": name})]
     return [{**one, "max_rows": int(found["rows"])} for one in items] if found["rows"] else items
@@ -157,44 +164,65 @@ PEER = Peer(
         "torch_dtype system agent_template external_plugins padding_free".split()
     ),
     words={
-        "model": "model_name_or_path", "lora_rank": "lora_config.r", "lora_alpha": "lora_config.lora_alpha",
-        "lora_dropout": "lora_config.lora_dropout", "target_modules": "lora_config.target_modules",
-        "target_parameters": "lora_config.target_parameters", "modules_to_save": "lora_config.modules_to_save",
-        "lora_bias": "lora_config.bias", "use_rslora": "lora_config.use_rslora", "use_dora": "lora_config.use_dora",
-        "lorap_lr_ratio": "lora_plus_ratio", "max_length": "max_length", "packing": "packing",
-        "dataset_num_proc": "dataset_num_proc", "early_stop_interval": "early_stopping_patience",
+        "model": "model_name_or_path",
+        "lora_rank": "lora_config.r",
+        "lora_alpha": "lora_config.lora_alpha",
+        "lora_dropout": "lora_config.lora_dropout",
+        "target_modules": "lora_config.target_modules",
+        "target_parameters": "lora_config.target_parameters",
+        "modules_to_save": "lora_config.modules_to_save",
+        "lora_bias": "lora_config.bias",
+        "use_rslora": "lora_config.use_rslora",
+        "use_dora": "lora_config.use_dora",
+        "lorap_lr_ratio": "lora_plus_ratio",
+        "max_length": "max_length",
+        "packing": "packing",
+        "dataset_num_proc": "dataset_num_proc",
+        "early_stop_interval": "early_stopping_patience",
         "max_epochs": "num_train_epochs",
     },
-    defaults=hugging_face.DEFAULTS | {
-        "lora_config.r": 8, "lora_config.lora_alpha": 32, "lora_config.lora_dropout": 0.05,
-        "lora_config.target_modules": "all-linear", "per_device_train_batch_size": 1, "learning_rate": 1e-4,
-        "lr_scheduler_type": "cosine", "weight_decay": 0.1, "adam_beta2": 0.95, "max_length": 32768,
+    defaults=hugging_face.DEFAULTS
+    | {
+        "lora_config.r": 8,
+        "lora_config.lora_alpha": 32,
+        "lora_config.lora_dropout": 0.05,
+        "lora_config.target_modules": "all-linear",
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "max_length": 32768,
         "logging_steps": 5,
     },
-    unneeded=grouped({
-        hugging_face.CHOSEN: "attn_impl experts_impl use_logits_to_keep padding_free padding_side "
+    unneeded=grouped(
+        {
+            hugging_face.CHOSEN: "attn_impl experts_impl use_logits_to_keep padding_free padding_side "
             "vit_gradient_checkpointing tuner_backend use_swift_lora lora_dtype enable_npu_model_patch optimizer",
-        "rows are kept in data.cache_dir, in bounded memory": "lazy_tokenize load_from_cache_file streaming "
+            "rows are kept in data.cache_dir, in bounded memory": "lazy_tokenize load_from_cache_file streaming "
             "shuffle_buffer_size cached_dataset cached_val_dataset packing_num_proc packing_strategy download_mode "
             "dataset_shuffle train_dataloader_shuffle val_dataset_shuffle interleave_prob stopping_strategy",
-        "the tokenizer's own chat template is used": "use_chat_template template_backend agent_template model_type "
+            "the tokenizer's own chat template is used": "use_chat_template template_backend agent_template "
+            "model_type "
             "add_non_thinking_prefix enable_thinking preserve_thinking",
-        "the run's own folder is output_dir": "add_version create_checkpoint_symlink",
-        "the hub that names are looked for on": "use_hf",
-        hugging_face.ALWAYS: "acc_strategy check_model is_binary_loss_scale safe_serialization max_shard_size strict "
+            "the run's own folder is output_dir": "add_version create_checkpoint_symlink",
+            "the hub that names are looked for on": "use_hf",
+            hugging_face.ALWAYS: "acc_strategy check_model is_binary_loss_scale safe_serialization "
+            "max_shard_size strict "
             "enable_channel_loss disable_auto_column_mapping disable_ignore_empty_think",
-        hugging_face.INTERNAL: "load_args load_data_args ignore_args_error model_kwargs local_repo_path max_memory "
+            hugging_face.INTERNAL: "load_args load_data_args ignore_args_error model_kwargs local_repo_path "
+            "max_memory "
             "max_model_len external_plugins custom_register_path custom_dataset_info callbacks use_flash_ckpt "
             "zero_hpz_partition_size deepspeed_autotp_size ds3_gather_for_generation swanlab_token "
             "swanlab_notification_method swanlab_webhook_url swanlab_secret swanlab_sender_email "
             "swanlab_receiver_email swanlab_smtp_server swanlab_smtp_port swanlab_email_language router_aux_loss_coef "
             "num_labels problem_type mrl_dims resume_only_model init_strategy use_ray ray_exp_name device_groups",
-        "of generation, which `qwen-lit chat` and vLLM do": "max_new_tokens temperature top_k top_p "
+            "of generation, which `qwen-lit chat` and vLLM do": "max_new_tokens temperature top_k top_p "
             "repetition_penalty num_beams stream stop_words logprobs top_logprobs structured_outputs_regex "
             "eval_use_evalscope eval_dataset eval_dataset_args eval_limit eval_generation_config extra_eval_args "
             "eval_metric",
-        "text alone is trained": "max_pixels norm_bbox freeze_vit freeze_aligner freeze_llm aligner_lr vit_lr",
-        "of a method that is not done here": "freeze_parameters freeze_parameters_regex freeze_parameters_ratio "
+            "text alone is trained": "max_pixels norm_bbox freeze_vit freeze_aligner freeze_llm aligner_lr vit_lr",
+            "of a method that is not done here": "freeze_parameters freeze_parameters_regex freeze_parameters_ratio "
             "trainable_parameters trainable_parameters_regex lora_ga_batch_size lora_ga_iters lora_ga_max_length "
             "lora_ga_direction lora_ga_scale lora_ga_stable_gamma fourier_n_frequency fourier_scaling boft_block_size "
             "boft_block_num boft_n_butterfly_factor boft_dropout vera_rank vera_projection_prng_key vera_dropout "
@@ -206,14 +234,17 @@ PEER = Peer(
             "galore_proj_group_size galore_cos_threshold galore_gamma_proj galore_queue_size lisa_activated_layers "
             "lisa_step_interval hqq_axis decision_drop_instructions decision_subsample_options decision_state_as_text "
             "decision_shuffle_fields",
-    }),
-    without=grouped({
-        "rows without a system prompt get the one of the tokenizer's template": "system",
-        "put the name into the rows": "model_name model_author",
-        "the answer is trained as it stands in the row": "response_prefix",
-        "the vocabulary stays the base's": "new_special_tokens",
-        "the base's own": "rope_scaling model_revision",
-        "one long row is on one GPU": "sequence_parallel_size",
-    }),
+        }
+    ),
+    without=grouped(
+        {
+            "rows without a system prompt get the one of the tokenizer's template": "system",
+            "put the name into the rows": "model_name model_author",
+            "the answer is trained as it stands in the row": "response_prefix",
+            "the vocabulary stays the base's": "new_special_tokens",
+            "the base's own": "rope_scaling model_revision",
+            "one long row is on one GPU": "sequence_parallel_size",
+        }
+    ),
     read=read,
-)  # fmt: skip
+)

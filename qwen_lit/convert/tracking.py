@@ -6,9 +6,12 @@ from qwen_lit.convert.draft import Draft
 from qwen_lit.convert.values import is_off, listed
 
 CLASSES = {
-    "wandb": "WandbLogger", "mlflow": "MLFlowLogger", "comet_ml": "CometLogger", "comet": "CometLogger",
+    "wandb": "WandbLogger",
+    "mlflow": "MLFlowLogger",
+    "comet_ml": "CometLogger",
+    "comet": "CometLogger",
     "swanlab": "swanlab.integration.pytorch_lightning.SwanLabLogger",
-}  # fmt: skip
+}
 ARGUMENTS = {
     "wandb": {"project": "project", "run_name": "name", "entity": "entity", "run_id": "id"},
     "mlflow": {"project": "experiment_name", "run_name": "run_name", "tracking_uri": "tracking_uri"},
@@ -25,8 +28,10 @@ PLAIN = ("tensorboard", "none", "all", "false", "no")
 def trackers(draft: Draft) -> None:
     """One logger for each tracker that Lightning has one for; TensorBoard alone is what is there by itself."""
     given = [str(name).lower() for name in listed("report_to", draft.use("report_to", []))]
-    told = {word: draft.use(word) for word in ("project", "run_name", "entity", "workspace", "run_id", "mode",
-                                               "tracking_uri", "log_model")}  # fmt: skip
+    told = {
+        word: draft.use(word)
+        for word in ("project", "run_name", "entity", "workspace", "run_id", "mode", "tracking_uri", "log_model")
+    }
     made = []
     for name in dict.fromkeys(given):
         if name in CLASSES:
@@ -34,8 +39,10 @@ def trackers(draft: Draft) -> None:
         elif name not in PLAIN:
             draft.note(f"no counterpart: report_to: {name}; a logger of Lightning can be given as trainer.logger")
     if given and given[0] in ("none", "false", "no"):
-        draft.note("report_to: none: TensorBoard is written into output_dir/logs all the same; "
-                   "trainer.logger: false leaves it out")  # fmt: skip
+        draft.note(
+            "report_to: none: TensorBoard is written into output_dir/logs all the same; "
+            "trainer.logger: false leaves it out"
+        )
     if not made:
         return
     draft.write("trainer.logger", made[0] if len(made) == 1 else made, draft.origin("report_to"))

@@ -12,17 +12,22 @@ def read(draft: Draft) -> None:
     """What takes more than one key, and what is refused."""
     given = draft.take("use_peft")
     if is_off(given):
-        draft.refuse("use_peft is not set, which is full fine-tuning, and an adapter is trained here; to do that, "
-                     "write use_peft: true, lora_r: 32")  # fmt: skip
+        draft.refuse(
+            "use_peft is not set, which is full fine-tuning, and an adapter is trained here; to do that, "
+            "write use_peft: true, lora_r: 32"
+        )
     if str(draft.take("completion_only_loss", "")).lower() == "false":
-        draft.refuse("completion_only_loss: false is not done here: the answers alone are trained; take it out to do "
-                     "that")  # fmt: skip
+        draft.refuse(
+            "completion_only_loss: false is not done here: the answers alone are trained; take it out to do that"
+        )
     loss = str(draft.take("loss_type", "nll"))
     if loss not in ("nll", "chunked_nll"):
         draft.refuse(f"loss_type: {loss} is another loss than the one of this trainer; take it out")
     if is_off(draft.take("assistant_only_loss")):
-        draft.note("assistant_only_loss is not set: of `messages` rows TRL trains the questions too; here the "
-                   "assistant's words alone are trained")  # fmt: skip
+        draft.note(
+            "assistant_only_loss is not set: of `messages` rows TRL trains the questions too; here the "
+            "assistant's words alone are trained"
+        )
     four = not is_off(draft.given.get("load_in_4bit"))
     for bits in (4, 8):
         draft.move(f"load_in_{bits}bit", f"quantization_config.load_in_{bits}bit")
@@ -82,28 +87,43 @@ PEER = Peer(
         "load_in_4bit load_in_8bit dataset_config".split()
     ),
     words={
-        "model_name_or_path": "model_name_or_path", "lora_r": "lora_config.r", "lora_alpha": "lora_config.lora_alpha",
-        "lora_dropout": "lora_config.lora_dropout", "lora_target_modules": "lora_config.target_modules",
+        "model_name_or_path": "model_name_or_path",
+        "lora_r": "lora_config.r",
+        "lora_alpha": "lora_config.lora_alpha",
+        "lora_dropout": "lora_config.lora_dropout",
+        "lora_target_modules": "lora_config.target_modules",
         "lora_target_parameters": "lora_config.target_parameters",
-        "lora_modules_to_save": "lora_config.modules_to_save", "use_rslora": "lora_config.use_rslora",
-        "use_dora": "lora_config.use_dora", "packing": "packing", "dataset_num_proc": "dataset_num_proc",
-        "no_cuda": "use_cpu", "early_stopping_patience": "early_stopping_patience",
+        "lora_modules_to_save": "lora_config.modules_to_save",
+        "use_rslora": "lora_config.use_rslora",
+        "use_dora": "lora_config.use_dora",
+        "packing": "packing",
+        "dataset_num_proc": "dataset_num_proc",
+        "no_cuda": "use_cpu",
+        "early_stopping_patience": "early_stopping_patience",
     },
-    defaults=hugging_face.DEFAULTS | {
-        "learning_rate": 2e-5, "logging_steps": 10, "gradient_checkpointing": True, "max_length": 1024,
-        "lora_config.r": 16, "lora_config.lora_alpha": 32, "lora_config.lora_dropout": 0.05,
+    defaults=hugging_face.DEFAULTS
+    | {
+        "learning_rate": 2e-5,
+        "logging_steps": 10,
+        "gradient_checkpointing": True,
+        "max_length": 1024,
+        "lora_config.r": 16,
+        "lora_config.lora_alpha": 32,
+        "lora_config.lora_dropout": 0.05,
     },
-    unneeded=grouped({
-        hugging_face.CHOSEN: "padding_free pad_to_multiple_of model_init_kwargs ignore_bias_buffers eval_packing "
+    unneeded=grouped(
+        {
+            hugging_face.CHOSEN: "padding_free pad_to_multiple_of model_init_kwargs ignore_bias_buffers eval_packing "
             "packing_strategy",
-        "the tokenizer's own chat template and tokens are used": "chat_template_path eos_token pad_token "
+            "the tokenizer's own chat template and tokens are used": "chat_template_path eos_token pad_token "
             "lora_task_type",
-        "rows are kept in data.cache_dir, in bounded memory": "dataset_streaming streaming dataset_batch_size",
-        "rows are shuffled again in every epoch": "shuffle_dataset",
-        "long rows lose their oldest turns first, never their answer": "truncation_mode",
-        'rows {"text": ...} are trained whole': "dataset_text_field",
-        hugging_face.INTERNAL: "router_aux_loss_coef",
-    }),
+            "rows are kept in data.cache_dir, in bounded memory": "dataset_streaming streaming dataset_batch_size",
+            "rows are shuffled again in every epoch": "shuffle_dataset",
+            "long rows lose their oldest turns first, never their answer": "truncation_mode",
+            'rows {"text": ...} are trained whole': "dataset_text_field",
+            hugging_face.INTERNAL: "router_aux_loss_coef",
+        }
+    ),
     without=grouped({"the base's own": "model_revision"}),
     read=read,
-)  # fmt: skip
+)

@@ -71,8 +71,11 @@ def when(draft: Draft, strategy: Any, steps: Any, times: Any, needed: bool) -> b
         return True
     count = int(every if every >= 1 else max(1, every * total))
     accumulated = draft.ours.get("trainer.accumulate_grad_batches", 1)
-    draft.write("trainer.val_check_interval", count * accumulated,
-                f"micro-batches: {told} x {accumulated}" if accumulated > 1 else told)  # fmt: skip
+    draft.write(
+        "trainer.val_check_interval",
+        count * accumulated,
+        f"micro-batches: {told} x {accumulated}" if accumulated > 1 else told,
+    )
     draft.write("trainer.check_val_every_n_epoch", None, "count over epochs")
     return True
 

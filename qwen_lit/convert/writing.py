@@ -6,12 +6,30 @@ from typing import Any
 
 ORDER = ("seed_everything", "output_dir", "ckpt_path", "trainer", "model", "data", "checkpoint", "export", "samples")
 INSIDE = {
-    "trainer": ("max_epochs", "max_steps", "accelerator", "devices", "strategy", "precision",
-                "accumulate_grad_batches", "gradient_clip_val", "log_every_n_steps"),
-    "model": ("model_name_or_path", "hub", "init_adapter", "quantization_config", "lora_config", "learning_rate",
-              "optimizer", "lr_scheduler", "warmup_ratio"),
+    "trainer": (
+        "max_epochs",
+        "max_steps",
+        "accelerator",
+        "devices",
+        "strategy",
+        "precision",
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+        "log_every_n_steps",
+    ),
+    "model": (
+        "model_name_or_path",
+        "hub",
+        "init_adapter",
+        "quantization_config",
+        "lora_config",
+        "learning_rate",
+        "optimizer",
+        "lr_scheduler",
+        "warmup_ratio",
+    ),
     "data": ("dataset_path", "fields", "val_dataset_path", "val_size", "batch_size", "max_length"),
-}  # fmt: skip
+}
 WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~")
 PLAIN = re.compile(r"([A-Za-z_/\u4e00-\u9fff]|~/|\.{1,2}/)[\w./~@+%=-]*")
 """Texts that are nothing else to YAML."""
@@ -77,4 +95,3 @@ def scientific(value: float) -> str:
         text = f"{short}0e{exponent}" if short.endswith(".") else f"{short}e{exponent}"
         text = re.sub(r"e-0(\d)$", r"e-\1", text)
     return text if "." in text or "e" not in text else text.replace("e", ".0e")
-

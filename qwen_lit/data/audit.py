@@ -229,7 +229,7 @@ def text_row(rows: Rows, number: int, tokenizer: Any, colour: bool) -> str:
     return f"── {place}{f' ({note})' if note else ''} ──\n{body}"
 
 
-def fate(folder: Path, wanted: str) -> list[str]:
+def row_outcome(folder: Path, wanted: str) -> list[str]:
     """What became of a row that was left out or changed, as ``rows.log`` names it."""
     with (folder / "rows.log").open(encoding="utf-8", errors="backslashreplace") as lines:
         return [line.rstrip("\n") for line in lines if _is_place(line.split(": ", 1)[0], wanted)]

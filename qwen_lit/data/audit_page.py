@@ -78,7 +78,7 @@ def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: An
         f'<p class="verdict {"bad" if result.problems else "good"}">{text(result.verdict)}</p>'
         + cards(figures)
         + facts(shown).replace(text(LINE), LINE)
-        + f"<h2>Tokens in a row</h2><div class=\"box bars\">{bars}</div>"
+        + f'<h2>Tokens in a row</h2><div class="box bars">{bars}</div>'
         + (f"<h2>First faults</h2><ul>{faults}</ul>" if faults else "")
         + f"<h2>Rows</h2><p class=soft>Trained text is <mark>marked</mark>.</p>{''.join(examples)}"
     )

@@ -225,10 +225,12 @@ class Encoder:
                 kind = "overlong" if self.overlong == "drop" else "too long"
                 raise RowError(kind, f"has {len(ids)} tokens, more than data.max_length {self.max_length}.")
             draft, ids = shorten(
-                draft, self.max_length, self._rendered,
+                draft,
+                self.max_length,
+                self._rendered,
                 lambda text: self.backend.encode(text, add_special_tokens=False).offsets,
                 self._trained_from if self.overlong == "truncate" else None,
-            )  # fmt: skip
+            )
             self._prove([draft], [ids])
         spans = self._spans(ids, draft)
         if len(ids) > self.max_length:

@@ -26,9 +26,18 @@ HARMLESS = frozenset(
 ENDINGS = ("_id", "_ids", "_idx", "_hash", "_count", "_score", "_url", "_date", "_time", "_at", "_model", "_tokens")
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios", "pixel_values", "image_path"})
 PREFERENCE = frozenset(
-    {"chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "rejected_conversations",
-     "kto_tag", "preferred", "dispreferred"}
-)  # fmt: skip
+    {
+        "chosen",
+        "rejected",
+        "rejected_response",
+        "rejected_messages",
+        "rejected_images",
+        "rejected_conversations",
+        "kto_tag",
+        "preferred",
+        "dispreferred",
+    }
+)
 
 
 @dataclass(slots=True)

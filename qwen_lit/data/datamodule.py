@@ -23,7 +23,7 @@ from qwen_lit.data.held_out import chosen, limit
 from qwen_lit.data.kinds import is_hub_name, passed_over
 from qwen_lit.data.layouts import check_fields
 from qwen_lit.data.overlong import CUT
-from qwen_lit.data.prepare import PROVED, judge, prepare, read_report
+from qwen_lit.data.prepare import PROVED, prepare, raise_if_too_many_faults, read_report
 from qwen_lit.data.prove import prove
 from qwen_lit.data.report import LOSSES, Report
 from qwen_lit.data.rows import Rows
@@ -144,7 +144,7 @@ class QwenDataModule(L.LightningDataModule):
         try:
             folder = prepare(task, self.tokenizer, self.cache, self.num_proc)
             self.prepared[folder] = task
-            judge(read_report(folder), self.on_bad_row, self.max_bad_share)
+            raise_if_too_many_faults(read_report(folder), self.on_bad_row, self.max_bad_share)
             return folder
         except DataError as error:
             raise UserError(str(error)) from error
@@ -198,8 +198,11 @@ class QwenDataModule(L.LightningDataModule):
         if self.val_size and not self.val_sources and not len(val):
             log.warning(
                 "data.val_size is %s, which holds out none of %d distinct rows; give a larger share, or a count, such "
-                "as data.val_size: %d", self.val_size, len(np.unique(hashes)), min(8, max(1, len(hashes) // 10)),
-            )  # fmt: skip
+                "as data.val_size: %d",
+                self.val_size,
+                len(np.unique(hashes)),
+                min(8, max(1, len(hashes) // 10)),
+            )
         self._tell(folder)
 
     def _tell(self, folder: Path) -> None:
@@ -219,9 +222,11 @@ class QwenDataModule(L.LightningDataModule):
         supervised, tokens = self.train_rows.column("supervised").sum(), self.train_rows.column("length").sum()
         log.info(
             "%s to train on (%s, %.0f %% supervised), %d to validate",
-            plural(len(self.train_rows), "row"), plural(int(tokens), "token"), 100 * supervised / max(tokens, 1),
+            plural(len(self.train_rows), "row"),
+            plural(int(tokens), "token"),
+            100 * supervised / max(tokens, 1),
             len(self.val_rows),
-        )  # fmt: skip
+        )
 
     def _nothing_left(self, folder: Path) -> str:
         names, lost = ", ".join(source.path for source in self.sources), "; ".join(self.losses())

@@ -13,9 +13,7 @@ MOST = 16
 Decode = Callable[[list[int]], str]
 
 
-def parting(
-    found: Sequence[int], own: Sequence[int], decode: Decode, owner: str = "apply_chat_template"
-) -> list[str]:
+def parting(found: Sequence[int], own: Sequence[int], decode: Decode, owner: str = "apply_chat_template") -> list[str]:
     """Lines that show where two lists of token ids part and meet again.
 
     Args:

@@ -187,9 +187,13 @@ class Worker:
         one = self.encoder
         if self.texts is None:
             self.texts = TextEncoder(
-                one.tokenizer, max_length=one.max_length, control=one.control, control_tokens=one.control_tokens,
-                exact_every=self.exact_every, fast=one.fast,
-            )  # fmt: skip
+                one.tokenizer,
+                max_length=one.max_length,
+                control=one.control,
+                control_tokens=one.control_tokens,
+                exact_every=self.exact_every,
+                fast=one.fast,
+            )
         try:
             return self.texts.encode(document)
         except RowError as error:

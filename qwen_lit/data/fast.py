@@ -27,8 +27,16 @@ except ImportError:
 
 LONGEST = 100_000
 """Characters of the longest text; tiktoken's engine gives up on millions of blanks in a row."""
-BLOCKS = ((0x0000, 0x024F), (0x0370, 0x04FF), (0x2000, 0x206F), (0x20A0, 0x22FF), (0x2500, 0x27BF), (0x3000, 0x30FF),
-          (0x4E00, 0x9FFF), (0xFF00, 0xFFEF))  # fmt: skip
+BLOCKS = (
+    (0x0000, 0x024F),
+    (0x0370, 0x04FF),
+    (0x2000, 0x206F),
+    (0x20A0, 0x22FF),
+    (0x2500, 0x27BF),
+    (0x3000, 0x30FF),
+    (0x4E00, 0x9FFF),
+    (0xFF00, 0xFFEF),
+)
 """Latin, Greek, Cyrillic, Chinese, Japanese, and the signs among them."""
 
 PROVEN = frozenset({"4c3340209cdeaea5fed2f9c5b254b4db4af0fa7333b5fad091dba6eb2ea7aa9a"})
@@ -165,8 +173,15 @@ def is_proven(backend: Any, model: dict[str, Any]) -> bool:
         backend: the tokenizer.
         model: the same tokenizer's, as it writes itself.
     """
-    options = ("dropout", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "continuing_subword_prefix",
-               "end_of_word_suffix")  # fmt: skip
+    options = (
+        "dropout",
+        "unk_token",
+        "fuse_unk",
+        "byte_fallback",
+        "ignore_merges",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+    )
     if model["type"] != "BPE" or any(model.get(option) for option in options):
         return False
     vocabulary = model["vocab"]

@@ -11,8 +11,14 @@ from qwen_lit.data.marks import Message
 from qwen_lit.data.messages import ROLE_KEYS, TEXT_KEYS, THOUGHTS, exchange, read_exchanges, read_messages, speaking
 from qwen_lit.data.strict import parsed
 
-LISTS = {"messages": "messages", "conversations": "sharegpt", "conversation": "conversation", "dialogue": "dialogue",
-         "dialog": "dialog", "data": "data"}  # fmt: skip
+LISTS = {
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "conversation": "conversation",
+    "dialogue": "dialogue",
+    "dialog": "dialog",
+    "data": "data",
+}
 """Columns that hold a whole conversation, and what their layout is called."""
 PAIRS = {
     "instruction": ("output", "response", "completion", "answer"),
@@ -32,9 +38,23 @@ PASSAGES = ("input", "context")
 THOUGHT_COLUMNS = (*THOUGHTS, "cot", "chain_of_thought", "complex_cot")
 ALWAYS = {*SYSTEMS, "tools", "functions"}
 FIELDS = frozenset(
-    {*LISTS, *PAIRS, *(one for answers in PAIRS.values() for one in answers), *PASSAGES, *THOUGHT_COLUMNS, *ALWAYS,
-     *ROLE_KEYS, *TEXT_KEYS, "history", "answers", "tool_calls", "train", "weight", "loss_weight"}
-)  # fmt: skip
+    {
+        *LISTS,
+        *PAIRS,
+        *(one for answers in PAIRS.values() for one in answers),
+        *PASSAGES,
+        *THOUGHT_COLUMNS,
+        *ALWAYS,
+        *ROLE_KEYS,
+        *TEXT_KEYS,
+        "history",
+        "answers",
+        "tool_calls",
+        "train",
+        "weight",
+        "loss_weight",
+    }
+)
 """Names that ``data.fields`` can map others to."""
 QUESTION_WORDS = ("question", "query", "instruction", "prompt", "problem", "input", "user", "human", "ask", "source")
 ANSWER_WORDS = ("answer", "response", "output", "completion", "solution", "reply", "target", "assistant", "result")
@@ -229,9 +249,10 @@ def _tree(node: Any, seen: Seen) -> list[Message]:
         replies = node.get("replies") or []
         if len(replies) > 1:
             raise RowError(
-                "unclear layout", f"is a tree: message {len(turns) - 1} has {len(replies)} replies; write each path "
+                "unclear layout",
+                f"is a tree: message {len(turns) - 1} has {len(replies)} replies; write each path "
                 "that is to be trained as a row of messages.",
-            )  # fmt: skip
+            )
         node = replies[0] if replies else None
     return read_messages(turns, None, seen)
 

@@ -12,22 +12,46 @@ from qwen_lit.data.marks import Message
 from qwen_lit.data.strict import parsed
 
 ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "function_call": "assistant", "tool_call": "assistant",
-    "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool",
-}  # fmt: skip
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "tool_response": "tool",
+}
 CALLING = ("function_call", "tool_call")
 ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "text")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think")
 TOOLS = ("tools", "functions")
-EXCHANGES = (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("question", "answer"),
-             ("query", "response"), ("input", "output"), ("instruction", "output"),
-             ("prompt", "response"))  # fmt: skip
+EXCHANGES = (
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("human", "gpt"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("input", "output"),
+    ("instruction", "output"),
+    ("prompt", "response"),
+)
 """Keys of an object that is a question with its answer."""
-PART_TYPES = {"text": "text", "input_text": "text", "output_text": "text", "reasoning": "reasoning",
-              "thinking": "reasoning", "tool_call": "tool_call"}  # fmt: skip
+PART_TYPES = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "reasoning": "reasoning",
+    "thinking": "reasoning",
+    "tool_call": "tool_call",
+}
 MEDIA_TYPES = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url")
 RESULT_AS_TEXT = "tool results written as JSON text"
 TAGS_REMOVED = "<tool_response> tags around tool results left to the chat template"

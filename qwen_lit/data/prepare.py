@@ -98,7 +98,7 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def judge(report: Report, on_bad_row: str, max_bad_share: float) -> None:
+def raise_if_too_many_faults(report: Report, on_bad_row: str, max_bad_share: float) -> None:
     """Stop when there are more faulty rows than the configuration allows.
 
     Args:
@@ -122,9 +122,7 @@ def judge(report: Report, on_bad_row: str, max_bad_share: float) -> None:
     if on_bad_row == "error":
         raise DataError(f"{text}\nFix them, or set data.on_bad_row: skip.")
     if bad > max_bad_share * rows:
-        raise DataError(
-            f"{text}\nThat is more than data.max_bad_share {max_bad_share}; fix them, or raise the share."
-        )
+        raise DataError(f"{text}\nThat is more than data.max_bad_share {max_bad_share}; fix them, or raise the share.")
 
 
 def _write(task: Task, tokenizer: Any, folder: Path, processes: int | None, fast: FastEncoder | None) -> Report:

@@ -129,9 +129,13 @@ class Prover:
                 pickle.dump((os.getpid(), dict(prepared), tokenizer), given)
                 given.seek(0)
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "qwen_lit.data.prove"], stdin=given, stdout=self.said, stderr=self.said,
-                    env=os.environ | quiet, start_new_session=True,
-                )  # fmt: skip
+                    [sys.executable, "-m", "qwen_lit.data.prove"],
+                    stdin=given,
+                    stdout=self.said,
+                    stderr=self.said,
+                    env=os.environ | quiet,
+                    start_new_session=True,
+                )
         except OSError as error:
             raise RunError(
                 f"the process that compares every row cannot be started ({error}); free memory or disk."

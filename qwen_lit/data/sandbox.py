@@ -8,9 +8,21 @@ from jinja2.utils import Namespace
 
 DICT_NAMES = frozenset(dir(dict))
 TEXT_METHODS = frozenset(
-    {"endswith", "find", "isdigit", "lower", "lstrip", "replace", "rstrip", "split", "startswith", "strip", "title",
-     "upper"}
-)  # fmt: skip
+    {
+        "endswith",
+        "find",
+        "isdigit",
+        "lower",
+        "lstrip",
+        "replace",
+        "rstrip",
+        "split",
+        "startswith",
+        "strip",
+        "title",
+        "upper",
+    }
+)
 
 LOOPS = frozenset({"_block_vars", "_loop_vars"})
 """What jinja passes of a loop to functions that ask for it."""

@@ -25,7 +25,7 @@ from qwen_lit.data.kinds import (
     not_there,
     refuse_file,
     refuse_folder,
-)  # fmt: skip
+)
 from qwen_lit.data.passages import BOM, holds_json, read_passages
 from qwen_lit.data.strict import decoder
 from qwen_lit.data.tables import read_table
@@ -103,10 +103,13 @@ def as_sources(dataset_path: str | Sequence[str | Mapping[str, Any]]) -> list[So
 def _source(item: Mapping[str, Any]) -> Source:
     text, none = "a text", type(None)
     kinds: dict[str, tuple[tuple[type, ...], str]] = {
-        "path": ((str,), text), "weight": ((int, float), "a number"),
-        "max_rows": ((int, none), "a whole number or null"), "name": ((str, none), text), "split": ((str, none), text),
+        "path": ((str,), text),
+        "weight": ((int, float), "a number"),
+        "max_rows": ((int, none), "a whole number or null"),
+        "name": ((str, none), text),
+        "split": ((str, none), text),
         "columns": ((Mapping, none), "our names with the file's, as {instruction: question, output: answer}"),
-    }  # fmt: skip
+    }
     for key, value in item.items():
         if key not in kinds:
             raise DataError(f"an item has the key {key!r}; its keys are {', '.join(kinds)}.")

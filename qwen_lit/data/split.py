@@ -144,8 +144,9 @@ def main(args: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="qwen-lit data", description="Make rows of other data.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="split")
-    one = commands.add_parser("split", help="Cut a novel into rows that continue it.", description=main.__doc__,
-                              allow_abbrev=False)  # fmt: skip
+    one = commands.add_parser(
+        "split", help="Cut a novel into rows that continue it.", description=main.__doc__, allow_abbrev=False
+    )
     one.add_argument("files", nargs="+", metavar="novel.txt", help="text in UTF-8")
     one.add_argument("--output", help="JSONL to write; default: the first file's name with .jsonl")
     one.add_argument("--passage", type=_size, help="most characters before; default: 1000 in Chinese, else 3000")
@@ -157,9 +158,13 @@ def main(args: list[str]) -> int:
     try:
         if target.exists():
             raise DataError(f"{target} is there already; give another --output.")
-        rows = [row for file in given.files for row in rows_of(
-            read(Path(file)), given.passage, given.length, given.instruction, not given.join_chapters
-        )]  # fmt: skip
+        rows = [
+            row
+            for file in given.files
+            for row in rows_of(
+                read(Path(file)), given.passage, given.length, given.instruction, not given.join_chapters
+            )
+        ]
         if not rows:
             raise DataError(f"{', '.join(given.files)}: a single sentence, which nothing follows; train it as it is.")
         target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

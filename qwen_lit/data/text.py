@@ -357,5 +357,3 @@ def _best(ranks: np.ndarray, begin: int, last: int, room: int) -> int:
             return first + int(good[-1])
     good = np.flatnonzero(ranks[begin + 1 : last + 1] >= 0)
     return begin + 1 + int(good[-1]) if len(good) else last
-
-

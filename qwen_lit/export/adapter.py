@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: MIT
 """A saved LoRA adapter, and what it does to a weight."""
 
 from __future__ import annotations
@@ -19,8 +18,15 @@ CONVERTED_MARKER = "residual_converted"
 EMBED, HEAD, PREFIX = "model.embed_tokens.weight", "lm_head.weight", "base_model.model."
 CHUNK_ELEMENTS = 2**25  # fp32 work is done on row blocks of at most this size
 RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-UNSUPPORTED = ("fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "use_qalora", "arrow_config",
-               "trainable_token_indices", "megatron_config")  # fmt: skip
+UNSUPPORTED = (
+    "fan_in_fan_out",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "arrow_config",
+    "trainable_token_indices",
+    "megatron_config",
+)
 
 
 def saved_name(name: str) -> str:
@@ -141,5 +147,3 @@ def apply_pair(weight: torch.Tensor, pair: Pair, device: torch.device | None = N
             raise ExportError(f"{pair.module}: the merged weight is not finite; the adapter is broken")
         result[block] = merged.to(torch.bfloat16)
     return result, largest
-
-

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: MIT
 """The README of what is exported: what it is, how it is served, and what it was trained on."""
 
 from __future__ import annotations
@@ -52,15 +51,15 @@ class AdapterFacts:
             "modules_to_save": self.config.get("modules_to_save"),
             "trained biases": self.config.get("bias", "none") != "none" or self.config.get("lora_bias"),
             "LoRA on " + " and ".join(self.ends): self.ends,
-            "an alpha or a rank of its own for some modules":
-                self.config.get("rank_pattern") or self.config.get("alpha_pattern"),
+            "an alpha or a rank of its own for some modules": self.config.get("rank_pattern")
+            or self.config.get("alpha_pattern"),
             "trained tokens": self.config.get("trainable_token_indices"),
-        }  # fmt: skip
+        }
         return [name for name, there in found.items() if there]
 
 
 @dataclass
-class Told:
+class ModelCardFacts:
     """What the model card tells of a run; what is not known is left out."""
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +84,7 @@ class Told:
     """Of which checkpoint the adapter is: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
 
 
-def model_card(told: Told) -> str:
+def model_card(told: ModelCardFacts) -> str:
     """README.md of the merged model."""
     base = str(told.config.get("model", {}).get("model_name_or_path", "?"))
     begun = told.config.get("model", {}).get("init_adapter")

@@ -60,8 +60,10 @@ def adapter_section(facts: AdapterFacts, name: str, base: str, path: str, run: d
         run: the configuration of the run.
     """
     if unserved := facts.unserved():
-        return [f"vLLM and SGLang do not serve this adapter on its base, because of {', '.join(unserved)}: serve the "
-                "merged model."]  # fmt: skip
+        return [
+            f"vLLM and SGLang do not serve this adapter on its base, because of {', '.join(unserved)}: serve the "
+            "merged model."
+        ]
     elsewhere = hub_name(base) is not None and run.get("model", {}).get("hub") == "modelscope"
     on_vllm, on_sglang = ("VLLM_USE_MODELSCOPE=True ", "SGLANG_USE_MODELSCOPE=true ") if elsewhere else ("", "")
     base, lora = shlex.quote(base_reference(base)), shlex.quote(f"{name}={path}")

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: MIT
 """Model folders: streamed reading and writing, and atomic replacement."""
 
 from __future__ import annotations

@@ -86,8 +86,11 @@ def write_plain(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> 
     writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[arch])
     _describe(writer, config, kind, gguf)
     _vocabulary(writer, config, tokenizer, gguf)
-    kinds = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "f16": gguf.GGMLQuantizationType.F16,
-             "bf16": gguf.GGMLQuantizationType.BF16}  # fmt: skip
+    kinds = {
+        "q8_0": gguf.GGMLQuantizationType.Q8_0,
+        "f16": gguf.GGMLQuantizationType.F16,
+        "bf16": gguf.GGMLQuantizationType.BF16,
+    }
     matrices = {name for name, (_, _, shape) in base.where.items() if len(shape) > 1}
     stored = {name: kinds[kind] if name in matrices else gguf.GGMLQuantizationType.F32 for name in base.where}
     for name, to in renamed.items():

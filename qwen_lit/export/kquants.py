@@ -19,12 +19,34 @@ from qwen_lit.files import whole_or_absent
 from qwen_lit.progress import Progress
 
 log = logging.getLogger(__name__)
-BITS = {"q3_k_s": 3.7, "q3_k_m": 4.0, "q3_k_l": 4.3, "q4_k_s": 4.7, "q4_k_m": 4.9, "q5_k_s": 5.6, "q5_k_m": 5.7,
-        "q6_k": 6.6, "q8_0": 8.5, "f16": 16.0, "bf16": 16.0}  # fmt: skip
+BITS = {
+    "q3_k_s": 3.7,
+    "q3_k_m": 4.0,
+    "q3_k_l": 4.3,
+    "q4_k_s": 4.7,
+    "q4_k_m": 4.9,
+    "q5_k_s": 5.6,
+    "q5_k_m": 5.7,
+    "q6_k": 6.6,
+    "q8_0": 8.5,
+    "f16": 16.0,
+    "bf16": 16.0,
+}
 """Bits a weight in a file of each kind, of an 8B model (llama.cpp, tools/quantize/README.md)."""
 K_QUANTS = tuple(kind for kind in BITS if "_k" in kind)
-MOST_SHARE = {"Q3_K": 0.3, "Q4_0": 0.2, "Q4_K": 0.15, "Q5_0": 0.1, "Q5_1": 0.1, "Q5_K": 0.08, "Q6_K": 0.04,
-              "Q8_0": 0.02, "F16": 0.001, "BF16": 0.0, "F32": 0.0}  # fmt: skip
+MOST_SHARE = {
+    "Q3_K": 0.3,
+    "Q4_0": 0.2,
+    "Q4_K": 0.15,
+    "Q5_0": 0.1,
+    "Q5_1": 0.1,
+    "Q5_K": 0.08,
+    "Q6_K": 0.04,
+    "Q8_0": 0.02,
+    "F16": 0.001,
+    "BF16": 0.0,
+    "F32": 0.0,
+}
 """Largest norm of a tensor's error over the norm of the tensor: twice what normally distributed numbers have."""
 BY_PACKAGE = """
 import os, sys, llama_cpp
@@ -144,8 +166,9 @@ def compare(path: Path, source: Path) -> tuple[float, Counter[str]]:
     if whole:
         log.info(
             "%d matrices have rows that do not divide into blocks of %d, and are in other types than k-quants",
-            len(whole), gguf.QK_K,
-        )  # fmt: skip
+            len(whole),
+            gguf.QK_K,
+        )
     return worst, kinds
 
 

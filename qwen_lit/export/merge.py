@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: MIT
 """Merge a LoRA adapter into the original safetensors, tensor by tensor; the model is never in memory."""
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from qwen_lit.progress import Progress
 from qwen_lit.quantization import Held
 
 log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class MergeReport:

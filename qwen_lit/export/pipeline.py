@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qwen_lit.export.adapter import RESIDUAL_INITS
-from qwen_lit.export.card import AdapterFacts, Told, finish_adapter, model_card
+from qwen_lit.export.card import AdapterFacts, ModelCardFacts, finish_adapter, model_card
 from qwen_lit.export.folder import ExportError, commit_folder, rewrite
 from qwen_lit.export.gguf import GgufType, write_gguf
 from qwen_lit.export.merge import MergeReport, merge_adapter
@@ -42,7 +42,7 @@ class Job:
     base_dir: Path
     out_dir: Path
     tokenizer: Any
-    told: Told
+    told: ModelCardFacts
     held: Mapping[str, Held] = field(default_factory=dict)
     """How the base's quantised weights were held in training; empty for a bf16 base."""
     merge_base: MergeBase = "original"
@@ -56,7 +56,7 @@ class Job:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def run(job: Job, tell: Callable[[Verdict], None] = lambda verdict: None) -> Told:
+def run(job: Job, tell: Callable[[Verdict], None] = lambda verdict: None) -> ModelCardFacts:
     """Measure, merge, write, try; what of it fails is named in ``missing``, and the rest is done.
 
     Args:
@@ -162,9 +162,11 @@ def try_prompts(job: Job) -> tuple[int, int]:
         prompt = torch.tensor(ids[:begin], dtype=torch.int64, device=job.device)[None]
         with torch.no_grad():
             out = model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
                 max_new_tokens=2 * (end - begin) + 64,
-            )  # fmt: skip
+            )
         stopped += bool(set(out[0, begin:].tolist()) & set(ends))
     return stopped, len(job.taught)
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: MIT
 """Upload of an exported folder to the hub."""
 
 from pathlib import Path

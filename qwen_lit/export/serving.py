@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_lit.export.adapter import EMBED, HEAD
-from qwen_lit.export.card import Told, model_card
+from qwen_lit.export.card import ModelCardFacts, model_card
 from qwen_lit.export.folder import BaseModel, ExportError, read_json, write_json
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -26,9 +26,16 @@ DEFAULT_SYSTEM = '{{ if and (eq $i 0) (ne $m.Role "system") }}%s{{ end }}'
 
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -47,7 +54,9 @@ def end_tokens(tokenizer: Any) -> list[int]:
     return ends
 
 
-def write_serving_files(out_dir: Path, base_dir: Path, tokenizer: Any, told: Told, source: str = ".") -> None:
+def write_serving_files(
+    out_dir: Path, base_dir: Path, tokenizer: Any, told: ModelCardFacts, source: str = "."
+) -> None:
     """Write tokenizer files with the chat template, generation and training config, Modelfile and model card.
 
     Args:
@@ -153,8 +162,12 @@ def modelfile(tokenizer: Any, generation: dict[str, Any], source: str = ".") -> 
     system = default_system(tokenizer)
     default = DEFAULT_SYSTEM % system if system else ""
     parameters = [f'PARAMETER stop "{token}"' for token in STOP_TOKENS if token in tokenizer.get_vocab()]
-    for name, ours in (("temperature", "temperature"), ("top_p", "top_p"), ("top_k", "top_k"),
-                       ("repetition_penalty", "repeat_penalty")):  # fmt: skip
+    for name, ours in (
+        ("temperature", "temperature"),
+        ("top_p", "top_p"),
+        ("top_k", "top_k"),
+        ("repetition_penalty", "repeat_penalty"),
+    ):
         if generation.get(name) is not None:
             parameters.append(f"PARAMETER {ours} {generation[name]}")
     return MODELFILE.format(source=source, default=default, parameters="\n".join(parameters))

@@ -210,10 +210,12 @@ def _compare(
     norm = model.model.norm.to_empty(device=weights.device)
     variants = list(hidden)
     wanted = [_supervised(spans).to(weights.device) for _, spans in examples]
-    targets = torch.cat([
-        torch.tensor(ids, dtype=torch.int64, device=weights.device)[where + 1]
-        for (ids, _), where in zip(examples, wanted, strict=True)
-    ])  # fmt: skip
+    targets = torch.cat(
+        [
+            torch.tensor(ids, dtype=torch.int64, device=weights.device)[where + 1]
+            for (ids, _), where in zip(examples, wanted, strict=True)
+        ]
+    )
     heads: dict[str, Callable[[Tensor], Tensor]] = {}
     final: dict[str, Tensor] = {}
     for name in variants:
@@ -231,9 +233,7 @@ def _compare(
             kls[name] += float(kl_div(theirs, own, log_target=True, reduction="sum"))
             tops[name] += float((logits[name].argmax(-1) == own.argmax(-1)).sum())
     count = max(1, len(targets))
-    merges = {
-        name: Figures(losses[name] / count, kls[name] / count, tops[name] / count) for name in variants[1:]
-    }
+    merges = {name: Figures(losses[name] / count, kls[name] / count, tops[name] / count) for name in variants[1:]}
     return Verdict(losses["adapter"] / count, len(targets), len(examples), merges)
 
 

@@ -103,8 +103,14 @@ def by_flash(
 ) -> Tensor:
     """``attention`` by one of flash-attn's varlen functions."""
     out = function(
-        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
         causal=True,
-    )  # fmt: skip
+    )
     # Some versions return the log-sum-exp too.
     return out[0] if isinstance(out, tuple) else out

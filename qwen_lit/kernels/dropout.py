@@ -54,7 +54,16 @@ def dropped(x: Tensor, p: float, seed: int, add: Tensor | None = None) -> Tensor
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if add is None else add
     threshold = min(round(p * 2**16), 2**16 - 1)
     _dropout[(x.shape[0], triton.cdiv(x.shape[1], BLOCK))](
-        x, out, add, x.shape[1], x.stride(0), threshold, 1 / (1 - threshold / 2**16), seed,
-        HAS_ADD=add is not None, BLOCK=BLOCK, num_warps=2,
-    )  # fmt: skip
+        x,
+        out,
+        add,
+        x.shape[1],
+        x.stride(0),
+        threshold,
+        1 / (1 - threshold / 2**16),
+        seed,
+        HAS_ADD=add is not None,
+        BLOCK=BLOCK,
+        num_warps=2,
+    )
     return out

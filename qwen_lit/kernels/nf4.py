@@ -21,9 +21,21 @@ def dequantize_reference(packed: Tensor, state: Any) -> Tensor:
 
 @jit
 def _dequantize(
-    packed, absmax, code, outer, offset, table, out, blocks, across, stride,
-    NESTED: tl.constexpr, OUTER: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    packed,
+    absmax,
+    code,
+    outer,
+    offset,
+    table,
+    out,
+    blocks,
+    across,
+    stride,
+    NESTED: tl.constexpr,
+    OUTER: tl.constexpr,
+    BYTES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < blocks
     if NESTED:
@@ -66,9 +78,22 @@ def dequantize(packed: Tensor, state: Any, out: Tensor) -> Tensor:
     code, scales, size = (outer.code, outer.absmax, outer.blocksize) if outer is not None else (None, None, 1)
     across = blocks if out.is_contiguous() else out.shape[1] // state.blocksize
     _dequantize[(triton.cdiv(blocks, ROWS),)](
-        packed.view(torch.uint8), state.absmax, code, scales, offset, state.code, out, blocks, across, out.stride(0),
-        NESTED=state.nested, OUTER=size, BYTES=state.blocksize // 2, ROWS=ROWS, num_warps=4,
+        packed.view(torch.uint8),
+        state.absmax,
+        code,
+        scales,
+        offset,
+        state.code,
+        out,
+        blocks,
+        across,
+        out.stride(0),
+        NESTED=state.nested,
+        OUTER=size,
+        BYTES=state.blocksize // 2,
+        ROWS=ROWS,
+        num_warps=4,
         # A fused multiply-add would round once where bitsandbytes rounds twice.
         enable_fp_fusion=False,
-    )  # fmt: skip
+    )
     return out

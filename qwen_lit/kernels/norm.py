@@ -20,9 +20,18 @@ def add_norm_reference(residual: Tensor, delta: Tensor | None, weight: Tensor, e
 
 @jit
 def _forward(
-    residual, delta, weight, total, normed, rstd, width, stride, eps,
-    HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    residual,
+    delta,
+    weight,
+    total,
+    normed,
+    rstd,
+    width,
+    stride,
+    eps,
+    HAS_DELTA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -39,9 +48,18 @@ def _forward(
 
 @jit
 def _backward(
-    total, weight, rstd, d_normed, d_total, out, width, d_stride, stride,
-    HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    total,
+    weight,
+    rstd,
+    d_normed,
+    d_total,
+    out,
+    width,
+    d_stride,
+    stride,
+    HAS_TOTAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -68,9 +86,19 @@ class _AddNorm(torch.autograd.Function):
             total = residual if delta is None else torch.empty_like(residual)
             rstd = torch.empty(rows, dtype=torch.float32, device=residual.device)
             _forward[(rows,)](
-                residual, delta, weight, total, normed, rstd, width, width + room, eps,
-                HAS_DELTA=delta is not None, BLOCK=triton.next_power_of_2(width), num_warps=8,
-            )  # fmt: skip
+                residual,
+                delta,
+                weight,
+                total,
+                normed,
+                rstd,
+                width,
+                width + room,
+                eps,
+                HAS_DELTA=delta is not None,
+                BLOCK=triton.next_power_of_2(width),
+                num_warps=8,
+            )
         else:
             total, plain = add_norm_reference(residual, delta, weight, eps)
             normed.copy_(plain)
@@ -92,10 +120,19 @@ class _AddNorm(torch.autograd.Function):
             if d_total is not None and d_total.stride(1) != 1:
                 d_total = d_total.contiguous()
             _backward[(rows,)](
-                total, weight, rstd, d_normed.contiguous(), d_total, out, width,
-                0 if d_total is None else d_total.stride(0), out.stride(0),
-                HAS_TOTAL=d_total is not None, BLOCK=triton.next_power_of_2(width), num_warps=8,
-            )  # fmt: skip
+                total,
+                weight,
+                rstd,
+                d_normed.contiguous(),
+                d_total,
+                out,
+                width,
+                0 if d_total is None else d_total.stride(0),
+                out.stride(0),
+                HAS_TOTAL=d_total is not None,
+                BLOCK=triton.next_power_of_2(width),
+                num_warps=8,
+            )
         else:
             scale = rstd.view(rows, 1)
             x_hat = total.float() * scale

@@ -21,9 +21,20 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, e
 
 @jit
 def _rotate(
-    x, cos, sin, weight, out, heads, stride, out_stride, eps, sign,
-    HAS_NORM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
+    x,
+    cos,
+    sin,
+    weight,
+    out,
+    heads,
+    stride,
+    out_stride,
+    eps,
+    sign,
+    HAS_NORM: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     inside = head < heads
@@ -56,9 +67,21 @@ def _unnorm(x, weight, grad, heads, stride, grad_stride, eps, HALF: tl.constexpr
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, sign: float, out: Tensor) -> None:
     tokens, heads, size = x.shape
     _rotate[(tokens,)](
-        x, cos, sin, weight, out, heads, x.stride(0), out.stride(0), eps, sign,
-        HAS_NORM=weight is not None, HALF=size // 2, HEADS=triton.next_power_of_2(heads), num_warps=4,
-    )  # fmt: skip
+        x,
+        cos,
+        sin,
+        weight,
+        out,
+        heads,
+        x.stride(0),
+        out.stride(0),
+        eps,
+        sign,
+        HAS_NORM=weight is not None,
+        HALF=size // 2,
+        HEADS=triton.next_power_of_2(heads),
+        num_warps=4,
+    )
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, out: Tensor) -> None:

@@ -14,18 +14,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qwen_lit.checks import check_ranges
-from qwen_lit.config import Lora, Quantization
+from qwen_lit.config import LoraSection, QuantizationSection
 from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import agree, watch_children
+from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.export.adapter import saved_name
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.hub_libraries import Hub
-from qwen_lit.kernels.engine import FastEngine
-from qwen_lit.kernels.plan import Plan, parse_bytes
 from qwen_lit.model.duration import check_limits, total_steps, warmup_steps
-from qwen_lit.model.engine import choose_engine
 from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config, shard_layers
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.neftune import add_noise
@@ -40,6 +38,8 @@ from qwen_lit.model.optim import (
 )
 from qwen_lit.model.resume import go_on, settings, shared
 from qwen_lit.model.trained import find_adapter, tell_measured, weights
+from qwen_lit.planner.choice import choose_engine
+from qwen_lit.planner.plan import Plan, parse_bytes
 from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ class QwenModule(L.LightningModule):
     def __init__(
         self,
         model_name_or_path: str,
-        lora_config: Lora,
-        quantization_config: Quantization | None = None,
+        lora_config: LoraSection,
+        quantization_config: QuantizationSection | None = None,
         learning_rate: float = 2e-4,
         optimizer: OptimizerName = "paged_adamw_8bit",
         lr_scheduler: ScheduleName = "cosine",
@@ -124,7 +124,7 @@ class QwenModule(L.LightningModule):
         self.lora_plus_ratio = lora_plus_ratio
         self.neftune_noise_alpha = neftune_noise_alpha
         self.gradient_checkpointing = gradient_checkpointing
-        self.engine_name, self.fast, self.engine_told = engine, cast("FastEngine | None", None), ""
+        self.engine_name, self.fast, self.engine_description = engine, cast("FastEngine | None", None), ""
         self.plan: Plan | None = None
         self.memory_budget = parse_bytes(memory_budget) if memory_budget else None
         self.model: PeftModel | None = None
@@ -191,7 +191,7 @@ class QwenModule(L.LightningModule):
             add_noise(base.get_input_embeddings(), self.neftune_noise_alpha)  # type: ignore[operator]
         data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         choice = choose_engine(self, self.trainer, data)
-        self.fast, self.plan, self.engine_told = choice.fast, choice.plan, choice.told
+        self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.told
         if sharded or self.host_embedding:
             # DDP reduces the adapter alone: shards differ from rank to rank, and an embedding on the CPU is no part.
             frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
@@ -244,8 +244,9 @@ class QwenModule(L.LightningModule):
         if self.resumed_total not in (0, self.total_steps):
             log.warning(
                 "the run had %s optimizer steps until here, and has %s from here on; the learning rate follows",
-                self.resumed_total or "any number of", self.total_steps or "any number of",
-            )  # fmt: skip
+                self.resumed_total or "any number of",
+                self.total_steps or "any number of",
+            )
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             repage(optimizer)
             scheduler = cast(Any, config.scheduler)

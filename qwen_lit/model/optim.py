@@ -163,8 +163,11 @@ class _Managed:
 
     def __init__(self, tensor: Tensor) -> None:
         self.__cuda_array_interface__ = {
-            "data": (tensor.data_ptr(), False), "shape": (tensor.nbytes,), "typestr": "|u1", "version": 3,
-        }  # fmt: skip
+            "data": (tensor.data_ptr(), False),
+            "shape": (tensor.nbytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
 
 
 def as_device_sees(tensor: Tensor) -> Tensor:

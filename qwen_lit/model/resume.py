@@ -20,11 +20,26 @@ KEYS = {
     "model.lora_config": REFUSE,
     "model.lora_config.lora_dropout": TELL,
     **dict.fromkeys(
-        [f"model.lora_config.{key}" for key in (
-            "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-            "inference_mode", "runtime_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
-            "lora_ga_config",
-        )], FREE),
+        [
+            f"model.lora_config.{key}"
+            for key in (
+                "task_type",
+                "peft_type",
+                "auto_mapping",
+                "peft_version",
+                "base_model_name_or_path",
+                "revision",
+                "inference_mode",
+                "runtime_config",
+                "megatron_core",
+                "loftq_config",
+                "eva_config",
+                "corda_config",
+                "lora_ga_config",
+            )
+        ],
+        FREE,
+    ),
     "model.quantization_config": REFUSE,
     "model.quantization_config.bnb_4bit_quant_storage": TELL,
     "trainer.precision": REFUSE,
@@ -50,18 +65,34 @@ KEYS = {
     "trainer.limit_train_batches": REFUSE,
     "trainer.overfit_batches": REFUSE,
     **dict.fromkeys(
-        [f"trainer.{key}" for key in (
-            "max_epochs", "max_steps", "min_epochs", "min_steps", "gradient_clip_val", "gradient_clip_algorithm",
-            "limit_val_batches", "val_check_interval", "check_val_every_n_epoch", "strategy", "accelerator",
-            "reload_dataloaders_every_n_epochs", "use_distributed_sampler", "sync_batchnorm",
-        )], TELL),
+        [
+            f"trainer.{key}"
+            for key in (
+                "max_epochs",
+                "max_steps",
+                "min_epochs",
+                "min_steps",
+                "gradient_clip_val",
+                "gradient_clip_algorithm",
+                "limit_val_batches",
+                "val_check_interval",
+                "check_val_every_n_epoch",
+                "strategy",
+                "accelerator",
+                "reload_dataloaders_every_n_epochs",
+                "use_distributed_sampler",
+                "sync_batchnorm",
+            )
+        ],
+        TELL,
+    ),
     "trainer": FREE,
     "checkpoint": FREE,
     "export": FREE,
     "samples": FREE,
     "output_dir": FREE,
     "ckpt_path": FREE,
-}  # fmt: skip
+}
 """What a change on resume means, by key or by the section that holds it; the longest name counts.
 
 ``refuse``: it would be another run. ``tell``: it is taken and logged. ``free``: it changes nothing that is trained.
@@ -143,8 +174,10 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
         config = config | {"model": {key: value for key, value in model.items() if key != "quantization_config"}}
     found = flat(config)
     # All of it, which Lightning also takes for null.
-    return {key: None if key.startswith("trainer.limit_") and value == 1.0 and isinstance(value, float) else value
-            for key, value in found.items()}  # fmt: skip
+    return {
+        key: None if key.startswith("trainer.limit_") and value == 1.0 and isinstance(value, float) else value
+        for key, value in found.items()
+    }
 
 
 def shared(config: dict[str, Any]) -> dict[str, Any]:
@@ -157,8 +190,11 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[An
     sections = {key.split(".")[0] for key in then}
     old = {key for key in now if key.split(".")[0] not in sections}
     missing = "model.quantization_config."
-    keys = [key for key in [*then, *(key for key in now if key not in then)]
-            if key not in old and (key in then and key in now or key.startswith(missing))]  # fmt: skip
+    keys = [
+        key
+        for key in [*then, *(key for key in now if key not in then)]
+        if key not in old and (key in then and key in now or key.startswith(missing))
+    ]
     return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
 
 

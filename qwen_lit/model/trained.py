@@ -12,7 +12,7 @@ from peft import get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from qwen_lit.config import Lora
+from qwen_lit.config import LoraSection
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CONVERTED_MARKER, RESIDUAL_INITS, saved_name
 from qwen_lit.model.base import fingerprint
@@ -61,7 +61,7 @@ def read(source: Path) -> Trained:
         raise UserError(f"{source}: its adapter_config.json cannot be read ({error}).") from error
     if str(said.get("peft_type")).upper() != "LORA":
         raise UserError(f"{source}: is a {said.get('peft_type')} adapter; only LoRA adapters are used here.")
-    known = {one.name for one in dataclasses.fields(Lora)}
+    known = {one.name for one in dataclasses.fields(LoraSection)}
     lora = {key: value for key, value in said.items() if key in known and meaning(f"model.lora_config.{key}") != FREE}
     config = training_config(source)
     # The same targets in the user's own words, such as all-linear.
@@ -140,8 +140,11 @@ def take_base(model: Any, trained: Trained) -> None:
         )
     log.warning(
         "the adapter of %s was trained on %s, which is not on this machine; %s is taken, and cannot be compared with "
-        "it", trained.source, base, given,
-    )  # fmt: skip
+        "it",
+        trained.source,
+        base,
+        given,
+    )
 
 
 def begin_from(model: Any, trained: Trained) -> None:
@@ -160,7 +163,7 @@ def begin_from(model: Any, trained: Trained) -> None:
             f"model.init_adapter: {trained.source} was initialised by {init}, which changes the base; give the "
             "lora_adapter/ of that run, which is converted."
         )
-    given, plain = as_plain(model)["lora_config"], dataclasses.asdict(Lora())
+    given, plain = as_plain(model)["lora_config"], dataclasses.asdict(LoraSection())
     wanted = {"model": {"lora_config": trained.lora}}
     changes = differences(canonical(wanted), canonical({"model": {"lora_config": given}}))
     for key, (then, now) in changes.items():
@@ -187,8 +190,9 @@ def begin_from(model: Any, trained: Trained) -> None:
     if then is None and trained.base != model[NAME]:
         log.warning(
             "model.init_adapter was trained on %s, which is not on this machine; %s cannot be compared with it",
-            trained.base, model[NAME],
-        )  # fmt: skip
+            trained.base,
+            model[NAME],
+        )
 
 
 def as_plain(model: Any) -> dict[str, Any]:

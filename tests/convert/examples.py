@@ -235,11 +235,15 @@ optim: adamw_torch
 warmup_steps: 0
 """
 EVERY = {
-    "llama_factory.yaml": (LLAMA_FACTORY, "LLaMA-Factory"), "axolotl.yml": (AXOLOTL, "Axolotl"),
-    "swift.sh": (SWIFT, "ms-swift"), "args.json": (SWIFT_ARGS, "ms-swift"), "trl.yaml": (TRL, "TRL"),
-    "trl.sh": (TRL_SCRIPT, "TRL"), "sections.yaml": (SECTIONS, "transformers TrainingArguments"),
+    "llama_factory.yaml": (LLAMA_FACTORY, "LLaMA-Factory"),
+    "axolotl.yml": (AXOLOTL, "Axolotl"),
+    "swift.sh": (SWIFT, "ms-swift"),
+    "args.json": (SWIFT_ARGS, "ms-swift"),
+    "trl.yaml": (TRL, "TRL"),
+    "trl.sh": (TRL_SCRIPT, "TRL"),
+    "sections.yaml": (SECTIONS, "transformers TrainingArguments"),
     "flat.yaml": (FLAT, "transformers TrainingArguments"),
-}  # fmt: skip
+}
 """File name to its text and whose it is."""
 
 

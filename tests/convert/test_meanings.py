@@ -39,8 +39,9 @@ def test_the_register_is_found_beside_the_file_and_above_it(monkeypatch, tmp_pat
     monkeypatch.chdir(path.parent)
     paths = [one["path"] for one in yaml.safe_load(converted(Path(path.name))[0])["data"]["dataset_path"]]
     assert [Path(one).resolve() for one in paths] == [
-        tmp_path / "data/identity.json", tmp_path / "data/alpaca_zh_demo.json"
-    ]  # fmt: skip
+        tmp_path / "data/identity.json",
+        tmp_path / "data/alpaca_zh_demo.json",
+    ]
     Path("dataset_info.json").write_text('{"identity": {"file_name": "i.json"}, "alpaca_zh_demo": {"file_name": "a"}}')
     paths = [one["path"] for one in yaml.safe_load(converted(Path(path.name))[0])["data"]["dataset_path"]]
     assert paths == ["i.json", "a"]
@@ -56,9 +57,11 @@ def test_the_smaller_of_two_limits_of_rows_and_the_rows_of_a_step_of_several_gpu
 
 
 def test_a_share_in_percent_is_held_out_and_no_interval_is_the_end_of_an_epoch():
-    ours, _ = of("training_args: {learning_rate: 1e-4, eval_strategy: epoch}\nmodel_name_or_path: a/b\n"
-                 "data_args: {dataset_path: d.jsonl, validation_split_percentage: 5}\n"
-                 "lora_config: {r: 8}\n")  # fmt: skip
+    ours, _ = of(
+        "training_args: {learning_rate: 1e-4, eval_strategy: epoch}\nmodel_name_or_path: a/b\n"
+        "data_args: {dataset_path: d.jsonl, validation_split_percentage: 5}\n"
+        "lora_config: {r: 8}\n"
+    )
     assert ours["data"]["val_size"] == 0.05
 
 
@@ -71,27 +74,36 @@ def test_keys_of_ours_with_dots_are_ours(text):
 def test_datasets_of_axolotl_keep_their_columns_subset_and_split():
     datasets = [
         {"path": "tatsu-lab/alpaca", "type": "alpaca", "split": "train[:10%]", "name": "a"},
-        {"path": "json", "data_files": ["a.jsonl", "b.jsonl"], "ds_type": "json", "type": "chat_template",
-         "field_messages": "turns", "message_property_mappings": {"role": "who", "content": "value"}},
+        {
+            "path": "json",
+            "data_files": ["a.jsonl", "b.jsonl"],
+            "ds_type": "json",
+            "type": "chat_template",
+            "field_messages": "turns",
+            "message_property_mappings": {"role": "who", "content": "value"},
+        },
         {"path": "c.jsonl", "type": {"field_instruction": "ask", "field_output": "tell", "format": "[{instruction}]"}},
         {"path": "d.jsonl", "type": "completion", "field": "body"},
-    ]  # fmt: skip
+    ]
     made, told = changed(examples.AXOLOTL, datasets=datasets)
     turns = {"messages": "turns", "role": "who"}
     assert made["data"]["dataset_path"] == [
         {"path": "tatsu-lab/alpaca", "name": "a", "split": "train[:10%]"},
-        {"path": "a.jsonl", "columns": turns}, {"path": "b.jsonl", "columns": turns},
+        {"path": "a.jsonl", "columns": turns},
+        {"path": "b.jsonl", "columns": turns},
         {"path": "c.jsonl", "columns": {"instruction": "ask", "output": "tell"}},
         {"path": "d.jsonl", "columns": {"text": "body"}},
-    ]  # fmt: skip
+    ]
     assert any("c.jsonl: its format is left out" in line for line in told)
 
 
 def test_datasets_of_swift_and_trl_keep_their_counts_and_shares():
     made, told = changed(examples.SWIFT_ARGS, dataset=["HF::a/b:en/zh#9", "c.jsonl"], columns='{"q": "query"}')
     assert made["data"]["dataset_path"] == [
-        {"path": "a/b", "name": "en", "max_rows": 9}, {"path": "a/b", "name": "zh", "max_rows": 9}, "c.jsonl"
-    ]  # fmt: skip
+        {"path": "a/b", "name": "en", "max_rows": 9},
+        {"path": "a/b", "name": "zh", "max_rows": 9},
+        "c.jsonl",
+    ]
     assert made["data"]["val_dataset_path"] == "held.jsonl" and made["data"]["fields"] == {"instruction": "q"}
     mixture = [{"path": "a/b", "split": "test", "fraction": 0.5}, {"path": "json", "data_files": "c.jsonl"}]
     made, told = changed(examples.TRL, datasets=mixture, dataset_name=None, test_split_size=0.1)
@@ -115,11 +127,13 @@ def test_a_model_of_modelscope_is_fetched_there():
         ({"eval_strategy": None, "eval_steps": 0.1}, {"val_check_interval": 0.3}),
         ({"eval_strategy": None, "eval_steps": 0.5}, {"check_val_every_n_epoch": 2}),
         ({"eval_steps": 0.1, "max_steps": 200}, {"val_check_interval": 160, "check_val_every_n_epoch": None}),
-        ({"eval_strategy": "no", "load_best_model_at_end": None, "early_stopping_steps": None},
-         {"limit_val_batches": 0}),
+        (
+            {"eval_strategy": "no", "load_best_model_at_end": None, "early_stopping_steps": None},
+            {"limit_val_batches": 0},
+        ),
         ({"eval_strategy": False, "early_stopping_steps": None}, {}),
     ],
-)  # fmt: skip
+)
 def test_how_often_is_validated(keys, wanted):
     trainer = changed(examples.LLAMA_FACTORY, **keys)[0]["trainer"]
     names = ("val_check_interval", "check_val_every_n_epoch", "limit_val_batches")
@@ -136,12 +150,16 @@ def test_what_waits_for_validation_is_left_out_where_no_rows_are_held_out():
 @pytest.mark.parametrize(
     ("keys", "ratio", "told"),
     [
-        ({"warmup_steps": 100}, 0.03, True), ({"warmup_steps": 0.2}, 0.2, False),
-        ({"warmup_steps": 0, "warmup_ratio": None}, 0.0, False), ({"warmup_steps": 0}, 0.1, False),
-        ({"warmup_steps": 30, "max_steps": 300}, 0.1, False), ({"warmup_ratio": None}, 0.0, False),
-        ({"lr_scheduler_type": "constant"}, 0.0, False), ({"lr_scheduler_type": "constant_with_warmup"}, 0.1, False),
+        ({"warmup_steps": 100}, 0.03, True),
+        ({"warmup_steps": 0.2}, 0.2, False),
+        ({"warmup_steps": 0, "warmup_ratio": None}, 0.0, False),
+        ({"warmup_steps": 0}, 0.1, False),
+        ({"warmup_steps": 30, "max_steps": 300}, 0.1, False),
+        ({"warmup_ratio": None}, 0.0, False),
+        ({"lr_scheduler_type": "constant"}, 0.0, False),
+        ({"lr_scheduler_type": "constant_with_warmup"}, 0.1, False),
     ],
-)  # fmt: skip
+)
 def test_how_long_the_learning_rate_rises(keys, ratio, told):
     made, lines = changed(examples.LLAMA_FACTORY, **keys)
     assert made["model"]["warmup_ratio"] == ratio
@@ -196,13 +214,21 @@ def test_keys_without_a_counterpart_are_told_once_in_their_order():
 @pytest.mark.parametrize(
     ("name", "warned"),
     [
-        ("Qwen/Qwen2.5-7B-Instruct", False), ("Qwen/Qwen3-8B", False), ("Qwen/QwQ-32B", False),
-        ("models/mine/qwen", False), ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", False),
-        ("Qwen/Qwen2.5-Coder-1.5B", False), ("Qwen/Qwen1.5-7B", False),
-        ("Qwen/Qwen3.5-9B", True), ("meta-llama/Llama-3.1-8B", True), ("Qwen/Qwen2.5-VL-7B-Instruct", True),
-        ("Qwen/Qwen3-30B-A3B", True), ("Qwen/Qwen-7B", True), ("Qwen/Qwen2.5-7B-Instruct-AWQ", True),
+        ("Qwen/Qwen2.5-7B-Instruct", False),
+        ("Qwen/Qwen3-8B", False),
+        ("Qwen/QwQ-32B", False),
+        ("models/mine/qwen", False),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", False),
+        ("Qwen/Qwen2.5-Coder-1.5B", False),
+        ("Qwen/Qwen1.5-7B", False),
+        ("Qwen/Qwen3.5-9B", True),
+        ("meta-llama/Llama-3.1-8B", True),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", True),
+        ("Qwen/Qwen3-30B-A3B", True),
+        ("Qwen/Qwen-7B", True),
+        ("Qwen/Qwen2.5-7B-Instruct-AWQ", True),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_is_not_trained_here_is_warned_of(name, warned):
     told = changed(examples.FLAT, model_name_or_path=name)[1]
     assert any(line.startswith(f"different: {name}: ") for line in told) == warned
@@ -217,8 +243,26 @@ def test_what_was_a_default_is_written_with_whose_it_is():
 
 
 def test_texts_that_yaml_takes_for_something_else_stay_texts():
-    odd = ("1e3", "yes", "a: b", "#1", "[x]", "C:\\x", "中文 路径", "~/x", "0x1F", "12", "-a", "2020-01-01", "1_0",
-           ".5", ".inf", "../x", "./-", "on")  # fmt: skip
+    odd = (
+        "1e3",
+        "yes",
+        "a: b",
+        "#1",
+        "[x]",
+        "C:\\x",
+        "中文 路径",
+        "~/x",
+        "0x1F",
+        "12",
+        "-a",
+        "2020-01-01",
+        "1_0",
+        ".5",
+        ".inf",
+        "../x",
+        "./-",
+        "on",
+    )
     for value in odd:
         made = changed(examples.FLAT, output_dir=value, run_name=value, report_to="wandb")[0]
         assert made["output_dir"] == value and made["trainer"]["logger"]["init_args"]["name"] == value

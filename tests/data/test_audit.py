@@ -17,9 +17,19 @@ def inspect(model_folder, tmp_path, capsys):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
         code = main(
-            ["inspect", "--config", "configs/qwen7b.yaml", "--model.model_name_or_path", str(model_folder),
-             "--data.dataset_path", str(path), "--trainer.accelerator", "cpu", *options]
-        )  # fmt: skip
+            [
+                "inspect",
+                "--config",
+                "configs/qwen7b.yaml",
+                "--model.model_name_or_path",
+                str(model_folder),
+                "--data.dataset_path",
+                str(path),
+                "--trainer.accelerator",
+                "cpu",
+                *options,
+            ]
+        )
         return code, capsys.readouterr().out
 
     return run
@@ -102,11 +112,17 @@ def test_the_page_holds_the_audit_and_escaped_rows(inspect, model_folder, tmp_pa
 
 
 def test_a_row_that_is_not_trained_is_found_with_what_became_of_it(inspect, rows):
-    code, out = inspect([*rows, "nonsense", {"instruction": "long " * 500, "output": "b"}], "--row", "rows.jsonl:26",
-                        "--data.max_length", "200")  # fmt: skip
+    code, out = inspect(
+        [*rows, "nonsense", {"instruction": "long " * 500, "output": "b"}],
+        "--row",
+        "rows.jsonl:26",
+        "--data.max_length",
+        "200",
+    )
     assert code == 1 and "rows.jsonl:26: bad JSON: is not JSON" in out and "── " not in out
-    code, out = inspect([{"instruction": "long " * 500, "output": "b"}], "--row", "./rows.jsonl:1",
-                        "--data.max_length", "200")  # fmt: skip
+    code, out = inspect(
+        [{"instruction": "long " * 500, "output": "b"}], "--row", "./rows.jsonl:1", "--data.max_length", "200"
+    )
     assert "rows.jsonl:1: changed: longest user text shortened" in out and out.count("── ") == 1
 
 

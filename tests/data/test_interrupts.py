@@ -24,15 +24,29 @@ def large(tmp_path_factory):
 def test_a_disturbed_preparation_ends_with_its_code_without_a_process_or_half_a_cache(large, model_folder, tmp_path):
     cache = tmp_path / "cache"
     command = [
-        "inspect", "--config", "configs/qwen7b.yaml", "--model.model_name_or_path", str(model_folder),
-        "--data.dataset_path", str(large), "--data.num_proc", "3", "--data.cache_dir", str(cache),
-        "--output_dir", str(tmp_path / "out"), "--trainer.accelerator", "cpu",
-    ]  # fmt: skip
+        "inspect",
+        "--config",
+        "configs/qwen7b.yaml",
+        "--model.model_name_or_path",
+        str(model_folder),
+        "--data.dataset_path",
+        str(large),
+        "--data.num_proc",
+        "3",
+        "--data.cache_dir",
+        str(cache),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--trainer.accelerator",
+        "cpu",
+    ]
     asked = [*STOPPED, "worker SIGKILL", "main SIGKILL"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.interrupted", str(cache), ",".join(asked), *command],
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     found = json.loads(done.stdout)
     wanted = {**STOPPED, "worker SIGKILL": 1, "main SIGKILL": -9}
     assert {what: one["code"] for what, one in found.items()} == wanted, done.stderr

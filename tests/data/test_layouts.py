@@ -28,14 +28,23 @@ def sharegpt(*turns):
 
 
 LAYOUTS = {
-    "dolly": ({"instruction": "I", "context": "C", "response": "A", "category": "x"},
-              [{"role": "user", "content": "I\nC"}, A], ["category"]),
+    "dolly": (
+        {"instruction": "I", "context": "C", "response": "A", "category": "x"},
+        [{"role": "user", "content": "I\nC"}, A],
+        ["category"],
+    ),
     "stanford alpaca": ({"instruction": "Q", "input": "", "output": "A", "text": "Q ### Output: A"}, [U, A], []),
-    "python code": ({"instruction": "I", "input": "N", "output": "A", "prompt": "Below\nI\nN\n### Output:\nA"},
-                    [{"role": "user", "content": "I\nN"}, A], []),
+    "python code": (
+        {"instruction": "I", "input": "N", "output": "A", "prompt": "Below\nI\nN\n### Output:\nA"},
+        [{"role": "user", "content": "I\nN"}, A],
+        [],
+    ),
     "open orca": ({"id": "1", "system_prompt": "S", "question": "Q", "response": "A"}, [S, U, A], ["id"]),
-    "open hermes": ({**sharegpt(("human", "Q"), ("gpt", "A")), "system_prompt": "S", "source": "x"}, [S, U, A],
-                    ["source"]),
+    "open hermes": (
+        {**sharegpt(("human", "Q"), ("gpt", "A")), "system_prompt": "S", "source": "x"},
+        [S, U, A],
+        ["source"],
+    ),
     "firefly": ({"kind": "NLI", "input": "Q", "target": "A"}, [U, A], ["kind"]),
     "swift": ({"query": "Q", "response": "A", "history": [["Q", "B"]], "system": "S"}, [S, U, B, U, A], []),
     "prompt and response": ({"prompt": "Q", "response": "A"}, [U, A], []),
@@ -45,38 +54,92 @@ LAYOUTS = {
     "medical": ({"Question": "Q", "Complex_CoT": "T", "Response": "A"}, [U, THOUGHT], []),
     "thought beside the output": ({"instruction": "Q", "output": "A", "reasoning": "T"}, [U, THOUGHT], []),
     "thought beside the completion": ({"prompt": "Q", "completion": "A", "reasoning_content": "T"}, [U, THOUGHT], []),
-    "exchanges": ({"conversation": [{"human": "Q", "assistant": "A"}, {"human": "Q", "assistant": "B"}]},
-                  [U, A, U, B], []),
+    "exchanges": (
+        {"conversation": [{"human": "Q", "assistant": "A"}, {"human": "Q", "assistant": "B"}]},
+        [U, A, U, B],
+        [],
+    ),
     "xtuner": ({"conversation": [{"system": "S", "input": "Q", "output": "A"}]}, [S, U, A], []),
     "lima": ({"conversations": ["Q", "A", "Q", "B"]}, [U, A, U, B], []),
     "raw ultrachat": ({"id": "1", "data": ["Q", "A"]}, [U, A], ["id"]),
     "ultrachat": ({"prompt": "Q", "prompt_id": "1", "messages": [U, A]}, [U, A], ["prompt_id"]),
-    "xlam": ({"query": "Q", "answers": '[{"name": "f", "arguments": {"x": 1}}]', "tools": '[{"name": "f"}]'},
-             [U, CALLING], []),
-    "a tree of one path": ({"prompt": {"role": "prompter", "text": "Q", "replies": [
-        {"role": "assistant", "text": "A"}]}}, [U, A], []),
+    "xlam": (
+        {"query": "Q", "answers": '[{"name": "f", "arguments": {"x": 1}}]', "tools": '[{"name": "f"}]'},
+        [U, CALLING],
+        [],
+    ),
+    "a tree of one path": (
+        {"prompt": {"role": "prompter", "text": "Q", "replies": [{"role": "assistant", "text": "A"}]}},
+        [U, A],
+        [],
+    ),
     "names of roles": (sharegpt(("USER", "Q"), ("bot", "A"), ("Prompter", "Q"), ("Model", "B")), [U, A, U, B], []),
-    "swift's agents": ({"messages": [U, {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'},
-                                     {"role": "tool_response", "content": "1"}, A]}, [U, CALLING, RESULT, A], []),
-    "thought and call": (sharegpt(("human", "Q"), ("function_call", '<think>\nT\n</think>\n\n{"name": "f", '
-                                                   '"arguments": {"x": 1}}'), ("observation", "1"), ("gpt", "A")),
-                         [U, {**CALLING, "reasoning_content": "T"}, RESULT, A], []),
-    "tagged calls": (sharegpt(("human", "Q"), ("function_call", 'B<tool_call>{"name": "f", "arguments": {"x": 1}}'
-                                               "</tool_call>"), ("observation", "1"), ("gpt", "A")),
-                     [U, {**CALLING, "content": "B"}, RESULT, A], []),
+    "swift's agents": (
+        {
+            "messages": [
+                U,
+                {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'},
+                {"role": "tool_response", "content": "1"},
+                A,
+            ]
+        },
+        [U, CALLING, RESULT, A],
+        [],
+    ),
+    "thought and call": (
+        sharegpt(
+            ("human", "Q"),
+            ("function_call", '<think>\nT\n</think>\n\n{"name": "f", "arguments": {"x": 1}}'),
+            ("observation", "1"),
+            ("gpt", "A"),
+        ),
+        [U, {**CALLING, "reasoning_content": "T"}, RESULT, A],
+        [],
+    ),
+    "tagged calls": (
+        sharegpt(
+            ("human", "Q"),
+            ("function_call", 'B<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'),
+            ("observation", "1"),
+            ("gpt", "A"),
+        ),
+        [U, {**CALLING, "content": "B"}, RESULT, A],
+        [],
+    ),
     "thinking": ({"messages": [U, {**A, "thinking": "T"}]}, [U, THOUGHT], []),
-    "one thought in two places": ({"messages": [U, {"role": "assistant", "content": "<think>\nT\n</think>\n\nA",
-                                                    "reasoning_content": "T"}]}, [U, THOUGHT], []),
+    "one thought in two places": (
+        {"messages": [U, {"role": "assistant", "content": "<think>\nT\n</think>\n\nA", "reasoning_content": "T"}]},
+        [U, THOUGHT],
+        [],
+    ),
     "equal conversations": ({"messages": [U, A], **sharegpt(("human", "Q"), ("gpt", "A"))}, [U, A], []),
-    "columns that are not known": ({"instruction": "Q", "output": "A", "remark": "R", "sure": True, "none": ""},
-                                   [U, A], ["remark", "sure"]),
-    "keys that are not known": ({"messages": [{**U, "name": "x"}, {**A, "mood": "good"}]}, [U, A],
-                                ["messages.mood", "messages.name"]),
+    "columns that are not known": (
+        {"instruction": "Q", "output": "A", "remark": "R", "sure": True, "none": ""},
+        [U, A],
+        ["remark", "sure"],
+    ),
+    "keys that are not known": (
+        {"messages": [{**U, "name": "x"}, {**A, "mood": "good"}]},
+        [U, A],
+        ["messages.mood", "messages.name"],
+    ),
     "a user's thought": ({"messages": [{**U, "reasoning": "T"}, A]}, [U, A], ["messages.reasoning"]),
-    "a call's own keys": ({"messages": [U, {"role": "assistant", "tool_calls": [
-        {"id": "1", "function": {"name": "f", "arguments": {"x": 1}, "why": "R"}}]}, RESULT, A]},
-        [U, CALLING, RESULT, A], ["tool_calls.why"]),
-}  # fmt: skip
+    "a call's own keys": (
+        {
+            "messages": [
+                U,
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"x": 1}, "why": "R"}}],
+                },
+                RESULT,
+                A,
+            ]
+        },
+        [U, CALLING, RESULT, A],
+        ["tool_calls.why"],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -161,14 +224,22 @@ ODD = {
     "a greeting after a system prompt": ([S, GREETING, U, A], [S, GREETING, U, A], [False, False, False, True]),
     "a system prompt in the middle": ([U, A, S, U, B], [U, A, S, U, B], [False, True, False, False, True]),
     "two system prompts": ([S, S, U, A], [{"role": "system", "content": "S\n\nS"}, U, A], [False, False, True]),
-    "calls in two turns": ([U, CALLING, CALLING, RESULT, RESULT, A],
-                           [U, {**CALLING, "tool_calls": [call("f", x=1)] * 2}, RESULT, RESULT, A],
-                           [False, True, False, False, True]),
-    "text, then a call": ([U, B, CALLING, RESULT, A], [U, {**CALLING, "content": "B"}, RESULT, A],
-                          [False, True, False, True]),
-    "a question after a result": ([U, CALLING, RESULT, U, A], [U, CALLING, RESULT, U, A],
-                                  [False, True, False, False, True]),
-}  # fmt: skip
+    "calls in two turns": (
+        [U, CALLING, CALLING, RESULT, RESULT, A],
+        [U, {**CALLING, "tool_calls": [call("f", x=1)] * 2}, RESULT, RESULT, A],
+        [False, True, False, False, True],
+    ),
+    "text, then a call": (
+        [U, B, CALLING, RESULT, A],
+        [U, {**CALLING, "content": "B"}, RESULT, A],
+        [False, True, False, True],
+    ),
+    "a question after a result": (
+        [U, CALLING, RESULT, U, A],
+        [U, CALLING, RESULT, U, A],
+        [False, True, False, False, True],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -213,9 +284,19 @@ def inspect(model_folder, tmp_path, capsys):
         path = tmp_path / name
         path.write_text(content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content))
         code = main(
-            ["inspect", "--config", "configs/qwen7b.yaml", "--model.model_name_or_path", str(model_folder),
-             "--data.dataset_path", str(path), "--trainer.accelerator", "cpu", *options]
-        )  # fmt: skip
+            [
+                "inspect",
+                "--config",
+                "configs/qwen7b.yaml",
+                "--model.model_name_or_path",
+                str(model_folder),
+                "--data.dataset_path",
+                str(path),
+                "--trainer.accelerator",
+                "cpu",
+                *options,
+            ]
+        )
         out, error = capsys.readouterr()
         return code, out, error
 

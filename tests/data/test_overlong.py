@@ -120,8 +120,11 @@ def test_truncate_drops_no_row_and_trains_no_end_of_an_answer_that_is_cut(name, 
             assert end == len(ids) > begin and ids[-1] != truncate.end
             said = qwen_tokenizer.decode(ids[begin:end]).strip()
             answers = [message for message in row.messages if message["role"] == "assistant"]
-            texts = [(one.get("reasoning_content", "") and f"<think>\n{one['reasoning_content']}\n</think>\n\n")
-                     + one["content"] for one in answers]  # fmt: skip
+            texts = [
+                (one.get("reasoning_content", "") and f"<think>\n{one['reasoning_content']}\n</think>\n\n")
+                + one["content"]
+                for one in answers
+            ]
             assert "\ufffd" not in said and any(
                 said in text or said.endswith(text[: len(said) // 2]) or text.startswith(said) for text in texts
             )

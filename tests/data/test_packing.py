@@ -61,9 +61,18 @@ def test_each_document_has_the_same_loss_packed_padded_and_alone(model_folder, a
 
     with torch.no_grad():
         packed, padded = losses(collate(made, 0, packed=True)), losses(collate(made, 0))
-        alone = [float(summed_loss(model.lm_head, model.model(input_ids=torch.tensor(ids[None]).long())
-                 .last_hidden_state[0, max(span[0, 0], 1) - 1 : span[0, 1] - 1],
-                 torch.tensor(ids[max(span[0, 0], 1) : span[0, 1]]).long())) for ids, span in made]  # fmt: skip
+        alone = [
+            float(
+                summed_loss(
+                    model.lm_head,
+                    model.model(input_ids=torch.tensor(ids[None]).long()).last_hidden_state[
+                        0, max(span[0, 0], 1) - 1 : span[0, 1] - 1
+                    ],
+                    torch.tensor(ids[max(span[0, 0], 1) : span[0, 1]]).long(),
+                )
+            )
+            for ids, span in made
+        ]
     assert np.allclose(packed, alone, rtol=1e-5) and np.allclose(padded, alone, rtol=1e-5)
 
 

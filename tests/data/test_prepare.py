@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qwen_lit.data.faults import DataError
-from qwen_lit.data.prepare import Task, cache_key, judge, prepare, read_report
+from qwen_lit.data.prepare import Task, cache_key, prepare, raise_if_too_many_faults, read_report
 from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Source, read_rows
 
@@ -120,13 +120,13 @@ def test_faulty_rows_stop_the_run_with_the_first_ten_and_the_counts_by_kind(rows
     path.write_text("nonsense\n" * 12 + '{"instruction": "a"}\n' + json.dumps(rows[0]) + "\n")
     report = read_report(prepare(task(path), tokenizer, tmp_path / "cache"))
     with pytest.raises(DataError) as caught:
-        judge(report, "error", 0.1)
+        raise_if_too_many_faults(report, "error", 0.1)
     text = str(caught.value)
     assert "13 of 14 rows are faulty (bad JSON: 12, missing field: 1)" in text and "… and 3 more" in text
     assert f"{path}:10" in text and f"{path}:11" not in text
     with pytest.raises(DataError, match="more than data.max_bad_share 0.1"):
-        judge(report, "skip", 0.1)
-    judge(report, "skip", 0.95)
+        raise_if_too_many_faults(report, "skip", 0.1)
+    raise_if_too_many_faults(report, "skip", 0.95)
 
 
 GOOD = {"instruction": "a", "output": "b"}

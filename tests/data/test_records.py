@@ -123,9 +123,17 @@ def test_every_row_of_the_hostile_corpus_gets_its_own_message(qwen_tokenizer, tm
 
 @pytest.mark.parametrize(
     ("given", "trained"),
-    [({}, True), ({"train": True}, True), ({"train": "false"}, False), ({"weight": 0}, False), ({"weight": 1.0}, True),
-     ({"loss_weight": 0.0}, False), ({"weight": None}, True), ({"train": 1, "weight": 0}, False)],
-)  # fmt: skip
+    [
+        ({}, True),
+        ({"train": True}, True),
+        ({"train": "false"}, False),
+        ({"weight": 0}, False),
+        ({"weight": 1.0}, True),
+        ({"loss_weight": 0.0}, False),
+        ({"weight": None}, True),
+        ({"train": 1, "weight": 0}, False),
+    ],
+)
 def test_a_message_is_trained_or_not_by_any_of_its_words(given, trained):
     row = {"messages": [*ASKED, ASKED[0], {**ASKED[1], **given}]}
     assert parse_row(row, "a:1").train == [False, True, False, trained]
@@ -198,12 +206,19 @@ def test_older_functions_are_tools():
         ({"messages": "[" * 100_000}, "wrong type"),
         ({"messages": [ASKED[0], {"role": "assistant", "tool_calls": "[" * 100_000}]}, "bad tool call"),
         (
-            {"messages": [ASKED[0], {"role": "assistant", "content": [{"type": "tool_call", "value": CALL},
-                                                                      {"type": "text", "text": "after"}]}]},
+            {
+                "messages": [
+                    ASKED[0],
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "tool_call", "value": CALL}, {"type": "text", "text": "after"}],
+                    },
+                ]
+            },
             "bad part",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_would_be_lost_or_moved_is_refused(row, kind):
     with pytest.raises(RowError) as caught:
         parse_row(row, "a:1")

@@ -12,8 +12,11 @@ from qwen_lit.data.split import chapters, rows_of
 
 def novel(seed, chinese=True):
     draw = random.Random(seed)
-    said = ["雨下了一夜。", "“你是谁？”他问。", "没有人回答……", "街上空无一人，只有风。"] if chinese else [
-        "It rained. ", "“Who are you?” he asked. ", "No one answered. "]  # fmt: skip
+    said = (
+        ["雨下了一夜。", "“你是谁？”他问。", "没有人回答……", "街上空无一人，只有风。"]
+        if chinese
+        else ["It rained. ", "“Who are you?” he asked. ", "No one answered. "]
+    )
     text = "书名\n\n"
     for number in range(1, draw.randint(3, 9)):
         text += f"第{number}章　雨夜\n\n" if chinese else f"Chapter {number}: Rain\n\n"

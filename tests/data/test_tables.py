@@ -42,8 +42,10 @@ def test_a_record_of_other_cells_is_a_fault_by_its_first_line(tokenizer, tmp_pat
     report = read_report(prepare(Task([Source(str(path))], {"max_length": 64}, {}), tokenizer, tmp_path / "cache"))
     assert report.rows == 5 and report.examples == 2
     assert [(one.source, one.kind) for one in report.first] == [
-        (f"{path}:4", "cells"), (f"{path}:5", "cells"), (f"{path}:7", "missing field"),
-    ]  # fmt: skip
+        (f"{path}:4", "cells"),
+        (f"{path}:5", "cells"),
+        (f"{path}:7", "missing field"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,30 @@ from tests.data.test_chatml import template
 
 CONTROL = frozenset({"<|im_start|>", "<|im_end|>", "<|endoftext|>"})
 PARTS = [
-    "第一章　雨夜", "他走进来。", "“你好！”她说……", "\n", "\n\n", "\r\n", "\r\n\r\n", "\n　　", " \n \n", "🙂",
-    "👨‍👩‍👧", "e\u0301", "Hello there. ", "It rained, and rained; ", "don't", "12345", "\t", "   ", "龙" * 40,
-    "\ufeff", "한국어", "？！", "——",
-]  # fmt: skip
+    "第一章　雨夜",
+    "他走进来。",
+    "“你好！”她说……",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\r\n\r\n",
+    "\n　　",
+    " \n \n",
+    "🙂",
+    "👨‍👩‍👧",
+    "e\u0301",
+    "Hello there. ",
+    "It rained, and rained; ",
+    "don't",
+    "12345",
+    "\t",
+    "   ",
+    "龙" * 40,
+    "\ufeff",
+    "한국어",
+    "？！",
+    "——",
+]
 
 
 def encoder(tokenizer, most=32, **options):

@@ -9,10 +9,10 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from qwen_lit.export.card import AdapterFacts, Told, finish_adapter, model_card
+from qwen_lit.export.card import AdapterFacts, ModelCardFacts, finish_adapter, model_card
 from qwen_lit.names import base_reference, hub_name
 
-NAMES = ["Qwen/Qwen2.5-7B-Instruct", "我的 模型/Qwen2.5 7B: \"微调\" #1", "it's 'quoted'", "- [a]: {b}"]
+NAMES = ["Qwen/Qwen2.5-7B-Instruct", '我的 模型/Qwen2.5 7B: "微调" #1', "it's 'quoted'", "- [a]: {b}"]
 
 
 def adapter(folder, targets=("q_proj",), rank=4, **config):
@@ -33,7 +33,9 @@ def adapter(folder, targets=("q_proj",), rank=4, **config):
 
 
 def card_of(folder, base, **told):
-    return model_card(Told(config={"model": {"model_name_or_path": base}}, adapter=AdapterFacts.read(folder), **told))
+    return model_card(
+        ModelCardFacts(config={"model": {"model_name_or_path": base}}, adapter=AdapterFacts.read(folder), **told)
+    )
 
 
 def commands(card):
@@ -104,12 +106,22 @@ def test_rank_stabilised_lora_is_served_by_vllm_alone(tmp_path):
 def test_the_card_tells_data_losses_and_verdict(tmp_path):
     merges = {"original": {"loss": 1.5, "kl": 0.02, "same_top": 0.95}}
     card = card_of(
-        adapter(tmp_path / "lora_adapter"), "Qwen/Qwen2.5-7B-Instruct",
-        data={"share supervised": "81.0%", "fingerprint": "10 rows, abc"}, losses={"train, last step": 1.25},
-        verdict={"rows": 3, "tokens": 99, "adapter_loss": 1.4, "merges": merges, "kind": "held-out"}, stopped=(3, 3),
-    )  # fmt: skip
-    for words in ("81.0%", "10 rows, abc", "1.2500", "| adapter on its base | 1.4000 |", "95.00%", "3 of 3",
-                  "merged into its bf16 weights"):  # fmt: skip
+        adapter(tmp_path / "lora_adapter"),
+        "Qwen/Qwen2.5-7B-Instruct",
+        data={"share supervised": "81.0%", "fingerprint": "10 rows, abc"},
+        losses={"train, last step": 1.25},
+        verdict={"rows": 3, "tokens": 99, "adapter_loss": 1.4, "merges": merges, "kind": "held-out"},
+        stopped=(3, 3),
+    )
+    for words in (
+        "81.0%",
+        "10 rows, abc",
+        "1.2500",
+        "| adapter on its base | 1.4000 |",
+        "95.00%",
+        "3 of 3",
+        "merged into its bf16 weights",
+    ):
         assert words in card, words
     told = card_of(tmp_path / "lora_adapter", "Qwen/Qwen2.5-7B", merge_base="dequantized", held_in="nf4, double")
     assert "weights as they were trained on, in nf4, double." in told

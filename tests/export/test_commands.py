@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_lit.export.card import AdapterFacts, Told, finish_adapter, model_card
+from qwen_lit.export.card import AdapterFacts, ModelCardFacts, finish_adapter, model_card
 from qwen_lit.export.commands import served_name
 from tests.export.test_card import adapter, commands
 
@@ -15,7 +15,7 @@ BASE = "Qwen/Qwen2.5-7B"
 
 def card_of(folder, base=BASE, output_dir="output/tea", **told):
     config = {"model": {"model_name_or_path": base}, "output_dir": str(output_dir)}
-    return model_card(Told(config=config, adapter=AdapterFacts.read(folder), **told))
+    return model_card(ModelCardFacts(config=config, adapter=AdapterFacts.read(folder), **told))
 
 
 def test_the_merged_model_and_the_adapter_are_served_from_the_folder_of_the_card_under_one_name(tmp_path):
@@ -33,7 +33,7 @@ def test_the_merged_model_and_the_adapter_are_served_from_the_folder_of_the_card
         ["llama-server", "-m", "model-q4_k_m.gguf", "--alias", "tea", "--jinja"],
         ["vllm", "serve", BASE, "--enable-lora", "--max-lora-rank", "64", "--lora-modules", "tea=/else where/lora"],
         [*sglang, BASE, "--served-model-name", "base", "--enable-lora", "--lora-paths", "tea=/else where/lora"],
-    ]  # fmt: skip
+    ]
     assert ask[:2] == ["curl", "http://localhost:8000/v1/chat/completions"]
     assert json.loads(ask[-1])["model"] == "tea" and "requests call the model base:tea" in card
     assert "llama-server -m" not in card_of(folder)

@@ -19,8 +19,17 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def run(arguments):
-    return [*arguments, "--trainer.max_steps", "2", "--data.val_size", "5", "--export.smoke_rows", "0",
-            "--samples.rows", "0"]  # fmt: skip
+    return [
+        *arguments,
+        "--trainer.max_steps",
+        "2",
+        "--data.val_size",
+        "5",
+        "--export.smoke_rows",
+        "0",
+        "--samples.rows",
+        "0",
+    ]
 
 
 def fail(error):

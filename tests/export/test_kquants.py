@@ -118,10 +118,18 @@ def test_llama_cpp_itself_quantises_and_answers_as_transformers(tmp_path, tokeni
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=512,
-    )).bfloat16()  # fmt: skip
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=320,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+            max_position_embeddings=512,
+        )
+    ).bfloat16()
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model.gguf"
     assert write_gguf(tmp_path / "model", path, kind, tokenizer) > 0

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: MIT
 """The merged folder against PEFT's adapter on the base model; no network, tiny random models."""
 
 from __future__ import annotations
@@ -24,9 +23,14 @@ from qwen_lit.quantization import Held
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and PEFT deprecations
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES: dict[str, Any] = dict(
-    vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64,
-)  # fmt: skip
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 
 
 @pytest.fixture(autouse=True)

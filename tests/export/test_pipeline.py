@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen_lit.callbacks.store import last_checkpoint
+from qwen_lit.callbacks.checkpoint_io import last_checkpoint
 from qwen_lit.cli import main
 
 

@@ -10,7 +10,7 @@ from jinja2 import Environment
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from qwen_lit.export.card import Told
+from qwen_lit.export.card import ModelCardFacts
 from qwen_lit.export.serving import default_system, modelfile, untrained_end, write_serving_files
 from tests.export.test_merge import make_base
 
@@ -68,14 +68,14 @@ def served(base, out, tokenizer, generation, told=None):
     """What ``write_serving_files`` makes of a base with this generation config."""
     (base / "generation_config.json").write_text(json.dumps(generation))
     out.mkdir(exist_ok=True)
-    write_serving_files(out, base, tokenizer, told or Told())
+    write_serving_files(out, base, tokenizer, told or ModelCardFacts())
     return json.loads((out / "generation_config.json").read_text())
 
 
 def test_the_end_tokens_of_a_chat_are_the_model_s_end_tokens(tokenizer, base, tmp_path):
     config = {"seed": 1, "path": Path("x"), "text": "你好"}
     given = {"top_p": 0.8, "do_sample": True, "eos_token_id": 7}
-    generation = served(base, tmp_path / "out", tokenizer, given, Told(config=config))
+    generation = served(base, tmp_path / "out", tokenizer, given, ModelCardFacts(config=config))
     vocab = tokenizer.get_vocab()
     ends = [vocab["<|im_end|>"], vocab["<|endoftext|>"]]
     assert generation == {"top_p": 0.8, "do_sample": True, "eos_token_id": ends, "pad_token_id": ends[1]}

@@ -10,16 +10,16 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from qwen_lit.callbacks.store import to_host
+from qwen_lit.callbacks.checkpoint_io import to_host
 from qwen_lit.data.batches import collate
+from qwen_lit.engine.engine import FastEngine
+from qwen_lit.engine.lora_linear import WORKSPACE
 from qwen_lit.kernels import attention, offload, plan
-from qwen_lit.kernels.engine import FastEngine
-from qwen_lit.kernels.member import WORKSPACE
-from qwen_lit.kernels.plan import GIB, Machine, Shape, apply, choose, limit
-from qwen_lit.kernels.probe import STEPS, is_full, measure_machine, measure_peak
 from qwen_lit.model.load import add_adapter, load_base
 from qwen_lit.model.optim import build_optimizer
-from tests.kernels.test_engine import fifty_steps
+from qwen_lit.planner.measure import STEPS, is_full, measure_host, measure_peak
+from qwen_lit.planner.plan import GIB, HostProfile, Shape, apply, choose, limit
+from tests.engine.test_engine import fifty_steps
 
 pytestmark = pytest.mark.gpu
 
@@ -31,9 +31,16 @@ DEVICE = torch.device("cuda:0")
 def saved(folder, family="qwen2", **sizes):
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": 5000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6,
-        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": False, **sizes,
-    }  # fmt: skip
+        "vocab_size": 5000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+        **sizes,
+    }
     config, model = (Qwen2Config, Qwen2ForCausalLM) if family == "qwen2" else (Qwen3Config, Qwen3ForCausalLM)
     model(config(**sizes)).to(torch.bfloat16).save_pretrained(folder)
     return folder
@@ -52,17 +59,22 @@ def folders(folder, tmp_path_factory):
         "wide MLP": saved(tmp_path_factory.mktemp("model"), intermediate_size=5632),
         "narrow MLP": saved(tmp_path_factory.mktemp("model"), hidden_size=2048, num_attention_heads=16),
         "wide attention": saved(
-            tmp_path_factory.mktemp("model"), "qwen3", num_attention_heads=16, num_key_value_heads=8,
+            tmp_path_factory.mktemp("model"),
+            "qwen3",
+            num_attention_heads=16,
+            num_key_value_heads=8,
             intermediate_size=3072,
         ),
-    }  # fmt: skip
+    }
 
 
 def loaded(folder, targets, dropout=0.0, dtype=torch.bfloat16):
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-    )  # fmt: skip
+    )
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout, target_modules=targets)
     base = load_base(str(folder), quantization, DEVICE)
     torch.manual_seed(3)
@@ -110,10 +122,14 @@ def test_what_is_kept_recomputed_or_offloaded_gives_the_same_bits(
     model, one = loaded(folder, targets, dropout), batch(lengths)
     runs = []
     for options in (
-        {}, {"recompute_layers": 6}, {"recompute_layers": 6, "offload": True}, {"offload_layers": 6},
-        {"offload_layers": 3}, {"recompute_layers": 2, "offload_layers": 3},
+        {},
+        {"recompute_layers": 6},
+        {"recompute_layers": 6, "offload": True},
+        {"offload_layers": 6},
+        {"offload_layers": 3},
+        {"recompute_layers": 2, "offload_layers": 3},
         {"offload_layers": 2, "resident_layers": 6},
-    ):  # fmt: skip
+    ):
         engine = FastEngine(model, **options)
         # The second run is where memory is used again while copies are under way.
         for _ in range(2):
@@ -210,7 +226,7 @@ def test_what_does_not_fit_is_told_and_training_goes_on_after_it(folder):
 
 def test_the_machine_is_measured_alike_twice(folder):
     model = loaded(folder, QKVO)
-    one, two = (measure_machine(FastEngine(model), Shape.of(model, 2), batch([16]), 1) for _ in range(2))
+    one, two = (measure_host(FastEngine(model), Shape.of(model, 2), batch([16]), 1) for _ in range(2))
     assert 0 <= one.share <= 1 and one.share * STEPS == int(one.share * STEPS)
     assert abs(one.share - two.share) <= 1 / STEPS and GIB < one.memory < 2**62
     assert 0 < one.launch < 1_000_000 and 0.5 < one.launch / two.launch < 2
@@ -221,7 +237,7 @@ def test_a_plan_with_offloaded_layers_stays_within_its_budget(folder):
     torch.cuda.empty_cache()
     static, shape = torch.cuda.memory_allocated() - plan.CUBLAS, Shape.of(model, 2)
     budget = static + GIB
-    chosen = choose(shape, static, budget, {n: n * 2048 for n in (8, 4, 2, 1)}, Machine(1.0))
+    chosen = choose(shape, static, budget, {n: n * 2048 for n in (8, 4, 2, 1)}, HostProfile(1.0))
     assert chosen.offload_layers > 0
     peak = measure_peak(apply(chosen, model), batch([2048] * chosen.merge))
     assert peak <= limit(budget), (str(chosen), peak / GIB)

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from qwen_lit.cli import main
-from qwen_lit.kernels.engine import FastEngine
-from qwen_lit.kernels.plan import choose
-from qwen_lit.model import planning
+from qwen_lit.engine.engine import FastEngine
+from qwen_lit.planner import planner as planning
+from qwen_lit.planner.plan import choose
 
 pytestmark = pytest.mark.gpu
 

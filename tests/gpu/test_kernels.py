@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from qwen_lit.engine.linear import group_linear, group_reference
+from qwen_lit.engine.lora_linear import LoraLinear, full_weight, lora_columns
+from qwen_lit.engine.mlp import gate_up, gate_up_reference, mlp, mlp_in_pieces
+from qwen_lit.engine.qkv import qkv_rope, qkv_rope_reference
 from qwen_lit.kernels.attention import attention, attention_reference
 from qwen_lit.kernels.dropout import dropped
-from qwen_lit.kernels.heads import heads, heads_reference
 from qwen_lit.kernels.launch import INTERPRETED
-from qwen_lit.kernels.linear import group_linear, group_reference
 from qwen_lit.kernels.loss import head_loss, head_loss_reference
-from qwen_lit.kernels.member import Member, full_weight, room
-from qwen_lit.kernels.mlp import gate_up, gate_up_reference, mlp, mlp_in_pieces
 from qwen_lit.kernels.nf4 import can_dequantize, dequantize, dequantize_reference
 from qwen_lit.kernels.norm import add_norm
 from qwen_lit.kernels.rope import rope, rope_backward, rope_reference
@@ -155,8 +155,10 @@ def test_attention_equals_its_twin_and_never_crosses_a_document(lengths):
     ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
     compare(
         lambda q, k, v: attention(q, k, v, ends, max(lengths)),
-        lambda q, k, v: attention_reference(q, k, v, ends), [q, k, v], dtype,
-    )  # fmt: skip
+        lambda q, k, v: attention_reference(q, k, v, ends),
+        [q, k, v],
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, LOW], ids=str)
@@ -179,7 +181,7 @@ def test_dequantisation_equals_bitsandbytes_to_the_bit(shape, nested, storage):
         assert bool((corner[shape[0] :] == 7).all() and (corner[:, shape[1] :] == 7).all())
 
 
-def member(width, out, rank, four_bit, dropout, bias=True):
+def linear(width, out, rank, four_bit, dropout, bias=True):
     """A linear as the model holds it, and its weight in float64."""
     from bitsandbytes.nn import Linear4bit
 
@@ -192,12 +194,12 @@ def member(width, out, rank, four_bit, dropout, bias=True):
     # Products take A and B in their own dtype; these are the same numbers in both.
     a, b = ((0.2 * random(*size, dtype=LOW)).float().requires_grad_() for size in ((rank, width), (out, rank)))
     named = layer.bias.data.to(LOW) if bias else None
-    made = Member(layer.weight, named, a if rank else None, b if rank else None, 0.5, dropout)
+    made = LoraLinear(layer.weight, named, a if rank else None, b if rank else None, 0.5, dropout)
     return made, full_weight([made], LOW).double().clone()
 
 
 def twin(one, weight):
-    """The member in float64, with parameters of its own."""
+    """The linear in float64, with parameters of its own."""
     a, b = (None if p is None else p.detach().double().requires_grad_() for p in (one.a, one.b))
 
     def run(x, mask):
@@ -207,7 +209,7 @@ def twin(one, weight):
     return run, (a, b)
 
 
-def agree(found, wanted, x, wide, members, twins):
+def agree(found, wanted, x, wide, linears, twins):
     """Values and gradients of everything that is trained."""
     grads = [random(*one.shape, dtype=x.dtype) for one in found]
     torch.autograd.backward(found, grads)
@@ -215,7 +217,7 @@ def agree(found, wanted, x, wide, members, twins):
     for one, other in zip(found, wanted, strict=True):
         close(one, other, x.dtype)
     close(x.grad, wide.grad, x.dtype)
-    for one, (_, (a, b)) in zip(members, twins, strict=True):
+    for one, (_, (a, b)) in zip(linears, twins, strict=True):
         if a is not None:
             close(one.a.grad, a.grad, x.dtype)
             close(one.b.grad, b.grad, x.dtype)
@@ -233,27 +235,27 @@ def mask_of(tokens, width, dropout, seed):
 
 @pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "plain"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("roomy", [True, False], ids=["roomy", "tight"])
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "tight"])
 @pytest.mark.parametrize("outs", [((256, 8), (64, 5), (128, 0)), ((64, 5),), ((320, 16), (64, 8))], ids=len)
 @pytest.mark.parametrize("tokens", [1, TOKENS])
-def test_group_linear_equals_its_twin(four_bit, dropout, roomy, outs, tokens):
-    members, weights = zip(*(member(192, *one, four_bit, dropout) for one in outs), strict=True)
-    whole = random(tokens, 192 + room(list(members)), dtype=LOW) if roomy else None
-    x = whole[:, :192] if roomy else random(tokens, 192, dtype=LOW)
+def test_group_linear_equals_its_twin(four_bit, dropout, padded, outs, tokens):
+    linears, weights = zip(*(linear(192, *one, four_bit, dropout) for one in outs), strict=True)
+    whole = random(tokens, 192 + lora_columns(list(linears)), dtype=LOW) if padded else None
+    x = whole[:, :192] if padded else random(tokens, 192, dtype=LOW)
     x = x.detach().requires_grad_()
     wide = x.detach().double().requires_grad_()
-    twins = [twin(one, weight) for one, weight in zip(members, weights, strict=True)]
-    found = group_linear(x, list(members), 3, roomy)
-    alike(found, group_reference(x.detach(), list(members), 3))
+    twins = [twin(one, weight) for one, weight in zip(linears, weights, strict=True)]
+    found = group_linear(x, list(linears), 3, padded)
+    alike(found, group_reference(x.detach(), list(linears), 3))
     mask = mask_of(tokens, 192, dropout, 3)
-    agree(found, [run(wide, mask) for run, _ in twins], x, wide, members, twins)
+    agree(found, [run(wide, mask) for run, _ in twins], x, wide, linears, twins)
 
 
 @pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "plain"])
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("beside", [0, 8, 12])
 def test_a_gradient_with_room_beside_it_gives_the_same_and_only_the_room_is_written(four_bit, rank, beside):
-    one = member(192, 192, rank, four_bit, 0.0)[0]
+    one = linear(192, 192, rank, four_bit, 0.0)[0]
     x = random(TOKENS, 192, dtype=LOW)
     whole = random(TOKENS, 192 + beside, dtype=LOW)
     before, results = whole.clone(), []
@@ -261,7 +263,7 @@ def test_a_gradient_with_room_beside_it_gives_the_same_and_only_the_room_is_writ
         mine = x.clone().requires_grad_()
         if rank:
             one.a.grad = one.b.grad = None
-        group_linear(mine, [one], 3, roomy_grad=True)[0].backward(grad)
+        group_linear(mine, [one], 3, grad_padded=True)[0].backward(grad)
         results.append([mine.grad, *([one.a.grad, one.b.grad] if rank else [])])
     for found, wanted in zip(*results, strict=True):
         close(found, wanted, LOW)
@@ -275,62 +277,62 @@ def test_a_gradient_with_room_beside_it_gives_the_same_and_only_the_room_is_writ
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("ranks", [(8, 5, 0), (0, 0, 0)], ids=str)
 def test_heads_equal_their_twin(four_bit, normed, dropout, ranks):
-    tokens, size, roomy = TOKENS, 64, sum(ranks) > 0
-    members, weights = zip(
-        *(member(192, n, r, four_bit, dropout, bias=n > 64) for n, r in zip((256, 128, 64), ranks, strict=True)),
+    tokens, size, padded = TOKENS, 64, sum(ranks) > 0
+    linears, weights = zip(
+        *(linear(192, n, r, four_bit, dropout, bias=n > 64) for n, r in zip((256, 128, 64), ranks, strict=True)),
         strict=True,
-    )  # fmt: skip
-    twins = [twin(one, weight) for one, weight in zip(members, weights, strict=True)]
+    )
+    twins = [twin(one, weight) for one, weight in zip(linears, weights, strict=True)]
     angle = torch.rand(tokens, size // 2, device=DEVICE) * 6
     norms = [(random(size, dtype=LOW), 1e-6) if normed else (None, 0.0) for _ in range(2)]
-    whole = random(tokens, 192 + room(list(members)), dtype=LOW)
-    x = (whole[:, :192] if roomy else whole[:, :192].clone()).detach().requires_grad_()
+    whole = random(tokens, 192 + lora_columns(list(linears)), dtype=LOW)
+    x = (whole[:, :192] if padded else whole[:, :192].clone()).detach().requires_grad_()
     wide = x.detach().double().requires_grad_()
-    found = heads(x, list(members), size, angle.cos(), angle.sin(), norms, 3, roomy)
-    alike(found, heads_reference(x.detach(), list(members), size, angle.cos(), angle.sin(), norms, 3))
+    found = qkv_rope(x, list(linears), size, angle.cos(), angle.sin(), norms, 3, padded)
+    alike(found, qkv_rope_reference(x.detach(), list(linears), size, angle.cos(), angle.sin(), norms, 3))
     mask = mask_of(tokens, 192, dropout, 3)
     wanted = [run(wide, mask).view(tokens, -1, size) for run, _ in twins]
     for at, (weight, _) in enumerate(norms):
         one = wanted[at] if weight is None else head_norm(wanted[at], weight)
         wanted[at] = rope_reference(one, angle.cos(), angle.sin(), None, 0.0)
-    agree(found, wanted, x, wide, members, twins)
+    agree(found, wanted, x, wide, linears, twins)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("ranks", [(8, 8, 8), (5, 0, 3), (0, 0, 0)], ids=str)
 def test_gate_up_and_the_mlp_equal_their_twins(dropout, ranks):
     shapes = ((128, 320, ranks[0]), (128, 320, ranks[1]), (320, 128, ranks[2]))
-    members, weights = zip(*(member(*one, True, dropout, bias=False) for one in shapes), strict=True)
-    named = dict(zip(("gate_proj", "up_proj", "down_proj"), members, strict=True))
+    linears, weights = zip(*(linear(*one, True, dropout, bias=False) for one in shapes), strict=True)
+    named = dict(zip(("gate_proj", "up_proj", "down_proj"), linears, strict=True))
     for whole in (False, True):
-        twins = [twin(one, weight) for one, weight in zip(members, weights, strict=True)]
+        twins = [twin(one, weight) for one, weight in zip(linears, weights, strict=True)]
         x = random(TOKENS, 128, dtype=LOW).requires_grad_()
         wide = x.detach().double().requires_grad_()
         mask = mask_of(TOKENS, 128, dropout, 3)
         h = swiglu_reference(twins[0][0](wide, mask), twins[1][0](wide, mask))
         wanted = twins[2][0](h, mask_of(TOKENS, 320, dropout, 4)) if whole else h
-        found = mlp(x, named, 3) if whole else gate_up(x, members[0], members[1], 3)
+        found = mlp(x, named, 3) if whole else gate_up(x, linears[0], linears[1], 3)
         if not whole:
-            alike([found], [gate_up_reference(x.detach(), members[0], members[1], 3)])
-        for one in members:
+            alike([found], [gate_up_reference(x.detach(), linears[0], linears[1], 3)])
+        for one in linears:
             if one.a is not None:
                 one.a.grad = one.b.grad = None
-        agree([found], [wanted], x, wide, members[: 3 if whole else 2], twins[: 3 if whole else 2])
+        agree([found], [wanted], x, wide, linears[: 3 if whole else 2], twins[: 3 if whole else 2])
 
 
 def test_the_mlp_in_pieces_is_the_mlp():
     shapes = ((128, 320, 8), (128, 320, 8), (320, 128, 8))
-    members = [member(*one, True, 0.0, bias=False)[0] for one in shapes]
-    named = dict(zip(("gate_proj", "up_proj", "down_proj"), members, strict=True))
+    linears = [linear(*one, True, 0.0, bias=False)[0] for one in shapes]
+    named = dict(zip(("gate_proj", "up_proj", "down_proj"), linears, strict=True))
     x, grad = random(TOKENS, 128, dtype=LOW), random(TOKENS, 128, dtype=LOW)
     results = []
     for function in (lambda x: mlp(x, named, 3), lambda x: mlp_in_pieces(x, named, 3, 20)):
         part = x.clone().requires_grad_()
-        for one in members:
+        for one in linears:
             one.a.grad = one.b.grad = None
         out = function(part)
         out.backward(grad)
-        results.append([out, part.grad, *(p.grad for one in members for p in (one.a, one.b))])
+        results.append([out, part.grad, *(p.grad for one in linears for p in (one.a, one.b))])
     for one, other in zip(*results, strict=True):
         close(one, other, LOW)
 

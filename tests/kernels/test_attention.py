@@ -40,11 +40,15 @@ def test_without_it_there_is_none():
 @pytest.mark.parametrize(
     ("names", "major", "ahead"),
     [
-        (["flash_attn"], 8, False), (["flash_attn"], 9, False), (["flash_attn", "flash_attn_interface"], 9, True),
-        (["flash_attn.cute", "flash_attn_interface"], 10, True), (["flash_attn_interface"], 8, None),
-        (["flash_attn.cute"], 12, None), (["flash_attn"], 7, None),
+        (["flash_attn"], 8, False),
+        (["flash_attn"], 9, False),
+        (["flash_attn", "flash_attn_interface"], 9, True),
+        (["flash_attn.cute", "flash_attn_interface"], 10, True),
+        (["flash_attn_interface"], 8, None),
+        (["flash_attn.cute"], 12, None),
+        (["flash_attn"], 7, None),
     ],
-)  # fmt: skip
+)
 def test_the_newest_one_for_the_device_is_taken(monkeypatch, names, major, ahead):
     installed(monkeypatch, *names)
     found = flash(major)

@@ -2,14 +2,14 @@
 
 import torch
 
-from qwen_lit.config import Lora
-from qwen_lit.kernels.plan import Plan
+from qwen_lit.config import LoraSection
 from qwen_lit.model.load import add_adapter, load_base
 from qwen_lit.model.module import QwenModule
+from qwen_lit.planner.plan import Plan
 
 
 def test_an_embedding_that_is_planned_for_the_cpu_stays_there_when_all_else_is_moved(model_folder):
-    lora = Lora(r=4, target_modules=["q_proj"])
+    lora = LoraSection(r=4, target_modules=["q_proj"])
     for host in (False, True):
         module = QwenModule(str(model_folder), lora)
         module.model = add_adapter(load_base(str(model_folder), None, torch.device("cpu")), lora, False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen_lit.callbacks.store import last_checkpoint
+from qwen_lit.callbacks.checkpoint_io import last_checkpoint
 from qwen_lit.cli import main
 from tests.runs import adapter
 from tests.test_run import content
@@ -17,19 +17,51 @@ from tests.test_run import content
 def arguments_of(model_folder, dataset):
     def make(out: Path, *options: str) -> list[str]:
         return [
-            "fit", "--config", "configs/qwen7b.yaml", "--output_dir", str(out), "--data.val_size", "5",
-            "--model.model_name_or_path", str(model_folder), "--data.dataset_path", str(dataset),
-            "--data.batch_size", "3", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1",
-            "--trainer.accumulate_grad_batches", "3", "--trainer.enable_progress_bar", "false",
-            "--model.lora_config.r", "4", "--model.lora_config.lora_alpha", "8", "--model.learning_rate", "0.005",
-            "--model.quantization_config.bnb_4bit_use_double_quant", "false", *options,
-        ]  # fmt: skip
+            "fit",
+            "--config",
+            "configs/qwen7b.yaml",
+            "--output_dir",
+            str(out),
+            "--data.val_size",
+            "5",
+            "--model.model_name_or_path",
+            str(model_folder),
+            "--data.dataset_path",
+            str(dataset),
+            "--data.batch_size",
+            "3",
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.max_epochs",
+            "1",
+            "--trainer.accumulate_grad_batches",
+            "3",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--model.lora_config.r",
+            "4",
+            "--model.lora_config.lora_alpha",
+            "8",
+            "--model.learning_rate",
+            "0.005",
+            "--model.quantization_config.bnb_4bit_use_double_quant",
+            "false",
+            *options,
+        ]
 
     return make
 
 
-OTHER = ["--model.lora_config.r", "8", "--model.lora_config.lora_alpha", "640", "--model.lora_config.use_rslora",
-         "true", "--model.quantization_config", "null"]  # fmt: skip
+OTHER = [
+    "--model.lora_config.r",
+    "8",
+    "--model.lora_config.lora_alpha",
+    "640",
+    "--model.lora_config.use_rslora",
+    "true",
+    "--model.quantization_config",
+    "null",
+]
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +133,20 @@ def test_another_base_is_told_or_refused(run, arguments_of, tmp_path, model_fold
     assert "start from an adapter of the same base" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [[], ["--model.lora_config.use_dora", "true",
-                                          "--model.lora_config.modules_to_save", "[lm_head]",
-                                          "--model.lora_config.rank_pattern", "{q_proj: 2}"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        [
+            "--model.lora_config.use_dora",
+            "true",
+            "--model.lora_config.modules_to_save",
+            "[lm_head]",
+            "--model.lora_config.rank_pattern",
+            "{q_proj: 2}",
+        ],
+    ],
+)
 def test_a_new_run_starts_from_an_adapter_with_a_fresh_schedule(arguments_of, tmp_path, options, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(arguments_of(first, *options, "--export.merge", "false")) == 0
@@ -143,7 +186,7 @@ def test_an_adapter_that_cannot_be_started_from_is_refused(run, arguments_of, tm
 
 
 def test_chat_holds_the_base_as_the_run_did(run, tmp_path):
-    from qwen_lit.chat_model import choose, load
+    from qwen_lit.commands.chat_model import choose, load
     from qwen_lit.quantization import loaded_weights
 
     def held(quantize):

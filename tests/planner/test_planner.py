@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from qwen_lit.distributed import least
-from qwen_lit.kernels.offload import UNPINNED
-from qwen_lit.kernels.plan import GIB, Machine, limit
-from qwen_lit.model import planning
-from qwen_lit.model.planning import planned_engine
+from qwen_lit.engine.offload import UNPINNED
 from qwen_lit.model.resume import merge_of
-from tests.kernels.test_engine import adapted, batch
+from qwen_lit.planner import planner as planning
+from qwen_lit.planner.plan import GIB, HostProfile, limit
+from qwen_lit.planner.planner import planned_engine
+from tests.engine.test_engine import adapted, batch
 
 BUDGET = 2 * GIB
-MACHINE = Machine(1.0, 2**40, 100)
+MACHINE = HostProfile(1.0, 2**40, 100)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def plan(monkeypatch, asked):
         return mine.peak_of(engine)
 
     monkeypatch.setattr(planning, "free_memory", lambda device: BUDGET)
-    monkeypatch.setattr(planning, "measure_machine", lambda *_: mine.machine)
+    monkeypatch.setattr(planning, "measure_host", lambda *_: mine.machine)
     monkeypatch.setattr(planning, "measure_peak", measured)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(planning, "least", lambda trainer, value: mine.least(trainer, value))
@@ -47,13 +47,18 @@ def plan(monkeypatch, asked):
             most_tokens=lambda counts: {count: count * tokens for count in counts},
             mean_tokens=lambda: tokens,
             heaviest=lambda merge: merges.append(merge) or batch(True),
-        )  # fmt: skip
+        )
         merges = data.merges = []
         trainer = SimpleNamespace(
-            strategy=SimpleNamespace(root_device=torch.device("cpu")), world_size=1, num_devices=1,
-            limit_train_batches=1.0, val_check_interval=1.0, accumulate_grad_batches=8,
-            state=SimpleNamespace(fn=fn), precision_plugin=SimpleNamespace(forward_context=nullcontext),
-        )  # fmt: skip
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            world_size=1,
+            num_devices=1,
+            limit_train_batches=1.0,
+            val_check_interval=1.0,
+            accumulate_grad_batches=8,
+            state=SimpleNamespace(fn=fn),
+            precision_plugin=SimpleNamespace(forward_context=nullcontext),
+        )
         return *planned_engine(trainer, adapted("qwen2"), data, None, 2, before), merges
 
     return make
@@ -107,7 +112,7 @@ def test_ranks_that_measure_differently_train_the_same_plan(plan, monkeypatch, f
             return 0
 
         share = 0.0 if number == 1 and failure == "slow link" else 1.0
-        return plan(peak_of, tokens=150_000, least=least, machine=Machine(share, 2**40, 100)), len(tried)
+        return plan(peak_of, tokens=150_000, least=least, machine=HostProfile(share, 2**40, 100)), len(tried)
 
     with ThreadPoolExecutor(2) as pool:
         (one, tries), (other, more) = pool.map(rank, range(2))

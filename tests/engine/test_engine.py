@@ -12,8 +12,8 @@ from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM, Qwen
 
 from qwen_lit.cli import main
 from qwen_lit.data.batches import collate
+from qwen_lit.engine.engine import GROUPS, FastEngine, linears_of, unsupported_reason
 from qwen_lit.kernels.dropout import dropped
-from qwen_lit.kernels.engine import GROUPS, FastEngine, linears, why_not
 from qwen_lit.model.load import load_base
 from qwen_lit.model.loss import summed_loss
 
@@ -73,9 +73,17 @@ VARIANTS = {
 
 
 WAYS = (
-    (0, False, 0, 0), (1, False, 0, 0), (3, False, 0, 0), (3, True, 0, 0), (3, True, 10, 0), (0, False, 0, 2),
-    (0, False, 0, 3), (1, False, 0, 1), (2, False, 0, 1), (1, True, 0, 2),
-)  # fmt: skip
+    (0, False, 0, 0),
+    (1, False, 0, 0),
+    (3, False, 0, 0),
+    (3, True, 0, 0),
+    (3, True, 10, 0),
+    (0, False, 0, 2),
+    (0, False, 0, 3),
+    (1, False, 0, 1),
+    (2, False, 0, 1),
+    (1, True, 0, 2),
+)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -84,9 +92,9 @@ WAYS = (
 def test_loss_and_gradients_equal_pefts_whatever_is_kept_recomputed_or_on_the_host(
     family, packed, variant, monkeypatch
 ):
-    monkeypatch.setattr("qwen_lit.kernels.offload.SMALL", 0)
+    monkeypatch.setattr("qwen_lit.engine.offload.SMALL", 0)
     model, one = adapted(family, **VARIANTS[variant]), batch(packed)
-    assert why_not(model, CPU) is None
+    assert unsupported_reason(model, CPU) is None
     loss = reference(model, one)
     wanted = gradients(model, loss)
     assert wanted
@@ -183,7 +191,7 @@ def with_the_engines_masks(model):
     """Puts the masks into PEFT's own path; returns what draws a batch's seed, as the engine does."""
     places, blocks = [], model.base_model.model.model.layers
     for number, block in enumerate(blocks):
-        for name, layer in linears(block).items():
+        for name, layer in linears_of(block).items():
             drops = dict(getattr(layer, "lora_dropout", {}))
             if isinstance(drops.get("default"), torch.nn.Dropout):
                 group = next(at for at, names in enumerate(GROUPS) if name in names)
@@ -232,9 +240,11 @@ def test_fifty_steps_have_pefts_losses(family, dropout, targets):
 
 def four_bit(model_folder, **options):
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     lora = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "task_type": "CAUSAL_LM", **options}
     model = get_peft_model(load_base(str(model_folder), quantization, CPU), LoraConfig(**lora)).train()
     torch.manual_seed(3)
@@ -308,7 +318,7 @@ def test_a_second_backward_is_refused_rather_than_wrong():
     ],
 )
 def test_what_it_cannot_do_is_said_in_a_line(options, reason):
-    assert reason in why_not(adapted("qwen2", **options), CPU)
+    assert reason in unsupported_reason(adapted("qwen2", **options), CPU)
 
 
 def test_fit_runs_on_it_and_says_why_when_it_cannot(arguments, tmp_path, capsys, caplog):
@@ -321,11 +331,11 @@ def test_fit_runs_on_it_and_says_why_when_it_cannot(arguments, tmp_path, capsys,
 
 
 def test_validation_of_a_long_row_goes_in_pieces_and_training_goes_on_after_it(monkeypatch):
-    from qwen_lit.kernels import engine as engine_module
+    from qwen_lit.engine import engine as engine_module
 
     rows = []
     plain = engine_module.mlp
-    monkeypatch.setattr("qwen_lit.kernels.mlp.mlp", lambda x, *a, **k: rows.append(len(x)) or plain(x, *a, **k))
+    monkeypatch.setattr("qwen_lit.engine.mlp.mlp", lambda x, *a, **k: rows.append(len(x)) or plain(x, *a, **k))
     monkeypatch.setattr(engine_module, "PIECE", 10)
     model, one = adapted("qwen2", target_modules=ALL), batch(True)
     model.bfloat16()

@@ -17,7 +17,7 @@ from qwen_lit.errors import UserError, shortened
 
 if TYPE_CHECKING:
     # torch takes seconds to import, which a wrong option need not wait for.
-    from qwen_lit.conversation import Chat
+    from qwen_lit.commands.conversation import Chat
 
 HELP = """/system TEXT       start over under a system prompt; without TEXT, under none
 /reset             start over; the system prompt stays
@@ -69,19 +69,24 @@ def main(args: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
-        prog="qwen-lit chat", usage="qwen-lit chat PATH [options]",
+        prog="qwen-lit chat",
+        usage="qwen-lit chat PATH [options]",
         description="Talk to an adapter on its base, or to a merged model.",
         epilog="In the conversation, /help lists the commands; Ctrl-C stops an answer, twice leaves.",
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     parser.add_argument("path", help="the output folder of a run, or final_model/ or lora_adapter/ in it")
     parser.add_argument("--prompt", help="answer this and leave")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--think", action=argparse.BooleanOptionalAction, help="let a Qwen3 think first, or not")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="most tokens of an answer (1024)")
-    parser.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=None,
-                        help="hold the weights in 4 bits, or not (default: as trained, or what fits)")  # fmt: skip
+    parser.add_argument(
+        "--load_in_4bit",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="hold the weights in 4 bits, or not (default: as trained, or what fits)",
+    )
     return parser
 
 
@@ -98,8 +103,8 @@ def started(given: argparse.Namespace) -> tuple[Chat, str]:
     print(f"loading {given.path} ...", file=sys.stderr, flush=True)
     import torch
 
-    from qwen_lit.chat_model import choose, load
-    from qwen_lit.conversation import Chat
+    from qwen_lit.commands.chat_model import choose, load
+    from qwen_lit.commands.conversation import Chat
     from qwen_lit.gpu import check_gpu
     from qwen_lit.logs import set_up_logging
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qwen_lit.engine.linear import group_linear
+from qwen_lit.engine.lora_linear import WORKSPACE, LoraLinear, augmented_weight, lora_columns, parts_of, read_linear
+from qwen_lit.engine.mlp import mlp, mlp_in_pieces
+from qwen_lit.engine.offload import HostStore, unpin
+from qwen_lit.engine.qkv import qkv_rope
 from qwen_lit.kernels.attention import attention
-from qwen_lit.kernels.heads import heads
 from qwen_lit.kernels.launch import HAS_TRITON
-from qwen_lit.kernels.linear import group_linear
 from qwen_lit.kernels.loss import head_loss
-from qwen_lit.kernels.member import WORKSPACE, Member, frame, parts_of, read_member, room
-from qwen_lit.kernels.mlp import mlp, mlp_in_pieces
 from qwen_lit.kernels.norm import add_norm
-from qwen_lit.kernels.offload import HostStore, unpin
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEADS = ("q_proj", "k_proj", "v_proj")
@@ -27,7 +27,7 @@ PIECE = 8192
 """Tokens of a piece of the MLP: so many that dequantising its weights again costs little."""
 
 
-def why_not(model: Any, device: torch.device) -> str | None:
+def unsupported_reason(model: Any, device: torch.device) -> str | None:
     """Why the fast engine cannot run a model; None when it can.
 
     Args:
@@ -56,7 +56,7 @@ def why_not(model: Any, device: torch.device) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".lora_" not in name:
             return f"{name} is trained too"
-    known = {id(layer) for block in base.model.layers for layer in linears(block).values()}
+    known = {id(layer) for block in base.model.layers for layer in linears_of(block).values()}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and id(module) not in known:
             return f"{name} has an adapter"
@@ -66,9 +66,9 @@ def why_not(model: Any, device: torch.device) -> str | None:
     if type(head) is not nn.Linear:
         return f"lm_head is a {type(head).__name__}"
     for block in base.model.layers:
-        found = linears(block)
+        found = linears_of(block)
         for group in GROUPS:
-            rates = {m.dropout for m in (read_member(found[name], True) for name in group) if m.a is not None}
+            rates = {m.dropout for m in (read_linear(found[name], True) for name in group) if m.a is not None}
             if len(rates) > 1:
                 return f"{', '.join(group)} have different dropout rates"
         for name, layer in found.items():
@@ -78,7 +78,7 @@ def why_not(model: Any, device: torch.device) -> str | None:
     return None
 
 
-def linears(block: nn.Module) -> dict[str, nn.Module]:
+def linears_of(block: nn.Module) -> dict[str, nn.Module]:
     """The seven linears of a decoder layer by name, with their adapters around them."""
     holders: Any = block
     return {
@@ -108,7 +108,7 @@ class FastEngine:
         """Holds the model; nothing of it is changed.
 
         Args:
-            model: a ``PeftModel`` for which ``why_not`` is None. Its embedding may stand on the CPU.
+            model: a ``PeftModel`` for which ``unsupported_reason`` is None. Its embedding may stand on the CPU.
             recompute_layers: of so many first layers, beside those of ``offload_layers``, only the input is kept, and
                 the rest computed again in backward.
             loss_chunk: rows of logits that exist at a time.
@@ -129,13 +129,15 @@ class FastEngine:
         self.resident: dict[int, Tensor] = {}
         self.again = False
         for block in model.base_model.model.model.layers[:resident_layers]:
-            members = self._members(block, False)
+            linears = self._linears(block, False)
             for group in GROUPS:
-                mine = [members[name] for name in group]
+                mine = [linears[name] for name in group]
                 for part in parts_of(mine, group is HEADS):
                     if part[0].quant_state is not None:
                         dtype = part[0].quant_state.dtype
-                        self.resident[id(part[0].weight)] = frame(part, dtype, room(mine), held=True)
+                        self.resident[id(part[0].weight)] = augmented_weight(
+                            part, dtype, lora_columns(mine), held=True
+                        )
 
     def release(self) -> None:
         """Give up the memory of dequantised weights and of the host; a later batch takes what it needs again."""
@@ -143,7 +145,7 @@ class FastEngine:
         WORKSPACE.buffers.clear()
         unpin()
 
-    def _lower(self, dtype: torch.dtype) -> None:
+    def _cast_adapters(self, dtype: torch.dtype) -> None:
         """Make copies of A and B in the dtype of the products, all at once."""
         wanted = [one for one in self.trained if one.dtype != dtype]
         if not wanted:
@@ -156,12 +158,12 @@ class FastEngine:
         with torch.no_grad():
             torch._foreach_copy_([self.low[id(one)] for one in wanted], wanted)
 
-    def _members(self, block: nn.Module, training: bool) -> dict[str, Member]:
+    def _linears(self, block: nn.Module, training: bool) -> dict[str, LoraLinear]:
         """The linears of a layer, with what is held for them."""
-        found = {name: read_member(one, training) for name, one in linears(block).items()}
-        for member in found.values():
-            member.a_low, member.b_low = self.low.get(id(member.a)), self.low.get(id(member.b))
-            member.resident = self.resident.get(id(member.weight))
+        found = {name: read_linear(one, training) for name, one in linears_of(block).items()}
+        for linear in found.values():
+            linear.a_compute, linear.b_compute = self.low.get(id(linear.a)), self.low.get(id(linear.b))
+            linear.resident = self.resident.get(id(linear.weight))
         return found
 
     def loss_sum(self, batch: Any) -> Tensor:
@@ -185,18 +187,18 @@ class FastEngine:
         back = 0
         # Copying a long row's input takes no time beside computing it, but its memory counts.
         store = HostStore(residual.device, [cos, sin], ahead=len(residual) <= PIECE or bool(self.away))
-        self._lower(residual.dtype)
+        self._cast_adapters(residual.dtype)
         with torch.autocast(residual.device.type, enabled=False):
             for number, block in enumerate(decoder.layers):
                 again = training and number in self.recomputed
                 if again and delta is not None:
                     # One tensor instead of two is kept.
                     residual, delta = residual + delta, None
-                members = self._members(block, training)
+                linears = self._linears(block, training)
                 # Of the last layer, only the rows that predict something are needed after attention.
                 rows = batch["target_index"] if block is decoder.layers[-1] else None
-                arguments = (residual, delta, block, members, cos, sin, batch, seed + 4 * number, rows, back)
-                back = room([members["down_proj"]])
+                arguments = (residual, delta, block, linears, cos, sin, batch, seed + 4 * number, rows, back)
+                back = lora_columns([linears["down_proj"]])
                 stored = training and number in self.stored
                 with store.layer(last=number == max(self.stored)) if stored else nullcontext():
                     if again:
@@ -231,7 +233,7 @@ class FastEngine:
         residual: Tensor,
         delta: Tensor | None,
         block: Any,
-        members: dict[str, Member],
+        linears: dict[str, LoraLinear],
         cos: Tensor,
         sin: Tensor,
         batch: Any,
@@ -244,22 +246,24 @@ class FastEngine:
         ``back`` is the room of the linear that made ``delta``.
         """
         attn = block.self_attn
-        first, second, third, _ = ([members[name] for name in names] for names in GROUPS)
+        first, second, third, _ = ([linears[name] for name in names] for names in GROUPS)
         norm = block.input_layernorm
-        residual, x = add_norm(residual, delta, norm.weight, norm.variance_epsilon, room(first), back)
+        residual, x = add_norm(residual, delta, norm.weight, norm.variance_epsilon, lora_columns(first), back)
         norms = [_norm(getattr(attn, name, None)) for name in ("q_norm", "k_norm")]
-        q, k, v = heads(x, first, attn.head_dim, cos, sin, norms, seed, roomy=True)
+        q, k, v = qkv_rope(x, first, attn.head_dim, cos, sin, norms, seed, padded=True)
         mixed = attention(q, k, v, batch["cu_seqlens"], batch["max_seqlen"]).flatten(1)
         if rows is not None:
             residual, mixed = residual.index_select(0, rows), mixed.index_select(0, rows)
-        (out,) = group_linear(mixed, second, seed + 1, roomy_grad=True)
+        (out,) = group_linear(mixed, second, seed + 1, grad_padded=True)
         norm = block.post_attention_layernorm
-        residual, x = add_norm(residual, out, norm.weight, norm.variance_epsilon, room(third), room(second))
+        residual, x = add_norm(
+            residual, out, norm.weight, norm.variance_epsilon, lora_columns(third), lora_columns(second)
+        )
         # Nothing is kept without gradients, so pieces cost nothing then, and validation rows of any length fit.
         piece = self.piece or (0 if torch.is_grad_enabled() else PIECE)
         if piece and len(x) > piece:
-            return residual, mlp_in_pieces(x, members, seed + 2, piece, True, self.again)
-        return residual, mlp(x, members, seed + 2, roomy=True)
+            return residual, mlp_in_pieces(x, linears, seed + 2, piece, True, self.again)
+        return residual, mlp(x, linears, seed + 2, padded=True)
 
 
 def _norm(module: Any) -> tuple[Tensor | None, float]:

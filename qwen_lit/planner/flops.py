@@ -6,11 +6,32 @@ from typing import Any
 import torch
 
 PEAKS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "H20": 148e12, "GH200": 989e12,
-    "B200": 2250e12, "A100": 312e12, "A800": 312e12, "A40": 150e12, "A30": 165e12, "A10": 125e12, "L40S": 362e12,
-    "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12, "5090": 210e12, "4090": 165e12,
-    "4080": 97e12, "4070": 58e12, "4060": 30e12, "3090": 71e12, "3080": 60e12, "3060": 26e12,
-}  # fmt: skip
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX A6000": 155e12,
+    "5090": 210e12,
+    "4090": 165e12,
+    "4080": 97e12,
+    "4070": 58e12,
+    "4060": 30e12,
+    "3090": 71e12,
+    "3080": 60e12,
+    "3060": 26e12,
+}
 """Dense bf16 operations a second with fp32 accumulation, from the makers' sheets, by a part of the name."""
 
 
@@ -38,8 +59,9 @@ def token_flops(model: Any, length: float, supervised: float) -> tuple[float, fl
     config = base.config
     linear = sum(_numel(module.weight) for name, module in base.model.named_modules() if _is_base_linear(name, module))
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.ndim == 2)
-    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or
-                                          config.hidden_size // config.num_attention_heads)  # fmt: skip
+    heads = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     # A causal token sees half of its document; two products forward, four backward.
     attention = 2 * length * heads * config.num_hidden_layers
     head = config.vocab_size * config.hidden_size * supervised
@@ -48,9 +70,7 @@ def token_flops(model: Any, length: float, supervised: float) -> tuple[float, fl
 
 def _is_base_linear(name: str, module: Any) -> bool:
     weight = getattr(module, "weight", None)
-    return (
-        isinstance(module, torch.nn.Linear) and weight is not None and "lora_" not in name and "embed" not in name
-    )
+    return isinstance(module, torch.nn.Linear) and weight is not None and "lora_" not in name and "embed" not in name
 
 
 def _numel(weight: Any) -> int:

@@ -15,14 +15,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qwen_lit.chat import converse
-from qwen_lit.chat_model import choose
-from qwen_lit.chat_model import load as load_choice
 from qwen_lit.cli import main
-from qwen_lit.conversation import Chat
+from qwen_lit.commands.chat import converse
+from qwen_lit.commands.chat_model import choose
+from qwen_lit.commands.chat_model import load as load_choice
+from qwen_lit.commands.conversation import Chat
+from qwen_lit.commands.predict import done_lines
 from qwen_lit.errors import UserError
 from qwen_lit.hardware import product_dtype
-from qwen_lit.predict import done_lines
 
 CPU = torch.device("cpu")
 
@@ -36,12 +36,30 @@ def load(path, quantize=None):
 def run(model_folder, dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     arguments = [
-        "fit", "--config", "configs/qwen7b.yaml", "--output_dir", str(out), "--data.val_size", "3",
-        "--model.model_name_or_path", str(model_folder), "--data.dataset_path", str(dataset),
-        "--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false",
-        "--trainer.val_check_interval", "8", "--model.lora_config.r", "4",
-        "--samples.max_new_tokens", "4",
-    ]  # fmt: skip
+        "fit",
+        "--config",
+        "configs/qwen7b.yaml",
+        "--output_dir",
+        str(out),
+        "--data.val_size",
+        "3",
+        "--model.model_name_or_path",
+        str(model_folder),
+        "--data.dataset_path",
+        str(dataset),
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.max_steps",
+        "2",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.val_check_interval",
+        "8",
+        "--model.lora_config.r",
+        "4",
+        "--samples.max_new_tokens",
+        "4",
+    ]
     assert main(arguments) == 0
     return out, arguments
 
@@ -52,12 +70,12 @@ def likeliest(folder: Path, messages: list[dict], tokens: int) -> str:
     base = config.get("base_model_name_or_path", folder)
     dtype = product_dtype(torch.device("cpu"))
     four_bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, quantization_config=four_bits if config else None
     )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=four_bits if config else None)
     model = PeftModel.from_pretrained(model, folder) if config else model
     tokenizer = AutoTokenizer.from_pretrained(base)
     asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
@@ -100,8 +118,9 @@ def test_thinking_begins_as_the_template_says_and_is_switched(run, tmp_path):
     for default in ("true", "false"):
         tokenizer.chat_template = plain + (
             "{% if enable_thinking is defined and not enable_thinking or not (enable_thinking is defined or "
-            + default + ") %}<think></think>{% endif %}"
-        )  # fmt: skip
+            + default
+            + ") %}<think></think>{% endif %}"
+        )
         chat = Chat(model, tokenizer, max_new_tokens=1)
         assert chat.can_think and chat.think == (default == "true")
         said = [chat.command("/think"), chat.command("/think")]
@@ -209,7 +228,7 @@ def test_memory_that_runs_out_while_loading_is_a_sentence(run, monkeypatch, caps
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("qwen_lit.chat_model.AutoModelForCausalLM.from_pretrained", full)
+    monkeypatch.setattr("qwen_lit.commands.chat_model.AutoModelForCausalLM.from_pretrained", full)
     assert main(["chat", str(run[0]), "--prompt", "Hi"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: chat: cpu ran out of memory while") and "--load_in_4bit" in last
@@ -217,7 +236,9 @@ def test_memory_that_runs_out_while_loading_is_a_sentence(run, monkeypatch, caps
 
 @pytest.mark.parametrize("broken", ["no base", "adapter cut", "model cut", "another base", "no JSON"])
 def test_a_broken_folder_is_one_line(run, tmp_path, capsys, broken, monkeypatch):
-    monkeypatch.setattr("qwen_lit.chat_model.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail())
+    monkeypatch.setattr(
+        "qwen_lit.commands.chat_model.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail()
+    )
     out = shutil.copytree(run[0], tmp_path / "out")
     adapter, name = out / "lora_adapter", "lora_adapter"
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -253,7 +274,9 @@ def test_wrong_options_are_one_line_and_load_nothing(tmp_path, capsys):
     assert "no such folder" in capsys.readouterr().err
     assert main(["chat", str(tmp_path), "--max_new_tokens", "0"]) == 2
     assert capsys.readouterr().err == "error: --max_new_tokens is 0; it must be at least 1.\n"
-    code = "import sys, qwen_lit.chat as c\ntry: c.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        "import sys, qwen_lit.commands.chat as c\ntry: c.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.startswith("usage: qwen-lit chat PATH"), done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -269,8 +292,18 @@ def test_predictions_stand_beside_their_rows_and_go_on_after_a_torn_line(run, tm
     rows += [{"instruction": f"Say {n}", "output": "not shown"} for n in range(3)]
     source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["predict", *run[1][1:], "--source", str(source), "--target", str(target), "--batch_size", "2",
-               "--max_new_tokens", "4"]  # fmt: skip
+    command = [
+        "predict",
+        *run[1][1:],
+        "--source",
+        str(source),
+        "--target",
+        str(target),
+        "--batch_size",
+        "2",
+        "--max_new_tokens",
+        "4",
+    ]
     assert main(command) == 0
     whole = target.read_bytes()
     lines = [json.loads(line) for line in whole.splitlines()]

@@ -16,18 +16,18 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
+from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.callbacks.export import Export
-from qwen_lit.callbacks.store import step_files
+from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS
 from qwen_lit.export.kquants import gguf_bytes
-from qwen_lit.flops import measured_flops, token_flops
 from qwen_lit.hub import is_folder, missing_bytes
-from qwen_lit.kernels.engine import why_not
-from qwen_lit.kernels.plan import GIB, Plan, Shape, choose, relative_time, time_of
 from qwen_lit.lines import plural
 from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps
-from qwen_lit.model.planning import merge_limit, merges_of
+from qwen_lit.planner.flops import measured_flops, token_flops
+from qwen_lit.planner.plan import GIB, Plan, Shape, choose, relative_time, time_of
+from qwen_lit.planner.planner import merge_limit, merges_of
 from qwen_lit.quantization import HEAD, Held, base_name
 
 STEPS = 4
@@ -183,7 +183,7 @@ def reference_because(module: Any, model: Any, held: Mapping[str, Held]) -> str 
     for name, one in held.items():
         if one.kind == "int8" or name.startswith(HEAD):
             return f"{name.removesuffix('.weight')} is held in {one}"
-    return why_not(model, torch.device("meta"))
+    return unsupported_reason(model, torch.device("meta"))
 
 
 def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
@@ -212,8 +212,11 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
         trainer.fit(module, data)
         result["minutes_to_plan"] = round((time.perf_counter() - started) / 60, 2)
         result["checkpoint_mb"] = round(step_files(Path(folder))[0].stat().st_size / 1e6, 1)
-    steady = sorted(n / s for n, s in list(zip(probe.tokens, probe.seconds, strict=True))[1:] or
-                    zip(probe.tokens, probe.seconds, strict=True))  # fmt: skip
+    steady = sorted(
+        n / s
+        for n, s in list(zip(probe.tokens, probe.seconds, strict=True))[1:]
+        or zip(probe.tokens, probe.seconds, strict=True)
+    )
     speed = steady[len(steady) // 2]
     bound = limit / result["flops_per_token"]
     of_step = result["tokens_per_step"] / speed
@@ -221,7 +224,7 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
     result |= {
         "measured": True,
         "device": torch.cuda.get_device_name(device),
-        "engine": module.engine_told,
+        "engine": module.engine_description,
         "measured_peak_gib": round(probe.peak / GIB, 2),
         "tokens_per_second": round(speed),
         "card_tflops": round(limit / 1e12),
@@ -278,10 +281,18 @@ def advice(
                 f"{gain:.0%} faster (lower trainer.accumulate_grad_batches to keep the rows of a step)"
             )
     whole, half = (
-        shape.peak(static, share, plan.recompute_layers, plan.loss_chunk, plan.host_embedding,
-                   plan.offload, plan.piece, plan.offload_layers)
+        shape.peak(
+            static,
+            share,
+            plan.recompute_layers,
+            plan.loss_chunk,
+            plan.host_embedding,
+            plan.offload,
+            plan.piece,
+            plan.offload_layers,
+        )
         for share in (sizes[plan.merge], sizes[plan.merge] // 2)
-    )  # fmt: skip
+    )
     if whole - half > GIB // 8:
         shorter = max(8, sizes[1] // 2)
         lengths, text = (data.train_rows.column(name) for name in ("length", "text"))
@@ -317,8 +328,10 @@ def lines(result: dict[str, Any]) -> list[str]:
         out.append(f"card        {result['device']}, {result['card_tflops']} TFLOP/s in a large product")
         out.append(f"engine      {result['engine']}")
         if "budget_gib" in result:
-            out.append(f"memory      estimated {result['estimated_peak_gib']:.2f} GiB, measured "
-                       f"{result['measured_peak_gib']:.2f}, of {result['budget_gib']:.2f} GiB")  # fmt: skip
+            out.append(
+                f"memory      estimated {result['estimated_peak_gib']:.2f} GiB, measured "
+                f"{result['measured_peak_gib']:.2f}, of {result['budget_gib']:.2f} GiB"
+            )
         else:
             out.append(f"memory      measured {result['measured_peak_gib']:.2f} GiB")
         out += [

@@ -15,7 +15,7 @@ import pytest
 
 TALKING = """
 import signal, sys, time
-from qwen_lit.chat import converse, line_editing
+from qwen_lit.commands.chat import converse, line_editing
 
 class Parrot:
     answering, cut, max_new_tokens = False, False, 9
@@ -43,9 +43,14 @@ class Terminal:
         self.fd, child = pty.openpty()
         settings = os.environ | {"XDG_STATE_HOME": str(folder), "TERM": "xterm", "COLUMNS": "80"} | environment
         self.process = subprocess.Popen(
-            [sys.executable, "-c", TALKING], stdin=child, stdout=child, stderr=child, env=settings,
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )  # fmt: skip
+            [sys.executable, "-c", TALKING],
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            env=settings,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
         os.close(child)
         self.until("> ")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from qwen_lit.chat import HELP
+from qwen_lit.commands.chat import HELP
 from qwen_lit.export.serving import end_tokens
 
 
@@ -41,8 +41,9 @@ class Chat:
         self.cut = False
         """Whether the last answer ended at ``max_new_tokens``."""
         self.worker: Thread | None = None
-        left, on, off = (self._prompt_text(**options) for options in ({}, {"enable_thinking": True},
-                                                                      {"enable_thinking": False}))  # fmt: skip
+        left, on, off = (
+            self._prompt_text(**options) for options in ({}, {"enable_thinking": True}, {"enable_thinking": False})
+        )
         self.can_think = on != off
         self.think = self.can_think and left == on
         """Whether the model is asked to think first; at the beginning, what its template does by itself."""
@@ -72,11 +73,14 @@ class Chat:
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, failures = Event(), list[Exception]()
         settings = {
-            **inputs, "streamer": streamer, "max_new_tokens": self.max_new_tokens,
+            **inputs,
+            "streamer": streamer,
+            "max_new_tokens": self.max_new_tokens,
             "stopping_criteria": StoppingCriteriaList([_Until(stop)]),
-            "eos_token_id": end_tokens(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id,
+            "eos_token_id": end_tokens(self.tokenizer),
+            "pad_token_id": self.tokenizer.pad_token_id,
             **({} if self.sample else {"do_sample": False}),
-        }  # fmt: skip
+        }
         self.worker = Thread(target=self._generate, args=(settings, streamer, failures), daemon=True)
         self.worker.start()
         pieces: list[str] = []

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.engine.engine import FastEngine, unsupported_reason
 from qwen_lit.errors import UserError
-from qwen_lit.kernels.engine import FastEngine, why_not
-from qwen_lit.kernels.plan import GIB, Plan
-from qwen_lit.model.planning import LIMITS, merge_limit, planned_engine
 from qwen_lit.model.resume import merge_of
+from qwen_lit.planner.plan import GIB, Plan
+from qwen_lit.planner.planner import LIMITS, merge_limit, planned_engine
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule) -> Choice:
         torch.OutOfMemoryError: no plan fits.
     """
     asked, device = module.engine_name, trainer.strategy.root_device
-    reason = "the base is sharded" if module.shard_base else why_not(module.model, device)
+    reason = "the base is sharded" if module.shard_base else unsupported_reason(module.model, device)
     if asked == "auto" and device.type != "cuda":
         reason = reason or "there is no CUDA device"
     if asked == "fast" and reason:

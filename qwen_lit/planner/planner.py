@@ -11,11 +11,11 @@ from lightning.fabric.utilities import move_data_to_device
 from qwen_lit.data.batches import collate
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import least
-from qwen_lit.kernels.engine import FastEngine
-from qwen_lit.kernels.member import WORKSPACE
-from qwen_lit.kernels.offload import UNPINNED
-from qwen_lit.kernels.plan import Machine, Plan, Shape, apply, choose, free_memory
-from qwen_lit.kernels.probe import STEPS, is_full, measure_machine, measure_peak, settle
+from qwen_lit.engine.engine import FastEngine
+from qwen_lit.engine.lora_linear import WORKSPACE
+from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.planner.measure import STEPS, is_full, measure_host, measure_peak, settle
+from qwen_lit.planner.plan import HostProfile, Plan, Shape, apply, choose, free_memory
 
 NEVER = 2**62
 LIMITS = ("limit_train_batches", "val_check_interval")
@@ -49,7 +49,7 @@ def planned_engine(
     shape = Shape.of(model, state_bytes)
     static = -least(trainer, -torch.cuda.memory_allocated(device))
     trains = trainer.state.fn == "fit"
-    machine = _machine(trainer, model, shape) if trains else Machine()
+    machine = _machine(trainer, model, shape) if trains else HostProfile()
     # What the optimizer will hold is not there yet when the peak is measured.
     states = state_bytes * sum(one.numel() for one in model.parameters() if one.requires_grad)
     engine: FastEngine | None = None
@@ -108,13 +108,13 @@ def merge_limit(trainer: Any) -> str:
     return f"at most {most} merged, by {' and '.join(held_by)}: a multiple of {step} micro-batches would be faster"
 
 
-def _machine(trainer: Any, model: Any, shape: Shape) -> Machine:
+def _machine(trainer: Any, model: Any, shape: Shape) -> HostProfile:
     """What the slowest rank measures."""
     # Lightning would make tensors on the device here.
     with torch.device("cpu"):
         few = collate([(np.zeros(16), np.array([[0, 16]]))], 0, packed=True)
     few = move_data_to_device(few, trainer.strategy.root_device)
-    found = measure_machine(FastEngine(model), shape, few, trainer.num_devices)
+    found = measure_host(FastEngine(model), shape, few, trainer.num_devices)
     WORKSPACE.buffers.clear()
     share, memory, launch = (least(trainer, one) for one in (int(found.share * STEPS), found.memory, found.launch))
-    return Machine(share / STEPS, memory, launch)
+    return HostProfile(share / STEPS, memory, launch)

@@ -5,19 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_lit.kernels.linear import Group, as_trained, group_reference, trained
-from qwen_lit.kernels.member import Member
+from qwen_lit.engine.linear import Group, as_trained, group_reference, trained
+from qwen_lit.engine.lora_linear import LoraLinear
 from qwen_lit.kernels.rope import rope, rope_backward, rope_reference
 
 Norm = tuple[Tensor | None, float]
 """Weight ``[size]`` and epsilon of the RMSNorm of each head; no weight for models without it."""
 
 
-def heads_reference(
-    x: Tensor, members: list[Member], size: int, cos: Tensor, sin: Tensor, norms: list[Norm], seed: int
+def qkv_rope_reference(
+    x: Tensor, linears: list[LoraLinear], size: int, cos: Tensor, sin: Tensor, norms: list[Norm], seed: int
 ) -> tuple[Tensor, ...]:
     """The plain twin of ``heads``."""
-    q, k, v = (one.view(x.shape[0], -1, size) for one in group_reference(x, members, seed))
+    q, k, v = (one.view(x.shape[0], -1, size) for one in group_reference(x, linears, seed))
     turned = [rope_reference(one, cos, sin, *norm) for one, norm in zip((q, k), norms, strict=True)]
     return *turned, v
 
@@ -27,20 +27,28 @@ class _Heads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, members: list[Member], size: int, cos: Tensor, sin: Tensor, norms: list[Norm], seed: int,
-        roomy: bool, *parameters: Tensor,
-    ) -> Any:  # fmt: skip
-        group = ctx.group = Group(members, seed, roomy, merged=True)
-        wide, low = group.image(x)
-        outs = group.forward(wide, low)
+        ctx: Any,
+        x: Tensor,
+        linears: list[LoraLinear],
+        size: int,
+        cos: Tensor,
+        sin: Tensor,
+        norms: list[Norm],
+        seed: int,
+        padded: bool,
+        *parameters: Tensor,
+    ) -> Any:
+        group = ctx.group = Group(linears, seed, padded, merged=True)
+        augmented, xa = group.down_projection(x)
+        outs = group.forward(augmented, xa)
         if len(outs) == 1:
-            outs = list(outs[0].split([member.out for member in members], 1))
+            outs = list(outs[0].split([linear.out for linear in linears], 1))
         *raw, v = (one.view(x.shape[0], -1, size) for one in outs)
         turned = [torch.empty_like(one) if norm[0] is not None else one for one, norm in zip(raw, norms, strict=True)]
         for one, (weight, eps), out in zip(raw, norms, turned, strict=True):
             rope(one, cos, sin, weight, eps, out)
         kept = [None if weight is None else one for one, (weight, _) in zip(raw, norms, strict=True)]
-        ctx.save_for_backward(cos, sin, *kept, *([] if low is None else [wide, low]))
+        ctx.save_for_backward(cos, sin, *kept, *([] if xa is None else [augmented, xa]))
         ctx.norms, ctx.shape = norms, x.shape
         return *turned, v
 
@@ -48,10 +56,10 @@ class _Heads(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         group = ctx.group
         cos, sin, q, k, *image = ctx.saved_tensors
-        wide, low = image or (grads[0].new_empty(ctx.shape[0], 0), None)
-        widths = [member.out for member in group.members]
+        augmented, xa = image or (grads[0].new_empty(ctx.shape[0], 0), None)
+        widths = [linear.out for linear in group.linears]
         # One matrix with room after each row, so that one product more carries the adapters' part.
-        whole = wide.new_empty(ctx.shape[0], sum(widths) + group.extra)
+        whole = augmented.new_empty(ctx.shape[0], sum(widths) + group.extra)
         mine = [one.view(grad.shape) for one, grad in zip(whole.split([*widths, group.extra], 1), grads, strict=False)]
         for out, grad, raw, (weight, eps) in zip(mine, grads, (q, k), ctx.norms, strict=False):
             rope_backward(grad, cos, sin, raw, weight, eps, out)
@@ -59,33 +67,33 @@ class _Heads(torch.autograd.Function):
         outs, merged = [one.flatten(1) for one in mine], len(group.parts) == 1
         last = whole if merged else whole[:, sum(widths[:2]) :]
         outs = [whole[:, : sum(widths)]] if merged else outs
-        dx, found = group.backward(wide, low, outs, ctx.needs_input_grad[0], last if low is not None else None)
-        return dx, None, None, None, None, None, None, None, *as_trained(found, group.members)
+        dx, found = group.backward(augmented, xa, outs, ctx.needs_input_grad[0], last if xa is not None else None)
+        return dx, None, None, None, None, None, None, None, *as_trained(found, group.linears)
 
 
-def heads(
+def qkv_rope(
     x: Tensor,
-    members: list[Member],
+    linears: list[LoraLinear],
     size: int,
     cos: Tensor,
     sin: Tensor,
     norms: list[Norm],
     seed: int = 0,
-    roomy: bool = False,
+    padded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The heads that attention takes.
 
     Args:
         x: ``[tokens, in]``.
-        members: of q, k and v, as for ``group_linear``.
+        linears: of q, k and v, as for ``group_linear``.
         size: of a head, a power of two.
         cos: float ``[tokens, size / 2]``, of each token's position.
         sin: the same.
         norms: of q and of k.
         seed: of the dropout mask.
-        roomy: as for ``group_linear``.
+        padded: as for ``group_linear``.
 
     Returns:
         q, k and v, ``[tokens, heads of each, size]``; the rows of tokens may lie apart.
     """
-    return _Heads.apply(x, members, size, cos, sin, norms, seed, roomy, *trained(members))  # type: ignore[no-any-return]
+    return _Heads.apply(x, linears, size, cos, sin, norms, seed, padded, *trained(linears))  # type: ignore[no-any-return]

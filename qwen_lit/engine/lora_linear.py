@@ -19,7 +19,7 @@ from qwen_lit.kernels.nf4 import can_dequantize, dequantize
 
 
 @dataclass
-class Member:
+class LoraLinear:
     """One linear of a group, read from transformers' and PEFT's own modules."""
 
     weight: Tensor
@@ -31,17 +31,17 @@ class Member:
     """``[out, r]``, trained."""
     scale: float
     dropout: float
-    a_low: Tensor | None = None
+    a_compute: Tensor | None = None
     """``a`` in the dtype of the products, where a copy is kept."""
-    b_low: Tensor | None = None
+    b_compute: Tensor | None = None
     resident: Tensor | None = None
     """The frame with the weight in it, where it is held; that of several stands with the first of them."""
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in the dtype of the products."""
         assert self.a is not None and self.b is not None
-        if self.a_low is not None and self.b_low is not None:
-            return self.a_low, self.b_low
+        if self.a_compute is not None and self.b_compute is not None:
+            return self.a_compute, self.b_compute
         return self.a.detach().to(dtype), self.b.detach().to(dtype)
 
     @property
@@ -60,7 +60,7 @@ class Member:
         return int((self.weight if self.quant_state is None else self.quant_state).shape[0])
 
 
-def read_member(module: nn.Module, training: bool) -> Member:
+def read_linear(module: nn.Module, training: bool) -> LoraLinear:
     """What a linear computes, from a plain linear, bitsandbytes' ``Linear4bit`` or PEFT's LoRA layer around either.
 
     Args:
@@ -68,7 +68,7 @@ def read_member(module: nn.Module, training: bool) -> Member:
         training: whether dropout is on.
     """
     base: Any = getattr(module, "base_layer", module)
-    plain = Member(base.weight, base.bias, None, None, 1.0, 0.0)
+    plain = LoraLinear(base.weight, base.bias, None, None, 1.0, 0.0)
     adapters: Any = getattr(module, "active_adapters", None)
     if (
         base is module
@@ -80,17 +80,19 @@ def read_member(module: nn.Module, training: bool) -> Member:
     layer: Any = module
     name = adapters[0]
     p = getattr(layer.lora_dropout[name], "p", 0.0) if training else 0.0
-    return Member(base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p)
+    return LoraLinear(
+        base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p
+    )
 
 
-def room(members: list[Member]) -> int:
+def lora_columns(linears: list[LoraLinear]) -> int:
     """Columns beside a group's input for its image under every A: whole multiples of 16 bytes."""
-    return -(-sum(member.rank for member in members) // 8) * 8
+    return -(-sum(linear.rank for linear in linears) // 8) * 8
 
 
-def width_of(member: Member) -> int:
+def width_of(linear: LoraLinear) -> int:
     """Width of the input."""
-    return int((member.weight if member.quant_state is None else member.quant_state).shape[1])
+    return int((linear.weight if linear.quant_state is None else linear.quant_state).shape[1])
 
 
 class _Workspace:
@@ -115,14 +117,14 @@ class _Workspace:
 WORKSPACE = _Workspace()
 
 
-def parts_of(members: list[Member], merged: bool) -> list[list[Member]]:
-    """Which members share a frame: all, where that is asked for and every weight is in 4 bits, or each has its own."""
-    if merged and all(member.quant_state is not None for member in members):
-        return [members]
-    return [[member] for member in members]
+def parts_of(linears: list[LoraLinear], merged: bool) -> list[list[LoraLinear]]:
+    """Which linears share a frame: all, where that is asked for and every weight is in 4 bits, or each has its own."""
+    if merged and all(linear.quant_state is not None for linear in linears):
+        return [linears]
+    return [[linear] for linear in linears]
 
 
-def frame(part: list[Member], dtype: torch.dtype, extra: int, held: bool = False) -> Tensor:
+def augmented_weight(part: list[LoraLinear], dtype: torch.dtype, extra: int, held: bool = False) -> Tensor:
     """``[out of all + extra, in + extra]`` with the weights at its top left; the rest is whatever was there.
 
     Args:
@@ -135,26 +137,26 @@ def frame(part: list[Member], dtype: torch.dtype, extra: int, held: bool = False
     if kept is not None and kept.dtype == dtype:
         return kept
     device, width = part[0].weight.device, width_of(part[0])
-    shape = (sum(member.out for member in part) + extra, width + extra)
+    shape = (sum(linear.out for linear in part) + extra, width + extra)
     whole = torch.empty(shape, dtype=dtype, device=device) if held else WORKSPACE.get(shape, dtype, device)
     start = 0
-    for member in part:
-        state, inner = member.quant_state, whole[start : start + member.out, :width]
-        start += member.out
+    for linear in part:
+        state, inner = linear.quant_state, whole[start : start + linear.out, :width]
+        start += linear.out
         if (
-            can_dequantize(member.weight, state)
+            can_dequantize(linear.weight, state)
             and state.dtype == dtype
             and (inner.is_contiguous() or width % state.blocksize == 0)
         ):
-            dequantize(member.weight, state, inner)
+            dequantize(linear.weight, state, inner)
         else:
-            inner.copy_(dequantize_4bit(member.weight, state))
+            inner.copy_(dequantize_4bit(linear.weight, state))
     return whole
 
 
-def full_weight(part: list[Member], dtype: torch.dtype) -> Tensor:
+def full_weight(part: list[LoraLinear], dtype: torch.dtype) -> Tensor:
     """The weights ``[out of all, in]`` in ``dtype``; for 4-bit ones a buffer that the next call overwrites."""
     if part[0].quant_state is None:
-        (member,) = part
-        return member.weight if member.weight.dtype == dtype else member.weight.to(dtype)
-    return frame(part, dtype, 0)[: sum(member.out for member in part), : width_of(part[0])]
+        (linear,) = part
+        return linear.weight if linear.weight.dtype == dtype else linear.weight.to(dtype)
+    return augmented_weight(part, dtype, 0)[: sum(linear.out for linear in part), : width_of(part[0])]

@@ -4,9 +4,9 @@ import psutil
 import pytest
 import torch
 
-from qwen_lit.kernels import probe
-from qwen_lit.kernels.plan import GIB, Machine, Plan, limit
-from qwen_lit.kernels.probe import TRIES, host_memory, is_full, measure_machine, settle
+from qwen_lit.planner import measure as probe
+from qwen_lit.planner.measure import TRIES, host_memory, is_full, measure_host, settle
+from qwen_lit.planner.plan import GIB, HostProfile, Plan, limit
 
 
 @pytest.fixture
@@ -46,12 +46,13 @@ def test_host_memory_is_the_machines_where_there_is_no_control_group(monkeypatch
 @pytest.mark.parametrize(
     ("error", "full"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), True), (RuntimeError("CUDA error: out of memory"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("the host does not pin 64 MiB more of its memory (...)"), True),
         (RuntimeError("an illegal memory access was encountered"), False),
     ],
-)  # fmt: skip
+)
 def test_what_says_that_memory_is_short_is_told_from_faults(error, full):
     assert is_full(error) is full
 
@@ -61,9 +62,9 @@ def test_a_device_too_full_to_be_measured_is_planned_for_as_any(monkeypatch, gro
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(probe, "_share_and_launch", full)
-    assert measure_machine(None, None, None, 2) == Machine(0.0, 1250, 0)
+    assert measure_host(None, None, None, 2) == HostProfile(0.0, 1250, 0)
     monkeypatch.setattr(probe, "_share_and_launch", lambda *_: (0.3, 900.7))
-    assert measure_machine(None, None, None, 1) == Machine(0.25, 2500, 900)
+    assert measure_host(None, None, None, 1) == HostProfile(0.25, 2500, 900)
 
 
 BUDGET = 8 * GIB

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from qwen_lit.engine.engine import spread
 from qwen_lit.errors import UserError
-from qwen_lit.kernels.engine import spread
-from qwen_lit.kernels.plan import GIB, Machine, Shape, choose, limit, parse_bytes, time_of
+from qwen_lit.planner.plan import GIB, HostProfile, Shape, choose, limit, parse_bytes, time_of
 
 # The shape of Qwen2.5-7B with LoRA on q, k, v and o.
 SEVEN = Shape(
@@ -49,9 +49,14 @@ def test_more_memory_never_gives_a_slower_plan():
 def test_nor_does_it_for_a_small_model(sizes):
     """Holding a layer's weights can be worth recomputing another."""
     small = replace(
-        SEVEN, kept=2 * (8 * 1024 + 2 * 3072), input=2048, working=2 * (3072 + 3 * 1024), fixed=2**25,
-        again=2 * (8 * 1024 + 3 * 3072), resident=2 * 15_700_000,
-    )  # fmt: skip
+        SEVEN,
+        kept=2 * (8 * 1024 + 2 * 3072),
+        input=2048,
+        working=2 * (3072 + 3 * 1024),
+        fixed=2**25,
+        again=2 * (8 * 1024 + 3 * 3072),
+        resident=2 * 15_700_000,
+    )
     static, budgets = GIB // 2, [budget * GIB // 16 for budget in range(24, 24 * 16)]
     costs = [time_of(choose(small, static, budget, sizes), small, sizes[1]) for budget in budgets]
     assert costs == sorted(costs, reverse=True)
@@ -74,12 +79,12 @@ def test_short_rows_share_a_micro_batch_where_memory_is_least_too():
     assert merges == sorted(merges) and merges[0] > 1 and merges[-2:] == [8, 8]
     assert all(plan.host_embedding and plan.estimate <= limit(plan.budget) for plan in plans)
     # The host's memory holds the inputs of so many tokens alone.
-    plan = choose(smaller, STATIC, int(5.1 * GIB), sizes, Machine(memory=600 * 28 * 7168))
+    plan = choose(smaller, STATIC, int(5.1 * GIB), sizes, HostProfile(memory=600 * 28 * 7168))
     assert sizes[plan.merge] <= 600 and plan.fits
 
 
 def test_one_long_row_does_not_keep_short_ones_from_sharing_a_micro_batch():
-    sizes, machine = {8: 10_000, 4: 9000, 2: 8500, 1: 8192}, Machine(launch=3500)
+    sizes, machine = {8: 10_000, 4: 9000, 2: 8500, 1: 8192}, HostProfile(launch=3500)
     shared, alone = (choose(SEVEN, STATIC, 24 * GIB, one, machine, mean=250.0) for one in (sizes, {1: 8192}))
     assert shared.merge == 8 > choose(SEVEN, STATIC, 24 * GIB, sizes, machine).merge
     assert time_of(shared, SEVEN, 250.0, 3500) < 0.5 * time_of(alone, SEVEN, 250.0, 3500)
@@ -104,10 +109,16 @@ def test_a_plan_that_does_not_fit_says_so():
 
 @pytest.mark.parametrize("options", [{"layers_to_transform": [2]}, {"rank_pattern": {r"layers\.2\..*": 16}}])
 def test_the_layer_that_needs_most_counts(options):
-    from tests.kernels.test_engine import ALL, adapted
+    from tests.engine.test_engine import ALL, adapted
 
-    first, last = ({**options, "layers_to_transform": [0]} if "layers_to_transform" in options else
-                   {"rank_pattern": {r"layers\.0\..*": 16}}), options  # fmt: skip
+    first, last = (
+        (
+            {**options, "layers_to_transform": [0]}
+            if "layers_to_transform" in options
+            else {"rank_pattern": {r"layers\.0\..*": 16}}
+        ),
+        options,
+    )
     wanted, found = (Shape.of(adapted("qwen2", target_modules=ALL, **one), 2) for one in (first, last))
     assert found == wanted
     assert found.kept > Shape.of(adapted("qwen2", target_modules=["q_proj"]), 2).kept
@@ -151,9 +162,14 @@ def test_estimates_are_within_2_percent_of_the_peaks_of_qwen25_7b_on_an_h100():
     with torch.device("meta"):
         base = Qwen2ForCausalLM(
             Qwen2Config(
-                vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
-                num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
-            )  # fmt: skip
+                vocab_size=152_064,
+                hidden_size=3584,
+                intermediate_size=18_944,
+                num_hidden_layers=28,
+                num_attention_heads=28,
+                num_key_value_heads=4,
+                tie_word_embeddings=False,
+            )
         ).to(torch.bfloat16)
         model = get_peft_model(base, LoraConfig(r=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
     shape, held = Shape.of(model, 2), 466_000_000
@@ -179,24 +195,24 @@ def test_offloading_is_planned_where_the_link_has_room_and_the_host_memory():
     for budget in (8, 12, 16, 24, 40):
         times = []
         for share in (0.0, 0.25, 0.5, 1.0):
-            plan = choose(shape, STATIC, budget * GIB, EIGHT, Machine(share))
+            plan = choose(shape, STATIC, budget * GIB, EIGHT, HostProfile(share))
             assert plan.offload_layers <= share * 28 and plan.estimate < budget * GIB
             times.append(time_of(plan, SEVEN, 2048))
         assert times == sorted(times, reverse=True) and times[-1] < times[0]
-    full = choose(shape, STATIC, 8 * GIB, EIGHT, Machine(1.0, 2 * GIB))
-    assert 0 < full.offload_layers < choose(shape, STATIC, 8 * GIB, EIGHT, Machine(1.0)).offload_layers
+    full = choose(shape, STATIC, 8 * GIB, EIGHT, HostProfile(1.0, 2 * GIB))
+    assert 0 < full.offload_layers < choose(shape, STATIC, 8 * GIB, EIGHT, HostProfile(1.0)).offload_layers
     assert full.offload_layers * 2048 * full.merge * SEVEN.kept <= 2 * GIB
-    assert choose(shape, STATIC, 80 * GIB, EIGHT, Machine(1.0)).offload_layers == 0
+    assert choose(shape, STATIC, 80 * GIB, EIGHT, HostProfile(1.0)).offload_layers == 0
 
 
 def test_inputs_are_not_sent_to_a_host_without_the_memory_for_them():
     shape = replace(SEVEN, embedding=304_128 * 3584)
-    assert choose(shape, STATIC, int(5.5 * GIB), {1: 2048}, Machine()).offload
-    assert not choose(shape, STATIC, int(5.5 * GIB), {1: 2048}, Machine(memory=GIB // 4)).fits
+    assert choose(shape, STATIC, int(5.5 * GIB), {1: 2048}, HostProfile()).offload
+    assert not choose(shape, STATIC, int(5.5 * GIB), {1: 2048}, HostProfile(memory=GIB // 4)).fits
 
 
 def test_a_host_that_launches_slowly_is_given_larger_micro_batches():
-    plans = [choose(SEVEN, STATIC, 16 * GIB, EIGHT, Machine(launch=launch)) for launch in (0, 3500)]
+    plans = [choose(SEVEN, STATIC, 16 * GIB, EIGHT, HostProfile(launch=launch)) for launch in (0, 3500)]
     assert [plan.merge for plan in plans] == [1, 2]
     assert time_of(plans[0], SEVEN, 2048, 3500) > 1.1 * time_of(plans[1], SEVEN, 2048, 3500)
 

@@ -217,9 +217,11 @@ def load(choice: Choice, device: torch.device) -> tuple[Any, Any]:
             # Of PEFT, about an adapter that lacks weights of this base.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model: Any = AutoModelForCausalLM.from_pretrained(
-                base, dtype=product_dtype(device), device_map={"": str(device)},
+                base,
+                dtype=product_dtype(device),
+                device_map={"": str(device)},
                 quantization_config=computing_on(device, choice.quantization),
-            )  # fmt: skip
+            )
             tokenizer = AutoTokenizer.from_pretrained(base)
             if choice.adapter:
                 model = PeftModel.from_pretrained(model, str(choice.folder))

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from qwen_lit.engine.engine import GROUPS, HEADS, PIECE, FastEngine, linears_of
+from qwen_lit.engine.lora_linear import lora_columns, parts_of, read_linear, width_of
+from qwen_lit.engine.offload import BLOCK
 from qwen_lit.errors import UserError
-from qwen_lit.kernels.engine import GROUPS, HEADS, PIECE, FastEngine, linears
-from qwen_lit.kernels.member import parts_of, read_member, room, width_of
-from qwen_lit.kernels.offload import BLOCK
 
 GIB = 2**30
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -66,7 +66,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Machine:
+class HostProfile:
     """What is measured of a machine before it is planned for; without arguments, what is safe on any."""
 
     share: float = 0.0
@@ -139,7 +139,7 @@ class Shape:
         return Shape(
             layers=len(blocks),
             input=config.hidden_size * size,
-            fixed=trained * (4 + size + state_bytes) + most.pop("frame") + CUBLAS,
+            fixed=trained * (4 + size + state_bytes) + most.pop("augmented_weight") + CUBLAS,
             vocabulary=config.vocab_size * size,
             embedding=0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * size,
             **most,
@@ -182,12 +182,12 @@ class Shape:
 
 def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
     """What one layer adds to a ``Shape``, and its largest ``frame``; numbers of ``size`` bytes."""
-    members = {name: read_member(one, True) for name, one in linears(block).items()}
-    rooms = [room([members[name] for name in group]) for group in GROUPS]
+    linears = {name: read_linear(one, True) for name, one in linears_of(block).items()}
+    rooms = [lora_columns([linears[name] for name in group]) for group in GROUPS]
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     query, key = heads * block.self_attn.head_dim, config.num_key_value_heads * block.self_attn.head_dim
     # Of attention, from the sum before its norm to the sum before the MLP's.
-    masked = rooms[3] > 0 and members["down_proj"].dropout > 0
+    masked = rooms[3] > 0 and linears["down_proj"].dropout > 0
     normed = (query + key) * hasattr(block.self_attn, "q_norm")
     mixing = 2 * hidden + 2 * query + 2 * key + sum(rooms[:2]) + normed
     mixing += hidden * (rooms[0] > 0)
@@ -196,10 +196,10 @@ def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
     mlp = (2 - (rooms[3] > 0)) * hidden + inner * (1 + masked)
     attention = 6 * query + 2 * key - 2 * inner - inner * (rooms[3] > 0) - hidden * (rooms[2] > 0)
     working = max(mlp, attention)
-    frames = [
-        (sum(member.out for member in part) + extra) * (width_of(part[0]) + extra)
+    augmented = [
+        (sum(linear.out for linear in part) + extra) * (width_of(part[0]) + extra)
         for group, extra in zip(GROUPS, rooms, strict=True)
-        for part in parts_of([members[name] for name in group], group is HEADS)
+        for part in parts_of([linears[name] for name in group], group is HEADS)
     ]
     return {
         "kept": kept * size + 4 * heads,
@@ -209,15 +209,13 @@ def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
         "mixed": (4 * hidden + 2 * query + 2 * key + normed) * size,
         "piece": ((4 + (rooms[3] > 0) + masked) * inner + 4 * hidden) * size,
         "selected": query * size,
-        "resident": sum(frames) * size * all(member.quant_state is not None for member in members.values()),
-        "frame": max(frames) * size,
-        "products": sum(member.out * width_of(member) for member in members.values()),
+        "resident": sum(augmented) * size * all(linear.quant_state is not None for linear in linears.values()),
+        "augmented_weight": max(augmented) * size,
+        "products": sum(linear.out * width_of(linear) for linear in linears.values()),
     }
 
 
-def relative_time(
-    recomputed: float, tokens: float, held: float = 0.0, launch: int = 0, away: float = 0.0
-) -> float:
+def relative_time(recomputed: float, tokens: float, held: float = 0.0, launch: int = 0, away: float = 0.0) -> float:
     """Time of a token, over that of one that keeps everything in an endless micro-batch.
 
     Recomputing a layer costs a third of it, and sending it to the host a twentieth, as copies take memory's time from
@@ -228,7 +226,7 @@ def relative_time(
         recomputed: share of the layers.
         tokens: of a micro-batch.
         held: share of the layers whose weights are held dequantised.
-        launch: as of ``Machine``; recomputing launches half as much again.
+        launch: as of ``HostProfile``; recomputing launches half as much again.
         away: share of the layers whose activations go to the host.
     """
     device = (1 + 0.3 * recomputed + 0.045 * away) * (1 + (220 + 260 * (1 - held)) / tokens)
@@ -263,8 +261,13 @@ def limit(budget: int) -> int:
 
 
 def choose(
-    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], machine: Machine = Machine(),  # noqa: B008
-    only: int | None = None, mean: float | None = None,
+    shape: Shape,
+    static: int,
+    budget: int,
+    sizes: Mapping[int, int],
+    machine: HostProfile = HostProfile(),  # noqa: B008
+    only: int | None = None,
+    mean: float | None = None,
 ) -> Plan:
     """The fastest plan that fits.
 
@@ -293,7 +296,7 @@ def choose(
 
 
 def _usual(
-    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], merges: list[int], machine: Machine
+    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], merges: list[int], machine: HostProfile
 ) -> list[Plan]:
     """All plans that fit and leave everything where it is but the activations of some layers."""
     usable = limit(budget)
@@ -319,7 +322,7 @@ def _usual(
 
 
 def _small(
-    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], merges: list[int], machine: Machine
+    shape: Shape, static: int, budget: int, sizes: Mapping[int, int], merges: list[int], machine: HostProfile
 ) -> list[Plan]:
     """Plans that recompute every layer, from what costs least time to what takes least memory."""
     longest = sizes[1]

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_lit.kernels.offload import HostStore
+from qwen_lit.engine.offload import HostStore
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch):
-    monkeypatch.setattr("qwen_lit.kernels.offload.SMALL", 0)
+    monkeypatch.setattr("qwen_lit.engine.offload.SMALL", 0)
 
 
 def layers(count=5):
@@ -88,7 +88,7 @@ def test_parameters_shared_and_small_tensors_are_not_moved(monkeypatch):
     with store.layer():
         (torch.randn(3, 8) @ weight) * shared
     assert len(store.last.memories) == 1
-    monkeypatch.setattr("qwen_lit.kernels.offload.SMALL", 1000)
+    monkeypatch.setattr("qwen_lit.engine.offload.SMALL", 1000)
     with store.layer():
         torch.randn(3, 8) @ weight
     assert not store.last.memories
@@ -110,8 +110,8 @@ def test_a_second_backward_is_refused_rather_than_wrong():
 
 
 def test_blocks_of_the_host_serve_batches_of_every_size(monkeypatch):
-    monkeypatch.setattr("qwen_lit.kernels.offload.BLOCK", 100)
-    monkeypatch.setattr("qwen_lit.kernels.offload.FREE", free := [])
+    monkeypatch.setattr("qwen_lit.engine.offload.BLOCK", 100)
+    monkeypatch.setattr("qwen_lit.engine.offload.FREE", free := [])
     used = []
     for rows in (9, 3, 7, 9, 1):
         x = torch.randn(rows, 8)

@@ -98,9 +98,13 @@ def predict(
             mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
             with torch.no_grad():
                 out = model.generate(
-                    input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
-                    eos_token_id=ends, pad_token_id=pad,
-                )[:, width:]  # fmt: skip
+                    input_ids=ids,
+                    attention_mask=mask,
+                    do_sample=False,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=ends,
+                    pad_token_id=pad,
+                )[:, width:]
             for (row, _), answer in zip(batch, out, strict=True):
                 text = tokenizer.decode(answer, skip_special_tokens=True)
                 file.write(json.dumps({**row, "prediction": text}, ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from qwen_lit.callbacks.store import manifest_of
+from qwen_lit.callbacks.checkpoint_io import manifest_of
 from qwen_lit.errors import RunError
 
 LOSS_TOLERANCE = 1e-3
@@ -71,13 +71,32 @@ def verify(config: str, folder: Path, steps: int) -> Verdict:
     def start(name: str, *options: str) -> subprocess.Popen[bytes]:
         out = folder / name
         command = [
-            sys.executable, "-m", "qwen_lit", "fit", "--config", str(path), "--output_dir", str(out),
-            "--trainer.max_steps", str(steps), "--trainer.limit_val_batches", "0", "--trainer.log_every_n_steps", "1",
-            "--trainer.enable_progress_bar", "false", "--checkpoint.every_n_train_steps", str(half),
-            "--export.merge", "false", "--export.checkpoint", "last",
+            sys.executable,
+            "-m",
+            "qwen_lit",
+            "fit",
+            "--config",
+            str(path),
+            "--output_dir",
+            str(out),
+            "--trainer.max_steps",
+            str(steps),
+            "--trainer.limit_val_batches",
+            "0",
+            "--trainer.log_every_n_steps",
+            "1",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--checkpoint.every_n_train_steps",
+            str(half),
+            "--export.merge",
+            "false",
+            "--export.checkpoint",
+            "last",
             "--trainer.callbacks+=qwen_lit.callbacks.trace.Trace",
-            f"--trainer.callbacks.path={out / 'trace.jsonl'}", *options,
-        ]  # fmt: skip
+            f"--trainer.callbacks.path={out / 'trace.jsonl'}",
+            *options,
+        ]
         return subprocess.Popen(command)
 
     def finish(process: subprocess.Popen[bytes]) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import torch
 
-from qwen_lit.flops import measured_flops
-from qwen_lit.kernels.offload import UNPINNED
-from qwen_lit.kernels.plan import GIB, Machine, Plan, Shape, limit
+from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.planner.flops import measured_flops
+from qwen_lit.planner.plan import GIB, HostProfile, Plan, Shape, limit
 
 log = logging.getLogger(__name__)
 COPIED = 2**26
@@ -47,7 +47,7 @@ def host_memory() -> int:
     return max(0, free)
 
 
-def measure_machine(engine: Any, shape: Shape, batch: Any, processes: int) -> Machine:
+def measure_host(engine: Any, shape: Shape, batch: Any, processes: int) -> HostProfile:
     """Time a copy to the host, a product, and the launching of a micro-batch, where there is memory for that.
 
     Args:
@@ -65,11 +65,11 @@ def measure_machine(engine: Any, shape: Shape, batch: Any, processes: int) -> Ma
             raise
         # The plans that fit then send no layer to the host.
         share = launch = 0.0
-    return Machine(share=min(1.0, int(share * STEPS) / STEPS), memory=memory, launch=int(launch))
+    return HostProfile(share=min(1.0, int(share * STEPS) / STEPS), memory=memory, launch=int(launch))
 
 
 def _share_and_launch(engine: Any, shape: Shape, batch: Any) -> tuple[float, float]:
-    """As of a ``Machine``."""
+    """As of a ``HostProfile``."""
     device = batch["input_ids"].device
     there = torch.empty(COPIED, dtype=torch.uint8, device=device)
     here = torch.empty(COPIED, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -1,0 +1,279 @@
+"""Frozen linears with LoRA (Hu et al., 2021) over NF4 or plain weights, as one autograd function per shared input.
+
+With the adapter beside the weight in its frame::
+
+    forward   [x | xAᵀ] · [W | sB]ᵀ
+    backward  [dy | s dy B] · [W ; A]
+
+one product computes the linear and its adapter, and no result is read again to add to it.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qwen_lit.engine.lora_linear import LoraLinear, augmented_weight, full_weight, lora_columns, parts_of, width_of
+from qwen_lit.kernels.dropout import dropped
+
+
+def group_reference(x: Tensor, linears: list[LoraLinear], seed: int) -> tuple[Tensor, ...]:
+    """The plain twin of ``group_linear``."""
+    outputs = []
+    for linear in linears:
+        y = F.linear(x, full_weight([linear], x.dtype).clone(), linear.bias)
+        if linear.a is not None and linear.b is not None:
+            inner = dropped(x, linear.dropout, seed) if linear.dropout else x
+            y = y + F.linear(F.linear(inner, linear.a.to(x.dtype)), linear.b.to(x.dtype)) * linear.scale
+        outputs.append(y)
+    return tuple(outputs)
+
+
+def _bias(part: list[LoraLinear]) -> Tensor | None:
+    found = [linear.bias for linear in part]
+    if len(part) == 1 or all(bias is None for bias in found):
+        return found[0]
+    like = next(bias for bias in found if bias is not None)
+    return torch.cat([like.new_zeros(m.out) if bias is None else bias for m, bias in zip(part, found, strict=True)])
+
+
+def _stacked(linears: list[LoraLinear], dtype: torch.dtype) -> Tensor:
+    """The linears' A ``[r of all, in]``: one product reads their input once."""
+    parts = [linear.pair(dtype)[0] for linear in linears if linear.rank]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Group:
+    """Linears of one input with their adapters, and the products of both passes."""
+
+    def __init__(self, linears: list[LoraLinear], seed: int, padded: bool, merged: bool = False) -> None:
+        """Reads nothing of the tensors.
+
+        Args:
+            linears: as for ``group_linear``.
+            seed: the same.
+            padded: the same.
+            merged: all linears are one product, where ``parts_of`` allows it.
+        """
+        self.linears, self.seed, self.padded = linears, seed, padded
+        self.parts = parts_of(linears, merged)
+        self.width = width_of(linears[0])
+        self.rank = sum(linear.rank for linear in linears)
+        self.extra = lora_columns(linears)
+        self.dropout = next((linear.dropout for linear in linears if linear.rank), 0.0)
+        # A plain weight is used where it stands, so there is no frame around it.
+        self.is_augmented = self.rank > 0 and all(linear.quant_state is not None for linear in linears)
+
+    def down_projection(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input with the room on its right, where products take it from there, and its image under A.
+
+        Args:
+            x: ``[tokens, in]``.
+
+        Returns:
+            ``[tokens, in + room]`` or ``x`` itself, and ``[tokens, r of all]``; both are saved for backward.
+        """
+        if not self.rank:
+            return x, None
+        inner = dropped(x, self.dropout, self.seed) if self.dropout else x
+        stacked = _stacked(self.linears, x.dtype)
+        width = self.width
+        if not self.is_augmented or not (self.padded or sum(linear.out for linear in self.linears) > width):
+            return x, inner @ stacked.t()
+        augmented = with_lora_columns(x.data, self.extra) if self.padded else None
+        if augmented is None:
+            # Copying the narrow input costs less than reading the augmented outputs again.
+            augmented = torch.empty(x.shape[0], width + self.extra, dtype=x.dtype, device=x.device)
+            augmented[:, :width] = x
+        xa = augmented[:, width : width + self.rank]
+        torch.mm(inner, stacked.t(), out=xa)
+        augmented[:, width + self.rank :] = 0
+        return augmented, xa
+
+    def forward(self, augmented: Tensor, xa: Tensor | None, outs: list[Tensor] | None = None) -> list[Tensor]:
+        """The output of every part, ``[tokens, out of its linears]``.
+
+        Args:
+            augmented: as ``image`` gives it.
+            xa: the same.
+            outs: where the outputs go, if no linear has a bias; their rows may lie apart.
+        """
+        outputs, start = [], 0
+        dtype = augmented.dtype
+        for number, part in enumerate(self.parts):
+            out = outs[number] if outs is not None else None
+            rows, ranks = _places(part, start)
+            start = ranks[-1].stop
+            folded = augmented.shape[1] > self.width
+            if folded:
+                weight = augmented_weight(part, dtype, self.extra)[: rows[-1].stop]
+                weight[:, self.width :] = 0
+                for linear, mine, place in zip(part, rows, ranks, strict=True):
+                    if linear.rank:
+                        there = slice(self.width + place.start, self.width + place.stop)
+                        torch.mul(linear.pair(dtype)[1], linear.scale, out=weight[mine, there])
+            else:
+                weight = full_weight(part, dtype)
+            y = F.linear(augmented, weight, _bias(part)) if out is None else torch.mm(augmented, weight.t(), out=out)
+            for linear, mine, place in zip(part, rows, ranks, strict=True):
+                if linear.rank and xa is not None and not folded:
+                    y[:, mine].addmm_(xa[:, place], linear.pair(dtype)[1].t(), alpha=linear.scale)
+            outputs.append(y)
+        return outputs
+
+    def backward(
+        self, augmented: Tensor, xa: Tensor | None, grads: list[Tensor], wants_dx: bool, last: Tensor | None = None
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradient of the input and of every A and B.
+
+        Args:
+            augmented: as ``image`` gave it.
+            xa: the same.
+            grads: of the output of every part.
+            wants_dx: whether the input has a gradient.
+            last: ``[tokens, out + room]`` that begins with the last of ``grads``, where there is one; its room is
+                written to.
+
+        Returns:
+            ``[tokens, in]``, and A's and B's gradient of each linear that has them, in the dtype of the products.
+        """
+        dtype, tokens = augmented.dtype, augmented.shape[0]
+        width, end = self.width, grads[-1].shape[1]
+        folded = xa is not None and wants_dx and self.is_augmented and not self.dropout
+        folded = folded and (last is not None or end < width)
+        if folded and last is None:
+            # Copying the narrow gradient costs less than reading the augmented result again.
+            last = torch.empty(tokens, end + self.extra, dtype=dtype, device=augmented.device)
+            last[:, :end] = grads[-1]
+        d_xa: Tensor | None = None
+        d_b: list[Tensor] = []
+        if xa is not None:
+            d_xa = last[:, end : end + self.rank] if folded and last is not None else torch.empty_like(xa)
+            start = 0
+            for part, dy in zip(self.parts, grads, strict=True):
+                rows, ranks = _places(part, start)
+                start = ranks[-1].stop
+                for linear, mine, place in zip(part, rows, ranks, strict=True):
+                    if linear.rank:
+                        b = linear.pair(dtype)[1]
+                        d_xa[:, place].addmm_(dy[:, mine], b, beta=0, alpha=linear.scale)
+                        found = torch.empty_like(b)
+                        d_b.append(found.addmm_(dy[:, mine].t(), xa[:, place], beta=0, alpha=linear.scale))
+        dx: Tensor | None = None
+        for part, dy in zip(self.parts, grads, strict=True):
+            if not wants_dx:
+                break
+            if folded and part is self.parts[-1] and last is not None:
+                last[:, end + self.rank :] = 0
+                weight = augmented_weight(part, dtype, self.extra)[:, :width]
+                weight[end : end + self.rank] = _stacked(self.linears, dtype)
+                weight[end + self.rank :] = 0
+                dy = last
+            else:
+                weight = full_weight(part, dtype)
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        if xa is None or d_xa is None:
+            return dx, []
+        x = augmented[:, :width]
+        d_a = d_xa.t() @ (dropped(x, self.dropout, self.seed) if self.dropout else x)
+        if dx is not None and self.dropout:
+            # One mask for the group: the sum over linears is masked once.
+            dx = dropped(d_xa @ _stacked(self.linears, dtype), self.dropout, self.seed, add=dx)
+        elif dx is not None and not folded:
+            dx.addmm_(d_xa, _stacked(self.linears, dtype))
+        parts = d_a.split([linear.rank for linear in self.linears if linear.rank])
+        return dx, [one for pair in zip(parts, d_b, strict=True) for one in pair]
+
+
+def _places(part: list[LoraLinear], start: int) -> tuple[list[slice], list[slice]]:
+    """Of each linear: where its outputs stand in the part's, and its ranks, from ``start`` on, in the group's."""
+    ends, ranks = [0], [start]
+    for linear in part:
+        ends.append(ends[-1] + linear.out)
+        ranks.append(ranks[-1] + linear.rank)
+    return [slice(*pair) for pair in pairwise(ends)], [slice(*pair) for pair in pairwise(ranks)]
+
+
+def with_lora_columns(x: Tensor, extra: int) -> Tensor | None:
+    """The matrix with the columns that were left free after each of its rows; None where there are none.
+
+    Args:
+        x: ``[tokens, width]``.
+        extra: so many columns are wanted.
+    """
+    tokens, width = x.shape
+    if not extra or not tokens or x.stride() != (width + extra, 1):
+        return None
+    end = x.storage_offset() + tokens * (width + extra)
+    if end * x.element_size() > x.untyped_storage().nbytes():
+        return None
+    return x.as_strided((tokens, width + extra), x.stride())
+
+
+def trained(linears: list[LoraLinear]) -> list[Tensor]:
+    """A and B of every linear that has them, as autograd takes them."""
+    return [one for linear in linears for one in (linear.a, linear.b) if one is not None]
+
+
+class _GroupLinear(torch.autograd.Function):
+    """Saves the input and its image under A alone, and neither when no linear has an adapter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        linears: list[LoraLinear],
+        seed: int,
+        padded: bool,
+        grad_padded: bool,
+        skip_output: bool,
+        *parameters: Tensor,
+    ) -> Any:
+        group = ctx.group = Group(linears, seed, padded)
+        augmented, xa = group.down_projection(x)
+        ctx.save_for_backward(*([] if xa is None else [augmented, xa]))
+        ctx.shape, ctx.grad_padded = x.shape, grad_padded
+        if skip_output:
+            return tuple(x.new_empty(x.shape[0], linear.out) for linear in linears)
+        return tuple(group.forward(augmented, xa))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        group = ctx.group
+        augmented, xa = ctx.saved_tensors or (grads[0].new_empty(ctx.shape[0], 0), None)
+        last = with_lora_columns(grads[-1], group.extra) if ctx.grad_padded else None
+        dx, found = group.backward(augmented, xa, list(grads), ctx.needs_input_grad[0], last)
+        return dx, None, None, None, None, None, *as_trained(found, group.linears)
+
+
+def as_trained(found: list[Tensor], linears: list[LoraLinear]) -> list[Tensor]:
+    """Gradients in the dtypes of what they belong to, in the order of ``trained``."""
+    return [one.to(like.dtype) for one, like in zip(found, trained(linears), strict=True)]
+
+
+def group_linear(
+    x: Tensor,
+    linears: list[LoraLinear],
+    seed: int = 0,
+    padded: bool = False,
+    grad_padded: bool = False,
+    skip_output: bool = False,
+) -> tuple[Tensor, ...]:
+    """``x Wᵀ + bias + scale · dropout(x) Aᵀ Bᵀ`` for each linear; they share the dropout mask.
+
+    Args:
+        x: ``[tokens, in]``.
+        linears: linears of the same input, with one dropout rate among those that have an adapter.
+        seed: of the dropout mask.
+        padded: after each row of ``x`` there are ``room(linears)`` columns to write to.
+        grad_padded: columns that lie after each row of the last output's gradient may be written to.
+        skip_output: the outputs are of no use to anyone, and are not computed.
+
+    Returns:
+        ``[tokens, out]`` for each linear, in the dtype of ``x``.
+    """
+    return _GroupLinear.apply(  # type: ignore[no-any-return]
+        x, linears, seed, padded, grad_padded, skip_output, *trained(linears)
+    )
