@@ -59,7 +59,7 @@ def plain_run(folder, record, schedule):
     for step in range(STEPS):
         done = (step - WARMUP) / (STEPS - WARMUP)
         later = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[schedule]
-        factor = (step + 1) / (WARMUP + 1) if step < WARMUP else later
+        factor = step / WARMUP if step < WARMUP and schedule != "constant" else later
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = RATE * factor, RATE * PLUS * factor
         window = record["batches"][3 * step : 3 * step + 3]
         tokens, total = sum(len(batch["targets"]) for batch in window), 0.0
