@@ -4,6 +4,7 @@ Read without torch, it answers ``--help`` and finds misspelt keys; the documenta
 """
 
 import argparse
+import collections.abc
 import json
 import re
 import types
@@ -121,10 +122,12 @@ def type_name(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         names = list(dict.fromkeys(name for one in inner if one is not Path for name in type_name(one).split(" or ")))
         return " or ".join([one for one in names if one != "null"] + ["null"] * ("null" in names))
+    if origin is collections.abc.Callable:
+        return "a class with its init_args"
     if origin is Literal:
         return " or ".join(str(one) for one in inner)
     name = "list" if "Iterable" in str(origin) else getattr(origin or hint, "__name__", str(hint))
-    name = {"Quantization": "section", "PosixPath": "str", "Path": "str"}.get(name, name)
+    name = {"QuantizationSection": "section", "PosixPath": "str", "Path": "str"}.get(name, name)
     if not inner or name == "type":
         return name
     return f"{name}[{', '.join(type_name(one) for one in inner)}]"

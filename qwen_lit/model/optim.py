@@ -131,14 +131,16 @@ def optimizer_of(chosen: str | OptimizerClass, learning_rate: float, weight_deca
     """
     if isinstance(chosen, str):
         return chosen, OPTIMIZERS[chosen]
-    if not isinstance(chosen, partial):
-        chosen = partial(chosen)
-    name = public_name(chosen.func)
+    # LightningCLI gives a partial of a function of its own, which takes the class first.
+    parts = (chosen.func, *chosen.args) if isinstance(chosen, partial) else (chosen,)
+    kind = next((one for one in parts if isinstance(one, type)), parts[0])
+    given_options = chosen.keywords if isinstance(chosen, partial) else {}
+    name = public_name(kind)
     trial = nn.Parameter(torch.zeros(TRIAL, TRIAL))
     try:
-        usual = type_defaults(chosen.func)
+        usual = type_defaults(kind)
         for key, ours, value in (("lr", "learning_rate", learning_rate), ("weight_decay",) * 2 + (weight_decay,)):
-            given = chosen.keywords.get(key)
+            given = given_options.get(key)
             if given is not None and given not in (usual.get(key), value):
                 raise UserError(
                     f"model.optimizer: init_args.{key} is {given}, but every parameter group takes model.{ours} "
