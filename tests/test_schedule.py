@@ -36,8 +36,8 @@ def cosine(total: int, warmup: int, peak: float = 2e-4) -> list[float]:
         (["--trainer.max_epochs", "0"], "trainer.max_epochs is 0"),
         (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches is 0"),
         (["--trainer.limit_train_batches", "0.0"], "trainer.limit_train_batches is 0"),
-        (["--trainer.limit_train_batches", "0.1"], "0.1 of 9 micro-batches, which is none"),
-        (["--trainer.val_check_interval", "10"], "an epoch has 9 micro-batches"),
+        (["--trainer.limit_train_batches", "0.1"], "0.1 of 3 optimizer steps, which is none"),
+        (["--trainer.val_check_interval", "10"], "an epoch has 3 optimizer steps"),
         (["--trainer.min_steps", "7"], "trainer.min_steps is 7, but the run has 6 optimizer steps"),
         (["--trainer.min_epochs", "3"], "trainer.min_epochs is 3, above trainer.max_epochs 2"),
         (["--trainer.accumulate_grad_batches", "0"], "it must be at least 1"),
@@ -161,13 +161,13 @@ def test_a_share_of_warmup_is_rounded_up_and_never_the_whole_run(total, warmup):
     trainer = SimpleNamespace(
         max_epochs=1,
         max_steps=-1,
-        accumulate_grad_batches=1,
+        micro_batches_per_step=1,
         limit_train_batches=1.0,
         world_size=1,
         global_step=0,
         fit_loop=loop,
     )
-    data = SimpleNamespace(merge=1, micro_batches=lambda ranks: total)
+    data = SimpleNamespace(micro_batches=lambda ranks: total)
     assert warmup_steps(0.03, trainer, data) == warmup
     assert warmup_steps(0.0, trainer, data) == 0
     factors = [schedule("cosine", warmup, total)(step) for step in range(total)]
