@@ -125,6 +125,16 @@ class Poison(L.Callback):
             next(p for p in pl_module.parameters() if p.requires_grad).grad[0, 0] = float("inf")
 
 
+class Gradients(L.Callback):
+    """Keeps the gradient of every optimizer step, before it is clipped."""
+
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        trained = ((name, p) for name, p in pl_module.named_parameters() if p.requires_grad)
+        self.kept.append({name: p.grad.clone() for name, p in trained})
+
+
 class Slow(L.Callback):
     """Gives whoever watches the run time to disturb it, however busy the machine is."""
 

@@ -60,8 +60,8 @@ def test_a_run_that_could_not_end_or_would_train_nothing_is_refused_before_the_m
         (["--trainer.max_steps", "3"], 3, "3 optimizer steps, 1 epoch of 3"),
         (["--trainer.limit_train_batches", "1"], 2, "2 optimizer steps, 2 epochs of 1"),
         (["--trainer.limit_train_batches", "1.0"], 6, "6 optimizer steps, 2 epochs of 3"),
-        (["--trainer.limit_train_batches", "0.5"], 4, "4 optimizer steps, 2 epochs of 2"),
-        (["--trainer.overfit_batches", "4"], 4, "4 optimizer steps, 2 epochs of 2"),
+        (["--trainer.limit_train_batches", "0.67"], 4, "4 optimizer steps, 2 epochs of 2"),
+        (["--trainer.overfit_batches", "2"], 4, "4 optimizer steps, 2 epochs of 2"),
         (["--trainer.accumulate_grad_batches", "2"], 10, "10 optimizer steps, 2 epochs of 5"),
         (["--trainer.reload_dataloaders_every_n_epochs", "1"], 6, "6 optimizer steps, 2 epochs of 3"),
     ],
@@ -80,7 +80,7 @@ def test_the_steps_that_are_told_are_those_that_are_made_and_the_rate_falls_over
 
 def test_overfitting_sees_the_same_batches_in_every_epoch(command, tmp_path):
     out = tmp_path / "out"
-    assert main(command(out, "--trainer.overfit_batches", "3", "--trainer.max_epochs", "3")) == 0
+    assert main(command(out, "--trainer.overfit_batches", "1", "--trainer.max_epochs", "3")) == 0
     rows = [line["rows"] for line in trace(out)]
     assert len(rows) == 3 and rows[0] == rows[1] == rows[2]
 
@@ -90,7 +90,6 @@ def test_a_run_in_slots_of_time_is_the_run_that_was_left_alone(command, tmp_path
     assert main(command(whole)) == 0
     made, many = 0, []
     while made < 10:
-        # Each time is up in the middle of a step.
         stop = [
             "--trainer.callbacks+=tests.runs.Do",
             f"--trainer.callbacks.step={made + 3}",

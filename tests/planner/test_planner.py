@@ -128,7 +128,13 @@ def test_a_resumed_run_computes_as_many_micro_batches_at_once_as_before_where_th
     assert chosen.micro_batches_at_once == 2
     *_, merged = plan(lambda engine: 0, before=1)
     assert merged == [1]
-    assert [plan(lambda engine: 0, before=one)[1].micro_batches_at_once for one in (None, 3, 4, 5, 8)] == [2, 3, 4, 2, 2]
+    assert [plan(lambda engine: 0, before=one)[1].micro_batches_at_once for one in (None, 3, 4, 5, 8)] == [
+        2,
+        3,
+        4,
+        2,
+        2,
+    ]
 
 
 def test_a_host_that_does_not_pin_is_not_asked_again(plan, asked):
