@@ -97,7 +97,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     sizes = {n: n * longest for n in range(step_tokens // longest, 0, -1) if (step_tokens // longest) % n == 0}
     shape = Shape.of(model, 2)
     static = torch.cuda.memory_allocated()
-    few: Any = collate([(np.zeros(16), np.array([[0, 16]]))], 0, packed=True)
+    few: Any = collate([(np.zeros(16), np.array([[0, 16]]))], 0)
     few = {key: value.to(device) if hasattr(value, "to") else value for key, value in few.items()}
     with torch.autocast("cuda", dtype=torch.bfloat16):
         machine = measure_host(FastEngine(model), shape, few, 1)
@@ -110,7 +110,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     docs = documents(case, 4096 if case.get("mix") else steps * per_step, longest)
     packs = best_fit([len(ids) for ids, _ in docs], longest) if case.get("mix") else [[n] for n in range(len(docs))]
     groups = [sum(packs[at : at + plan.merge], []) for at in range(0, steps * per_step, plan.merge)]
-    batches = [collate([docs[n] for n in group], 0, packed=True) for group in groups]
+    batches = [collate([docs[n] for n in group], 0) for group in groups]
     groups_of = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 2e-4}]
     optimizer = OPTIMIZERS["paged_adamw_8bit"].build(groups_of, (0.9, 0.999))
     seconds, losses, tokens = [], [], []

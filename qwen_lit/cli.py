@@ -257,7 +257,6 @@ class QwenCLI(LightningCLI):
         compute_in_float32(self.trainer)
         self.datamodule.tokenizer = load_tokenizer(self.model.folder, self.model.name)
         name = str(self.subcommand)
-        self.trainer.resumed_from = self.checkpoint  # type: ignore[attr-defined]
         self.trainer.validated_from = self.checkpoint  # type: ignore[attr-defined]
         keys = {"ckpt_path", *self._subcommand_method_arguments.get(name, [])}
         config = Namespace({key: value for key, value in self.config[name].items() if key not in keys})
@@ -267,6 +266,7 @@ class QwenCLI(LightningCLI):
         self.model.run_config = self.config_dump
         if name == "fit" and (then := stored(self.checkpoint)):
             compare(then, self.config_dump, fingerprint(self.model.name, self.model.hub))
+            self.model.resumed_at_once = then["micro_batches_at_once"]
             # The run has its own weights by now.
             self.model.init_adapter = None
         if self.model.init_adapter is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from qwen_lit.data.batches import collate
+from qwen_lit.data.batches import collate, padded
 from qwen_lit.data.chatml import Encoder, Example
 from qwen_lit.data.records import parse_row
 from qwen_lit.generate import generate
@@ -162,7 +162,8 @@ def _pretrain(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int
     encoded = Encoder(tokenizer, max_length=512).encode(conversations)
     examples = [(one.input_ids, one.spans) for outcome in encoded for one in outcome if isinstance(one, Example)]
     examples.sort(key=lambda example: len(example[0]))
-    batches = [collate(examples[i : i + 32], tokenizer.pad_token_id) for i in range(0, len(examples), 32)]
+    pad = tokenizer.pad_token_id
+    batches = [padded(collate(examples[i : i + 32], pad), pad) for i in range(0, len(examples), 32)]
     draw = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)

@@ -36,10 +36,23 @@ class QwenTrainer(Trainer):
     exit_code = 0
     fit_config = ""
     """The configuration of ``fit`` as YAML."""
-    resumed_from: Path | None = None
-    """The checkpoint with which ``fit`` goes on."""
     validated_from: Path | None = None
     """The checkpoint that ``validate`` measures."""
+
+    def __init__(
+        self, *, accumulate_grad_batches: int = 1, gradient_clip_val: int | float | None = None, **options: Any
+    ) -> None:
+        """A batch is an optimizer step: the module sums over its micro-batches and clips their gradient by itself.
+
+        Lightning refuses these two arguments beside an optimizer that the module steps.
+
+        Args:
+            accumulate_grad_batches: micro-batches of an optimizer step on each rank.
+            gradient_clip_val: longest gradient; None does not clip.
+            options: of Lightning's Trainer.
+        """
+        self.micro_batches_per_step, self.clip_value = accumulate_grad_batches, gradient_clip_val
+        super().__init__(**options)
 
     def inspect(
         self,
@@ -71,7 +84,7 @@ class QwenTrainer(Trainer):
             self.exit_code = 1
             return
         assert datamodule.train_rows is not None and datamodule.val_rows is not None
-        result = audit(datamodule, self.accumulate_grad_batches)
+        result = audit(datamodule, self.micro_batches_per_step)
         for line in text_report(result):
             print(line)
         folders = list(dict.fromkeys([datamodule.train_rows.folder, datamodule.val_rows.folder]))

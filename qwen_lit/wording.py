@@ -33,7 +33,8 @@ COMMANDS = {
 }
 """What each does, and an example, in the order in which they are used."""
 
-_SHARE = "an int is a number of micro-batches, a float a share of them."
+_SHARE = "an int is a number of optimizer steps, a float a share of an epoch's."
+_VALIDATION = "of as many micro-batches as an optimizer step has"
 KEYS = {
     "config": "A YAML file of keys. Given again, later files win over earlier ones, and options over files.",
     "fit ckpt_path": "last, or a checkpoint file of this run; null starts from the base.",
@@ -47,20 +48,22 @@ KEYS = {
     "trainer.precision": "bf16-mixed; on a card without bfloat16, 16-mixed.",
     "trainer.logger": "Null or true is TensorBoard in output_dir/logs; false none; else a class, such as WandbLogger.",
     "trainer.callbacks": "More callbacks, each as {class_path: NAME, init_args: {...}}.",
-    "trainer.fast_dev_run": "True, or a number of micro-batches, tries every part of a run and writes nothing.",
+    "trainer.fast_dev_run": "True, or a number of optimizer steps, tries every part of a run and writes nothing.",
     "trainer.max_epochs": "Passes over the training rows.",
     "trainer.min_epochs": "Passes that are made even where a callback would stop earlier.",
     "trainer.max_steps": "Optimizer steps after which the run ends; -1 leaves it to max_epochs.",
     "trainer.min_steps": "Optimizer steps that are made even where a callback would stop earlier.",
     "trainer.max_time": "Time after which the run ends, as DD:HH:MM:SS.",
     "trainer.limit_train_batches": f"Use a part of the training rows: {_SHARE}",
-    "trainer.limit_val_batches": f"Use a part of the validation rows; 0 validates nothing: {_SHARE}",
+    "trainer.limit_val_batches": "Use a part of the validation rows; 0 validates nothing: an int is a number of "
+    f"batches {_VALIDATION}, a float a share of them.",
     "trainer.limit_test_batches": "Not used here.",
     "trainer.limit_predict_batches": "Not used here.",
-    "trainer.overfit_batches": f"Train on the same few micro-batches again and again, to try things: {_SHARE}",
-    "trainer.val_check_interval": "Validate after so many micro-batches (int) or such a share of an epoch (float).",
-    "trainer.check_val_every_n_epoch": "Validate after so many epochs; null counts micro-batches across epochs.",
-    "trainer.num_sanity_val_steps": "Validation micro-batches that are tried before training.",
+    "trainer.overfit_batches": "Train on the rows of the same few optimizer steps again and again, to try things: "
+    f"{_SHARE}",
+    "trainer.val_check_interval": "Validate after so many optimizer steps (int) or such a share of an epoch (float).",
+    "trainer.check_val_every_n_epoch": "Validate after so many epochs; null counts optimizer steps across epochs.",
+    "trainer.num_sanity_val_steps": f"Batches of the validation that are tried before training, each {_VALIDATION}.",
     "trainer.log_every_n_steps": "Optimizer steps between two lines of the log.",
     "trainer.enable_checkpointing": "Must be true: a run always saves what it goes on from.",
     "trainer.enable_progress_bar": "Whether to show how far the run is.",

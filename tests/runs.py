@@ -11,15 +11,17 @@ import lightning as L
 import torch
 from safetensors.torch import load_file
 
+from qwen_lit.data.batches import padded
+
 
 class StopAt(L.Callback):
-    """Sends this process a signal while the micro-batches of a step are under way."""
+    """Sends this process a signal while a step is under way."""
 
     def __init__(self, step: int, signum: int = signal.SIGTERM) -> None:
         self.step, self.signum = step, signum
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step - 1 and batch_idx % 3 == 0:
+        if trainer.global_step == self.step - 1:
             os.kill(os.getpid(), self.signum)
 
 
@@ -101,7 +103,7 @@ def stopping(step: int, name: str = "SIGTERM") -> list[str]:
 
 
 class Poison(L.Callback):
-    """Makes the loss or a gradient of chosen steps not finite."""
+    """Makes the loss of the second micro-batch, or a gradient, of chosen steps not finite."""
 
     def __init__(self, steps: list[int], what: str = "loss") -> None:
         self.steps, self.what = steps, what
@@ -109,15 +111,28 @@ class Poison(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if not hasattr(self, "plain"):
             self.plain = pl_module.loss_sum
-        bad = trainer.global_step + 1 in self.steps and batch_idx % 3 == 1
-        pl_module.loss_sum = (lambda b: self.plain(b) * float("nan")) if bad and self.what == "loss" else self.plain
+        second = batch[1]["input_ids"]
 
-    def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
+        def loss_sum(one):
+            loss = self.plain(one)
+            return loss * float("nan") if torch.equal(one["input_ids"], second) else loss
+
+        bad = trainer.global_step + 1 in self.steps and self.what == "loss"
+        pl_module.loss_sum = loss_sum if bad else self.plain
 
     def on_after_backward(self, trainer, pl_module):
         if trainer.global_step + 1 in self.steps and self.what == "gradient":
             next(p for p in pl_module.parameters() if p.requires_grad).grad[0, 0] = float("inf")
+
+
+class Gradients(L.Callback):
+    """Keeps the gradient of every optimizer step, before it is clipped."""
+
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        trained = ((name, p) for name, p in pl_module.named_parameters() if p.requires_grad)
+        self.kept.append({name: p.grad.clone() for name, p in trained})
 
 
 class Slow(L.Callback):
@@ -173,7 +188,7 @@ def doing(step: int, name: str, argument: str = "") -> list[str]:
 
 def spoil_adapter(trainer, argument):
     next(p for p in trainer.lightning_module.parameters() if p.requires_grad).data.fill_(float("nan"))
-    trainer.lightning_module.on_before_optimizer_step = lambda optimizer: trainer.lightning_module.window.clear()
+    trainer.lightning_module.on_before_optimizer_step = lambda optimizer: None
 
 
 def count_workers(trainer, path):
@@ -213,7 +228,8 @@ class Record(L.Callback):
         head.register_forward_hook(lambda module, given, output: self.products.add(output.dtype))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.batches.append({name: batch[name] for name in ("input_ids", "target_index", "targets")})
+        names = ("input_ids", "target_index", "targets")
+        self.batches += [{name: padded(one, 0)[name] for name in names} for one in batch]
 
     def on_fit_end(self, trainer, pl_module):
         told = {"batches": self.batches, "noise": self.noise, "products": sorted(map(str, self.products))}

@@ -1,5 +1,6 @@
 """Lightning's own callbacks and loggers from the YAML: each works, or is refused by name before anything is loaded."""
 
+import csv
 import importlib.util
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from qwen_lit.callbacks import accepted
 from qwen_lit.cli import main
-from tests.runs import adapter, same, trace
+from tests.runs import adapter, doing, same, trace
 
 
 def callback(name: str, **options: object) -> list[str]:
@@ -58,8 +59,8 @@ def test_the_others_work_together(command, tmp_path):
     assert len(trace(out)) == 2 and (out / "report.html").is_file()
 
 
-def documents(batch) -> int:
-    return len(batch["cu_seqlens"]) - 1
+def documents(step) -> int:
+    return sum(len(one["cu_seqlens"]) - 1 for one in step)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,6 @@ def documents(batch) -> int:
             "trainer.limit_val_batches is 0",
         ),
         (callback("ModelCheckpoint", save_on_exception="true"), "in the middle of an optimizer step"),
-        (callback("ModelCheckpoint", train_time_interval="00:00:10"), "in the middle of an optimizer step"),
         (callback("RichProgressBar"), "RichProgressBar and trainer.enable_progress_bar: false"),
         ([*callback("LearningRateMonitor"), "--trainer.logger", "false"], "LearningRateMonitor needs a logger"),
         (["--trainer.enable_checkpointing", "false"], "raise checkpoint.every_n_train_steps"),
@@ -180,6 +180,33 @@ def test_a_model_checkpoint_beside_the_run_s_own_changes_nothing_and_keeps_its_f
     assert same(alone, beside)
     names = sorted(path.name for path in (beside / "model_checkpoints").glob("*.ckpt"))
     assert names == ["last.ckpt", *(f"step={n}.ckpt" for n in (10, 2, 4, 6, 8))]
+
+
+def test_a_model_checkpoint_by_the_clock_is_gone_on_from_as_if_nothing_had_been(command, tmp_path):
+    out = tmp_path / "out"
+    mine = callback("ModelCheckpoint", train_time_interval="0:00:00.000001", save_top_k="-1", filename="{step}")
+    assert main(command(out, *mine)) == 0
+    expected, kept = trace(out), adapter(out)
+    (out / "trace.jsonl").unlink()
+    assert main(command(out, "--ckpt_path", str(out / "model_checkpoints" / "step=3.ckpt"))) == 0
+    assert trace(out) == expected[3:]
+    assert all(torch.equal(weight, kept[name]) for name, weight in adapter(out).items())
+
+
+def test_a_monitor_of_the_learning_rate_logs_that_of_every_step(command, tmp_path):
+    logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'log'}"]
+    monitor = callback("LearningRateMonitor", logging_interval="step")
+    assert main(command(tmp_path / "out", *logger, *monitor, "--trainer.max_steps", "4")) == 0
+    with next((tmp_path / "log").rglob("metrics.csv")).open() as file:
+        lines = list(csv.DictReader(file))
+    rates = [{int(one["step"]): float(one[name]) for one in lines if one[name]} for name in ("lr", "train/lr")]
+    assert len(rates[0]) == 4 and rates[0] == pytest.approx(rates[1])
+
+
+def test_a_timer_ends_a_run_after_a_whole_step(command, tmp_path):
+    timer = callback("Timer", duration="00:01:00:00", interval="step")
+    assert main(command(tmp_path / "out", *timer, *doing(2, "use_up_the_time"))) == 0
+    assert len(trace(tmp_path / "out")) == 2
 
 
 def test_a_run_that_early_stopping_has_ended_stays_ended_until_its_patience_is_raised(command, tmp_path, caplog):

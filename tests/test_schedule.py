@@ -36,8 +36,8 @@ def cosine(total: int, warmup: int, peak: float = 2e-4) -> list[float]:
         (["--trainer.max_epochs", "0"], "trainer.max_epochs is 0"),
         (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches is 0"),
         (["--trainer.limit_train_batches", "0.0"], "trainer.limit_train_batches is 0"),
-        (["--trainer.limit_train_batches", "0.1"], "0.1 of 9 micro-batches, which is none"),
-        (["--trainer.val_check_interval", "10"], "an epoch has 9 micro-batches"),
+        (["--trainer.limit_train_batches", "0.1"], "0.1 of 3 optimizer steps, which is none"),
+        (["--trainer.val_check_interval", "10"], "an epoch has 3 optimizer steps"),
         (["--trainer.min_steps", "7"], "trainer.min_steps is 7, but the run has 6 optimizer steps"),
         (["--trainer.min_epochs", "3"], "trainer.min_epochs is 3, above trainer.max_epochs 2"),
         (["--trainer.accumulate_grad_batches", "0"], "it must be at least 1"),
@@ -60,8 +60,8 @@ def test_a_run_that_could_not_end_or_would_train_nothing_is_refused_before_the_m
         (["--trainer.max_steps", "3"], 3, "3 optimizer steps, 1 epoch of 3"),
         (["--trainer.limit_train_batches", "1"], 2, "2 optimizer steps, 2 epochs of 1"),
         (["--trainer.limit_train_batches", "1.0"], 6, "6 optimizer steps, 2 epochs of 3"),
-        (["--trainer.limit_train_batches", "0.5"], 4, "4 optimizer steps, 2 epochs of 2"),
-        (["--trainer.overfit_batches", "4"], 4, "4 optimizer steps, 2 epochs of 2"),
+        (["--trainer.limit_train_batches", "0.67"], 4, "4 optimizer steps, 2 epochs of 2"),
+        (["--trainer.overfit_batches", "2"], 4, "4 optimizer steps, 2 epochs of 2"),
         (["--trainer.accumulate_grad_batches", "2"], 10, "10 optimizer steps, 2 epochs of 5"),
         (["--trainer.reload_dataloaders_every_n_epochs", "1"], 6, "6 optimizer steps, 2 epochs of 3"),
     ],
@@ -80,7 +80,7 @@ def test_the_steps_that_are_told_are_those_that_are_made_and_the_rate_falls_over
 
 def test_overfitting_sees_the_same_batches_in_every_epoch(command, tmp_path):
     out = tmp_path / "out"
-    assert main(command(out, "--trainer.overfit_batches", "3", "--trainer.max_epochs", "3")) == 0
+    assert main(command(out, "--trainer.overfit_batches", "1", "--trainer.max_epochs", "3")) == 0
     rows = [line["rows"] for line in trace(out)]
     assert len(rows) == 3 and rows[0] == rows[1] == rows[2]
 
@@ -90,7 +90,6 @@ def test_a_run_in_slots_of_time_is_the_run_that_was_left_alone(command, tmp_path
     assert main(command(whole)) == 0
     made, many = 0, []
     while made < 10:
-        # Each time is up in the middle of a step.
         stop = [
             "--trainer.callbacks+=tests.runs.Do",
             f"--trainer.callbacks.step={made + 3}",
@@ -163,13 +162,13 @@ def test_a_share_of_warmup_is_rounded_up_and_never_the_whole_run(total, warmup):
     trainer = SimpleNamespace(
         max_epochs=1,
         max_steps=-1,
-        accumulate_grad_batches=1,
+        micro_batches_per_step=1,
         limit_train_batches=1.0,
         world_size=1,
         global_step=0,
         fit_loop=loop,
     )
-    data = SimpleNamespace(merge=1, micro_batches=lambda ranks: total)
+    data = SimpleNamespace(micro_batches=lambda ranks: total)
     assert warmup_steps(0.03, trainer, data) == warmup
     assert warmup_steps(0.0, trainer, data) == 0
     factors = [schedule("cosine", warmup, total)(step) for step in range(total)]

@@ -151,7 +151,7 @@ def test_a_run_has_one_bar_which_leaves_nothing_behind(terminal, command, tmp_pa
         "--data.num_workers",
         "0",
         "--trainer.val_check_interval",
-        "3",
+        "1",
     ]
     assert main(command(tmp_path / "out", *options)) == 0
     rows = shown.rows()

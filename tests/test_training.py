@@ -124,7 +124,7 @@ def test_unusual_values_of_every_key_give_the_weights_of_a_plain_loop(
 
 def test_neftune_adds_noise_of_its_size_while_training_and_none_in_validation(arguments, tmp_path):
     options = ["--model.neftune_noise_alpha", "5", "--trainer.max_steps", "1", "--data.val_size", "5"]
-    options += ["--trainer.val_check_interval", "3", "--trainer.limit_val_batches", "1", "--export.merge", "false"]
+    options += ["--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "1", "--export.merge", "false"]
     assert main([*arguments, *options, "--samples.rows", "0", *recording(tmp_path / "record.pt")]) == 0
     noise = torch.load(tmp_path / "record.pt")["noise"]
     trained = [changed * size**0.5 for changed, size, training in noise if training]
@@ -136,14 +136,14 @@ def test_neftune_adds_noise_of_its_size_while_training_and_none_in_validation(ar
 def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(arguments, tmp_path):
     # A rate that is far too high after the warmup's first step: the first validation is the best.
     options = ["--model.learning_rate", "2", "--model.lr_scheduler", "constant", "--model.warmup_ratio", "0"]
-    options += ["--trainer.val_check_interval", "3", "--data.val_size", "5", "--export.merge", "false"]
+    options += ["--trainer.val_check_interval", "1", "--data.val_size", "5", "--export.merge", "false"]
     assert main([*arguments, *options, "--samples.rows", "0", "--trainer.gradient_clip_val", "1"]) == 0
     out = tmp_path / "out"
     losses = scalars(out)["val/loss"]
     best = losses.index(min(losses))
-    assert len(losses) == 4 and best < 3
-    # Of seven micro-batches an epoch two validations stand after the third and the sixth.
-    assert json.loads((out / "checkpoints" / "best.json").read_text())["step"] == [1, 2, 4, 5][best]
+    # Seven micro-batches an epoch are three steps, and each of them is validated.
+    assert len(losses) == 6 and best < 5
+    assert json.loads((out / "checkpoints" / "best.json").read_text())["step"] == best + 1
 
 
 def test_a_run_with_an_optimizer_by_its_class_goes_on_exactly_and_not_with_other_arguments(command, tmp_path, capsys):

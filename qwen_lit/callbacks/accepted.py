@@ -13,8 +13,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from qwen_lit.errors import UserError
 
 REFUSED = {
-    "LearningRateFinder": "it reads the loss of single micro-batches, which is a sum over their tokens here, so that "
-    "it finds long rows instead of a rate; compare a few values of model.learning_rate with a small trainer.max_steps",
+    "LearningRateFinder": "it needs a step that Lightning makes by itself, and here the module makes it over all its "
+    "micro-batches; compare a few values of model.learning_rate with a small trainer.max_steps",
     "BatchSizeFinder": "it changes data.batch_size after rows are grouped and memory is planned; `qwen_lit plan` "
     "tells what fits, data.batch_size and trainer.accumulate_grad_batches set it",
     "GradientAccumulationScheduler": "accumulation is part of the schedule and of the memory plan; set "
@@ -25,8 +25,8 @@ REFUSED = {
     "BackboneFinetuning": "the base stays frozen and only the adapter is trained; leave it out",
     "BaseFinetuning": "the base stays frozen and only the adapter is trained; leave it out",
     "ModelPruning": "pruned weights would not be those of the base that the adapter is served on; leave it out",
-    "SpikeDetection": "it compares the losses of single micro-batches, which are sums over their tokens here; steps "
-    "that are not finite are skipped and named by model.max_skipped_steps",
+    "SpikeDetection": "it ends the run at the first loss that is far off; steps that are not finite are skipped and "
+    "named by model.max_skipped_steps",
     "OnExceptionCheckpoint": "it saves in the middle of an optimizer step, from which no run goes on exactly; "
     "checkpoint.every_n_train_steps saves between steps",
     "BasePredictionWriter": "`qwen_lit predict` writes its own file; leave it out",
@@ -150,12 +150,11 @@ def _check_options(trainer: Any) -> None:
 
 
 def _check_model_checkpoint(given: Any, output_dir: Path) -> None:
-    for name in ("train_time_interval", "save_on_exception"):
-        if given.get(name):
-            raise UserError(
-                f"trainer.callbacks: ModelCheckpoint with {name} saves in the middle of an optimizer step, from which "
-                "no run goes on exactly; use every_n_train_steps or every_n_epochs."
-            )
+    if given.get("save_on_exception"):
+        raise UserError(
+            "trainer.callbacks: ModelCheckpoint with save_on_exception saves in the middle of an optimizer step, from "
+            "which no run goes on exactly; use every_n_train_steps, every_n_epochs or train_time_interval."
+        )
     given.dirpath = given.dirpath or str(output_dir / "model_checkpoints")
     if Path(given.dirpath).expanduser().resolve() == (output_dir / "checkpoints").resolve():
         raise UserError(

@@ -5,7 +5,8 @@ from typing import Any
 from lightning.pytorch.callbacks import Timer
 
 from qwen_lit.hardware import product_dtype
-from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps, warmup_steps
+from qwen_lit.lightning_internals import seconds_of
+from qwen_lit.model.duration import epoch_share, epoch_steps, total_steps, warmup_steps
 from qwen_lit.quantization import count_linears, described
 
 COMPARED = {
@@ -48,8 +49,7 @@ def run_facts(trainer: Any, module: Any) -> dict[str, Any]:
     trained, total = module.model.get_nb_trainable_parameters()
     rows = data.train_rows
     tokens, supervised = int(rows.column("length").sum()), int(rows.column("supervised").sum())
-    in_epoch, of_epoch = epoch_batches(trainer, data), epoch_steps(trainer, data)
-    share = min(1.0, in_epoch * data.merge / data.micro_batches(trainer.world_size))
+    of_epoch = epoch_steps(trainer, data)
     held, dtype = module.held_weights(device), product_dtype(device)
     steps, epochs = total_steps(trainer, data), trainer.max_epochs
     cut = steps is not None and ((epochs or -1) < 0 or steps == trainer.max_steps)
@@ -71,12 +71,13 @@ def run_facts(trainer: Any, module: Any) -> dict[str, Any]:
         "batch_size": data.batch_size,
         "max_length": data.max_length,
         "packing": data.packing,
-        "micro_batches_per_step": min(trainer.accumulate_grad_batches, in_epoch) * data.merge * trainer.world_size,
-        "tokens_per_step": round(tokens * share / max(1, of_epoch)),
+        "micro_batches_per_step": min(trainer.micro_batches_per_step, data.micro_batches(trainer.world_size))
+        * trainer.world_size,
+        "tokens_per_step": round(tokens * epoch_share(trainer, data) / max(1, of_epoch)),
         "steps": steps,
         "steps_per_epoch": of_epoch,
         "epochs": None if steps is None else round(steps / of_epoch, 4) if cut else epochs,
-        "max_seconds": next((one._duration for one in trainer.callbacks if isinstance(one, Timer)), None),
+        "max_seconds": next((seconds_of(one) for one in trainer.callbacks if isinstance(one, Timer)), None),
         "learning_rate": module.learning_rate,
         "lr_scheduler": module.schedule_name,
         "warmup_steps": warmup_steps(module.warmup_ratio, trainer, data),

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
+from qwen_lit.data.batches import Batch
 from qwen_lit.planner.flops import peak_flops, token_flops
 
 
@@ -74,13 +75,13 @@ class Throughput(Callback):
     """Share of the layers that are computed twice."""
     peak: float | None = None
     """Operations a second of all cards."""
-    step: int = 0
-    seen_step: int = 0
+    first: int = 0
+    """Steps that were made before this run."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock; a resumed run counts from its own first step."""
-        self.started, self.step = time.perf_counter(), trainer.global_step
-        self.seen_step, self.counts, self.last = self.step, Counts(), Counts()
+        self.started, self.first = time.perf_counter(), trainer.global_step
+        self.counts, self.last = Counts(), Counts()
         module: Any = pl_module
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         lengths, supervised = data.train_rows.column("length"), data.train_rows.column("supervised")
@@ -104,16 +105,16 @@ class Throughput(Callback):
             self.counts.validating += time.perf_counter() - self.validation_began
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: list[Batch], batch_idx: int
     ) -> None:
-        """Count; log at the trainer's interval, on an optimizer step."""
-        self.counts.tokens += batch["tokens"]
-        self.counts.supervised += batch["targets"].numel()
-        self.counts.computed += batch["input_ids"].numel()
+        """Count the micro-batches of the step; log at the trainer's interval."""
+        module: Any = pl_module
+        for one in batch:
+            self.counts.tokens += one["tokens"]
+            self.counts.supervised += one["targets"].numel()
+            self.counts.computed += module.computed_tokens(one)
         step = trainer.global_step
-        if step == self.seen_step:
-            return
-        self.seen_step, self.counts.steps = step, step - self.step
+        self.counts.steps = step - self.first
         if is_logged(trainer, step):
             for name, value in self.latest(trainer).items():
                 pl_module.log(f"train/{name}", value)

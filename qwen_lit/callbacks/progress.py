@@ -62,12 +62,10 @@ class RunProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show the step; in a log file at each logged step, and after the last one."""
-        step = trainer.global_step
-        if not self.enabled or step == self.step:
-            if self.bar is not None:
-                self.bar.draw()
+        if not self.enabled:
             return
-        self.step, self.last = step, time.perf_counter()
+        step, self.last = trainer.global_step, time.perf_counter()
+        self.step = step
         logged = is_logged(trainer, step) or step == self.total
         # To read a number waits for the GPU.
         if logged or step == self.first + 1:

@@ -75,10 +75,7 @@ class RunReport(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep what is logged."""
-        step = trainer.global_step
-        if step == self.step:
-            return
-        self.step = step
+        step = self.step = trainer.global_step
         # A step that is skipped has no loss; what stands there is the one's before.
         if (is_logged(trainer, step) or step <= 1) and not getattr(pl_module, "skipped_in_a_row", 0):
             self._keep_all(step, trainer.callback_metrics)

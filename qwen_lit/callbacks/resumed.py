@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from qwen_lit.callbacks.accepted import check_held_out
 from qwen_lit.errors import UserError
+from qwen_lit.lightning_internals import mark_saved
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Resumed(Callback):
         if stage == "validate":
             if not len(data.val_rows):
                 raise UserError("validate: no row is held out; set data.val_size or data.val_dataset_path.")
-            if trainer.resumed_from is None:  # type: ignore[attr-defined]
+            if trainer.validated_from is None:  # type: ignore[attr-defined]
                 log.warning("no --ckpt_path is given: this measures the base with an adapter that has learnt nothing")
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -64,4 +65,4 @@ class Resumed(Callback):
         """What is done when the run goes on is saved already; a file must not fall into the next optimizer step."""
         for one in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(one, ModelCheckpoint):
-                one._last_global_step_saved = trainer.global_step
+                mark_saved(one, trainer.global_step)

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -18,16 +19,17 @@ from transformers import AutoModelForCausalLM
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.callbacks.export import Export
+from qwen_lit.data.batches import Batch
 from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS
 from qwen_lit.export.kquants import gguf_bytes
 from qwen_lit.hub import is_folder, missing_bytes
 from qwen_lit.lines import plural
-from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps
+from qwen_lit.model.duration import epoch_share, epoch_steps, total_steps
 from qwen_lit.planner.flops import measured_flops, token_flops
 from qwen_lit.planner.plan import GIB, Plan, Shape, choose, relative_time, time_of
-from qwen_lit.planner.planner import merge_limit, merges_of
+from qwen_lit.planner.planner import possible_at_once
 from qwen_lit.quantization import HEAD, Held, base_name
 
 STEPS = 4
@@ -44,35 +46,33 @@ class Probe(Callback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.tokens: list[int] = []
-        self.step_tokens = 0
         self.validation = 0.0
         self.peak = 0
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """A step begins with its first micro-batch."""
-        if not self.step_tokens:
-            torch.cuda.synchronize()
-            self.began, self.step = time.perf_counter(), trainer.global_step
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: list[Batch], batch_idx: int) -> None:
+        """A step begins."""
+        torch.cuda.synchronize()
+        self.began = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """And ends with the update."""
-        self.step_tokens += batch["tokens"]
-        if trainer.global_step > self.step:
-            torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - self.began)
-            self.tokens.append(self.step_tokens)
-            self.step_tokens = 0
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: list[Batch], batch_idx: int
+    ) -> None:
+        """It ends with the update."""
+        torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.began)
+        self.tokens.append(sum(one["tokens"] for one in batch))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The heaviest validation batch, without gradients."""
+        """The heaviest validation micro-batches, without gradients."""
         module: Any = pl_module
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        for batch in loader:
-            moved = {k: v.to(module.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        for step in loader:
+            moved = move_data_to_device(step, module.device)
             module.eval()
+            module.on_validation_epoch_start()
             started = time.perf_counter()
             with torch.no_grad(), trainer.precision_plugin.forward_context():
-                module.loss_sum(moved)
+                module.validation_step(moved, 0)
             torch.cuda.synchronize()
             self.validation = (time.perf_counter() - started) * len(loader)
             break
@@ -110,7 +110,6 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
     rows = data.train_rows
     lengths, supervised = rows.column("length"), rows.column("supervised")
     tokens, of_epoch = int(lengths.sum()), epoch_steps(trainer, data)
-    trained_share = min(1.0, epoch_batches(trainer, data) * data.merge / data.micro_batches(trainer.world_size))
     steps = total_steps(trainer, data)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checkpoint = trained * (4 + module.state_bytes)
@@ -130,7 +129,7 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
         "steps": steps,
         "epochs": round(steps / of_epoch, 2) if steps else None,
         "steps_per_epoch": of_epoch,
-        "tokens_per_step": round(tokens * trained_share / max(1, of_epoch)),
+        "tokens_per_step": round(tokens * epoch_share(trainer, data) / max(1, of_epoch)),
         "heaviest_micro_batch_tokens": largest_batch,
         "flops_per_token": token_flops(model, length, share)[0],
         "checkpoint_mb": round(checkpoint / 1e6, 1),
@@ -148,7 +147,7 @@ def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict
     model = arithmetic_model(module)
     held = module.held_weights(trainer.strategy.root_device)
     shape, static = Shape.of(model, module.state_bytes), static_bytes(model, held)
-    sizes, mean = data.most_tokens(merges_of(trainer)), data.mean_tokens()
+    sizes, mean = data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens()
     result = common(trainer, module, data, model, sizes[1])
     reason = reference_because(module, model, held)
     if reason and module.engine_name == "fast":
@@ -162,8 +161,6 @@ def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict
     for size in [budget] if budget else [card * GIB for card in CARDS]:
         plan = choose(shape, static, size, sizes, mean=mean)
         plans.append(_told(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, shape, mean), 3)})
-    if limit := merge_limit(trainer):
-        result["engine"] += f", {limit}"
     result |= {"plans": plans, "fits": any(one["fits"] for one in plans)}
     return result | {"advice": advice(shape, static, plan, sizes, mean, module, data, model)}
 
@@ -194,7 +191,7 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
     """
     device = trainer.strategy.root_device
     model = arithmetic_model(module)
-    sizes, mean = data.most_tokens(merges_of(trainer)), data.mean_tokens()
+    sizes, mean = data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens()
     result = common(trainer, module, data, model, sizes[1])
     limit = measured_flops(device)
     probe, data.heaviest_first = Probe(), True
@@ -248,7 +245,7 @@ def _told(plan: Plan) -> dict[str, Any]:
     return {
         "budget_gib": round(plan.budget / GIB, 2),
         "estimated_peak_gib": round(plan.estimate / GIB, 2),
-        "merged_micro_batches": plan.merge,
+        "micro_batches_at_once": plan.micro_batches_at_once,
         "recomputed_layers": plan.recompute_layers,
         "embedding_on_cpu": plan.host_embedding,
         "inputs_offloaded": plan.offload,
@@ -273,7 +270,7 @@ def advice(
             found.append(f"faster: with {size:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
     if not data.packing:
         full = data.batch_size * data.max_length
-        now, then = (relative_time(0.0, max(1, int(one * plan.merge)), held) for one in (mean, full))
+        now, then = (relative_time(0.0, max(1, int(one * plan.micro_batches_at_once)), held) for one in (mean, full))
         gain = now / then - 1
         if gain > 0.02:
             found.append(
@@ -291,7 +288,7 @@ def advice(
             plan.piece,
             plan.offload_layers,
         )
-        for share in (sizes[plan.merge], sizes[plan.merge] // 2)
+        for share in (sizes[plan.micro_batches_at_once], sizes[plan.micro_batches_at_once] // 2)
     )
     if whole - half > GIB // 8:
         shorter = max(8, sizes[1] // 2)
@@ -350,7 +347,7 @@ def lines(result: dict[str, Any]) -> list[str]:
                 "what this engine needs beside them has no arithmetic: run plan on the GPU"
             )
         for plan in result["plans"]:
-            how = f"{plan['merged_micro_batches']} merged, {plan['recomputed_layers']} layers recomputed"
+            how = f"{plan['micro_batches_at_once']} at once, {plan['recomputed_layers']} layers recomputed"
             how += ", embedding on the CPU" * plan["embedding_on_cpu"]
             how += ", inputs offloaded" * plan["inputs_offloaded"]
             how += f", {plan['layers_offloaded']} layers offloaded" * (plan["layers_offloaded"] > 0)
@@ -359,8 +356,8 @@ def lines(result: dict[str, Any]) -> list[str]:
             out.append(f"{plan['budget_gib']:>7.2f} GiB  peak {plan['estimated_peak_gib']:>6.2f}  {fits}")
         if result["plans"]:
             out.append(
-                "            merged: micro-batches computed at once; recomputed: layers whose forward runs twice, to "
-                "save memory; offloaded: kept in host memory until backward"
+                "            at once: micro-batches of a step computed together; recomputed: layers whose forward "
+                "runs twice, to save memory; offloaded: kept in host memory until backward"
             )
     gguf = f", {result['gguf_gb']} GB to make the GGUF file" if result["gguf_gb"] else ""
     download = f", {result['download_gb']} GB to download the base" if result["download_gb"] else ""

@@ -39,7 +39,7 @@ def validation(draft: Draft) -> None:
 
 
 def when(draft: Draft, strategy: Any, steps: Any, times: Any, needed: bool) -> bool:
-    """Write how often is validated, which Lightning counts in micro-batches and the peers in steps.
+    """Write how often is validated, which all count in optimizer steps.
 
     Returns:
         Whether it is validated at all.
@@ -70,12 +70,7 @@ def when(draft: Draft, strategy: Any, steps: Any, times: Any, needed: bool) -> b
             draft.write("trainer.val_check_interval", round(float(share), 6), told)
         return True
     count = int(every if every >= 1 else max(1, every * total))
-    accumulated = draft.ours.get("trainer.accumulate_grad_batches", 1)
-    draft.write(
-        "trainer.val_check_interval",
-        count * accumulated,
-        f"micro-batches: {told} x {accumulated}" if accumulated > 1 else told,
-    )
+    draft.write("trainer.val_check_interval", count, told)
     draft.write("trainer.check_val_every_n_epoch", None, "count over epochs")
     return True
 

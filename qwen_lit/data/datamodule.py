@@ -1,7 +1,6 @@
 """The DataModule: prepared rows, the split, and loaders over them."""
 
 import hashlib
-import itertools
 import logging
 import math
 import os
@@ -15,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qwen_lit.checks import check_ranges, check_writable
-from qwen_lit.data.batches import Batch, Collate, EpochOrder, ResumableLoader, group
+from qwen_lit.data.batches import Batch, EpochOrder, MicroBatches, ResumableLoader, collate, group
 from qwen_lit.data.columns import tell_unread
 from qwen_lit.data.encoding import Task
 from qwen_lit.data.faults import DataError
@@ -119,7 +118,7 @@ class QwenDataModule(L.LightningDataModule):
         except DataError as error:
             raise UserError(f"data.fields: {error}") from error
         self.num_proc, self.num_workers, self.seed = num_proc, num_workers, seed
-        self.merge, self.unpadded, self.heaviest_first = 1, packing, False
+        self.heaviest_first = False
         self.waited = 0.0
         """Seconds that training has waited for batches."""
         self.tokenizer: Any = None
@@ -273,7 +272,7 @@ class QwenDataModule(L.LightningDataModule):
             "data.batch_size": self.batch_size,
             "data.max_length": self.max_length,
             "data.packing": self.packing,
-            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches * self.merge,
+            "trainer.accumulate_grad_batches": self.per_step,
             "trainer.devices x trainer.num_nodes": self.trainer.world_size,
         }
 
@@ -299,13 +298,12 @@ class QwenDataModule(L.LightningDataModule):
             digest.update(np.ascontiguousarray(self.train_rows.column(name)).tobytes())
         return f"{len(self.train_rows)} rows, {digest.hexdigest()[:16]}"
 
-    def places(self, epoch: int, first: int, last: int) -> list[list[str]]:
-        """``path:line`` of the rows in the merged micro-batches ``first`` to ``last`` of an epoch on this rank."""
-        assert self.train_rows is not None and self.trainer is not None
+    def places(self, epoch: int, step: int) -> list[list[str]]:
+        """``path:line`` of the rows in each micro-batch of a step of an epoch on this rank, steps counted from 0."""
+        assert self.train_rows is not None
         order = self._order(self.train_rows, shuffled=True)
-        order.epoch, order.start = epoch, first
-        batches = itertools.islice(order, last - first + 1)
-        return [[self.train_rows.place(row)[0] for row in batch] for batch in batches]
+        order.epoch, order.start = epoch, step
+        return [[self.train_rows.place(row)[0] for row in batch] for batch in next(iter(order))]
 
     def most_tokens(self, counts: Sequence[int]) -> dict[int, int]:
         """Tokens of the largest micro-batches of an epoch together, without padding, by how many they are."""
@@ -319,18 +317,18 @@ class QwenDataModule(L.LightningDataModule):
         assert self.train_rows is not None
         return float(self.train_rows.column("length").sum()) / self.micro_batches(1)
 
-    def heaviest(self, merge: int) -> Batch:
+    def heaviest(self, count: int) -> Batch:
         """The largest so many micro-batches as one."""
         rows = self.train_rows
         assert rows is not None
-        return self._collate([rows[row] for batch in self._heaviest_first(rows)[:merge] for row in batch])
+        return collate([rows[row] for batch in self._heaviest_first(rows)[:count] for row in batch], self.pad_id)
 
     def _heaviest_first(self, rows: Rows) -> list[list[int]]:
         lengths = rows.column("length")
         return sorted(self.batches(rows), key=lambda batch: -int(lengths[batch].sum()))
 
     def micro_batches(self, ranks: int) -> int:
-        """Micro-batches of an epoch on each rank, before merging."""
+        """Micro-batches of an epoch on each rank."""
         assert self.train_rows is not None
         return math.ceil(len(self.batches(self.train_rows)) / ranks)
 
@@ -340,33 +338,45 @@ class QwenDataModule(L.LightningDataModule):
         batches = self._heaviest_first(rows) if self.heaviest_first else self.batches(rows)
         # Overfitting is to see the same batches in every epoch.
         shuffled = shuffled and not self.heaviest_first and not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
-        return EpochOrder(batches, self.seed, rank, ranks, shuffled, self.merge)
+        return EpochOrder(batches, self.seed, rank, ranks, shuffled, self.per_step)
 
     @property
-    def _collate(self) -> Collate:
-        pad = self.tokenizer.pad_token_id
-        return Collate(pad if pad is not None else self.tokenizer.eos_token_id, self.unpadded)
+    def per_step(self) -> int:
+        """Micro-batches of an optimizer step on each rank, which a loader hands out together."""
+        return self.trainer.micro_batches_per_step if self.trainer else 1  # type: ignore[attr-defined]
 
-    def _loader(self, rows: Rows, shuffled: bool) -> DataLoader[Any]:
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up what is shorter."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id)
+
+    def _loader(self, rows: Rows, shuffled: bool) -> DataLoader[Batch]:
         options: dict[str, Any] = {
-            "dataset": rows,
-            "collate_fn": self._collate,
+            "dataset": MicroBatches(rows, self.pad_id),
+            "collate_fn": list,
             "num_workers": self.num_workers,
             "worker_init_fn": leave_to_parent,
             "pin_memory": torch.cuda.is_available(),
         }
         order = self._order(rows, shuffled)
         if shuffled:
-            return ResumableLoader(self, order, **options)
+            return ResumableLoader(order, self._epoch, self._count_wait, **options)
         return DataLoader(batch_sampler=order, generator=torch.Generator().manual_seed(0), **options)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of the training rows, in this epoch's order, from where the run stands."""
+    def _epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer else 0
+
+    def _count_wait(self, seconds: float) -> None:
+        self.waited += seconds
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Lists of the micro-batches of an optimizer step, in this epoch's order, from where the run stands."""
         assert self.train_rows is not None
         return self._loader(self.train_rows, shuffled=True)
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches of the validation rows in their own order, or nothing."""
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        """Lists of as many micro-batches of the validation rows, in their own order; nothing where there are none."""
         return self._loader(self.val_rows, shuffled=False) if self.val_rows is not None and len(self.val_rows) else []
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from qwen_lit.callbacks.accepted import TRAINING
 from qwen_lit.errors import UserError
+from qwen_lit.lines import plural
 from qwen_lit.model.schedules import ENDLESS
 
 log = logging.getLogger(__name__)
@@ -71,29 +72,21 @@ def _max_time(trainer: Any) -> Any:
 def check_limits(trainer: Any, data: Any) -> None:
     """Refuse limits that the data cannot fill, once its rows are counted and before the model is loaded.
 
-    A share of the micro-batches becomes their number, so that it stays the same when several are computed as one.
-
     Raises:
         UserError: nothing would be trained, or validation would never come.
     """
-    batches = data.micro_batches(trainer.world_size)
-    limit = trainer.limit_train_batches
-    if isinstance(limit, float) and limit < 1:
-        if not int(batches * limit):
-            raise UserError(
-                f"trainer.limit_train_batches is {limit} of {batches} micro-batches, which is none; give a larger "
-                "share, or their number."
-            )
-        trainer.limit_train_batches = int(batches * limit)
-    elif isinstance(limit, int) and limit >= batches:
-        # No limit at all; as a number it would keep micro-batches from being computed as one.
-        trainer.limit_train_batches = 1.0
-    batches, every = epoch_batches(trainer, data), trainer.val_check_interval
+    batches, limit = _full_epoch(trainer, data), trainer.limit_train_batches
+    if isinstance(limit, float) and limit < 1 and not int(batches * limit):
+        raise UserError(
+            f"trainer.limit_train_batches is {limit} of {plural(batches, 'optimizer step')}, which is none; give a "
+            "larger share, or their number."
+        )
+    batches, every = epoch_steps(trainer, data), trainer.val_check_interval
     validates = trainer.limit_val_batches and trainer.check_val_every_n_epoch is not None
     if isinstance(every, int) and not isinstance(every, bool) and every > batches and validates:
         raise UserError(
-            f"trainer.val_check_interval is {every}, but an epoch has {batches} micro-batches; lower it, or set "
-            "trainer.check_val_every_n_epoch: null to count over epochs."
+            f"trainer.val_check_interval is {every}, but an epoch has {plural(batches, 'optimizer step')}; lower "
+            "it, or set trainer.check_val_every_n_epoch: null to count over epochs."
         )
     total, least = total_steps(trainer, data), trainer.min_steps
     if total is not None and least and least > total:
@@ -103,18 +96,24 @@ def check_limits(trainer: Any, data: Any) -> None:
         )
 
 
-def epoch_batches(trainer: Any, data: Any) -> int:
-    """Batches of an epoch on each rank, as Lightning counts them."""
-    batches = math.ceil(data.micro_batches(trainer.world_size) / data.merge)
-    limit = trainer.limit_train_batches
-    if limit is None:
-        return batches
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+def _full_epoch(trainer: Any, data: Any) -> int:
+    """Optimizer steps of an epoch without a limit; its last one may have fewer micro-batches."""
+    return math.ceil(data.micro_batches(trainer.world_size) / trainer.micro_batches_per_step)
 
 
 def epoch_steps(trainer: Any, data: Any) -> int:
-    """Optimizer steps of an epoch; its last one may have fewer micro-batches."""
-    return math.ceil(epoch_batches(trainer, data) / trainer.accumulate_grad_batches)
+    """Optimizer steps of an epoch, as Lightning counts its batches."""
+    steps, limit = _full_epoch(trainer, data), trainer.limit_train_batches
+    if limit is None:
+        return steps
+    return min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+
+
+def epoch_share(trainer: Any, data: Any) -> float:
+    """Share of an epoch's micro-batches that its optimizer steps train."""
+    return min(
+        1.0, epoch_steps(trainer, data) * trainer.micro_batches_per_step / data.micro_batches(trainer.world_size)
+    )
 
 
 def total_steps(trainer: Any, data: Any) -> int | None:
@@ -129,13 +128,13 @@ def total_steps(trainer: Any, data: Any) -> int | None:
     epochs, loop = trainer.max_epochs, trainer.fit_loop
     if epochs is None or epochs < 0:
         return trainer.max_steps if trainer.max_steps > 0 else None
-    batches, every = epoch_batches(trainer, data), trainer.accumulate_grad_batches
+    of_epoch = epoch_steps(trainer, data)
     progress = loop.epoch_progress.current
     inside = progress.ready > progress.processed
     ready = loop.epoch_loop.batch_progress.current.ready
-    left = math.ceil(batches / every) - ready // every if inside and ready < batches else 0
+    left = of_epoch - ready if inside and ready < of_epoch else 0
     epochs_left = max(0, epochs - (progress.ready if inside else progress.processed))
-    total = int(trainer.global_step + left + epochs_left * math.ceil(batches / every))
+    total = int(trainer.global_step + left + epochs_left * of_epoch)
     return min(total, max(trainer.max_steps, trainer.global_step)) if trainer.max_steps > 0 else total
 
 

@@ -4,18 +4,21 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qwen_lit.checks import check_ranges
 from qwen_lit.config import LoraSection, QuantizationSection
-from qwen_lit.data.batches import Batch
+from qwen_lit.data.batches import Batch, join, padded
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import agree, watch_children
 from qwen_lit.engine.engine import FastEngine
@@ -35,6 +38,7 @@ from qwen_lit.model.optim import (
     parameter_groups,
     repage,
 )
+from qwen_lit.model.precision import full_precision
 from qwen_lit.model.resume import go_on, settings, shared
 from qwen_lit.model.schedules import WITHOUT_WARMUP, ScheduleName, schedule
 from qwen_lit.model.trained import find_adapter, tell_measured, weights
@@ -43,6 +47,20 @@ from qwen_lit.planner.plan import Plan, parse_bytes
 from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What the forward passes of an optimizer step have found on this rank, kept on the device so that none waits."""
+
+    number: int
+    """Of the step in its epoch, counted from 0."""
+    losses: list[Tensor]
+    """Summed loss of each forward pass, float32 scalars in nats."""
+    at_once: int
+    """Micro-batches of each forward pass; of the last one, those that are left."""
+    tokens: Tensor
+    """Supervised tokens of the step over all ranks, a float32 scalar."""
 
 
 class QwenModule(L.LightningModule):
@@ -149,10 +167,12 @@ class QwenModule(L.LightningModule):
         if lora_config.modules_to_save:
             check_trained_whole(self.held_weights(torch.device("cpu")), lora_config.modules_to_save)
         self.max_skipped_steps, self.skipped_steps, self.skipped_in_a_row = max_skipped_steps, 0, 0
-        # Losses since the last optimizer step, kept on the device so that no micro-batch waits for the host.
-        self.window: list[Tensor] = []
-        self.window_tokens = 0
-        self.last_batch = 0
+        # A batch is an optimizer step: ``training_step`` computes all of it.
+        self.automatic_optimization = False
+        self.sums: StepSums | None = None
+        """Of the step that is being made."""
+        self.resumed_at_once: int | None = None
+        """Micro-batches that the resumed run has computed at once; None for a new run."""
         self.total_steps: int | None = 0
         """Optimizer steps of the run; None where it has no known end."""
         self.resumed_total: int | None = 0
@@ -165,7 +185,7 @@ class QwenModule(L.LightningModule):
         Raises:
             UserError: they are not, or the limits leave nothing to train.
         """
-        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        data = self.data
         if stage == "fit":
             check_limits(self.trainer, data)
             told = settings(self)
@@ -195,8 +215,7 @@ class QwenModule(L.LightningModule):
             self.model.save_pretrained(self.initial_adapter.name, save_embedding_layers=False)
         if self.neftune_noise_alpha > 0:
             add_noise(base.get_input_embeddings(), self.neftune_noise_alpha)  # type: ignore[operator]
-        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
-        choice = choose_engine(self, self.trainer, data)
+        choice = choose_engine(self, self.trainer, self.data, self.resumed_at_once)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.told
         if sharded or self.host_embedding:
             # DDP reduces the adapter alone: shards differ from rank to rank, and an embedding on the CPU is no part.
@@ -213,6 +232,25 @@ class QwenModule(L.LightningModule):
         if self.quantized is not None:
             return self.quantized
         return planned_weights(self.config, self.quantization_config, device)
+
+    @property
+    def data(self) -> QwenDataModule:
+        """The rows that are trained."""
+        return cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    @property
+    def micro_batches_at_once(self) -> int:
+        """Micro-batches of an optimizer step that are computed in one forward and backward pass, as the plan says."""
+        return 1 if self.plan is None else self.plan.micro_batches_at_once
+
+    @property
+    def pads(self) -> bool:
+        """Whether each document is computed in a padded row of its own: on PEFT's path, where they are not packed."""
+        return self.fast is None and not self.data.packing
+
+    def computed_tokens(self, batch: Batch) -> int:
+        """Tokens that are computed for a micro-batch, those of its padding included."""
+        return (len(batch["cu_seqlens"]) - 1) * batch["max_seqlen"] if self.pads else batch["input_ids"].numel()
 
     @property
     def host_embedding(self) -> bool:
@@ -271,14 +309,15 @@ class QwenModule(L.LightningModule):
             UserError: the adapter or the optimizer is another, or the checkpoint is of weights alone.
         """
         if self.trainer.state.fn == "fit":
-            data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
-            self.skipped_steps, self.resumed_total = go_on(self, self.trainer, data, checkpoint)
+            self.skipped_steps, self.resumed_total = go_on(self, self.trainer, checkpoint)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats."""
         assert self.model is not None
         if self.fast is not None:
             return self.fast.loss_sum(batch)
+        if self.pads:
+            batch = padded(batch, self.data.pad_id)
         causal = cast(Any, self.model.base_model).model
         hidden = causal.model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
@@ -286,44 +325,80 @@ class QwenModule(L.LightningModule):
         rows = hidden.flatten(0, 1).index_select(0, batch["target_index"])
         return summed_loss(causal.lm_head, rows, batch["targets"])
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """The summed loss of one micro-batch; its gradient is divided once the whole step's tokens are known."""
-        loss = self.loss_sum(batch)
-        self.window.append(loss.detach())
-        self.window_tokens += batch["targets"].numel()
-        self.last_batch = batch_index
-        return loss
+    def training_step(self, step: list[Batch], number: int) -> Tensor:
+        """One optimizer step on its micro-batches; returns its mean loss over the supervised tokens of all ranks.
+
+        The step's tokens are counted before anything is computed, so that each loss is divided where it is made:
+        micro-batches, ranks and a last step that is not full weigh their tokens alike. Lightning's autocast and
+        default dtype hold for the forward pass alone, as they do where Lightning optimizes by itself.
+        """
+        optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
+        ranks, at_once, losses = self.trainer.world_size, self.micro_batches_at_once, []
+        counted = sum(batch["targets"].numel() for batch in step)
+        tokens = torch.tensor(counted, dtype=torch.float32, device=self.device)
+        if ranks > 1:
+            torch.distributed.all_reduce(tokens)
+        # DDP takes the mean of the ranks' gradients, where their sum is wanted.
+        share = ranks / tokens.clamp(min=1)
+        for at in range(0, len(step), at_once):
+            last = at + at_once >= len(step)
+            strategy = cast(Any, self.trainer.strategy)
+            with nullcontext() if last or ranks == 1 else strategy.block_backward_sync():
+                loss = self.loss_sum(join(step[at : at + at_once]))
+                with full_precision(self.device):
+                    self.manual_backward(loss * share)
+            losses.append(loss.detach())
+        self.sums = StepSums(number, losses, at_once, tokens)
+        with full_precision(self.device):
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        return torch.stack(losses).sum() / tokens.clamp(min=1)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn the summed gradient into the mean over the step's supervised tokens, over all ranks.
+        """Look whether the step may be made, log it and clip its gradient, which is not scaled any more.
 
-        Lightning has divided each loss by ``accumulate_grad_batches`` and each gradient by the number of ranks; both
-        are undone here, so that a last window that is not full weighs its tokens like any other. A step whose loss
-        or gradient is not finite changes nothing: parameters without a gradient are left alone by every optimizer.
+        A step whose loss or gradient is not finite changes nothing: parameters without a gradient are left alone by
+        every optimizer.
         """
-        sums = torch.stack([torch.stack(self.window).sum(), self.window[0].new_tensor(self.window_tokens)])
+        assert self.sums is not None
+        sums, self.sums = self.sums, None
+        total = torch.stack(sums.losses).sum()
         if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / sums[1].clamp(min=1)
+            torch.distributed.all_reduce(total)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [cast(Tensor, p.grad) for p in parameters]
-        torch._foreach_mul_(gradients, factor)
-        # The one wait for the device in a step: whether it may be taken is known only now.
-        loss, tokens, norm = torch.stack([*sums, torch.nn.utils.get_total_norm(gradients)]).tolist()
-        if math.isfinite(loss) and math.isfinite(norm):
+        norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
+        # The one wait for the device in a step: whether it may be made is known only now.
+        loss, tokens, length = torch.stack([total, sums.tokens, norm.float()]).tolist()
+        if math.isfinite(loss) and math.isfinite(length):
             self.skipped_in_a_row = 0
             self.log("train/loss", loss / max(tokens, 1), prog_bar=True)
-            self.log("train/grad_norm", norm)
+            self.log("train/grad_norm", length)
             # Later the schedule has moved on to the next step's.
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             self.log("train/supervised_tokens", tokens)
+            self._clip(parameters, norm)
         else:
-            self._skip_step(optimizer, loss)
+            self._skip_step(optimizer, loss, sums)
         self.log("train/skipped_steps", float(self.skipped_steps))
-        self.window, self.window_tokens = [], 0
 
-    def _skip_step(self, optimizer: torch.optim.Optimizer, loss: float) -> None:
+    def _clip(self, parameters: list[torch.nn.Parameter], norm: Tensor) -> None:
+        """Shorten the gradients to ``trainer.gradient_clip_val``, by their norm together or by each value."""
+        limit, algorithm = self.trainer.clip_value, self.trainer.gradient_clip_algorithm  # type: ignore[attr-defined]
+        if not limit or limit < 0:
+            return
+        if algorithm == GradClipAlgorithmType.VALUE:
+            torch.nn.utils.clip_grad_value_(parameters, limit)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+
+    def _skip_step(self, optimizer: torch.optim.Optimizer, loss: float, sums: StepSums) -> None:
         """Leave the parameters as they are, and say which rows were to blame.
+
+        Args:
+            optimizer: of the step.
+            loss: summed over all ranks.
+            sums: of this rank.
 
         Raises:
             RunError: ``max_skipped_steps`` in a row.
@@ -333,12 +408,12 @@ class QwenModule(L.LightningModule):
                 parameter.grad = None
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
-        places = data.places(self.trainer.current_epoch, self.last_batch + 1 - len(self.window), self.last_batch)
-        finite = torch.stack(self.window).isfinite().tolist()
+        places = self.data.places(self.trainer.current_epoch, sums.number)
+        finite = torch.stack(sums.losses).isfinite().tolist()
         # A rank whose own losses are good has nothing to blame.
         every = all(finite) and (self.trainer.world_size == 1 or math.isfinite(loss))
-        blamed = [row for rows, good in zip(places, finite, strict=False) if not good or every for row in rows]
+        guilty = [rows for number, rows in enumerate(places) if every or not finite[number // sums.at_once]]
+        blamed = [row for rows in guilty for row in rows]
         shown = ", ".join(blamed[:8]) + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "")
         what = "gradient" if math.isfinite(loss) else "loss"
         log.warning("step %d: the %s is not finite; the step is skipped (%s)", self.trainer.global_step, what, shown)
@@ -353,9 +428,12 @@ class QwenModule(L.LightningModule):
         """Start the sums over."""
         self.validated = torch.zeros(2, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
+    def validation_step(self, step: list[Batch], number: int) -> None:
         """Add up loss and tokens, so that neither the batch size nor the number of ranks changes the mean."""
-        self.validated += torch.stack([self.loss_sum(batch), torch.tensor(batch["targets"].numel()).to(self.device)])
+        for at in range(0, len(step), self.micro_batches_at_once):
+            batch = join(step[at : at + self.micro_batches_at_once])
+            counted = torch.tensor(batch["targets"].numel(), device=self.device)
+            self.validated += torch.stack([self.loss_sum(batch), counted])
 
     def on_validation_epoch_end(self) -> None:
         """Mean loss over all supervised tokens of all ranks, and its perplexity."""
@@ -366,7 +444,7 @@ class QwenModule(L.LightningModule):
         self.log("val/perplexity", loss.exp())
 
     def configure_optimizers(self) -> Any:
-        """The named optimizer over the adapter's parameters, and its schedule, stepped at each optimizer step."""
+        """The named optimizer over the adapter's parameters, and its schedule, which ``training_step`` steps."""
         groups = parameter_groups(self, self.learning_rate, self.weight_decay, self.lora_plus_ratio)
         try:
             optimizer = self.optimizer.build(groups, self.betas)
@@ -380,9 +458,8 @@ class QwenModule(L.LightningModule):
 
     def _schedule(self) -> Callable[[int], float]:
         """Over the steps that the run has by the limits of now."""
-        data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
-        self.total_steps = total_steps(self.trainer, data)
-        warmup = warmup_steps(self.warmup_ratio, self.trainer, data)
+        self.total_steps = total_steps(self.trainer, self.data)
+        warmup = warmup_steps(self.warmup_ratio, self.trainer, self.data)
         return schedule(self.schedule_name, warmup, self.total_steps, self.learning_rate, self.schedule_options)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

@@ -1,7 +1,6 @@
 """What a checkpoint remembers of its configuration, and what may differ when it is resumed."""
 
 import logging
-import math
 import pickle
 from contextlib import suppress
 from pathlib import Path
@@ -104,8 +103,8 @@ LORA = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "al
 def settings(module: Any) -> dict[str, Any]:
     """The configuration of a ``QwenModule`` as plain values.
 
-    ``frozen`` is what the adapter and the optimizer are made by, ``merge`` the micro-batches that are computed as one,
-    ``config`` the whole configuration, ``base`` the fingerprint of the base's files.
+    ``frozen`` is what the adapter and the optimizer are made by, ``micro_batches_at_once`` how many of a step are
+    computed together, ``config`` the whole configuration, ``base`` the fingerprint of the base's files.
     """
     lora = module.lora_config.to_dict()
     targets = lora["target_modules"]
@@ -115,7 +114,7 @@ def settings(module: Any) -> dict[str, Any]:
     frozen["model.optimizer"] = module.optimizer_name
     return {
         "frozen": frozen,
-        "merge": module.trainer.datamodule.merge,
+        "micro_batches_at_once": module.micro_batches_at_once,
         "config": module.run_config,
         "base": fingerprint(module.name, module.hub),
     }
@@ -131,12 +130,6 @@ def stored(checkpoint: Path | None) -> dict[str, Any]:
     with suppress(OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         return dict(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["settings"])
     return {}
-
-
-def merge_of(checkpoint: Path | None) -> int | None:
-    """Micro-batches that were computed as one when it was written; None where it does not say."""
-    found = stored(checkpoint).get("merge")
-    return None if found is None else int(found)
 
 
 def meaning(key: str) -> str:
@@ -207,8 +200,10 @@ def compare(then: dict[str, Any], config: dict[str, Any], base: str | None) -> N
         base: fingerprint of its base model.
 
     Raises:
-        UserError: a key whose change makes another run has changed, or the base has.
+        UserError: a key whose change makes another run has changed, or the base has, or the checkpoint is of a version
+            that counts otherwise.
     """
+    _refuse_earlier(then)
     changes = differences(canonical(then.get("config", {})), canonical(config))
     refused = {key: change for key, change in changes.items() if meaning(key) == REFUSE}
     name = "model.model_name_or_path"
@@ -250,39 +245,35 @@ def compare_module(then: dict[str, Any], now: dict[str, Any]) -> None:
     refuse_changes({k: (v, now["frozen"][k]) for k, v in then["frozen"].items() if v != now["frozen"].get(k)})
 
 
-def recount(progress: dict[str, Any], then: int, now: int, micro_batches: int) -> None:
-    """Count Lightning's batches again where another number of micro-batches is computed as one.
+def _refuse_earlier(then: dict[str, Any]) -> None:
+    """Refuse settings of a version in which a batch was a micro-batch: its loops and its position count other things.
 
-    Args:
-        progress: of the training batches, as in a checkpoint; changed in place.
-        then: micro-batches in a batch when it was saved.
-        now: the same, from here on.
-        micro_batches: of an epoch.
+    Raises:
+        UserError: they are.
     """
-    current, total = progress["current"], progress["total"]
-    epochs = (total["ready"] - current["ready"]) // math.ceil(micro_batches / then)
-    ready = math.ceil(min(current["ready"] * then, micro_batches) / now)
-    for counts, new in ((current, ready), (total, epochs * math.ceil(micro_batches / now) + ready)):
-        old = counts["ready"]
-        for name, count in counts.items():
-            counts[name] = new + count - old
+    if "merge" in then:
+        raise UserError(
+            "ckpt_path: an earlier version of qwen_lit wrote this checkpoint and counted micro-batches in it where "
+            "optimizer steps are counted here; end the run with that version, or set model.init_adapter to the "
+            "checkpoint, which begins a new run from its weights."
+        )
 
 
-def go_on(module: Any, trainer: Any, data: Any, checkpoint: dict[str, Any]) -> tuple[int, int | None]:
-    """Compare the run of a checkpoint with this one, and count its progress as this one counts.
+def go_on(module: Any, trainer: Any, checkpoint: dict[str, Any]) -> tuple[int, int | None]:
+    """Compare the run of a checkpoint with this one.
 
     Args:
         module: ``QwenModule`` with the settings of now.
         trainer: Lightning's, in ``fit``.
-        data: its rows are prepared.
-        checkpoint: as Lightning has read it; its loops are changed.
+        checkpoint: as Lightning has read it.
 
     Returns:
         Steps that were skipped so far, and optimizer steps of the run as the checkpoint knows them; None where it had
         no known end, 0 where it does not say.
 
     Raises:
-        UserError: the adapter or the optimizer is another, or the checkpoint is of weights alone.
+        UserError: the adapter or the optimizer is another, or the checkpoint is of weights alone, or of a version that
+            counts otherwise.
     """
     if "optimizer_states" not in checkpoint:
         raise UserError(
@@ -290,8 +281,7 @@ def go_on(module: Any, trainer: Any, data: Any, checkpoint: dict[str, Any]) -> t
             "and predict can use it."
         )
     then, now = checkpoint["settings"], settings(module)
+    _refuse_earlier(then)
     compare_module(then, now)
     check_end(checkpoint, trainer)
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    recount(progress, then["merge"], now["merge"], data.micro_batches(trainer.world_size))
     return then["skipped_steps"], then.get("total_steps", 0)

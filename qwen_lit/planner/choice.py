@@ -9,9 +9,8 @@ import torch
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.engine.engine import FastEngine, unsupported_reason
 from qwen_lit.errors import UserError
-from qwen_lit.model.resume import merge_of
 from qwen_lit.planner.plan import GIB, Plan
-from qwen_lit.planner.planner import LIMITS, merge_limit, planned_engine
+from qwen_lit.planner.planner import planned_engine
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +27,14 @@ class Choice:
     """Of the fast engine on a GPU."""
 
 
-def choose_engine(module: Any, trainer: Any, data: QwenDataModule) -> Choice:
-    """The engine that ``model.engine`` allows; the trainer and the data are set to its plan.
+def choose_engine(module: Any, trainer: Any, data: QwenDataModule, before: int | None) -> Choice:
+    """The engine that ``model.engine`` allows.
 
     Args:
         module: ``QwenModule`` with its model on this rank's device.
         trainer: all of its ranks call this.
         data: its rows are prepared.
+        before: micro-batches that the resumed run has computed at once; None for a new run.
 
     Raises:
         UserError: ``engine`` is fast, and the model or the device does not allow it.
@@ -52,19 +52,10 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule) -> Choice:
     if quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype != torch.bfloat16:
         given = str(quantization.bnb_4bit_compute_dtype).removeprefix("torch.")
         log.info("the fast engine computes in bfloat16; bnb_4bit_compute_dtype %s is for the reference", given)
-    # Documents lie end to end: nothing is computed for padding.
-    data.unpadded = True
     if device.type != "cuda":
         layers = module.model.base_model.model.config.num_hidden_layers
         engine = FastEngine(module.model, layers if module.gradient_checkpointing else 0)
         return Choice("fast, by the plain twins of its kernels", engine)
-    engine, plan, peak = planned_engine(
-        trainer, module.model, data, module.memory_budget, module.state_bytes, merge_of(trainer.resumed_from)
-    )
-    data.merge, limit = plan.merge, merge_limit(trainer)
-    trainer.accumulate_grad_batches //= plan.merge
-    for name in LIMITS:
-        if isinstance(getattr(trainer, name), int):
-            setattr(trainer, name, getattr(trainer, name) // plan.merge)
+    engine, plan, peak = planned_engine(trainer, module.model, data, module.memory_budget, module.state_bytes, before)
     measured = "" if peak is None else f", measured {peak / GIB:.2f}"
-    return Choice(f"fast, {plan}{measured}{'; ' * bool(limit)}{limit}", engine, plan)
+    return Choice(f"fast, {plan}{measured}", engine, plan)

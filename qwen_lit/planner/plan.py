@@ -12,6 +12,7 @@ from qwen_lit.engine.engine import GROUPS, HEADS, PIECE, FastEngine, linears_of
 from qwen_lit.engine.lora_linear import lora_columns, parts_of, read_linear, width_of
 from qwen_lit.engine.offload import BLOCK
 from qwen_lit.errors import UserError
+from qwen_lit.lines import plural
 
 GIB = 2**30
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -31,8 +32,8 @@ CUBLAS = 2**26
 class Plan:
     """What the planner has chosen."""
 
-    merge: int
-    """Micro-batches of the configuration that are computed as one."""
+    micro_batches_at_once: int
+    """Micro-batches of an optimizer step that are computed in one forward and backward pass."""
     recompute_layers: int
     loss_chunk: int
     """Rows of logits that exist at a time."""
@@ -59,7 +60,8 @@ class Plan:
         moved += [f", {self.offload_layers} layers' activations offloaded"] * (self.offload_layers > 0)
         moved += [f", {self.resident_layers} layers' weights held in bf16"] * (self.resident_layers > 0)
         return (
-            f"micro-batches merged by {self.merge}, {self.recompute_layers} layers recomputed{''.join(moved)}, "
+            f"{plural(self.micro_batches_at_once, 'micro-batch')} at once, "
+            f"{self.recompute_layers} layers recomputed{''.join(moved)}, "
             f"estimated peak {self.estimate / GIB:.2f} of {self.budget / GIB:.2f} GiB"
             + ("" if self.fits else ", WHICH MAY NOT FIT")
         )
@@ -239,7 +241,9 @@ def time_of(plan: Plan, shape: Shape, tokens: float, launch: int = 0) -> float:
         count / shape.layers for count in (plan.recompute_layers, plan.resident_layers, plan.offload_layers)
     )
     moves = plan.host_embedding or plan.offload or plan.piece > 0
-    return relative_time(recomputed, tokens * plan.merge, held, launch, away) * (SCANT if moves else 1.0)
+    return relative_time(recomputed, tokens * plan.micro_batches_at_once, held, launch, away) * (
+        SCANT if moves else 1.0
+    )
 
 
 def _gaps(longest: int, tokens: int) -> float:

@@ -18,8 +18,6 @@ from qwen_lit.planner.measure import STEPS, is_full, measure_host, measure_peak,
 from qwen_lit.planner.plan import HostProfile, Plan, Shape, apply, choose, free_memory
 
 NEVER = 2**62
-LIMITS = ("limit_train_batches", "val_check_interval")
-"""Of the Trainer, counted in batches: so many that are computed as one must divide them."""
 
 
 def planned_engine(
@@ -33,8 +31,8 @@ def planned_engine(
         data: its rows are prepared.
         budget: bytes that may be used; None for all that is free.
         state_bytes: of optimizer state for a trained number.
-        before: micro-batches that the resumed run computed as one. It goes on so where that fits: masks of dropout and
-            the order of sums depend on it.
+        before: micro-batches that the resumed run has computed at once. It goes on so where that fits: masks of
+            dropout and the order of sums depend on it.
 
     Returns:
         The engine, its plan, and the bytes at the peak of the heaviest micro-batch; None where nothing is trained.
@@ -43,7 +41,7 @@ def planned_engine(
         torch.OutOfMemoryError: no plan fits.
     """
     device = trainer.strategy.root_device
-    sizes, mean = data.most_tokens(merges_of(trainer)), data.mean_tokens()
+    sizes, mean = data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens()
     free = free_memory(device)
     budget = least(trainer, min(budget or free, free))
     shape = Shape.of(model, state_bytes)
@@ -63,7 +61,7 @@ def planned_engine(
     def peak_of(plan: Plan) -> int | None:
         nonlocal engine, machine
         with torch.device("cpu"):
-            heaviest = data.heaviest(plan.merge)
+            heaviest = data.heaviest(plan.micro_batches_at_once)
         peak, pins = None, True
         try:
             with trainer.precision_plugin.forward_context():
@@ -88,31 +86,22 @@ def planned_engine(
     return engine, plan, peak
 
 
-def merges_of(trainer: Any) -> list[int]:
-    """How many micro-batches of the configuration may be computed as one, from most to 1."""
-    limits = [getattr(trainer, name) for name in LIMITS]
-    common = math.gcd(trainer.accumulate_grad_batches, *(one for one in limits if isinstance(one, int)))
-    return [n for n in range(common, 0, -1) if common % n == 0]
+def possible_at_once(per_step: int) -> list[int]:
+    """How many of an optimizer step's micro-batches may be computed at once, from most to 1.
 
+    Any number may. Those that are left out take as many passes as a smaller one: 7 of 8 and 4 of 8 both take two.
 
-def merge_limit(trainer: Any) -> str:
-    """What keeps all micro-batches of an optimizer step from being computed as one, and how to free them."""
-    step, most = trainer.accumulate_grad_batches, merges_of(trainer)[0]
-    held_by = [
-        f"trainer.{name} {getattr(trainer, name)}"
-        for name in LIMITS
-        if isinstance(getattr(trainer, name), int) and getattr(trainer, name) % step
-    ]
-    if not held_by:
-        return ""
-    return f"at most {most} merged, by {' and '.join(held_by)}: a multiple of {step} micro-batches would be faster"
+    Args:
+        per_step: micro-batches of a step on each rank.
+    """
+    return sorted({math.ceil(per_step / passes) for passes in range(1, per_step + 1)}, reverse=True)
 
 
 def _machine(trainer: Any, model: Any, shape: Shape) -> HostProfile:
     """What the slowest rank measures."""
     # Lightning would make tensors on the device here.
     with torch.device("cpu"):
-        few = collate([(np.zeros(16), np.array([[0, 16]]))], 0, packed=True)
+        few = collate([(np.zeros(16), np.array([[0, 16]]))], 0)
     few = move_data_to_device(few, trainer.strategy.root_device)
     found = measure_host(FastEngine(model), shape, few, trainer.num_devices)
     WORKSPACE.buffers.clear()

@@ -54,7 +54,7 @@ def run(model_folder, dataset, tmp_path_factory):
         "--trainer.enable_progress_bar",
         "false",
         "--trainer.val_check_interval",
-        "8",
+        "1",
         "--model.lora_config.r",
         "4",
         "--samples.max_new_tokens",

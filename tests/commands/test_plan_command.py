@@ -40,17 +40,17 @@ def test_the_plan_tells_where_the_fast_engine_will_not_run_and_estimates_nothing
     assert result["engine"].startswith("reference (") and reason in result["engine"] and result["plans"] == []
     assert main(arguments) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert reason in text and "merged" not in text.split("disk")[0] and "has no arithmetic" in text
+    assert reason in text and "at once" not in text.split("disk")[0] and "has no arithmetic" in text
 
 
-def test_the_plan_tells_what_keeps_micro_batches_apart_and_a_step_of_what_is_trained(command, tmp_path, capsys):
-    options = ["--trainer.accumulate_grad_batches", "4", "--trainer.limit_train_batches", "6", "--json", "true"]
-    assert main(["plan", *command(tmp_path / "out")[1:], *options, "--trainer.val_check_interval", "3"]) == 0
+def test_a_limit_in_optimizer_steps_keeps_no_micro_batches_apart(command, tmp_path, capsys):
+    options = ["--trainer.accumulate_grad_batches", "5", "--trainer.limit_train_batches", "2", "--json", "true"]
+    assert main(["plan", *command(tmp_path / "out")[1:], *options, "--trainer.val_check_interval", "1"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert "at most 1 merged, by trainer.limit_train_batches 6 and trainer.val_check_interval 3" in result["engine"]
-    # 14 micro-batches an epoch, of which 6 are trained in 2 steps.
+    assert {plan["micro_batches_at_once"] for plan in result["plans"]} == {5}
+    # 14 micro-batches an epoch, of which 10 are trained in 2 steps.
     assert result["steps"] == 4 and result["steps_per_epoch"] == 2 and result["epochs"] == 2
-    assert result["tokens_per_step"] == round(result["tokens_per_epoch"] * 6 / 14 / 2)
+    assert result["tokens_per_step"] == round(result["tokens_per_epoch"] * 10 / 14 / 2)
 
 
 def test_a_budget_that_nothing_fits_is_said_with_exit_code_1(command, tmp_path, capsys):

@@ -126,7 +126,7 @@ def test_a_model_of_modelscope_is_fetched_there():
         ({"eval_strategy": "epoch"}, {"check_val_every_n_epoch": 1}),
         ({"eval_strategy": None, "eval_steps": 0.1}, {"val_check_interval": 0.3}),
         ({"eval_strategy": None, "eval_steps": 0.5}, {"check_val_every_n_epoch": 2}),
-        ({"eval_steps": 0.1, "max_steps": 200}, {"val_check_interval": 160, "check_val_every_n_epoch": None}),
+        ({"eval_steps": 0.1, "max_steps": 200}, {"val_check_interval": 20, "check_val_every_n_epoch": None}),
         (
             {"eval_strategy": "no", "load_best_model_at_end": None, "early_stopping_steps": None},
             {"limit_val_batches": 0},

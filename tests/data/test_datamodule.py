@@ -1,12 +1,13 @@
 """The split is by content, the order a pure function, and no row is lost or shown twice."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from qwen_lit.data.batches import EpochOrder, group
+from qwen_lit.data.batches import EpochOrder, group, join
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
 
@@ -91,10 +92,10 @@ def test_the_order_is_a_function_of_seed_epoch_and_position():
     batches = [[n] for n in range(101)]
     order = EpochOrder(batches, seed=7)
     first, again = list(order), list(EpochOrder(batches, seed=7))
-    assert first == again and sorted(first) == batches
+    assert first == again and sorted(first) == [[batch] for batch in batches]
     order.epoch = 1
     second = list(order)
-    assert second != first and sorted(second) == batches
+    assert second != first and sorted(second) == sorted(first)
     order.start = 40
     assert list(order) == second[40:]
     assert list(EpochOrder(batches, seed=8)) != first
@@ -113,21 +114,34 @@ def test_each_row_is_seen_once_over_all_ranks_and_each_rank_has_equally_many_bat
     batches = [[n] for n in range(101)]
     orders = [list(EpochOrder(batches, 7, rank, ranks)) for rank in range(ranks)]
     assert len({len(order) for order in orders}) == 1
-    assert sorted(batch for order in orders for batch in order if batch) == batches
+    assert sorted(batch for order in orders for (batch,) in order if batch) == batches
+
+
+def trainer(per_step):
+    """Of one process at the beginning of a run."""
+    return SimpleNamespace(
+        micro_batches_per_step=per_step, global_rank=0, world_size=1, overfit_batches=0.0, current_epoch=0
+    )
+
+
+def ids(step):
+    return [batch["input_ids"].tolist() for batch in step]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_loader_goes_on_at_the_very_next_batch(module, workers, packing):
     data = module(rows_of(60), batch_size=4, max_length=64, packing=packing, num_workers=workers)
-    whole = [batch["input_ids"].tolist() for batch in data.train_dataloader()]
+    data.trainer = trainer(2)
+    whole = [ids(step) for step in data.train_dataloader()]
     loader = data.train_dataloader()
-    batches = iter(loader)
-    begun = [next(batches)["input_ids"].tolist() for _ in range(3)]
+    steps = iter(loader)
+    begun = [ids(next(steps)) for _ in range(3)]
     state = loader.state_dict()
     resumed = data.train_dataloader()
     resumed.load_state_dict(state)
-    assert begun + [batch["input_ids"].tolist() for batch in resumed] == whole
+    assert begun + [ids(step) for step in resumed] == whole and state == {"epoch": 0, "position": 3}
+    assert len(whole) == len(loader) and {len(step) for step in whole[:-1]} == {2}
 
 
 @pytest.mark.parametrize(
@@ -147,27 +161,26 @@ def test_a_wrong_option_is_named_with_its_value(module, options, message):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_merged_batches_hold_the_rows_of_consecutive_ones_and_resume_among_them(ranks):
+def test_a_step_has_consecutive_micro_batches_of_a_rank_and_the_last_one_what_is_left(ranks):
     batches = [[n, n + 1000] for n in range(23)]
-    plain = list(EpochOrder(batches, 7, 0, ranks))
-    order = EpochOrder(batches, 7, 0, ranks, merge=4)
-    merged = list(order)
-    assert merged == [sum(plain[at : at + 4], []) for at in range(0, len(plain), 4)]
-    assert len(order) == len(merged)
+    plain = [batch for (batch,) in EpochOrder(batches, 7, 0, ranks)]
+    order = EpochOrder(batches, 7, 0, ranks, per_step=4)
+    steps = list(order)
+    assert steps == [plain[at : at + 4] for at in range(0, len(plain), 4)]
+    assert len(order) == len(steps) and 0 < len(steps[-1]) < 4 or ranks == 2
     order.start = 2
-    assert list(order) == merged[2:]
+    assert list(order) == steps[2:]
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_heaviest_micro_batches_are_as_heavy_as_any_that_are_trained_together(module, packing):
     rows = [{"instruction": "Say.", "output": "word " * (1 + 7 * n % 40)} for n in range(60)]
     data = module(rows, batch_size=2, max_length=80, packing=packing)
-    data.unpadded = True
-    for merge in (1, 3):
-        one = data.heaviest(merge)
-        data.merge = merge
-        trained = max(batch["tokens"] for batch in data.train_dataloader())
+    for count in (1, 3):
+        one = data.heaviest(count)
+        data.trainer = trainer(count)
+        trained = max(join(step)["tokens"] for step in data.train_dataloader())
         assert one["tokens"] >= trained and one["input_ids"].numel() == one["tokens"]
-        assert one["tokens"] == data.most_tokens([1, 3])[merge] <= merge * data.most_tokens([1])[1]
+        assert one["tokens"] == data.most_tokens([1, 3])[count] <= count * data.most_tokens([1])[1]
     assert data.mean_tokens() == data.train_rows.column("length").sum() / data.micro_batches(1)
     assert data.heaviest(10_000)["tokens"] == int(data.train_rows.column("length").sum())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_lit.data.batches import collate, group
+from qwen_lit.data.batches import collate, group, join, padded
 from qwen_lit.data.packing import best_fit, fill
 from qwen_lit.model.loss import summed_loss
 
@@ -60,7 +60,7 @@ def test_each_document_has_the_same_loss_packed_padded_and_alone(model_folder, a
         ]
 
     with torch.no_grad():
-        packed, padded = losses(collate(made, 0, packed=True)), losses(collate(made, 0))
+        packed, filled = losses(collate(made, 0)), losses(padded(collate(made, 0), 0))
         alone = [
             float(
                 summed_loss(
@@ -73,12 +73,12 @@ def test_each_document_has_the_same_loss_packed_padded_and_alone(model_folder, a
             )
             for ids, span in made
         ]
-    assert np.allclose(packed, alone, rtol=1e-5) and np.allclose(padded, alone, rtol=1e-5)
+    assert np.allclose(packed, alone, rtol=1e-5) and np.allclose(filled, alone, rtol=1e-5)
 
 
 def test_positions_restart_and_no_target_crosses_a_document():
     ids = [(np.array([5, 6, 7]), np.array([[0, 3]])), (np.array([8, 9]), np.array([[0, 2]]))]
-    batch = collate(ids, 0, packed=True)
+    batch = collate(ids, 0)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["cu_seqlens"].tolist() == [0, 3, 5] and batch["max_seqlen"] == 3 and batch["tokens"] == 5
@@ -87,15 +87,28 @@ def test_positions_restart_and_no_target_crosses_a_document():
 
 def test_padding_is_on_the_right_and_never_a_target():
     ids = [(np.array([5, 6, 7]), np.array([[1, 3]])), (np.array([8, 9]), np.array([[1, 2]]))]
-    batch = collate(ids, 0)
+    batch = padded(collate(ids, 0), 0)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]] and batch["cu_seqlens"].tolist() == [0, 3, 6]
     assert batch["target_index"].tolist() == [0, 1, 3] and batch["targets"].tolist() == [6, 7, 9]
     assert batch["tokens"] == 5
 
 
 def test_an_empty_batch_trains_nothing():
     batch = collate([], 0)
-    assert batch["targets"].numel() == 0 and batch["input_ids"].shape == (1, 1) and batch["tokens"] == 0
+    for one in (batch, padded(batch, 0), join([batch, batch])):
+        assert one["targets"].numel() == 0 and one["input_ids"].shape == (1, 1) and one["tokens"] == 0
+
+
+def test_micro_batches_are_joined_as_if_their_documents_had_been_one():
+    made = documents(9, 301)
+    parts = [collate(made[:4], 0), collate([], 0), collate(made[4:5], 0), collate(made[5:], 0)]
+    joined, whole = join(parts), collate(made, 0)
+    assert joined.keys() == whole.keys()
+    for name, wanted in whole.items():
+        found = joined[name]
+        assert torch.equal(found, wanted) if isinstance(wanted, torch.Tensor) else found == wanted
+    assert join(parts[1:3]) is parts[2]
 
 
 def test_padded_rows_of_like_length_share_a_batch():

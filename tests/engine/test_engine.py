@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qwen_lit.cli import main
-from qwen_lit.data.batches import collate
+from qwen_lit.data.batches import collate, padded
 from qwen_lit.engine.engine import GROUPS, FastEngine, linears_of, unsupported_reason
 from qwen_lit.kernels.dropout import dropped
 from qwen_lit.model.load import load_base
@@ -47,7 +47,8 @@ def adapted(family: str, **options):
 
 def batch(packed: bool, lengths=(7, 13, 1, 20), seed: int = 0):
     draw = np.random.default_rng(seed)
-    return collate([(draw.integers(0, 301, n), np.array([[n // 2, n]])) for n in lengths], 0, packed)
+    made = collate([(draw.integers(0, 301, n), np.array([[n // 2, n]])) for n in lengths], 0)
+    return made if packed else padded(made, 0)
 
 
 def reference(model, one) -> torch.Tensor:
@@ -124,7 +125,7 @@ def test_odd_packs_work(lengths):
 
 def test_a_batch_that_trains_nothing_leaves_zero_gradients():
     model = adapted("qwen2")
-    one = collate([(np.arange(9), np.zeros((0, 2), dtype=int))], 0, True)
+    one = collate([(np.arange(9), np.zeros((0, 2), dtype=int))], 0)
     loss = FastEngine(model).loss_sum(one)
     found = gradients(model, loss)
     assert float(loss) == 0 and all(not gradient.any() for gradient in found.values())

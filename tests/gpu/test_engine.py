@@ -91,7 +91,7 @@ def loaded(folder, targets, dropout=0.0, dtype=torch.bfloat16):
 
 def batch(lengths, seed=0):
     draw = np.random.default_rng(seed)
-    made = collate([(draw.integers(0, 5000, n), np.array([[0, n]])) for n in lengths], 0, True)
+    made = collate([(draw.integers(0, 5000, n), np.array([[0, n]])) for n in lengths], 0)
     return {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in made.items()}
 
 
@@ -239,7 +239,7 @@ def test_a_plan_with_offloaded_layers_stays_within_its_budget(folder):
     budget = static + GIB
     chosen = choose(shape, static, budget, {n: n * 2048 for n in (8, 4, 2, 1)}, HostProfile(1.0))
     assert chosen.offload_layers > 0
-    peak = measure_peak(apply(chosen, model), batch([2048] * chosen.merge))
+    peak = measure_peak(apply(chosen, model), batch([2048] * chosen.micro_batches_at_once))
     assert peak <= limit(budget), (str(chosen), peak / GIB)
 
 

@@ -24,7 +24,7 @@ def test_fit_measures_its_plan_and_trains(on_the_gpu, caplog):
     assert main([*on_the_gpu, "--trainer.max_steps", "3"]) == 0
     # Lines of the start are wrapped anywhere.
     told = " ".join(" ".join(record.message for record in caplog.records).split())
-    assert re.search(r"engine fast, micro-batches merged by \d+.* GiB, measured \d+\.\d\d data ", told), told
+    assert re.search(r"engine fast, \d+ micro-batch(es)? at once, .* GiB, measured \d+\.\d\d data ", told), told
 
 
 def test_an_embedding_that_is_planned_for_the_cpu_is_there_while_the_run_trains(on_the_gpu, monkeypatch):

@@ -41,7 +41,7 @@ def test_more_memory_never_gives_a_slower_plan():
     plans = [choose(SEVEN, STATIC, budget * GIB // 8, EIGHT) for budget in range(8 * 8, 80 * 8)]
     costs = [time_of(plan, SEVEN, 2048) for plan in plans]
     assert costs == sorted(costs, reverse=True)
-    assert plans[-1].merge == 8 and plans[-1].recompute_layers == 0
+    assert plans[-1].micro_batches_at_once == 8 and plans[-1].recompute_layers == 0
     assert plans[0].recompute_layers > 20
 
 
@@ -66,7 +66,9 @@ def test_little_memory_moves_the_embedding_to_the_cpu_and_then_the_inputs():
     smaller = replace(SEVEN, embedding=304_128 * 3584)
     plans = [choose(smaller, STATIC, int(budget * GIB), {1: 2048}) for budget in (8, 6, 5.4)]
     assert [(plan.host_embedding, plan.offload) for plan in plans] == [(False, False), (True, False), (True, True)]
-    assert all((plan.merge, plan.recompute_layers, plan.loss_chunk) == (1, 28, 128) for plan in plans[1:])
+    assert all(
+        (plan.micro_batches_at_once, plan.recompute_layers, plan.loss_chunk) == (1, 28, 128) for plan in plans[1:]
+    )
     estimates = [plan.estimate for plan in plans]
     assert estimates == sorted(estimates, reverse=True)
     assert not choose(SEVEN, STATIC, 5 * GIB, {1: 2048}).host_embedding
@@ -75,18 +77,18 @@ def test_little_memory_moves_the_embedding_to_the_cpu_and_then_the_inputs():
 def test_short_rows_share_a_micro_batch_where_memory_is_least_too():
     smaller, sizes = replace(SEVEN, embedding=304_128 * 3584), {8: 1500, 4: 900, 2: 550, 1: 300}
     plans = [choose(smaller, STATIC, int(budget * GIB), sizes) for budget in (5.1, 5.2, 5.35, 5.6, 6.2)]
-    merges = [plan.merge for plan in plans]
+    merges = [plan.micro_batches_at_once for plan in plans]
     assert merges == sorted(merges) and merges[0] > 1 and merges[-2:] == [8, 8]
     assert all(plan.host_embedding and plan.estimate <= limit(plan.budget) for plan in plans)
     # The host's memory holds the inputs of so many tokens alone.
     plan = choose(smaller, STATIC, int(5.1 * GIB), sizes, HostProfile(memory=600 * 28 * 7168))
-    assert sizes[plan.merge] <= 600 and plan.fits
+    assert sizes[plan.micro_batches_at_once] <= 600 and plan.fits
 
 
 def test_one_long_row_does_not_keep_short_ones_from_sharing_a_micro_batch():
     sizes, machine = {8: 10_000, 4: 9000, 2: 8500, 1: 8192}, HostProfile(launch=3500)
     shared, alone = (choose(SEVEN, STATIC, 24 * GIB, one, machine, mean=250.0) for one in (sizes, {1: 8192}))
-    assert shared.merge == 8 > choose(SEVEN, STATIC, 24 * GIB, sizes, machine).merge
+    assert shared.micro_batches_at_once == 8 > choose(SEVEN, STATIC, 24 * GIB, sizes, machine).micro_batches_at_once
     assert time_of(shared, SEVEN, 250.0, 3500) < 0.5 * time_of(alone, SEVEN, 250.0, 3500)
 
 
@@ -132,9 +134,9 @@ def test_memory_to_spare_holds_weights_dequantised():
 
 
 def test_weights_that_are_held_can_be_worth_more_than_a_larger_micro_batch():
-    assert choose(replace(SEVEN, resident=0), STATIC, 60 * GIB, EIGHT).merge == 8
+    assert choose(replace(SEVEN, resident=0), STATIC, 60 * GIB, EIGHT).micro_batches_at_once == 8
     plan = choose(SEVEN, STATIC, 60 * GIB, EIGHT)
-    assert (plan.merge, plan.recompute_layers, plan.resident_layers) == (4, 0, 28)
+    assert (plan.micro_batches_at_once, plan.recompute_layers, plan.resident_layers) == (4, 0, 28)
 
 
 @pytest.mark.parametrize(("tokens", "budget"), [(2_972, 8), (78_475, 24), (342_733, 80)])
@@ -201,7 +203,7 @@ def test_offloading_is_planned_where_the_link_has_room_and_the_host_memory():
         assert times == sorted(times, reverse=True) and times[-1] < times[0]
     full = choose(shape, STATIC, 8 * GIB, EIGHT, HostProfile(1.0, 2 * GIB))
     assert 0 < full.offload_layers < choose(shape, STATIC, 8 * GIB, EIGHT, HostProfile(1.0)).offload_layers
-    assert full.offload_layers * 2048 * full.merge * SEVEN.kept <= 2 * GIB
+    assert full.offload_layers * 2048 * full.micro_batches_at_once * SEVEN.kept <= 2 * GIB
     assert choose(shape, STATIC, 80 * GIB, EIGHT, HostProfile(1.0)).offload_layers == 0
 
 
@@ -213,7 +215,7 @@ def test_inputs_are_not_sent_to_a_host_without_the_memory_for_them():
 
 def test_a_host_that_launches_slowly_is_given_larger_micro_batches():
     plans = [choose(SEVEN, STATIC, 16 * GIB, EIGHT, HostProfile(launch=launch)) for launch in (0, 3500)]
-    assert [plan.merge for plan in plans] == [1, 2]
+    assert [plan.micro_batches_at_once for plan in plans] == [1, 2]
     assert time_of(plans[0], SEVEN, 2048, 3500) > 1.1 * time_of(plans[1], SEVEN, 2048, 3500)
 
 

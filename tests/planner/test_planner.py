@@ -1,5 +1,6 @@
 """The plan of a run is measured before it is trained, and made anew where it took too much."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -10,10 +11,9 @@ import torch
 
 from qwen_lit.distributed import least
 from qwen_lit.engine.offload import UNPINNED
-from qwen_lit.model.resume import merge_of
 from qwen_lit.planner import planner as planning
 from qwen_lit.planner.plan import GIB, HostProfile, limit
-from qwen_lit.planner.planner import planned_engine
+from qwen_lit.planner.planner import planned_engine, possible_at_once
 from tests.engine.test_engine import adapted, batch
 
 BUDGET = 2 * GIB
@@ -53,9 +53,7 @@ def plan(monkeypatch, asked):
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
             world_size=1,
             num_devices=1,
-            limit_train_batches=1.0,
-            val_check_interval=1.0,
-            accumulate_grad_batches=8,
+            micro_batches_per_step=8,
             state=SimpleNamespace(fn=fn),
             precision_plugin=SimpleNamespace(forward_context=nullcontext),
         )
@@ -66,7 +64,7 @@ def plan(monkeypatch, asked):
 
 def test_a_plan_that_is_within_the_budget_is_the_one_that_is_trained(plan, asked):
     engine, chosen, peak, merges = plan(lambda engine: BUDGET // 2)
-    assert asked == [engine] and merges == [chosen.merge] and BUDGET // 2 < peak < BUDGET // 2 + 2**20
+    assert asked == [engine] and merges == [chosen.micro_batches_at_once] and BUDGET // 2 < peak < BUDGET // 2 + 2**20
     assert engine.recompute_layers == chosen.recompute_layers and len(engine.away) == chosen.offload_layers
 
 
@@ -83,7 +81,7 @@ def test_one_that_does_not_fit_is_made_anew_and_the_last_failure_is_told(plan, a
     def full(engine):
         raise torch.OutOfMemoryError("full")
 
-    with pytest.raises(torch.OutOfMemoryError, match="heaviest micro-batch does not fit: micro-batches merged by"):
+    with pytest.raises(torch.OutOfMemoryError, match="heaviest micro-batch does not fit: 1 micro-batch at once"):
         plan(full)
     assert len(asked) > 1
 
@@ -127,10 +125,16 @@ def test_nothing_is_measured_where_nothing_is_trained(plan, asked):
 
 def test_a_resumed_run_computes_as_many_micro_batches_at_once_as_before_where_that_fits(plan):
     chosen = plan(lambda engine: 0)[1]
-    assert chosen.merge == 2
+    assert chosen.micro_batches_at_once == 2
     *_, merged = plan(lambda engine: 0, before=1)
     assert merged == [1]
-    assert [plan(lambda engine: 0, before=one)[1].merge for one in (None, 3, 4, 8)] == [2, 2, 4, 2]
+    assert [plan(lambda engine: 0, before=one)[1].micro_batches_at_once for one in (None, 3, 4, 5, 8)] == [
+        2,
+        3,
+        4,
+        2,
+        2,
+    ]
 
 
 def test_a_host_that_does_not_pin_is_not_asked_again(plan, asked):
@@ -151,11 +155,9 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(plan):
         plan(broken)
 
 
-def test_what_a_run_computed_as_one_is_read_from_its_checkpoint(tmp_path):
-    path = tmp_path / "step.ckpt"
-    torch.save({"settings": {"merge": 4}}, path)
-    assert merge_of(path) == 4 and merge_of(None) is None and merge_of(tmp_path / "none.ckpt") is None
-    torch.save({"other": 1}, path)
-    assert merge_of(path) is None
-    path.write_bytes(b"broken")
-    assert merge_of(path) is None
+def test_any_number_of_micro_batches_may_be_computed_at_once_but_those_that_save_no_pass():
+    assert possible_at_once(8) == [8, 4, 3, 2, 1] and possible_at_once(7) == [7, 4, 3, 2, 1]
+    assert possible_at_once(1) == [1] and len(possible_at_once(64)) == 15
+    for per_step in range(1, 40):
+        passes = {math.ceil(per_step / one) for one in possible_at_once(per_step)}
+        assert passes == {math.ceil(per_step / one) for one in range(1, per_step + 1)}
