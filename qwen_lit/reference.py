@@ -38,8 +38,7 @@ PACKAGES = ("jsonargparse", "lightning", "peft", "transformers")
 def build() -> dict[str, Any]:
     """The whole reference, as in the file."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = capture_parser(lambda: cli.begin(cli.QwenCLI.__new__(cli.QwenCLI), []))
-    parsers = parser._subcommands_action._name_parser_map  # type: ignore[union-attr]
+    parsers = {name: capture_parser(lambda name=name: cli.QwenCLI(name, [])) for name in cli.COMMANDS}  # type: ignore[misc]
     keys = _keys(parsers["fit"])
     known = {one["key"] for one in keys}
     commands: dict[str, Any] = {}
@@ -124,7 +123,7 @@ def type_name(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(str(one) for one in inner)
     name = "list" if "Iterable" in str(origin) else getattr(origin or hint, "__name__", str(hint))
-    name = {"Quantization": "section", "PosixPath": "str", "Path": "str"}.get(name, name)
+    name = {"QuantizationSection": "section", "PosixPath": "str", "Path": "str"}.get(name, name)
     if not inner or name == "type":
         return name
     return f"{name}[{', '.join(type_name(one) for one in inner)}]"

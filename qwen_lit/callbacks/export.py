@@ -5,7 +5,7 @@ import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import is_whole, step_of
 from qwen_lit.callbacks.trackers import log_verdict
+from qwen_lit.checkpoints import trained_at
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
 from qwen_lit.errors import UserError
@@ -30,9 +32,11 @@ from qwen_lit.export.card import ModelCardFacts, finish_adapter
 from qwen_lit.export.folder import ExportError, commit_folder
 from qwen_lit.export.gguf import GgufType
 from qwen_lit.export.kquants import missing_quantizer
-from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part, run
+from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part
+from qwen_lit.export.pipeline import run as run_job
+from qwen_lit.model.module import QwenModule
 from qwen_lit.quantization import base_name
-from qwen_lit.run import ADAPTER, BEST, MERGED, trained_at
+from qwen_lit.run import PARTIAL, Run
 
 log = logging.getLogger(__name__)
 NO_BEST = "the best checkpoint"
@@ -43,17 +47,20 @@ class Export(Callback):
 
     def __init__(
         self,
+        run: Run,
+        saver: RunCheckpoint,
         merge: bool = True,
         checkpoint: Literal["last", "best"] = "last",
         merge_base: MergeBase = "original",
         gguf: GgufType | None = None,
         verdict_rows: int = 32,
         smoke_rows: int = 3,
-        output_dir: str = "output",
     ) -> None:
         """Nothing is read or written before fit ends.
 
         Args:
+            run: names the folders, and has the configuration that is written beside the weights.
+            saver: knows the best checkpoint.
             merge: write the merged bf16 model as well as the adapter.
             checkpoint: what is exported: last, the end of the run; or best, the lowest validation loss.
             merge_base: add the adapter to the original bf16 weights, or to the 4-bit weights as trained; auto
@@ -62,12 +69,10 @@ class Export(Callback):
                 quantiser, in k-quants such as q4_k_m; null writes none.
             verdict_rows: rows on which the merges are compared with the adapter; 0 compares nothing.
             smoke_rows: trained prompts that the merged model answers, to see that it stops; 0 tries none.
-            output_dir: set by the top-level output_dir.
         """
+        self.run, self.saver = run, saver
         self.merge, self.checkpoint, self.merge_base, self.gguf = merge, checkpoint, merge_base, gguf
         self.verdict_rows, self.smoke_rows = verdict_rows, smoke_rows
-        self.folder = Path(output_dir)
-        self.training_config: dict[str, Any] = {}
         self.told: ModelCardFacts | None = None
         self.missing: dict[str, str] = {}
         self.made: dict[str, Any] = {}
@@ -79,7 +84,8 @@ class Export(Callback):
         Raises:
             UserError: the adapter cannot be merged, GGUF cannot be written, or there will be no best checkpoint.
         """
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        assert data.val_rows is not None
         if stage == "fit" and self.checkpoint == "best" and not len(data.val_rows):
             raise UserError(
                 "export.checkpoint is best, but data.val_size holds out no row; give a larger share, or a count such "
@@ -87,7 +93,7 @@ class Export(Callback):
             )
         if stage != "fit" or not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        module = cast(Any, pl_module)
+        module = cast(QwenModule, pl_module)
         check_mergeable(module.lora_config, module.config)
         self.check_gguf()
 
@@ -106,13 +112,11 @@ class Export(Callback):
         """Export once training is complete; an interrupted run leaves its checkpoints alone."""
         if trainer.fast_dev_run or trainer.interrupted or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        from qwen_lit.model.module import QwenModule
-
         module = cast(QwenModule, pl_module)
         assert module.model is not None
-        adapter = self.folder / ADAPTER
-        partial = adapter.with_name(adapter.name + ".tmp")
-        saver = next(one for one in trainer.callbacks if isinstance(one, RunCheckpoint))  # type: ignore[attr-defined]
+        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        adapter, saver = self.run.adapter, self.saver
+        partial = adapter.with_name(adapter.name + PARTIAL)
         self.made = {"checkpoint": "last", "step": trainer.global_step}
         weights = None
         if self.checkpoint == "best":
@@ -127,7 +131,7 @@ class Export(Callback):
             module.model.save_pretrained(
                 str(partial), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
             )
-            finish_adapter(partial, module.name, self.training_config, self.made)
+            finish_adapter(partial, module.name, self.run.config, self.made)
             commit_folder(partial, adapter)
             log.info("adapter of step %d written to %s", self.made["step"], adapter)
         names = {"train/loss": "train, last step", "val/loss": "validation, last", "val/perplexity": "perplexity"}
@@ -142,14 +146,27 @@ class Export(Callback):
             # What there is of it takes the room that the report needs.
             shutil.rmtree(partial, ignore_errors=True)
         elif NO_BEST not in self.missing:
-            with part(MERGED, self.missing):
-                self.export(trainer, adapter, module, metrics)
+            with part(self.run.merged.name, self.missing):
+                self.export(adapter, module, data, trainer.strategy.root_device, trainer.loggers, metrics)
         if self.missing:
-            cast(Any, trainer).exit_code = 1
             print(f"error: {self.said()}", file=sys.stderr)
 
-    def from_checkpoint(self, trainer: L.Trainer, path: Path, module: Any) -> None:
+    def from_checkpoint(
+        self,
+        path: Path,
+        module: QwenModule,
+        data: QwenDataModule,
+        device: torch.device,
+        loggers: Sequence[Logger],
+    ) -> None:
         """The same without training: from a checkpoint of ``fit``, or from an adapter folder.
+
+        Args:
+            path: of the checkpoint or the folder.
+            module: names the base and the adapter's settings; its model is not loaded.
+            data: its rows are prepared.
+            device: where the merged model is measured and tried.
+            loggers: get the verdict.
 
         Raises:
             ExportError: something could not be exported.
@@ -159,33 +176,36 @@ class Export(Callback):
             self.check_gguf()
         adapter, self.made = path, trained_at(path)
         if path.is_file():
-            adapter = self.folder / ADAPTER
-            adapter_from_checkpoint(path, module.lora_config, module.name, adapter, self.training_config, self.made)
+            adapter = self.run.adapter
+            adapter_from_checkpoint(path, module.lora_config, module.name, adapter, self.run.config, self.made)
             log.info("adapter of step %d written to %s", self.made["step"], adapter)
-        self.export(trainer, adapter, module, {})
+        self.export(adapter, module, data, device, loggers, {})
         if self.missing:
             raise ExportError(self.said())
 
-    def export(self, trainer: Any, adapter: Path, module: Any, losses: dict[str, float]) -> None:
+    def export(
+        self,
+        adapter: Path,
+        module: QwenModule,
+        data: QwenDataModule,
+        device: torch.device,
+        loggers: Sequence[Logger],
+        losses: dict[str, float],
+    ) -> None:
         """Merge an adapter folder and write what belongs to it; what fails is in ``missing``."""
         if not self.merge:
             return
-        data: QwenDataModule = trainer.datamodule
         assert data.train_rows is not None and data.val_rows is not None
         held_out = data.val_rows if len(data.val_rows) else data.train_rows
-        device = trainer.strategy.root_device
         # The merged model, which answers a few prompts, may need that memory.
-        if module.fast is not None:
-            module.fast.release()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        module.release_memory()
         job = Job(
             adapter_dir=adapter,
             base_dir=module.folder,
-            out_dir=self.folder / MERGED,
+            out_dir=self.run.merged,
             tokenizer=data.tokenizer,
             told=ModelCardFacts(
-                config=self.training_config, data=data.facts(), losses=losses, missing=self.missing, made=self.made
+                config=self.run.config, data=data.facts(), losses=losses, missing=self.missing, made=self.made
             ),
             held=module.held_weights(device),
             merge_base=self.merge_base,
@@ -197,16 +217,16 @@ class Export(Callback):
             device=device,
         )
         self.told = job.told
-        step = self.made.get("step") or trainer.global_step
-        run(job, lambda verdict: log_verdict(trainer.loggers, verdict.as_dict(), step))
+        step = self.made.get("step") or 0
+        run_job(job, lambda verdict: log_verdict(list(loggers), verdict.as_dict(), step))
 
     def again(self) -> str:
         """The command that exports once more what is missing."""
-        changed = str(self.training_config["model"]["lora_config"]["init_lora_weights"]).lower()
-        config = shlex.quote(str(self.folder / "config.yaml"))
+        changed = str(self.run.config["model"]["lora_config"]["init_lora_weights"]).lower()
+        config = shlex.quote(str(self.run.config_file))
         if NO_BEST in self.missing:
             return f"python -m qwen_lit export --config {config} --export.checkpoint last"
-        if ADAPTER not in self.missing:
+        if self.run.adapter.name not in self.missing:
             return f"python -m qwen_lit export --config {config}"
         if changed.startswith(RESIDUAL_INITS):
             return f"python -m qwen_lit fit --config {config} --ckpt_path last"
@@ -219,8 +239,9 @@ class Export(Callback):
             by_reason.setdefault(reason, []).append(name)
         reasons = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in by_reason.items())
         then = "once that is fixed"
-        if NO_BEST in self.missing and ADAPTER not in self.missing:
-            then = f"{ADAPTER}/ is of the last step, {self.made['step']}, and to export that"
+        adapter = self.run.adapter.name
+        if NO_BEST in self.missing and adapter not in self.missing:
+            then = f"{adapter}/ is of the last step, {self.made['step']}, and to export that"
         return f"not exported: {reasons}. What was trained is safe; {then}: {self.again()}"
 
 
@@ -230,7 +251,7 @@ def best_weights(saver: RunCheckpoint) -> dict[str, torch.Tensor]:
     Raises:
         ExportError: there is none, or it is damaged or of another step.
     """
-    path = saver.folder / BEST
+    path = saver.run.best
     if saver.best_step is None:
         raise ExportError("no validation has come, so none is the best")
     if not path.is_file():

@@ -116,7 +116,7 @@ def settings(module: Any) -> dict[str, Any]:
     return {
         "frozen": frozen,
         "merge": module.trainer.datamodule.merge,
-        "config": module.run_config,
+        "config": module.run.config,
         "base": fingerprint(module.name, module.hub),
     }
 

@@ -59,7 +59,7 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule) -> Choice:
         engine = FastEngine(module.model, layers if module.gradient_checkpointing else 0)
         return Choice("fast, by the plain twins of its kernels", engine)
     engine, plan, peak = planned_engine(
-        trainer, module.model, data, module.memory_budget, module.state_bytes, merge_of(trainer.resumed_from)
+        trainer, module.model, data, module.memory_budget, module.state_bytes, merge_of(module.run.checkpoint)
     )
     data.merge, limit = plan.merge, merge_limit(trainer)
     trainer.accumulate_grad_batches //= plan.merge
