@@ -3,16 +3,13 @@
 import dataclasses
 import inspect
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from qwen_lit.callbacks.accepted import check_trainer, explained
+from qwen_lit.callbacks.accepted import explained
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, last_checkpoint, step_of
 from qwen_lit.callbacks.config_file import ConfigFile
@@ -25,27 +22,22 @@ from qwen_lit.callbacks.report import RunReport
 from qwen_lit.callbacks.resumed import Resumed
 from qwen_lit.callbacks.samples import Samples
 from qwen_lit.callbacks.trackers import guard
-from qwen_lit.checkpoints import exported_from, find_checkpoint
-from qwen_lit.checks import check_paths, check_values
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import watch_parent
 from qwen_lit.errors import UserError
 from qwen_lit.failures import exit_code
 from qwen_lit.front import main as main
-from qwen_lit.gpu import check_device, check_gpu, check_size
+from qwen_lit.gpu import check_device, check_size
 from qwen_lit.keys import wrong_keys
 from qwen_lit.logs import set_up_logging
-from qwen_lit.mixing import refuse_foreign, refuse_mixing, set_aside
 from qwen_lit.model.base import fingerprint
-from qwen_lit.model.duration import check_duration
 from qwen_lit.model.load import count_parameters, load_tokenizer
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import compare, stored
-from qwen_lit.model.trained import Trained, begin_from, check_shapes, find_adapter, read, take_over
-from qwen_lit.parsing import Parser, expand_paths, split_command
-from qwen_lit.planner.plan import parse_bytes
-from qwen_lit.run import Run
+from qwen_lit.model.trained import check_shapes
+from qwen_lit.parsing import Parser, split_command
 from qwen_lit.signals import handle_signals
+from qwen_lit.starting import FROM_CHECKPOINT, start
 from qwen_lit.trainer import QwenTrainer, compute_in_float32
 
 COMMANDS = ("fit", "validate", "inspect", "plan", "verify_resume", "export", "predict")
@@ -56,8 +48,6 @@ GIVEN = {"model", "datamodule", "run", "exporter"}
 SKIPPED = {*GIVEN, "train_dataloaders", "val_dataloaders", "dataloaders", "weights_only"}
 LOADING = ("fit", "validate", "verify_resume", "export", "predict")
 """Commands that read the base's weights."""
-FROM_CHECKPOINT = ("fit", "validate", "export", "predict")
-"""Commands that take a checkpoint; the others find its key in the configuration of a run."""
 TRAINER_DEFAULTS = {"enable_model_summary": False, "enable_checkpointing": True, "use_distributed_sampler": False}
 EXPLAINED = (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError)
 """What a library raises on a key that it does not take."""
@@ -81,8 +71,6 @@ class QwenCLI(LightningCLI):
             UserError: an option is wrong.
         """
         self.command = command
-        self.trained: Trained | None = None
-        """What is exported, asked or measured."""
         super().__init__(
             QwenModule,
             QwenDataModule,
@@ -134,70 +122,13 @@ class QwenCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """What can be known to be wrong before any class is built; and the run."""
-        config, command = self.config, self.command
-        expand_paths(config)
-        check_values(config)
-        check_paths(command, config)
-        if config.get("memory_budget"):
-            parse_bytes(config.memory_budget)
-            config.model.memory_budget = config.memory_budget
-        run = Run(Path(config.output_dir))
-        check_duration(config, command)
-        check_trainer(config, command, run)
-        first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
-        check_gpu(config.trainer.accelerator, tell=first and command != "inspect")
-        if first and command in ("fit", "export") and not config.trainer.fast_dev_run:
-            self.lock = run.lock()
-        given = config.get("ckpt_path") if command in FROM_CHECKPOINT else None
-        source = find_checkpoint(given, run, fresh=command == "fit")
-        if command == "fit":
-            self._begin(run, source, first)
-        elif command in ("export", "predict", "validate"):
-            source = self._use_trained(run, source)
-        self.run = dataclasses.replace(run, checkpoint=source, config=self._plain(), yaml=self._yaml())
-
-    def _begin(self, run: Run, source: Path | None, first: bool) -> None:
-        """Whether the run may begin, or go on, in its folder and with its adapter."""
-        config = self.config
-        if source is not None and source.is_dir():
-            raise UserError(
-                f"ckpt_path: {source} is an adapter, which holds no optimizer and no position to go on from; "
-                f"to start a new run from it, set model.init_adapter: {source}."
-            )
-        if config.model.init_adapter:
-            begin_from(config.model, read(source or find_adapter(config.model.init_adapter)))
-        if config.trainer.fast_dev_run:
-            return
-        refuse_mixing(run, source)
-        if config.export.merge:
-            refuse_foreign(run)
-        if first and source is None:
-            set_aside(run)
-
-    def _use_trained(self, run: Run, source: Path | None) -> Path | None:
-        """Use an adapter with what it was trained with, whatever the configuration says; returns its checkpoint."""
-        config, command = self.config, self.command
-        checkpoint = source
-        if source is None and command != "validate":
-            source = exported_from(run, config.export.checkpoint if command == "export" else "last")
-            checkpoint = source if source.is_file() else None
-        if source is None and config.model.init_adapter:
-            source = find_adapter(config.model.init_adapter)
-        config.model.init_adapter = None
-        if source is None:
-            return checkpoint
-        if command == "export" and source.is_file():
-            refuse_mixing(run, source)
-        self.trained = read(source)
-        take_over(config.model, self.trained)
-        if command == "validate" and source.is_dir():
-            config.model.init_adapter, checkpoint = str(source), None
-        return checkpoint
+        self.start = start(self.command, self.config)
+        self.run = dataclasses.replace(self.start.run, config=self._plain(), yaml=self._yaml())
 
     def _plain(self) -> dict[str, Any]:
         """The configuration as plain values; of an adapter that is used, the one it was trained with."""
-        if self.trained is not None and self.trained.config:
-            return self.trained.config
+        if self.start.trained is not None and self.start.trained.config:
+            return self.start.trained.config
         return dict(
             json.loads(self.parser.dump(self.config, format="json", skip_link_targets=False, skip_unset=False))
         )

@@ -1,29 +1,71 @@
-"""What is read and set of Lightning's private parts, all of it here. Read in Lightning 2.6.6.
+"""All that is taken from Lightning's private parts, read in Lightning 2.6.6; each function says why it is needed.
 
-A later version may name any of it otherwise; ``tests/test_lightning_internals.py`` fails where another file asks for a
-private name of Lightning.
+A new version of Lightning is read here first.
 """
+
+from typing import Any
 
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
-# Callbacks that a configuration names
 
+def validation_follows(trainer: Any) -> bool:
+    """Whether Lightning validates once the callbacks of this batch are done.
 
-def timer_seconds(timer: Timer) -> float | None:
-    """Seconds after which a Timer ends the run. Lightning tells only what is left of them, once training has begun."""
-    return timer._duration
-
-
-def mark_as_saved(callback: ModelCheckpoint, step: int) -> None:
-    """Let a ModelCheckpoint take a step for saved: it asks this number before it writes, and has no other switch.
-
-    Args:
-        callback: of the run that goes on.
-        step: optimizer steps that are made.
+    It decides by val_check_interval, check_val_every_n_epoch, the last batch of an epoch, the clock and a stop that is
+    asked for. The checkpoint that is saved before the validation has to say that it is still due.
     """
+    loop = trainer.fit_loop
+    return bool(trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def may_stop(trainer: Any) -> bool:
+    """Whether ``trainer.should_stop`` ends the run by now: min_epochs and min_steps are reached.
+
+    Once the loops have ended, Lightning counts an epoch that was cut short as done; what is saved has to be of before.
+    """
+    return bool(trainer.fit_loop._can_stop_early)
+
+
+def begin_next_epoch(trainer: Any) -> None:
+    """Count the next epoch as begun where the checkpoint was saved after the last step of one.
+
+    Lightning closes that epoch when it resumes, but takes the next one for the one that it was in the middle of, and
+    would not count it as begun: a checkpoint in it would then be read as one of an epoch that is done, and its rows
+    be trained twice.
+    """
+    loop = trainer.fit_loop
+    progress = loop.epoch_progress.current
+    if loop.restarted_mid_epoch and progress.processed == progress.ready:
+        loop.reset_restart_stage()
+
+
+def validate_now(trainer: Any) -> None:
+    """Run the validation of the step that is done, before the next one.
+
+    Lightning runs a validation of its own accord only after a batch. What it logs belongs to the step before the
+    next, and the loggers' memory of whether this is the first batch has to be as before.
+    """
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    first = connector._first_loop_iter
+    trainer.validating = True
+    loop._batches_that_stepped -= 1
+    loop.val_loop.restarting = False
+    loop.val_loop.run()
+    loop._batches_that_stepped += 1
+    trainer.training = True
+    connector._first_loop_iter = first
+
+
+def stops_at_epoch_end(callback: EarlyStopping) -> bool:
+    """Whether early stopping looks at its monitor at the end of an epoch, where its own argument leaves that open."""
+    return bool(callback._check_on_train_epoch_end)
+
+
+def mark_saved(callback: ModelCheckpoint, step: int) -> None:
+    """Tell a ModelCheckpoint that a step is saved: it takes a resumed run's first step for one that is not."""
     callback._last_global_step_saved = step
 
 
-def checks_at_epoch_end(callback: EarlyStopping) -> bool:
-    """Whether an EarlyStopping looks at the end of an epoch, not of a validation, as Lightning settles by itself."""
-    return bool(callback._check_on_train_epoch_end)
+def seconds_of(timer: Timer) -> float | None:
+    """After which a Timer ends the run; None where it does not."""
+    return timer._duration

@@ -27,7 +27,8 @@ class Run:
 
     output_dir: Path
     checkpoint: Path | None = None
-    """The checkpoint file that the command goes on from, measures, or exports; None where it takes none."""
+    """What the command goes on from, measures or exports: a checkpoint file, or the adapter folder that is named as
+    one; None where there is none."""
     config: dict[str, Any] = field(default_factory=dict)
     """The whole configuration as plain values: for a command that uses an adapter, the one it was trained with."""
     yaml: str = ""

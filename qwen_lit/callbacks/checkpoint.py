@@ -14,7 +14,13 @@ from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, clear_partial, 
 from qwen_lit.callbacks.resumed import has_ended
 from qwen_lit.checks import check_ranges
 from qwen_lit.errors import RunError
-from qwen_lit.lightning_internals import checks_at_epoch_end
+from qwen_lit.lightning_internals import (
+    begin_next_epoch,
+    may_stop,
+    stops_at_epoch_end,
+    validate_now,
+    validation_follows,
+)
 from qwen_lit.mixing import set_newer_aside
 from qwen_lit.model.resume import settings
 from qwen_lit.run import Run
@@ -58,14 +64,10 @@ class RunCheckpoint(Checkpoint):
         self.seen_step = trainer.global_step
         self._own_folder(trainer)
         INTERRUPTS.defer()
-        loop: Any = trainer.fit_loop
-        if loop.restarted_mid_epoch and loop.epoch_progress.current.processed == loop.epoch_progress.current.ready:
-            # Lightning has closed the checkpoint's epoch, but would not count the next one as begun: a checkpoint in
-            # it would then be read as one of an epoch that is done, and its rows be trained twice.
-            loop.reset_restart_stage()
+        begin_next_epoch(trainer)
         if self.validation_due:
             self.validation_due = False
-            self._validate(trainer)
+            validate_now(trainer)
         if self.rng:
             _set_rng(self.rng[trainer.global_rank])
             self.rng = []
@@ -79,20 +81,6 @@ class RunCheckpoint(Checkpoint):
         if not trainer.strategy.broadcast(self.run.best.is_file()):
             self.best, self.best_step = float("inf"), None
 
-    @staticmethod
-    def _validate(trainer: Any) -> None:
-        connector = trainer._logger_connector
-        first = connector._first_loop_iter
-        trainer.validating = True
-        # The step that was validated is the one before the next.
-        loop = trainer.fit_loop.epoch_loop
-        loop._batches_that_stepped -= 1
-        loop.val_loop.restarting = False
-        loop.val_loop.run()
-        loop._batches_that_stepped += 1
-        trainer.training = True
-        connector._first_loop_iter = first
-
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -103,12 +91,12 @@ class RunCheckpoint(Checkpoint):
             return
         self.seen_step = step
         stop = trainer.strategy.reduce_boolean_decision(INTERRUPTS.received is not None, all=False)
-        due = self._validation_is_due(trainer)
+        due = validation_follows(trainer)
         # A failed write is tried again before the next one is due.
         retry = self._io(trainer).failure is not None and step % max(1, self.every_n_train_steps // 10) == 0
         if step != self.saved_step or retry:
             # Once the loops have ended, Lightning counts an epoch cut short as done.
-            last = step == trainer.max_steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+            last = step == trainer.max_steps or (trainer.should_stop and may_stop(trainer))
             if stop or due or retry or last or step % self.every_n_train_steps == 0:
                 self.validation_due = due
                 self._save(trainer, pl_module)
@@ -169,7 +157,7 @@ class RunCheckpoint(Checkpoint):
         """Save the end of the run, wherever it falls between two periodic saves."""
         # What early stopping has counted at the end of the epoch belongs to it: the run stays ended.
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        stopped = any(has_ended(one) and checks_at_epoch_end(one) for one in callbacks)
+        stopped = any(has_ended(one) and stops_at_epoch_end(one) for one in callbacks)
         if trainer.global_step != self.saved_step or self._io(trainer).failure is not None or stopped:
             self._save(trainer, pl_module)
         self._io(trainer).wait()
@@ -198,13 +186,6 @@ class RunCheckpoint(Checkpoint):
     def _io(trainer: Any) -> AtomicCheckpointIO:
         io: AtomicCheckpointIO = trainer.strategy.checkpoint_io
         return io
-
-    @staticmethod
-    def _validation_is_due(trainer: Any) -> bool:
-        if not trainer.enable_validation:
-            return False
-        loop = trainer.fit_loop
-        return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

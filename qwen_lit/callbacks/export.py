@@ -1,6 +1,5 @@
 """When fit ends: the adapter, and the merged model that other tools load."""
 
-import copy
 import logging
 import shlex
 import shutil
@@ -16,9 +15,6 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import is_whole, step_of
@@ -27,15 +23,15 @@ from qwen_lit.checkpoints import trained_at
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
 from qwen_lit.errors import UserError
-from qwen_lit.export.adapter import RESIDUAL_INITS, UNSUPPORTED
+from qwen_lit.export.adapter import RESIDUAL_INITS
 from qwen_lit.export.card import ModelCardFacts, finish_adapter
 from qwen_lit.export.folder import ExportError, commit_folder
 from qwen_lit.export.gguf import GgufType
 from qwen_lit.export.kquants import missing_quantizer
+from qwen_lit.export.mergeable import check_mergeable
 from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part
 from qwen_lit.export.pipeline import run as run_job
 from qwen_lit.model.module import QwenModule
-from qwen_lit.quantization import base_name
 from qwen_lit.run import PARTIAL, Run
 
 log = logging.getLogger(__name__)
@@ -281,36 +277,6 @@ def holding(module: Any, weights: dict[str, torch.Tensor] | None) -> Iterator[No
         yield
     finally:
         module.load_state_dict(own)
-
-
-def check_mergeable(lora: LoraConfig, config: Any) -> None:
-    """Refuse to train what cannot be merged afterwards.
-
-    Args:
-        lora: PEFT's LoraConfig.
-        config: of the base model.
-
-    Raises:
-        UserError: an option of PEFT's is set that changes more than weights, or the base itself.
-    """
-    init = str(lora.init_lora_weights).lower()
-    options = [f"{key}: {value}" for key in UNSUPPORTED if (value := getattr(lora, key, None))]
-    if init.startswith(RESIDUAL_INITS) and not init.startswith(("pissa", "olora")):
-        options.append(f"init_lora_weights: {init}")
-    if lora.lora_bias:
-        with torch.device("meta"):
-            model = get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(lora))
-        layers = [(name, one) for name, one in model.named_modules() if isinstance(one, LoraLayer)]
-        options += [
-            f"lora_bias on {base_name(name)}, which has no bias,"
-            for name, one in layers
-            if getattr(one.get_base_layer(), "bias", None) is None
-        ]
-    if options:
-        raise UserError(
-            f"model.lora_config.{options[0]} cannot be merged into the base; leave it out, or set export.merge to "
-            "false and serve lora_adapter/ with PEFT."
-        )
 
 
 def spread(rows: Rows, count: int) -> list[Example]:

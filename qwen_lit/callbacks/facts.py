@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Timer
 
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.hardware import product_dtype
-from qwen_lit.lightning_internals import timer_seconds
+from qwen_lit.lightning_internals import seconds_of
 from qwen_lit.model.duration import epoch_batches, epoch_steps, total_steps, warmup_steps
 from qwen_lit.model.module import QwenModule
 
@@ -68,7 +68,7 @@ def run_facts(trainer: Any, module: QwenModule) -> dict[str, Any]:
         "steps": steps,
         "steps_per_epoch": of_epoch,
         "epochs": None if steps is None else round(steps / of_epoch, 4) if cut else epochs,
-        "max_seconds": next((timer_seconds(one) for one in trainer.callbacks if isinstance(one, Timer)), None),
+        "max_seconds": next((seconds_of(one) for one in trainer.callbacks if isinstance(one, Timer)), None),
         "warmup_steps": warmup_steps(module.warmup_ratio, trainer, data),
         "seed": data.seed,
         "device": device.type,

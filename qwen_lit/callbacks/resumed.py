@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from qwen_lit.callbacks.accepted import check_held_out
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
-from qwen_lit.lightning_internals import mark_as_saved
+from qwen_lit.lightning_internals import mark_saved
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import Run
 
@@ -77,4 +77,4 @@ class Resumed(Callback):
         """What is done when the run goes on is saved already; a file must not fall into the next optimizer step."""
         for one in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(one, ModelCheckpoint):
-                mark_as_saved(one, trainer.global_step)
+                mark_saved(one, trainer.global_step)
