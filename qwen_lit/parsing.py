@@ -145,7 +145,8 @@ def _sections(path: str) -> dict[str, Any]:
     try:
         found = _yaml(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}).") from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read ({reason}).") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: is not a configuration of the form KEY: VALUE.")
     return found

@@ -74,7 +74,9 @@ def test_the_file_names_the_version_it_was_read_in():
     assert f"Lightning {major}.{minor}." in THE_FILE.read_text("utf-8").split('"""')[1]
 
 
-def test_what_is_overridden_and_what_is_asked_of_others_is_seen(tmp_path):
-    asked = asked_of_others(ast.parse("def f(trainer):\n    trainer.fit_loop._data_fetcher = None\n"), {"_data_fetcher"})
+def test_what_is_asked_of_others_is_seen_and_what_is_its_own_is_not():
+    asked = asked_of_others(
+        ast.parse("def f(trainer):\n    trainer.fit_loop._data_fetcher = None\n"), {"_data_fetcher"}
+    )
     assert asked == {"_data_fetcher"}
     assert not asked_of_others(ast.parse("class A:\n    def f(self):\n        return self._x\n"), {"_x"})
