@@ -75,8 +75,7 @@ def cold(tokenizer_path: str, path: str, cache: str) -> tuple[float, float]:
     """Seconds of the whole preparation, and the peak memory of the process and its largest worker in MiB."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     started = time.perf_counter()
-    data = QwenDataModule(path, val_size=0.01, cache_dir=cache)
-    data.tokenizer = tokenizer
+    data = QwenDataModule(path, val_size=0.01, cache_dir=cache, tokenizer=tokenizer)
     data.prepare_data()
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -85,8 +84,8 @@ def cold(tokenizer_path: str, path: str, cache: str) -> tuple[float, float]:
 
 def warm(tokenizer_path: str, path: str, cache: str) -> tuple[float, float]:
     """Seconds until a prepared dataset is open, split and ready, and the peak memory in MiB."""
-    data = QwenDataModule(path, val_size=0.01, cache_dir=cache)
-    data.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    data = QwenDataModule(path, val_size=0.01, cache_dir=cache, tokenizer=tokenizer)
     started = time.perf_counter()
     data.setup()
     return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

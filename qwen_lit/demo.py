@@ -19,6 +19,7 @@ from qwen_lit.data.records import parse_row
 from qwen_lit.generate import generate
 from qwen_lit.logs import set_up_logging
 from qwen_lit.progress import through
+from qwen_lit.run import Run
 from qwen_lit.shipped import configs
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -211,7 +212,7 @@ def main() -> int:
     if code:
         return code
     print("3 of 3: asking it ...", flush=True)
-    after = _answer_from(OUTPUT / "final_model", prompts)
+    after = _answer_from(Run(OUTPUT).merged, prompts)
     wrong = 0
     for row, prompt, (old, _), (new, stopped) in zip(taught, prompts, before, after, strict=True):
         good = new.strip() == row["output"].strip() and stopped

@@ -1,8 +1,12 @@
-"""What a base model is called: a folder here, or a name on the hub."""
+"""What a base model is called: a folder here, or a name on the hub; and what stands beside exported weights."""
 
 import re
 from pathlib import Path
 
+ADAPTER = "lora_adapter"
+"""Folder of an adapter, beside that of the model it is merged into."""
+TRAINING_CONFIG = "training_config.json"
+"""Beside exported weights: the whole configuration that they were trained with."""
 TRAINED_AT = "trained_at.json"
 """Beside an adapter's weights: the checkpoint, the step and the validation loss that they are of."""
 

@@ -1,7 +1,11 @@
 """The parser of the command line: a value stays what was given, and what cannot be parsed is one line."""
 
+import argparse
+import json
 import os
 import re
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -104,6 +108,50 @@ class _Section(_ActionConfigLoad):
             raise TypeError(f"{value}: is not UTF-8; save it as UTF-8") from error
 
 
+def split_command(given: list[str], commands: Collection[str]) -> tuple[str, list[str]]:
+    """The command and its options; configurations with a section for each command may stand before it.
+
+    Args:
+        given: the whole command line.
+        commands: that there are.
+
+    Raises:
+        UserError: there is no command, or something else stands before it.
+    """
+    at = next((at for at, one in enumerate(given) if one in commands), len(given))
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    before.add_argument("-c", "--config", action="append", default=[])
+    try:
+        known, others = before.parse_known_args(given[:at])
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    if others:
+        raise UserError(f"{others[0]} stands before the command; put it after.")
+    sections = [_sections(path) for path in known.config]
+    named = [name for one in sections for name in one if name in commands]
+    if at == len(given) and not named:
+        raise UserError(f"no command is given; put one of {', '.join(commands)} first.")
+    command = given[at] if at < len(given) else named[0]
+    own = [option for one in sections if command in one for option in ("--config", json.dumps(one[command]))]
+    return command, own + given[at + 1 :]
+
+
+def _sections(path: str) -> dict[str, Any]:
+    """A configuration of several commands.
+
+    Raises:
+        UserError: the file cannot be read, or is none.
+    """
+    try:
+        found = _yaml(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read ({reason}).") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is not a configuration of the form KEY: VALUE.")
+    return found
+
+
 def expand_paths(config: Any) -> None:
     """Put the home folder in the place of ``~`` in the paths of a command's configuration."""
     for key in PATHS:
@@ -157,4 +205,5 @@ def _remedy(types: str, value: str, kind: str) -> str:
 def _named(types: str) -> str:
     """Types as a user writes them."""
     types = re.sub(r"<class '([^']*)'>", r"\1", types).replace("NoneType", "null")
-    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types)
+    types = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types)
+    return re.sub(r"\b(Lora|Quantization)Section\b", r"\1", types)

@@ -39,8 +39,7 @@ PACKAGES = ("jsonargparse", "lightning", "peft", "transformers")
 def build() -> dict[str, Any]:
     """The whole reference, as in the file."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = capture_parser(lambda: cli.begin(cli.QwenCLI.__new__(cli.QwenCLI), []))
-    parsers = parser._subcommands_action._name_parser_map  # type: ignore[union-attr]
+    parsers = {name: capture_parser(lambda name=name: cli.QwenCLI(name, [])) for name in cli.COMMANDS}  # type: ignore[misc]
     keys = _keys(parsers["fit"])
     known = {one["key"] for one in keys}
     commands: dict[str, Any] = {}

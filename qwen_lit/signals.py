@@ -49,6 +49,19 @@ class Interrupts:
         self.deferred = True
         _set(self.handle)
 
+    def release(self) -> None:
+        """From here on signals stop at once again."""
+        self.deferred = False
+
+    def note(self, signum: int) -> None:
+        """Let a signal that another process was sent count as this one's, unless this one has had its own."""
+        if self.received is None:
+            self.received = signum
+
+    def reset(self) -> None:
+        """Begin anew: no signal has come, and the next one stops at once."""
+        self.deferred, self.received = False, None
+
     def check(self) -> None:
         """Obey a noted signal.
 
@@ -115,12 +128,12 @@ def handle_signals() -> Iterator[None]:
         yield
         return
     before = {signum: signal.getsignal(signum) for signum in WATCHED}
-    INTERRUPTS.deferred, INTERRUPTS.received = False, None
+    INTERRUPTS.reset()
     _set(INTERRUPTS.handle)
     try:
         yield
     finally:
-        INTERRUPTS.deferred = False
+        INTERRUPTS.release()
         for signum, handler in before.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
 

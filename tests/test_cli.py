@@ -74,7 +74,7 @@ def test_help_explains_every_key_of_our_own(capsys):
     assert main(["fit", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     sections = {"model": QwenModule, "data": QwenDataModule, "checkpoint": RunCheckpoint, "export": Export}
-    linked = {"data.seed", "checkpoint.output_dir", "export.output_dir"}
+    linked = {"data.seed", "data.tokenizer", "model.run", "checkpoint.run", "export.run", "export.saver"}
     for section, owner in sections.items():
         for name in list(signature(owner.__init__).parameters)[1:]:
             key = f"{section}.{name}"

@@ -133,10 +133,11 @@ def test_the_levers_are_named_when_the_gpu_memory_is_full(command, tmp_path, mon
 
 
 def test_a_checkpoint_file_that_is_named_must_exist():
-    from qwen_lit.run import find_checkpoint
+    from qwen_lit.checkpoints import find_checkpoint
+    from qwen_lit.run import Run
 
     with pytest.raises(UserError, match="no such file"):
-        find_checkpoint("nowhere.ckpt", Path("."))
+        find_checkpoint("nowhere.ckpt", Run(Path(".")))
 
 
 @pytest.mark.parametrize("room", [0, 64, 1000])

@@ -43,7 +43,7 @@ def given(folder, monkeypatch):
     values = {}
 
     def stop(self):
-        values["all"] = self.config[self.subcommand]
+        values["all"] = self.config
         raise UserError("parsed")
 
     monkeypatch.setattr(QwenCLI, "instantiate_classes", stop)

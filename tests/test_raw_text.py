@@ -98,8 +98,8 @@ def test_a_resume_is_refused_with_the_way_out_where_an_answer_would_be_cut(token
     path.write_text(dataset.read_text("utf-8") + long + "\n", "utf-8")
 
     def data(overlong):
-        one = QwenDataModule(str(path), max_length=128, overlong=overlong, cache_dir=str(tmp_path / "cache"))
-        one.tokenizer = tokenizer
+        cache = str(tmp_path / "cache")
+        one = QwenDataModule(str(path), max_length=128, overlong=overlong, cache_dir=cache, tokenizer=tokenizer)
         one.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), micro_batches_per_step=1, world_size=1)
         one.setup()
         return one

@@ -9,7 +9,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qwen_lit.callbacks.checkpoint_io import step_of
-from qwen_lit.cli import main
+from qwen_lit.cli import QwenCLI, main
+from qwen_lit.errors import UserError
+from qwen_lit.run import Run, training_config
 from tests.runs import adapter, ended, forked, same, stopping, wait_for
 
 
@@ -150,3 +152,80 @@ def test_a_second_process_on_one_output_folder_is_refused(command, tmp_path, cap
     assert ended(pid) == -signal.SIGKILL
     short = ["--trainer.max_epochs", "1000", "--trainer.max_time", "00:00:00:01"]
     assert main(command(out, "--ckpt_path", "last", *short)) == 0
+
+
+def test_all_that_a_run_has_written_is_named_by_it(done):
+    run = Run(done)
+    folders = (run.checkpoints, run.adapter, run.logs)
+    files = (run.best, run.step_checkpoint(10), run.samples, run.summary, run.report, run.config_file)
+    assert all(path.is_dir() for path in folders) and all(path.is_file() for path in files)
+    named = {path.name for path in (*folders, *files) if path.parent == done}
+    assert {path.name for path in done.iterdir()} == {*named, ".lock", "trace.jsonl"}
+    assert not run.merged.exists()
+    assert run.yaml == "" and run.config == {} and run.checkpoint is None
+
+
+def test_the_command_line_makes_one_run_and_gives_it_to_whoever_writes(command, done):
+    cli = QwenCLI("validate", [*command(done)[1:], "--ckpt_path", "best"])
+    run = cli.run
+    assert run == Run(done, done / "checkpoints" / "best.ckpt", run.config, run.yaml, run.started, run.clock)
+    having = [one for one in (cli.model, *cli.trainer.callbacks) if isinstance(getattr(one, "run", None), Run)]
+    assert len(having) >= 5 and all(one.run is run for one in having)
+    # An adapter is used with what it was trained with.
+    assert run.config == training_config(run.adapter)
+    assert run.config["data"]["seed"] == run.config["seed_everything"] == 42
+
+
+def test_the_configuration_of_a_run_is_the_same_in_its_file_in_its_results_and_as_it_is_parsed_again(done):
+    run = Run(done)
+    text = run.config_file.read_text("utf-8")
+    again = QwenCLI("fit", ["--config", str(run.config_file), "--ckpt_path", str(run.step_checkpoint(10))])
+    assert again.run.config == training_config(run.adapter) | {"ckpt_path": str(run.step_checkpoint(10))}
+    assert again.run.yaml == text.replace("ckpt_path: null", f"ckpt_path: {run.step_checkpoint(10)}")
+    assert json.loads(run.summary.read_text("utf-8"))["config"] == training_config(run.adapter)
+
+
+def test_verify_resume_trains_by_the_configuration_of_fit_without_its_own_options(command, done, tmp_path):
+    cli = QwenCLI("verify_resume", [*command(tmp_path)[1:], "--steps", "4"])
+    assert "steps:" not in cli.run.yaml.replace("_steps:", "") and "ckpt_path" not in cli.run.yaml
+    assert QwenCLI("fit", ["--config", str(write(tmp_path / "a.yaml", cli.run.yaml))]).run.output_dir == tmp_path
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_folder_is_locked_by_one_process_while_the_file_is_open(tmp_path):
+    run = Run(tmp_path / "out")
+    with run.lock() as file:
+        # To open the file here once more, and close it, would give the lock up.
+        pid = os.fork()
+        if pid == 0:
+            try:
+                run.lock()
+            except UserError as error:
+                os._exit(7 if f"process {os.getppid()} already trains" in str(error) else 8)
+            os._exit(9)
+        assert ended(pid) == 7
+        assert not file.closed
+    run.lock().close()
+
+
+def test_a_name_for_what_is_kept_is_always_a_free_one(tmp_path):
+    run, names = Run(tmp_path), []
+    for _ in range(3):
+        path = run.config_until(4)
+        names.append(path.name)
+        path.write_text("")
+    assert names == ["config-4.yaml", "config-4-2.yaml", "config-4-3.yaml"]
+    assert {path.name for path in run.earlier_configs()} == set(names)
+    assert len({run.earlier_folder() for _ in range(3)}) == 3
+
+
+def test_validate_measures_a_checkpoint_that_init_adapter_names(command, done, capsys):
+    asked = ["validate", *command(done)[1:]]
+    assert main([*asked, "--ckpt_path", str(Run(done).best)]) == 0
+    wanted = next(line for line in capsys.readouterr().out.splitlines() if "val/loss" in line)
+    assert main([*asked, "--model.init_adapter", str(Run(done).best)]) == 0
+    assert wanted in capsys.readouterr().out

@@ -11,6 +11,7 @@ import lightning.pytorch.loggers.neptune  # noqa: F401
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from qwen_lit.errors import UserError
+from qwen_lit.run import Run
 
 REFUSED = {
     "LearningRateFinder": "it needs a step that Lightning makes by itself, and here the module makes it over all its "
@@ -51,12 +52,13 @@ STRATEGIES = ("auto", "single_device", "ddp", "ddp_find_unused_parameters_true",
 TRAINING = ("fit", "plan", "verify_resume")
 
 
-def check_trainer(config: Any, command: str) -> None:
+def check_trainer(config: Any, command: str, run: Run) -> None:
     """Refuse what cannot work, and give each callback of Lightning what it leaves open.
 
     Args:
-        config: of the command, with the sections ``trainer``, ``data``, ``export`` and ``output_dir``; is changed.
+        config: of the command, with the sections ``trainer``, ``data`` and ``export``; is changed.
         command: whose configuration it is.
+        run: into whose folder callbacks may write.
 
     Raises:
         UserError: a callback, a logger or an option of the Trainer cannot do what it says.
@@ -83,7 +85,7 @@ def check_trainer(config: Any, command: str) -> None:
         if trainer.logger is False and kind.__name__ in NEED_A_LOGGER:
             raise UserError(f"trainer.callbacks: {kind.__name__} needs a logger, and trainer.logger is false.")
         if _is(kind, "ModelCheckpoint"):
-            _check_model_checkpoint(given.init_args, Path(config.output_dir))
+            _check_model_checkpoint(given.init_args, run)
     own = all(kind.__module__.startswith("lightning.") for _, kind in callbacks)
     for given, kind in callbacks:
         monitor = (given.get("init_args") or {}).get("monitor")
@@ -149,14 +151,14 @@ def _check_options(trainer: Any) -> None:
             )
 
 
-def _check_model_checkpoint(given: Any, output_dir: Path) -> None:
+def _check_model_checkpoint(given: Any, run: Run) -> None:
     if given.get("save_on_exception"):
         raise UserError(
             "trainer.callbacks: ModelCheckpoint with save_on_exception saves in the middle of an optimizer step, from "
             "which no run goes on exactly; use every_n_train_steps, every_n_epochs or train_time_interval."
         )
-    given.dirpath = given.dirpath or str(output_dir / "model_checkpoints")
-    if Path(given.dirpath).expanduser().resolve() == (output_dir / "checkpoints").resolve():
+    given.dirpath = given.dirpath or str(run.model_checkpoints)
+    if Path(given.dirpath).expanduser().resolve() == run.checkpoints.resolve():
         raise UserError(
             f"trainer.callbacks: ModelCheckpoint's dirpath {given.dirpath} is where the run keeps its own "
             "checkpoints; give another folder."

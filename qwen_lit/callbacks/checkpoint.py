@@ -2,8 +2,8 @@
 
 import logging
 import random
+import signal
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -21,8 +21,9 @@ from qwen_lit.lightning_internals import (
     validate_now,
     validation_follows,
 )
+from qwen_lit.mixing import set_newer_aside
 from qwen_lit.model.resume import settings
-from qwen_lit.run import BEST, CHECKPOINTS, set_newer_aside
+from qwen_lit.run import Run
 from qwen_lit.signals import INTERRUPTS
 
 log = logging.getLogger(__name__)
@@ -31,20 +32,20 @@ log = logging.getLogger(__name__)
 class RunCheckpoint(Checkpoint):
     """Saves the run to ``output_dir/checkpoints``, always between two optimizer steps."""
 
-    def __init__(self, every_n_train_steps: int = 100, keep: int = 2, output_dir: str = "output") -> None:
+    def __init__(self, run: Run, every_n_train_steps: int = 100, keep: int = 2) -> None:
         """Checks the numbers.
 
         Args:
+            run: names the files.
             every_n_train_steps: optimizer steps between two checkpoints; one is also saved before each validation.
             keep: newest checkpoints that stay; at least 2, as the newest can be in the making.
-            output_dir: set by the top-level output_dir.
 
         Raises:
             UserError: a number is out of range.
         """
         check_ranges("checkpoint", locals())
         self.every_n_train_steps, self.keep = every_n_train_steps, keep
-        self.folder = Path(output_dir) / CHECKPOINTS
+        self.run = run
         self.saved_step = 0
         self.best, self.best_step = float("inf"), cast("int | None", None)
         """The lowest validation loss, in nats a token, and its step; None before a validation."""
@@ -56,7 +57,7 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Clear away what a killed run has left half-written."""
         if stage == "fit" and trainer.is_global_zero:
-            clear_partial(self.folder)
+            clear_partial(self.run.checkpoints)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Run the validation that the checkpoint's run did not come to; restore the random generators last."""
@@ -75,8 +76,8 @@ class RunCheckpoint(Checkpoint):
         if trainer.fast_dev_run:
             return
         if trainer.is_global_zero:
-            set_newer_aside(self.folder.parent, trainer.global_step)
-        if not trainer.strategy.broadcast((self.folder / BEST).is_file()):
+            set_newer_aside(self.run, trainer.global_step)
+        if not trainer.strategy.broadcast(self.run.best.is_file()):
             self.best, self.best_step = float("inf"), None
 
     def on_train_batch_end(
@@ -114,10 +115,8 @@ class RunCheckpoint(Checkpoint):
             self._stop(trainer)
 
     def _stop(self, trainer: L.Trainer) -> None:
-        import signal
-
-        if INTERRUPTS.received is None:  # another rank was asked
-            INTERRUPTS.received = signal.SIGTERM
+        # Another rank may have been asked alone.
+        INTERRUPTS.note(signal.SIGTERM)
         self._io(trainer).wait()
         if trainer.is_global_zero:
             log.info("stopped after step %d; go on with --ckpt_path last", self.saved_step)
@@ -133,7 +132,7 @@ class RunCheckpoint(Checkpoint):
         if float(loss) < self.best:
             self.best, self.best_step = float(loss), trainer.global_step
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                trainer.save_checkpoint(self.folder / BEST, storage_options={"manifest": _manifest(trainer)})
+                trainer.save_checkpoint(self.run.best, storage_options={"manifest": _manifest(trainer)})
             if trainer.is_global_zero:
                 log.info("best validation loss %.4f at step %d", self.best, trainer.global_step)
 
@@ -145,7 +144,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step != self.saved_step or self._io(trainer).failure is not None or stopped:
             self._save(trainer, pl_module)
         self._io(trainer).wait()
-        INTERRUPTS.deferred = False
+        INTERRUPTS.release()
         INTERRUPTS.check()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -157,13 +156,13 @@ class RunCheckpoint(Checkpoint):
         failure = self._io(trainer).failure
         if failure is not None:
             raise RunError(
-                f"the last checkpoint, step {trainer.global_step}, could not be written to {self.folder} ({failure}); "
-                "free the disk and run again with --ckpt_path last: it goes on from the one before."
+                f"the last checkpoint, step {trainer.global_step}, could not be written to {self.run.checkpoints} "
+                f"({failure}); free the disk and run again with --ckpt_path last: it goes on from the one before."
             )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let a write under way end."""
-        INTERRUPTS.deferred = False
+        INTERRUPTS.release()
         self._io(trainer).wait()
 
     @staticmethod
@@ -181,7 +180,7 @@ class RunCheckpoint(Checkpoint):
                 f"the adapter is not finite at step {trainer.global_step}, so it is not saved; go on from the "
                 "checkpoint before it with --ckpt_path last and a lower model.learning_rate."
             )
-        path = self.folder / f"step={trainer.global_step:08d}.ckpt"
+        path = self.run.step_checkpoint(trainer.global_step)
         self.saved_step = trainer.global_step
         self.rng = _gather(trainer, _get_rng())
 
@@ -189,7 +188,7 @@ class RunCheckpoint(Checkpoint):
             size = path.stat().st_size / 1e6
             log.info("checkpoint %s (%.1f MB, written in %.2f s, stalled %.3f s)", path, size, seconds, stall[0])
             # Of the checkpoints up to this one: what was just written always stays.
-            done = step_files(self.folder)
+            done = step_files(self.run.checkpoints)
             for old in done[done.index(path) :][self.keep :]:
                 remove(old)
 
@@ -220,7 +219,7 @@ class RunCheckpoint(Checkpoint):
         self.saved_step, self.best, self.rng = state_dict["saved_step"], state_dict["best"], state_dict["rng"]
         self.validation_due = state_dict["validation_due"]
         # A checkpoint that does not say has it in the file of the best.
-        self.best_step = state_dict["best_step"] if "best_step" in state_dict else step_of(self.folder / BEST)
+        self.best_step = state_dict["best_step"] if "best_step" in state_dict else step_of(self.run.best)
 
 
 def _manifest(trainer: Any) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """When fit ends: the adapter, and the merged model that other tools load."""
 
-import copy
 import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,24 +14,25 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM
+from lightning.pytorch.loggers import Logger
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import is_whole, step_of
 from qwen_lit.callbacks.trackers import log_verdict
+from qwen_lit.checkpoints import trained_at
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
 from qwen_lit.errors import UserError
-from qwen_lit.export.adapter import RESIDUAL_INITS, UNSUPPORTED
+from qwen_lit.export.adapter import RESIDUAL_INITS
 from qwen_lit.export.card import ModelCardFacts, finish_adapter
 from qwen_lit.export.folder import ExportError, commit_folder
 from qwen_lit.export.gguf import GgufType
 from qwen_lit.export.kquants import missing_quantizer
-from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part, run
-from qwen_lit.quantization import base_name
-from qwen_lit.run import ADAPTER, BEST, MERGED, trained_at
+from qwen_lit.export.mergeable import check_mergeable
+from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part
+from qwen_lit.export.pipeline import run as run_job
+from qwen_lit.model.module import QwenModule
+from qwen_lit.run import PARTIAL, Run
 
 log = logging.getLogger(__name__)
 NO_BEST = "the best checkpoint"
@@ -43,17 +43,20 @@ class Export(Callback):
 
     def __init__(
         self,
+        run: Run,
+        saver: RunCheckpoint,
         merge: bool = True,
         checkpoint: Literal["last", "best"] = "last",
         merge_base: MergeBase = "original",
         gguf: GgufType | None = None,
         verdict_rows: int = 32,
         smoke_rows: int = 3,
-        output_dir: str = "output",
     ) -> None:
         """Nothing is read or written before fit ends.
 
         Args:
+            run: names the folders, and has the configuration that is written beside the weights.
+            saver: knows the best checkpoint.
             merge: write the merged bf16 model as well as the adapter.
             checkpoint: what is exported: last, the end of the run; or best, the lowest validation loss.
             merge_base: add the adapter to the original bf16 weights, or to the 4-bit weights as trained; auto
@@ -62,12 +65,10 @@ class Export(Callback):
                 quantiser, in k-quants such as q4_k_m; null writes none.
             verdict_rows: rows on which the merges are compared with the adapter; 0 compares nothing.
             smoke_rows: trained prompts that the merged model answers, to see that it stops; 0 tries none.
-            output_dir: set by the top-level output_dir.
         """
+        self.run, self.saver = run, saver
         self.merge, self.checkpoint, self.merge_base, self.gguf = merge, checkpoint, merge_base, gguf
         self.verdict_rows, self.smoke_rows = verdict_rows, smoke_rows
-        self.folder = Path(output_dir)
-        self.training_config: dict[str, Any] = {}
         self.told: ModelCardFacts | None = None
         self.missing: dict[str, str] = {}
         self.made: dict[str, Any] = {}
@@ -79,7 +80,8 @@ class Export(Callback):
         Raises:
             UserError: the adapter cannot be merged, GGUF cannot be written, or there will be no best checkpoint.
         """
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        assert data.val_rows is not None
         if stage == "fit" and self.checkpoint == "best" and not len(data.val_rows):
             raise UserError(
                 "export.checkpoint is best, but data.val_size holds out no row; give a larger share, or a count such "
@@ -87,7 +89,7 @@ class Export(Callback):
             )
         if stage != "fit" or not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        module = cast(Any, pl_module)
+        module = cast(QwenModule, pl_module)
         check_mergeable(module.lora_config, module.config)
         self.check_gguf()
 
@@ -106,13 +108,11 @@ class Export(Callback):
         """Export once training is complete; an interrupted run leaves its checkpoints alone."""
         if trainer.fast_dev_run or trainer.interrupted or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        from qwen_lit.model.module import QwenModule
-
         module = cast(QwenModule, pl_module)
         assert module.model is not None
-        adapter = self.folder / ADAPTER
-        partial = adapter.with_name(adapter.name + ".tmp")
-        saver = next(one for one in trainer.callbacks if isinstance(one, RunCheckpoint))  # type: ignore[attr-defined]
+        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        adapter, saver = self.run.adapter, self.saver
+        partial = adapter.with_name(adapter.name + PARTIAL)
         self.made = {"checkpoint": "last", "step": trainer.global_step}
         weights = None
         if self.checkpoint == "best":
@@ -127,7 +127,7 @@ class Export(Callback):
             module.model.save_pretrained(
                 str(partial), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
             )
-            finish_adapter(partial, module.name, self.training_config, self.made)
+            finish_adapter(partial, module.name, self.run.config, self.made)
             commit_folder(partial, adapter)
             log.info("adapter of step %d written to %s", self.made["step"], adapter)
         names = {"train/loss": "train, last step", "val/loss": "validation, last", "val/perplexity": "perplexity"}
@@ -142,14 +142,27 @@ class Export(Callback):
             # What there is of it takes the room that the report needs.
             shutil.rmtree(partial, ignore_errors=True)
         elif NO_BEST not in self.missing:
-            with part(MERGED, self.missing):
-                self.export(trainer, adapter, module, metrics)
+            with part(self.run.merged.name, self.missing):
+                self.export(adapter, module, data, trainer.strategy.root_device, trainer.loggers, metrics)
         if self.missing:
-            cast(Any, trainer).exit_code = 1
             print(f"error: {self.said()}", file=sys.stderr)
 
-    def from_checkpoint(self, trainer: L.Trainer, path: Path, module: Any) -> None:
+    def from_checkpoint(
+        self,
+        path: Path,
+        module: QwenModule,
+        data: QwenDataModule,
+        device: torch.device,
+        loggers: Sequence[Logger],
+    ) -> None:
         """The same without training: from a checkpoint of ``fit``, or from an adapter folder.
+
+        Args:
+            path: of the checkpoint or the folder.
+            module: names the base and the adapter's settings; its model is not loaded.
+            data: its rows are prepared.
+            device: where the merged model is measured and tried.
+            loggers: get the verdict.
 
         Raises:
             ExportError: something could not be exported.
@@ -159,33 +172,36 @@ class Export(Callback):
             self.check_gguf()
         adapter, self.made = path, trained_at(path)
         if path.is_file():
-            adapter = self.folder / ADAPTER
-            adapter_from_checkpoint(path, module.lora_config, module.name, adapter, self.training_config, self.made)
+            adapter = self.run.adapter
+            adapter_from_checkpoint(path, module.lora_config, module.name, adapter, self.run.config, self.made)
             log.info("adapter of step %d written to %s", self.made["step"], adapter)
-        self.export(trainer, adapter, module, {})
+        self.export(adapter, module, data, device, loggers, {})
         if self.missing:
             raise ExportError(self.said())
 
-    def export(self, trainer: Any, adapter: Path, module: Any, losses: dict[str, float]) -> None:
+    def export(
+        self,
+        adapter: Path,
+        module: QwenModule,
+        data: QwenDataModule,
+        device: torch.device,
+        loggers: Sequence[Logger],
+        losses: dict[str, float],
+    ) -> None:
         """Merge an adapter folder and write what belongs to it; what fails is in ``missing``."""
         if not self.merge:
             return
-        data: QwenDataModule = trainer.datamodule
         assert data.train_rows is not None and data.val_rows is not None
         held_out = data.val_rows if len(data.val_rows) else data.train_rows
-        device = trainer.strategy.root_device
         # The merged model, which answers a few prompts, may need that memory.
-        if module.fast is not None:
-            module.fast.release()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        module.release_memory()
         job = Job(
             adapter_dir=adapter,
             base_dir=module.folder,
-            out_dir=self.folder / MERGED,
+            out_dir=self.run.merged,
             tokenizer=data.tokenizer,
             told=ModelCardFacts(
-                config=self.training_config, data=data.facts(), losses=losses, missing=self.missing, made=self.made
+                config=self.run.config, data=data.facts(), losses=losses, missing=self.missing, made=self.made
             ),
             held=module.held_weights(device),
             merge_base=self.merge_base,
@@ -197,16 +213,16 @@ class Export(Callback):
             device=device,
         )
         self.told = job.told
-        step = self.made.get("step") or trainer.global_step
-        run(job, lambda verdict: log_verdict(trainer.loggers, verdict.as_dict(), step))
+        step = self.made.get("step") or 0
+        run_job(job, lambda verdict: log_verdict(list(loggers), verdict.as_dict(), step))
 
     def again(self) -> str:
         """The command that exports once more what is missing."""
-        changed = str(self.training_config["model"]["lora_config"]["init_lora_weights"]).lower()
-        config = shlex.quote(str(self.folder / "config.yaml"))
+        changed = str(self.run.config["model"]["lora_config"]["init_lora_weights"]).lower()
+        config = shlex.quote(str(self.run.config_file))
         if NO_BEST in self.missing:
             return f"python -m qwen_lit export --config {config} --export.checkpoint last"
-        if ADAPTER not in self.missing:
+        if self.run.adapter.name not in self.missing:
             return f"python -m qwen_lit export --config {config}"
         if changed.startswith(RESIDUAL_INITS):
             return f"python -m qwen_lit fit --config {config} --ckpt_path last"
@@ -219,8 +235,9 @@ class Export(Callback):
             by_reason.setdefault(reason, []).append(name)
         reasons = "; ".join(f"{' and '.join(names)} ({reason})" for reason, names in by_reason.items())
         then = "once that is fixed"
-        if NO_BEST in self.missing and ADAPTER not in self.missing:
-            then = f"{ADAPTER}/ is of the last step, {self.made['step']}, and to export that"
+        adapter = self.run.adapter.name
+        if NO_BEST in self.missing and adapter not in self.missing:
+            then = f"{adapter}/ is of the last step, {self.made['step']}, and to export that"
         return f"not exported: {reasons}. What was trained is safe; {then}: {self.again()}"
 
 
@@ -230,7 +247,7 @@ def best_weights(saver: RunCheckpoint) -> dict[str, torch.Tensor]:
     Raises:
         ExportError: there is none, or it is damaged or of another step.
     """
-    path = saver.folder / BEST
+    path = saver.run.best
     if saver.best_step is None:
         raise ExportError("no validation has come, so none is the best")
     if not path.is_file():
@@ -260,36 +277,6 @@ def holding(module: Any, weights: dict[str, torch.Tensor] | None) -> Iterator[No
         yield
     finally:
         module.load_state_dict(own)
-
-
-def check_mergeable(lora: LoraConfig, config: Any) -> None:
-    """Refuse to train what cannot be merged afterwards.
-
-    Args:
-        lora: PEFT's LoraConfig.
-        config: of the base model.
-
-    Raises:
-        UserError: an option of PEFT's is set that changes more than weights, or the base itself.
-    """
-    init = str(lora.init_lora_weights).lower()
-    options = [f"{key}: {value}" for key in UNSUPPORTED if (value := getattr(lora, key, None))]
-    if init.startswith(RESIDUAL_INITS) and not init.startswith(("pissa", "olora")):
-        options.append(f"init_lora_weights: {init}")
-    if lora.lora_bias:
-        with torch.device("meta"):
-            model = get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(lora))
-        layers = [(name, one) for name, one in model.named_modules() if isinstance(one, LoraLayer)]
-        options += [
-            f"lora_bias on {base_name(name)}, which has no bias,"
-            for name, one in layers
-            if getattr(one.get_base_layer(), "bias", None) is None
-        ]
-    if options:
-        raise UserError(
-            f"model.lora_config.{options[0]} cannot be merged into the base; leave it out, or set export.merge to "
-            "false and serve lora_adapter/ with PEFT."
-        )
 
 
 def spread(rows: Rows, count: int) -> list[Example]:

@@ -1,13 +1,14 @@
 """What a run is, as plain values: what its start says, what ``summary.json`` holds and what trackers compare."""
 
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.callbacks import Timer
 
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.hardware import product_dtype
 from qwen_lit.lightning_internals import seconds_of
 from qwen_lit.model.duration import epoch_share, epoch_steps, total_steps, warmup_steps
-from qwen_lit.quantization import count_linears, described
+from qwen_lit.model.module import QwenModule
 
 COMPARED = {
     "model": "model.model_name_or_path",
@@ -38,32 +39,22 @@ COMPARED = {
 """What a table of runs shows of each, by the name of its column."""
 
 
-def run_facts(trainer: Any, module: Any) -> dict[str, Any]:
+def run_facts(trainer: Any, module: QwenModule) -> dict[str, Any]:
     """What is trained, on what, and for how long. None is what is not known or not set.
 
     Args:
         trainer: in ``fit``, its data set up.
-        module: ``QwenModule`` with its model.
+        module: with its model.
     """
-    data, lora, device = trainer.datamodule, module.lora_config, trainer.strategy.root_device
-    trained, total = module.model.get_nb_trainable_parameters()
+    data, device = cast(QwenDataModule, trainer.datamodule), trainer.strategy.root_device
     rows = data.train_rows
+    assert rows is not None and data.val_rows is not None
     tokens, supervised = int(rows.column("length").sum()), int(rows.column("supervised").sum())
     of_epoch = epoch_steps(trainer, data)
-    held, dtype = module.held_weights(device), product_dtype(device)
     steps, epochs = total_steps(trainer, data), trainer.max_epochs
     cut = steps is not None and ((epochs or -1) < 0 or steps == trainer.max_steps)
     return {
-        "model": module.name,
-        "parameters": int(total),
-        "trained_parameters": int(trained),
-        "r": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "lora_dropout": lora.lora_dropout,
-        "target_modules": lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules),
-        "init_adapter": module.run_config.get("model", {}).get("init_adapter"),
-        "quantization": described(held, count_linears(module.model), dtype),
-        "engine": module.engine_description,
+        **module.facts(),
         "rows": len(rows),
         "tokens": tokens,
         "supervised_tokens": supervised,
@@ -78,15 +69,12 @@ def run_facts(trainer: Any, module: Any) -> dict[str, Any]:
         "steps_per_epoch": of_epoch,
         "epochs": None if steps is None else round(steps / of_epoch, 4) if cut else epochs,
         "max_seconds": next((seconds_of(one) for one in trainer.callbacks if isinstance(one, Timer)), None),
-        "learning_rate": module.learning_rate,
-        "lr_scheduler": module.schedule_name,
         "warmup_steps": warmup_steps(module.warmup_ratio, trainer, data),
-        "optimizer": module.optimizer_name,
         "seed": data.seed,
         "device": device.type,
         "devices": trainer.world_size,
         "precision": trainer.precision,
-        "product_dtype": str(dtype).removeprefix("torch."),
+        "product_dtype": str(product_dtype(device)).removeprefix("torch."),
         "begins_at": trainer.global_step,
     }
 

@@ -16,6 +16,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from qwen_lit.callbacks.facts import COMPARED
+from qwen_lit.run import Run
 
 log = logging.getLogger(__name__)
 MEASURED = ("val/best_loss", "val/loss", "train/loss", "train/tokens_per_second")
@@ -28,21 +29,22 @@ LOST = "TensorBoard cannot write to %s (%s); training goes on without it"
 class RunLogger(TensorBoardLogger):
     """Lightning's logger into ``output_dir/logs``, which goes on without a disk."""
 
-    def __init__(self, output_dir: str, resumed_step: int | None = None) -> None:
+    def __init__(self, run: Run, resumed_step: int | None = None) -> None:
         """Nothing is written before the first line.
 
         Args:
-            output_dir: of the run.
+            run: names the folder.
             resumed_step: what an earlier run wrote after this step is hidden, as it is trained again.
         """
         after = None if resumed_step is None else resumed_step + 1
-        super().__init__(output_dir, name="logs", version="", default_hp_metric=False, purge_step=after)
+        folder = run.logs
+        super().__init__(folder.parent, name=folder.name, version="", default_hp_metric=False, purge_step=after)
         self.first_step, self.silent = resumed_step or 0, False
 
     @classmethod
-    def at(cls, output_dir: str, resumed_step: int | None = None) -> "RunLogger | bool":
+    def at(cls, run: Run, resumed_step: int | None = None) -> "RunLogger | bool":
         """The logger, or False where nothing can be written."""
-        logger = cls(output_dir, resumed_step)
+        logger = cls(run, resumed_step)
         try:
             Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
             _ = logger.experiment

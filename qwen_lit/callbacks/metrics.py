@@ -5,7 +5,7 @@ Each rank counts its own; at the logging interval they are added up.
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import Callback
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.data.batches import Batch
-from qwen_lit.planner.flops import peak_flops, token_flops
+from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.model.module import QwenModule
+from qwen_lit.planner.flops import peak_flops
 
 
 @dataclass
@@ -66,6 +68,8 @@ def memory(trainer: Any) -> dict[str, float]:
 class Throughput(Callback):
     """Logs the panel at the trainer's own interval, and keeps the whole run's for its summary."""
 
+    saver: RunCheckpoint | None = None
+    """Knows how long training has waited for saving."""
     counts: Counts = field(default_factory=Counts)
     last: Counts = field(default_factory=Counts)
     started: float = 0.0
@@ -82,15 +86,14 @@ class Throughput(Callback):
         """Start the clock; a resumed run counts from its own first step."""
         self.started, self.first = time.perf_counter(), trainer.global_step
         self.counts, self.last = Counts(), Counts()
-        module: Any = pl_module
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        module = cast(QwenModule, pl_module)
+        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        assert data.train_rows is not None
         lengths, supervised = data.train_rows.column("length"), data.train_rows.column("supervised")
         # The mean of a token, not of a document: long documents hold more of them.
         length = float((lengths.astype(float) ** 2).sum() / max(1, lengths.sum()))
-        self.flops = token_flops(module.model, length, float(supervised.sum() / max(1, lengths.sum())))
-        layers = module.config.num_hidden_layers
-        again = module.fast.recompute_layers if module.fast else layers * module.gradient_checkpointing
-        self.recomputed = again / layers
+        self.flops = module.token_flops(length, float(supervised.sum() / max(1, lengths.sum())))
+        self.recomputed = module.recomputed_share
         device = trainer.strategy.root_device
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = self.peak and self.peak * trainer.world_size
@@ -120,7 +123,7 @@ class Throughput(Callback):
                 pl_module.log(f"train/{name}", value)
 
     def _now(self, trainer: Any) -> Counts:
-        saved = next((one.stalled for one in trainer.callbacks if isinstance(one, RunCheckpoint)), 0.0)
+        saved = self.saver.stalled if self.saver is not None else 0.0
         seconds, waited = time.perf_counter() - self.started, trainer.datamodule.waited
         return Counts(**{**vars(self.counts), "waiting": waited, "saving": saved, "seconds": seconds})
 

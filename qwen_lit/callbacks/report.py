@@ -8,7 +8,7 @@ import textwrap
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -19,10 +19,12 @@ from qwen_lit.callbacks.facts import flat, run_facts
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput, is_logged
 from qwen_lit.callbacks.trackers import log_config
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.environment import git, hardware, versions
 from qwen_lit.lines import end_lines, loss_lines, panel_lines, start_lines
+from qwen_lit.model.module import QwenModule
 from qwen_lit.report import page
-from qwen_lit.run import ADAPTER, CHECKPOINTS, CONFIG, MERGED
+from qwen_lit.run import PARTIAL, Run
 from qwen_lit.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -42,15 +44,25 @@ MOST_POINTS = 4000
 class RunReport(Callback):
     """Prints the start and writes the end of a run; its curves are part of the checkpoint."""
 
-    def __init__(self) -> None:
-        """Time is counted from here: a run's classes are built before anything of it is read."""
+    def __init__(self, run: Run, saver: RunCheckpoint, exporter: Export, throughput: Throughput) -> None:
+        """Writes nothing yet.
+
+        Args:
+            run: names the files, and has the configuration and the time when it all began.
+            saver: knows the best checkpoint.
+            exporter: knows what was exported.
+            throughput: has the panel.
+        """
+        self.run, self.saver, self.exporter, self.throughput = run, saver, exporter, throughput
+        self.unwritten: OSError | None = None
+        """Why the report could not be written."""
         self.history: dict[str, list[list[float]]] = {}
         self.step = -1
         self.first: int | None = None
         """Where this command began to train; None until it does."""
         self.resumed: list[int] = []
-        self.run: dict[str, Any] = {}
-        self.started, self.clock = datetime.now().astimezone(), time.perf_counter()
+        self.facts: dict[str, Any] = {}
+        self.panel: dict[str, float] = {}
         self.trained = 0.0
         """Seconds of training of earlier attempts, up to where this one goes on."""
         self.began: float | None = None
@@ -64,12 +76,12 @@ class RunReport(Callback):
         if trainer.global_step:
             self.resumed.append(trainer.global_step)
         if trainer.is_global_zero:
-            self.run = run_facts(trainer, pl_module)
-            for name, text in start_lines(self.run, _export(trainer).folder).items():
+            self.facts = run_facts(trainer, cast(QwenModule, pl_module))
+            for name, text in start_lines(self.facts, self.run.output_dir).items():
                 for line in textwrap.wrap(f"{name:<10} {text}", LINE, subsequent_indent=" " * 11):
                     log.info(line)
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                log_config(trainer.loggers, flat({**pl_module.run_config, "run": self.run}))  # type: ignore[dict-item]
+                log_config(trainer.loggers, flat({**self.run.config, "run": self.facts}))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,13 +124,12 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The last step, wherever the interval falls, and the panel of the whole run, while the device still knows."""
-        throughput = _throughput(trainer)
-        latest = {f"train/{name}": value for name, value in throughput.latest(trainer).items()}
-        self.panel = throughput.whole(trainer)
+        latest = {f"train/{name}": value for name, value in self.throughput.latest(trainer).items()}
+        self.panel = self.throughput.whole(trainer)
         self.done = time.perf_counter()
         if not trainer.is_global_zero:
             return
-        best = best_of(trainer)
+        best = best_of(self.saver)
         if best:
             log_to_all(trainer, {"val/best_loss": best["val_loss"]}, best["step"])
         self._log_last(trainer, latest, skipped=bool(getattr(pl_module, "skipped_in_a_row", 0)))
@@ -143,41 +154,40 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the summary and the page, after the export."""
-        run: Any = trainer
         if trainer.is_global_zero and self.first in (None, trainer.global_step):
             log.warning("nothing was trained: %s", nothing_left(trainer))
-        if not trainer.is_global_zero or run.fast_dev_run or trainer.interrupted:
+        if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
             return
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.end_hyperparams()
-        summary = self.summary(trainer, pl_module, _export(run))
+        summary = self.summary(trainer, cast(QwenModule, pl_module))
         try:
-            write(_export(run).folder, summary)
+            write(self.run, summary)
         except OSError as error:
-            run.exit_code = 1
-            where = f"{_export(run).folder} ({error.strerror or error})"
+            self.unwritten = error
+            where = f"{self.run.output_dir} ({error.strerror or error})"
             print(f"error: the report could not be written to {where}.", file=sys.stderr)
             return
         for line in end_lines(summary):
             log.info(line)
 
-    def summary(self, trainer: Any, module: Any, export: Export) -> dict[str, Any]:
+    def summary(self, trainer: Any, module: QwenModule) -> dict[str, Any]:
         """All of it as plain values; docs/configuration.md tells of each."""
-        out, ended = export.folder, datetime.now().astimezone()
-        samples = out / "samples.jsonl"
-        lines = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
-        panel = getattr(self, "panel", {})
+        run, export, ended = self.run, self.exporter, datetime.now().astimezone()
+        data = cast(QwenDataModule, trainer.datamodule)
+        lines = run.samples.read_text(encoding="utf-8").splitlines() if run.samples.is_file() else []
+        exported = run.adapter.is_dir() and run.adapter.name not in export.missing
         project, last = git(Path.cwd()), {name: curve[-1][1] for name, curve in self.history.items() if curve}
         return {
-            "output_dir": str(out),
-            "started": self.started.isoformat(timespec="seconds"),
+            "output_dir": str(run.output_dir),
+            "started": run.started.isoformat(timespec="seconds"),
             "ended": ended.isoformat(timespec="seconds"),
-            "duration_seconds": round(time.perf_counter() - self.clock, 1),
+            "duration_seconds": round(time.perf_counter() - run.clock, 1),
             "trained_seconds": round(self._trained(), 1),
             "attempts": 1 + len(self.resumed),
             "resumed_at": self.resumed,
-            "run": self.run or run_facts(trainer, module),
+            "run": self.facts or run_facts(trainer, module),
             "hardware": hardware(trainer.strategy.root_device, trainer.world_size),
             "versions": versions(),
             **({"git": project} if project else {}),
@@ -185,62 +195,51 @@ class RunReport(Callback):
             "skipped_steps": module.skipped_steps,
             "last": {"step": trainer.global_step}
             | {name: value for name, value in last.items() if name in ("loss", "val_loss")},
-            "best": best_of(trainer),
-            "throughput": {name: float(f"{value:.6g}") for name, value in panel.items()},
-            "data": trainer.datamodule.facts(),
+            "best": best_of(self.saver),
+            "throughput": {name: float(f"{value:.6g}") for name, value in self.panel.items()},
+            "data": data.facts(),
             "verdict": export.told.verdict if export.told else None,
             "stopped": export.told.stopped if export.told else None,
-            "exported": export.made if (out / ADAPTER).is_dir() and ADAPTER not in export.missing else {},
+            "exported": export.made if exported else {},
             "export": {"missing": export.missing, "again": export.again()} if export.missing else {},
-            "files": _files(out, trainer),
+            "files": _files(run, trainer.loggers),
             "history": self.history,
             "samples": [json.loads(line) for line in lines],
-            "config": export.training_config,
+            "config": run.config,
         }
 
 
-def _files(out: Path, trainer: Any) -> dict[str, str]:
+def _files(run: Run, loggers: list[Any]) -> dict[str, str]:
     """The paths of what a run has left."""
-    names = {
-        "lora_adapter": ADAPTER,
-        "final_model": MERGED,
-        "checkpoints": CHECKPOINTS,
-        "config": CONFIG,
-        "samples": "samples.jsonl",
+    paths = {
+        "lora_adapter": run.adapter,
+        "final_model": run.merged,
+        "checkpoints": run.checkpoints,
+        "config": run.config_file,
+        "samples": run.samples,
     }
-    found = {name: str(out / one) for name, one in names.items() if (out / one).exists()}
-    logs = next((one.log_dir for one in trainer.loggers if isinstance(one, RunLogger)), None)
-    return (
-        found
-        | ({"logs": str(Path(logs))} if logs else {})
-        | {"summary": str(out / "summary.json"), "report": str(out / "report.html")}
-    )
+    found = {name: str(path) for name, path in paths.items() if path.exists()}
+    logs = {"logs": str(run.logs)} if any(isinstance(one, RunLogger) for one in loggers) else {}
+    return found | logs | {"summary": str(run.summary), "report": str(run.report)}
 
 
-def _export(trainer: Any) -> Export:
-    return next(one for one in trainer.callbacks if isinstance(one, Export))
-
-
-def best_of(trainer: Any) -> dict[str, Any] | None:
+def best_of(saver: RunCheckpoint) -> dict[str, Any] | None:
     """Step and loss of the best validation; None where none has come."""
-    saver = next((one for one in trainer.callbacks if isinstance(one, RunCheckpoint)), None)
-    if saver is None or saver.best_step is None:
-        return None
-    return {"step": saver.best_step, "val_loss": saver.best}
+    return None if saver.best_step is None else {"step": saver.best_step, "val_loss": saver.best}
 
 
-def write(folder: Path, summary: dict[str, Any]) -> None:
+def write(run: Run, summary: dict[str, Any]) -> None:
     """``summary.json`` and ``report.html``, each whole or absent."""
     text = json.dumps(summary, indent=1, ensure_ascii=False, default=str)
-    for name, content in (("summary.json", text), ("report.html", page(summary))):
-        partial = folder / f"{name}.tmp"
+    for path, content in ((run.summary, text), (run.report, page(summary))):
+        partial = path.with_name(path.name + PARTIAL)
         try:
             partial.write_text(content, encoding="utf-8")
-            os.replace(partial, folder / name)
+            os.replace(partial, path)
         except OSError:
             partial.unlink(missing_ok=True)
             raise
-    log.info("report written to %s", folder / "report.html")
+    log.info("report written to %s", run.report)
 
 
 def _training_metrics(trainer: Any) -> dict[str, float]:
@@ -267,7 +266,3 @@ def nothing_left(trainer: Any) -> str:
     if 0 < trainer.max_steps <= step:
         return f"step {step} is made, and trainer.max_steps is {trainer.max_steps}; raise it to go on"
     return f"step {step} is made, and trainer.max_epochs is {epochs}; raise it to go on"
-
-
-def _throughput(trainer: Any) -> Throughput:
-    return next(one for one in trainer.callbacks if isinstance(one, Throughput))

@@ -1,14 +1,17 @@
 """Lightning's own callbacks across a resume: what they restore must not end or spoil the run that goes on."""
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from qwen_lit.callbacks.accepted import check_held_out
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
 from qwen_lit.lightning_internals import mark_saved
+from qwen_lit.model.module import QwenModule
+from qwen_lit.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -25,19 +28,28 @@ def has_ended(callback: Any) -> bool:
 class Resumed(Callback):
     """Looks after the callbacks that the configuration names."""
 
+    def __init__(self, run: Run) -> None:
+        """Looks at nothing yet.
+
+        Args:
+            run: that trains or is measured.
+        """
+        self.run = run
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Once the rows are split, before the model is loaded: will there be what is monitored?
 
         Raises:
             UserError: a callback monitors a validation that has no rows, or ``validate`` has none.
         """
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        assert data.val_rows is not None
         if stage == "fit":
             check_held_out(trainer.callbacks, len(data.val_rows))  # type: ignore[attr-defined]
         if stage == "validate":
             if not len(data.val_rows):
                 raise UserError("validate: no row is held out; set data.val_size or data.val_dataset_path.")
-            if trainer.validated_from is None:  # type: ignore[attr-defined]
+            if self.run.checkpoint is None and cast(QwenModule, pl_module).init_adapter is None:
                 log.warning("no --ckpt_path is given: this measures the base with an adapter that has learnt nothing")
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

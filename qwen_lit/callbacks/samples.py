@@ -3,17 +3,19 @@
 import json
 import logging
 import os
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from tqdm.utils import disp_len, disp_trim
 
 from qwen_lit.callbacks.trackers import log_samples
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.text import opening
 from qwen_lit.generate import generate
 from qwen_lit.lines import question
+from qwen_lit.model.module import QwenModule
+from qwen_lit.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -23,21 +25,21 @@ class Samples(Callback):
 
     def __init__(
         self,
+        run: Run,
         prompts: list[str] | None = None,
         rows: int = 2,
         max_new_tokens: int = 64,
-        output_dir: str = "output",
     ) -> None:
         """Asks nothing yet.
 
         Args:
+            run: names the file.
             prompts: questions to ask; null takes those of the first validation rows, of raw text its beginning.
             rows: validation rows to take them from; 0 asks nothing.
             max_new_tokens: most tokens of an answer.
-            output_dir: set by the top-level output_dir.
         """
         self.prompts, self.rows, self.max_new_tokens = prompts, rows, max_new_tokens
-        self.path = Path(output_dir) / "samples.jsonl"
+        self.path = run.samples
         self.asked: list[tuple[list[int], str | None]] = []
         """Prompt ids and the answer of the row, where it is known."""
 
@@ -45,19 +47,20 @@ class Samples(Callback):
         """Before the first step: what the base says."""
         self.asked = self._questions(trainer)
         if trainer.global_step == 0:
-            self._answer(trainer, pl_module)
+            self._answer(trainer, cast(QwenModule, pl_module))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What it says by now."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._answer(trainer, pl_module)
+            self._answer(trainer, cast(QwenModule, pl_module))
 
     def _questions(self, trainer: Any) -> list[tuple[list[int], str | None]]:
-        data = trainer.datamodule
+        data = cast(QwenDataModule, trainer.datamodule)
+        assert data.val_rows is not None
         if self.prompts is not None:
             chats = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
-            ids = [data.tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"] for one in chats]
-            return [(list(one), None) for one in ids]
+            asked = [data.tokenizer.apply_chat_template(one, add_generation_prompt=True) for one in chats]
+            return [(list(one["input_ids"]), None) for one in asked]
         found: list[tuple[list[int], str | None]] = []
         for number in range(min(self.rows, len(data.val_rows))):
             ids, spans = data.val_rows[number]
@@ -71,7 +74,8 @@ class Samples(Callback):
             found.append((ids[:begin].tolist(), data.tokenizer.decode(ids[begin:end], skip_special_tokens=True)))
         return found
 
-    def _answer(self, trainer: Any, module: Any) -> None:
+    def _answer(self, trainer: Any, module: QwenModule) -> None:
+        assert module.model is not None
         if not self.asked or not trainer.is_global_zero or trainer.fast_dev_run or module.shard_base:
             return
         embedding = module.model.get_input_embeddings().weight

@@ -25,7 +25,7 @@ from qwen_lit.model.load import check_weights, computing_on, load_config
 from qwen_lit.names import HUB_NAME
 from qwen_lit.progress import told
 from qwen_lit.quantization import planned_weights, usable
-from qwen_lit.run import ADAPTER, MERGED, is_adapter, training_config
+from qwen_lit.run import Run, is_adapter, is_model, training_config
 
 ROOM = 1.1
 """Memory that a conversation takes, over its weights."""
@@ -149,7 +149,8 @@ def _gib(size: float) -> str:
 
 def choices(given: Path, quantize: bool | None) -> Iterator[Choice]:
     """What a folder offers, the most faithful first: the merged model, the adapter as trained, either in 4 bits."""
-    inside = [folder for folder in (given / MERGED, given / ADAPTER) if is_adapter(folder) or is_model(folder)]
+    run = Run(given)
+    inside = [folder for folder in (run.merged, run.adapter) if is_adapter(folder) or is_model(folder)]
     found = [given] if is_adapter(given) or is_model(given) else inside
     if quantize:
         # What is merged was not trained in 4 bits.
@@ -162,11 +163,6 @@ def choices(given: Path, quantize: bool | None) -> Iterator[Choice]:
         yield Choice(folder, base, (trained if quantize is None else four_bits if quantize else None), hub)
         if quantize is None and folder == found[-1] and trained is not four_bits:
             yield Choice(folder, base, four_bits, hub)
-
-
-def is_model(folder: Path) -> bool:
-    """Whether a folder is a model's."""
-    return (folder / "config.json").is_file()
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """See before you spend: the heaviest real batch through every part of a run, or the arithmetic where no GPU is."""
 
+import json
 import tempfile
 import textwrap
 import time
@@ -20,17 +21,20 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.callbacks.export import Export
 from qwen_lit.data.batches import Batch
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS
 from qwen_lit.export.kquants import gguf_bytes
 from qwen_lit.hub import is_folder, missing_bytes
 from qwen_lit.lines import plural
-from qwen_lit.model.duration import epoch_share, epoch_steps, total_steps
+from qwen_lit.model.duration import check_limits, epoch_share, epoch_steps, total_steps
+from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.flops import measured_flops, token_flops
 from qwen_lit.planner.plan import GIB, Plan, Shape, choose, relative_time, time_of
 from qwen_lit.planner.planner import possible_at_once
 from qwen_lit.quantization import HEAD, Held, base_name
+from qwen_lit.run import Run
 
 STEPS = 4
 """Optimizer steps that are measured; the first one warms up and is left out."""
@@ -38,6 +42,26 @@ CARDS = (8, 16, 24, 40, 80)
 """GiB for which the arithmetic answers when no budget is given."""
 MOST = 192 * GIB
 """Bytes of a card up to which more memory is advised."""
+
+
+def plan(trainer: L.Trainer, module: QwenModule, data: QwenDataModule, exporter: Export, as_json: bool) -> int:
+    """Print the answer; returns the exit code, 1 where the run fits no card.
+
+    Args:
+        trainer: with the limits of the run; on a GPU it trains a few steps.
+        module: that would be trained; its model is not loaded.
+        data: it would be trained on; nothing of it is prepared yet.
+        exporter: what would be exported.
+        as_json: print JSON instead of lines.
+    """
+    data.prepare_data()
+    data.setup()
+    check_limits(trainer, data)
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    result = (measure if on_gpu else arithmetic)(trainer, module, data, exporter)
+    for line in [json.dumps(result, indent=1)] if as_json else lines(result):
+        print(line)
+    return 1 if not result["measured"] and not result["fits"] else 0
 
 
 class Probe(Callback):
@@ -105,7 +129,7 @@ def static_bytes(model: Any, held: Mapping[str, Held]) -> int:
     return total
 
 
-def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int) -> dict[str, Any]:
+def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int, exporter: Export) -> dict[str, Any]:
     """What is known without a GPU: steps, tokens, disk and memory for the export."""
     rows = data.train_rows
     lengths, supervised = rows.column("length"), rows.column("supervised")
@@ -115,10 +139,10 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
     checkpoint = trained * (4 + module.state_bytes)
     weights = 2 * sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     largest = max(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
-    gguf = next((one.gguf for one in trainer.callbacks if isinstance(one, Export) and one.merge), None)
+    gguf = exporter.gguf if exporter.merge else None
     file = gguf_bytes(gguf, weights // 2) if gguf else 0
     download = 0 if is_folder(module.name) else missing_bytes(module.folder, weights)
-    keep = next((one.keep for one in trainer.callbacks if isinstance(one, RunCheckpoint)), 2)
+    keep = exporter.saver.keep
     share = float(supervised.sum() / max(1, tokens))
     length = float((lengths.astype(float) ** 2).sum() / max(1, tokens))
     return {
@@ -142,13 +166,13 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int)
     }
 
 
-def arithmetic(trainer: Any, module: Any, data: Any, budget: int | None) -> dict[str, Any]:
+def arithmetic(trainer: Any, module: QwenModule, data: QwenDataModule, exporter: Export) -> dict[str, Any]:
     """Plans from the shapes alone, for one budget or for usual cards."""
-    model = arithmetic_model(module)
+    model, budget = arithmetic_model(module), module.memory_budget
     held = module.held_weights(trainer.strategy.root_device)
     shape, static = Shape.of(model, module.state_bytes), static_bytes(model, held)
     sizes, mean = data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens()
-    result = common(trainer, module, data, model, sizes[1])
+    result = common(trainer, module, data, model, sizes[1], exporter)
     reason = reference_because(module, model, held)
     if reason and module.engine_name == "fast":
         raise UserError(f"model.engine is fast, but {reason}; set it to auto.")
@@ -183,7 +207,7 @@ def reference_because(module: Any, model: Any, held: Mapping[str, Held]) -> str 
     return unsupported_reason(model, torch.device("meta"))
 
 
-def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
+def measure(trainer: Any, module: QwenModule, data: QwenDataModule, exporter: Export) -> dict[str, Any]:
     """Forward, backward, update, validation and a checkpoint on the heaviest real batches, on the GPU.
 
     Raises:
@@ -192,23 +216,24 @@ def measure(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
     device = trainer.strategy.root_device
     model = arithmetic_model(module)
     sizes, mean = data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens()
-    result = common(trainer, module, data, model, sizes[1])
+    result = common(trainer, module, data, model, sizes[1], exporter)
     limit = measured_flops(device)
     probe, data.heaviest_first = Probe(), True
-    checkpoint = next(one for one in trainer.callbacks if isinstance(one, RunCheckpoint))
-    trainer.callbacks = [probe, checkpoint]
     trainer.fit_loop.epoch_loop.max_steps = min(STEPS, result["steps"] or STEPS)
     trainer.limit_val_batches = 0
     trainer.num_sanity_val_steps = 0
     trainer.loggers = []
-    checkpoint.folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="qwen_lit_plan_", dir=checkpoint.folder.parent) as folder:
-        checkpoint.folder, checkpoint.every_n_train_steps = Path(folder), 10**9
+    output_dir = exporter.run.output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="qwen_lit_plan_", dir=output_dir) as folder:
+        # Not into the folder of the run, whose checkpoints of later steps it would set aside.
+        checkpoint = RunCheckpoint(Run(Path(folder)), every_n_train_steps=10**9)
+        trainer.callbacks = [probe, checkpoint]
         torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
         trainer.fit(module, data)
         result["minutes_to_plan"] = round((time.perf_counter() - started) / 60, 2)
-        result["checkpoint_mb"] = round(step_files(Path(folder))[0].stat().st_size / 1e6, 1)
+        result["checkpoint_mb"] = round(step_files(checkpoint.run.checkpoints)[0].stat().st_size / 1e6, 1)
     steady = sorted(
         n / s
         for n, s in list(zip(probe.tokens, probe.seconds, strict=True))[1:]

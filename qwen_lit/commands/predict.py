@@ -1,16 +1,65 @@
 """Answer the rows of a JSONL into another, in batches, going on where an earlier run has stopped."""
 
 import json
+import logging
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from peft import PeftModel
 
 from qwen_lit.data.faults import RowError
 from qwen_lit.data.records import parse_line, parse_row
 from qwen_lit.data.text import read_text
 from qwen_lit.errors import UserError
+from qwen_lit.export.pipeline import adapter_from_checkpoint
 from qwen_lit.generate import generate
+from qwen_lit.model.load import load_base
+from qwen_lit.model.module import QwenModule
+from qwen_lit.names import ADAPTER
 from qwen_lit.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+def answer_rows(
+    module: QwenModule,
+    tokenizer: Any,
+    device: torch.device,
+    adapter: Path,
+    source: Path,
+    target: Path,
+    batch_size: int,
+    max_new_tokens: int,
+) -> None:
+    """Load an adapter on its base, and answer every row of a file.
+
+    Args:
+        module: names the base and the adapter's settings; its model is not loaded.
+        tokenizer: of the base.
+        device: where it answers.
+        adapter: a checkpoint of ``fit``, or an adapter folder.
+        source: JSONL in any of the formats of training.
+        target: JSONL that gets each row with its prediction.
+        batch_size: rows that are answered at a time.
+        max_new_tokens: most tokens of an answer.
+
+    Raises:
+        UserError: there is no such file, or a row asks nothing.
+    """
+    if not source.is_file():
+        raise UserError(f"source: no such file: {source}; give a JSONL of questions.")
+    with tempfile.TemporaryDirectory(prefix="qwen_lit_") as folder:
+        if adapter.is_file():
+            path, adapter = adapter, Path(folder) / ADAPTER
+            adapter_from_checkpoint(path, module.lora_config, module.name, adapter, {})
+        base: Any = load_base(module.folder, module.quantization_config, device)
+        base.config.use_cache = True
+        model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    now, before = predict(model, tokenizer, source, target, batch_size, max_new_tokens)
+    log.info("%d rows answered into %s, %d were there already", now, target, before)
 
 
 def done_lines(path: Path) -> int:

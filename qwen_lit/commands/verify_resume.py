@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from safetensors.torch import load_file
 
 from qwen_lit.callbacks.checkpoint_io import manifest_of
-from qwen_lit.errors import RunError
+from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.errors import RunError, UserError
+from qwen_lit.model.duration import check_limits, total_steps
+from qwen_lit.run import Run
 
 LOSS_TOLERANCE = 1e-3
 """On CUDA, whose atomic additions come in any order; on the CPU every bit must be the same."""
@@ -51,6 +55,32 @@ class Verdict:
         )
 
 
+def verify_resume(trainer: L.Trainer, data: QwenDataModule, run: Run, steps: int) -> int:
+    """Print the verdict on a run of the user's own configuration; returns the exit code, 1 for another run.
+
+    Args:
+        trainer: with the limits of the run; nothing is trained by it.
+        data: that is trained on; nothing of it is prepared yet.
+        run: whose configuration it is.
+        steps: optimizer steps of each run; fewer where the run has fewer.
+
+    Raises:
+        RunError: a run failed, or ended before it could be killed.
+        UserError: the run has a single step.
+    """
+    data.prepare_data()
+    # Its runs are short, and each would wait for this at its end.
+    data.prove()
+    data.setup()
+    check_limits(trainer, data)
+    steps = min(steps, total_steps(trainer, data) or steps)
+    if steps < 2:
+        raise UserError("verify-resume: the run has a single optimizer step; give more rows or epochs.")
+    verdict = verify(run.yaml, run.verification, steps)
+    print(verdict)
+    return 0 if verdict.good else 1
+
+
 def verify(config: str, folder: Path, steps: int) -> Verdict:
     """Train ``steps`` optimizer steps twice, once with a SIGKILL halfway and a resume, and compare.
 
@@ -64,7 +94,7 @@ def verify(config: str, folder: Path, steps: int) -> Verdict:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    path = folder / "config.yaml"
+    path = Run(folder).config_file
     path.write_text(config, encoding="utf-8")
     half = steps // 2
 
@@ -106,7 +136,7 @@ def verify(config: str, folder: Path, steps: int) -> Verdict:
             raise RunError(f"a run ended with exit code {process.returncode}; its messages stand above.")
 
     finish(start("whole"))
-    checkpoint = folder / "killed" / "checkpoints" / f"step={half:08d}.ckpt"
+    checkpoint = Run(folder / "killed").step_checkpoint(half)
     with _ended(start("killed")) as killed:
         while not (checkpoint.is_file() and manifest_of(checkpoint).is_file()):
             if killed.poll() is not None:
@@ -135,7 +165,7 @@ def compare(whole: Path, killed: Path, half: int) -> Verdict:
     # A step that was skipped has no loss on either side.
     pairs = [(first[n]["loss"], second[n]["loss"]) for n in first if n in second]
     losses = [abs((a or 0.0) - (b or 0.0)) for a, b in pairs]
-    left, right = (load_file(one / "lora_adapter" / "adapter_model.safetensors") for one in (whole, killed))
+    left, right = (load_file(Run(one).adapter / "adapter_model.safetensors") for one in (whole, killed))
     weights = [float((left[name] - right[name]).abs().max()) for name in left]
     return Verdict(
         len(first), half, rows[0] == rows[1], max(losses), max(weights), exact=not torch.cuda.is_available()

@@ -57,6 +57,7 @@ class QwenDataModule(L.LightningDataModule):
         num_proc: int | None = None,
         num_workers: int = 0,
         seed: int = 42,
+        tokenizer: Any = None,
     ) -> None:
         """Checks that the files are there; rows are read in ``prepare_data``.
 
@@ -87,6 +88,7 @@ class QwenDataModule(L.LightningDataModule):
             num_proc: processes that tokenise; null takes one per core for large files.
             num_workers: processes that build batches; 0 is enough for tokenised rows.
             seed: of the order of rows; set by seed_everything.
+            tokenizer: of the model, from transformers; rows cannot be read without it.
 
         Raises:
             UserError: a file is missing or a number is out of range.
@@ -121,29 +123,33 @@ class QwenDataModule(L.LightningDataModule):
         self.heaviest_first = False
         self.waited = 0.0
         """Seconds that training has waited for batches."""
-        self.tokenizer: Any = None
+        self.tokenizer = tokenizer
         self.prepared: dict[Path, Task] = {}
         """Folder of prepared rows to what it was prepared from."""
         self.train_rows: Rows | None = None
         self.val_rows: Rows | None = None
         self.report, self.val_report = Report(), Report()
 
-    def prepare_data(self) -> None:
+    def prepare_data(self, judge: bool = True) -> None:
         """Tokenise all rows into the cache, once per machine.
+
+        Args:
+            judge: whether faulty rows are refused as ``on_bad_row`` says; an audit only counts them.
 
         Raises:
             UserError: faulty rows, named by path and line; or the files or the tokenizer cannot be used.
         """
         for sources in (self.sources, self.val_sources):
             if sources:
-                self._prepare(sources)
+                self._prepare(sources, judge)
 
-    def _prepare(self, sources: list[Source]) -> Path:
+    def _prepare(self, sources: list[Source], judge: bool) -> Path:
         task = Task(sources, self.encoder_options, self.fields, self.odd_turns)
         try:
             folder = prepare(task, self.tokenizer, self.cache, self.num_proc)
             self.prepared[folder] = task
-            raise_if_too_many_faults(read_report(folder), self.on_bad_row, self.max_bad_share)
+            if judge:
+                raise_if_too_many_faults(read_report(folder), self.on_bad_row, self.max_bad_share)
             return folder
         except DataError as error:
             raise UserError(str(error)) from error
@@ -167,22 +173,26 @@ class QwenDataModule(L.LightningDataModule):
             except DataError as error:
                 raise UserError(str(error)) from error
 
-    def setup(self, stage: str | None = None) -> None:
+    def setup(self, stage: str | None = None, judge: bool = True) -> None:
         """Open the prepared rows and split them.
+
+        Args:
+            stage: of Lightning; the rows are the same in each.
+            judge: as of ``prepare_data``.
 
         Raises:
             UserError: no row is left to train on.
         """
         if self.train_rows is not None:
             return
-        folder = self._prepare(self.sources)
+        folder = self._prepare(self.sources, judge)
         self.report = read_report(folder)
         if not len(Rows(folder)):
             raise UserError(self._nothing_left(folder))
         train = Rows(folder, chosen(Rows(folder), self.sources))
         hashes = train.column("hash")
         if self.val_sources:
-            val_folder = self._prepare(self.val_sources)
+            val_folder = self._prepare(self.val_sources, judge)
             self.val_report = read_report(val_folder)
             val = Rows(val_folder, chosen(Rows(val_folder), self.val_sources))
             held_out = np.isin(hashes, val.column("hash"))

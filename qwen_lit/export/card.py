@@ -12,7 +12,7 @@ import yaml
 from qwen_lit.environment import versions
 from qwen_lit.export.commands import adapter_section, merged_section, request, served_name
 from qwen_lit.export.folder import open_tensors, read_json, write_json
-from qwen_lit.names import TRAINED_AT, base_reference, hub_name
+from qwen_lit.names import ADAPTER, TRAINED_AT, TRAINING_CONFIG, base_reference, hub_name
 
 BLOCKS = "blocks_of_raw_text_trained"
 """What the data's facts call examples that are no conversation."""
@@ -74,7 +74,7 @@ class ModelCardFacts:
     stopped: tuple[int, int] | None = None
     """Prompts that ended by themselves, of so many."""
     adapter: AdapterFacts | None = None
-    adapter_path: str = "../lora_adapter"
+    adapter_path: str = f"../{ADAPTER}"
     """Of the adapter, seen from the model folder, or absolute."""
     gguf: str | None = None
     """Of the GGUF file in the model folder, its name."""
@@ -142,7 +142,7 @@ def finish_adapter(folder: Path, base: str, run: dict[str, Any], made: dict[str,
         run: the configuration of the run.
         made: of which checkpoint it is.
     """
-    write_json(folder / "training_config.json", run)
+    write_json(folder / TRAINING_CONFIG, run)
     if made:
         write_json(folder / TRAINED_AT, made)
     config = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": base_reference(base)}

@@ -12,6 +12,7 @@ from torch import Tensor
 from qwen_lit.export.adapter import EMBED, HEAD
 from qwen_lit.export.card import ModelCardFacts, model_card
 from qwen_lit.export.folder import BaseModel, ExportError, read_json, write_json
+from qwen_lit.names import TRAINING_CONFIG
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 MODELFILE = '''# ollama create NAME -f Modelfile
@@ -72,7 +73,7 @@ def write_serving_files(
     copy_tokenizer(base_dir, out_dir, tokenizer)
     generation = generation_settings(base_dir, tokenizer)
     write_json(out_dir / "generation_config.json", generation)
-    write_json(out_dir / "training_config.json", told.config)
+    write_json(out_dir / TRAINING_CONFIG, told.config)
     (out_dir / "Modelfile").write_text(modelfile(tokenizer, generation, source), encoding="utf-8")
     (out_dir / "README.md").write_text(model_card(told), encoding="utf-8")
 

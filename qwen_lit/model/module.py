@@ -24,10 +24,11 @@ from qwen_lit.distributed import agree, watch_children
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.export.adapter import saved_name
+from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.hub_libraries import Hub
 from qwen_lit.model.duration import check_limits, total_steps, warmup_steps
-from qwen_lit.model.load import add_adapter, check_targets, load_base, load_config, shard_layers
+from qwen_lit.model.load import add_adapter, check_targets, check_weights, load_base, load_config, shard_layers
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.neftune import add_noise
 from qwen_lit.model.optim import (
@@ -39,12 +40,22 @@ from qwen_lit.model.optim import (
     repage,
 )
 from qwen_lit.model.precision import full_precision
-from qwen_lit.model.resume import go_on, settings, shared
+from qwen_lit.model.resume import go_on, settings, shared, stored
 from qwen_lit.model.schedules import WITHOUT_WARMUP, ScheduleName, schedule
 from qwen_lit.model.trained import find_adapter, tell_measured, weights
 from qwen_lit.planner.choice import choose_engine
+from qwen_lit.planner.flops import token_flops
 from qwen_lit.planner.plan import Plan, parse_bytes
-from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
+from qwen_lit.quantization import (
+    Held,
+    check_trained_whole,
+    count_linears,
+    described,
+    loaded_weights,
+    planned_weights,
+    usable,
+)
+from qwen_lit.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +99,7 @@ class QwenModule(L.LightningModule):
         shard_base: bool = False,
         init_adapter: str | None = None,
         hub: Hub = "huggingface",
+        run: Run | None = None,
     ) -> None:
         """Checks the settings; weights are read in ``configure_model``.
 
@@ -121,6 +133,7 @@ class QwenModule(L.LightningModule):
                 optimizer and schedule; its LoRA settings are taken over.
             hub: where a model that is not on this machine is fetched from: huggingface, or modelscope, which needs
                 the extra of that name. A mirror is the environment's HF_ENDPOINT or MODELSCOPE_ENDPOINT.
+            run: whose configuration is kept in checkpoints; None where no command is run.
 
         Raises:
             UserError: the model or a setting cannot work.
@@ -155,8 +168,7 @@ class QwenModule(L.LightningModule):
         # A run that goes on needs it no more.
         there = init_adapter and Path(init_adapter).expanduser().exists()
         self.init_adapter = find_adapter(init_adapter) if init_adapter and there else None
-        self.run_config: dict[str, Any] = {}
-        """The whole configuration of the run, as plain values."""
+        self.run = run or Run(Path("output"))
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.folder = fetch(self.name, hub)
         """That holds the base's files: its config and tokenizer, and its weights once they are needed."""
@@ -171,8 +183,6 @@ class QwenModule(L.LightningModule):
         self.automatic_optimization = False
         self.sums: StepSums | None = None
         """Of the step that is being made."""
-        self.resumed_at_once: int | None = None
-        """Micro-batches that the resumed run has computed at once; None for a new run."""
         self.total_steps: int | None = 0
         """Optimizer steps of the run; None where it has no known end."""
         self.resumed_total: int | None = 0
@@ -189,11 +199,20 @@ class QwenModule(L.LightningModule):
         if stage == "fit":
             check_limits(self.trainer, data)
             told = settings(self)
-            alike = {**shared(self.run_config), "the files of model.model_name_or_path": told["base"]}
+            alike = {**shared(self.run.config), "the files of model.model_name_or_path": told["base"]}
             agree(self.trainer, {**data.state_dict(), **told["frozen"], **alike})
             watch_children(self.trainer)
         if stage == "validate":
             tell_measured(self, self.trainer, data)
+
+    def fetch_weights(self) -> None:
+        """See that the base's weights are on this machine and can be read.
+
+        Raises:
+            UserError: they cannot be fetched, or are damaged.
+        """
+        self.folder = fetch(self.name, self.hub, weights=True)
+        check_weights(self.folder)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""
@@ -215,7 +234,8 @@ class QwenModule(L.LightningModule):
             self.model.save_pretrained(self.initial_adapter.name, save_embedding_layers=False)
         if self.neftune_noise_alpha > 0:
             add_noise(base.get_input_embeddings(), self.neftune_noise_alpha)  # type: ignore[operator]
-        choice = choose_engine(self, self.trainer, self.data, self.resumed_at_once)
+        before = stored(self.run.checkpoint).get("micro_batches_at_once")
+        choice = choose_engine(self, self.trainer, self.data, before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.told
         if sharded or self.host_embedding:
             # DDP reduces the adapter alone: shards differ from rank to rank, and an embedding on the CPU is no part.
@@ -232,6 +252,51 @@ class QwenModule(L.LightningModule):
         if self.quantized is not None:
             return self.quantized
         return planned_weights(self.config, self.quantization_config, device)
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader wants to know of a module whose model is loaded, as plain values."""
+        assert self.model is not None
+        trained, total = self.model.get_nb_trainable_parameters()
+        lora, device = self.lora_config, self.trainer.strategy.root_device
+        targets = lora.target_modules or []
+        return {
+            "model": self.name,
+            "parameters": int(total),
+            "trained_parameters": int(trained),
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "lora_dropout": lora.lora_dropout,
+            "target_modules": targets if isinstance(targets, str) else sorted(targets),
+            "init_adapter": self.run.config.get("model", {}).get("init_adapter"),
+            "quantization": described(self.held_weights(device), count_linears(self.model), product_dtype(device)),
+            "engine": self.engine_description,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler": self.schedule_name,
+            "optimizer": self.optimizer_name,
+        }
+
+    def token_flops(self, length: float, supervised: float) -> tuple[float, float]:
+        """Operations of a token: of a training step without recomputation, and of a forward pass of the layers.
+
+        Args:
+            length: tokens of a document.
+            supervised: share of the tokens that have a loss.
+        """
+        return token_flops(self.model, length, supervised)
+
+    @property
+    def recomputed_share(self) -> float:
+        """Share of the layers whose activations are computed again in backward."""
+        layers = int(self.config.num_hidden_layers)
+        again = self.fast.recompute_layers if self.fast is not None else layers * self.gradient_checkpointing
+        return again / layers
+
+    def release_memory(self) -> None:
+        """Free what only training needs, for what comes after it."""
+        if self.fast is not None:
+            self.fast.release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @property
     def data(self) -> QwenDataModule:

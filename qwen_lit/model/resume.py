@@ -115,7 +115,7 @@ def settings(module: Any) -> dict[str, Any]:
     return {
         "frozen": frozen,
         "micro_batches_at_once": module.micro_batches_at_once,
-        "config": module.run_config,
+        "config": module.run.config,
         "base": fingerprint(module.name, module.hub),
     }
 

@@ -17,7 +17,7 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CONVERTED_MARKER, RESIDUAL_INITS, saved_name
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.resume import FREE, canonical, differences, meaning, stored
-from qwen_lit.run import ADAPTER, is_adapter, training_config
+from qwen_lit.run import Run, is_adapter, training_config
 
 log = logging.getLogger(__name__)
 NAME = "model_name_or_path"
@@ -78,7 +78,7 @@ def find_adapter(given: str) -> Path:
         UserError: it is neither.
     """
     path = Path(given).expanduser()
-    for folder in (path, path / ADAPTER):
+    for folder in (path, Run(path).adapter):
         if is_adapter(folder):
             return folder
     if not path.is_file():
@@ -255,4 +255,4 @@ def tell_measured(module: Any, trainer: Any, data: Any) -> None:
             "validate: no row is held out; set data.val_size (a share or a count), or data.val_dataset_path."
         )
     base = f"the base {module.name} without an adapter (give --ckpt_path last, best, a file or an adapter)"
-    log.info("validate measures %s", trainer.validated_from or module.init_adapter or base)
+    log.info("validate measures %s", module.run.checkpoint or module.init_adapter or base)

@@ -27,7 +27,7 @@ def parsed(monkeypatch):
     values = {}
 
     def stop(self):
-        values["all"] = self.config[self.subcommand]
+        values["all"] = self.config
         raise UserError("parsed")
 
     monkeypatch.setattr(QwenCLI, "instantiate_classes", stop)

@@ -21,8 +21,9 @@ def module(tokenizer, tmp_path):
     def make(rows, **options):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        data = QwenDataModule(options.pop("dataset_path", str(path)), cache_dir=str(tmp_path / "cache"), **options)
-        data.tokenizer = tokenizer
+        cache = str(tmp_path / "cache")
+        given = options.pop("dataset_path", str(path))
+        data = QwenDataModule(given, cache_dir=cache, tokenizer=tokenizer, **options)
         data.prepare_data()
         data.setup()
         return data
@@ -48,8 +49,8 @@ def test_what_a_count_has_held_out_stays_held_out_when_the_file_grows(tokenizer,
     path, sides = tmp_path / "rows.jsonl", []
     for count in (200, 300, 100):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(count)))
-        data = QwenDataModule(str(path), val_size=20, max_length=256, cache_dir=str(tmp_path / "cache"))
-        data.tokenizer = tokenizer
+        cache = str(tmp_path / "cache")
+        data = QwenDataModule(str(path), val_size=20, max_length=256, cache_dir=cache, tokenizer=tokenizer)
         data.setup()
         sides.append((set(texts(tokenizer, data.train_rows)), set(texts(tokenizer, data.val_rows))))
     assert len(sides[0][1]) == 20

@@ -374,8 +374,7 @@ def test_a_large_share_of_dropped_rows_is_told(tokenizer, tmp_path, caplog):
     path = tmp_path / "a.jsonl"
     rows = [{"question": "Q", "answer": "A" * (1 if n % 5 == 0 else 900)} for n in range(10)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = QwenDataModule([str(path)], max_length=64, cache_dir=str(tmp_path / "cache"))
-    data.tokenizer = tokenizer
+    data = QwenDataModule([str(path)], max_length=64, cache_dir=str(tmp_path / "cache"), tokenizer=tokenizer)
     data.setup()
     assert "not all is trained: 8 of 10 rows (80%) dropped: question and answer do not fit into" in caplog.text
 

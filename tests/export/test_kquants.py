@@ -7,11 +7,13 @@ import gguf
 import numpy as np
 import pytest
 
+from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.export import Export
 from qwen_lit.errors import UserError
 from qwen_lit.export import ExportError
 from qwen_lit.export.gguf import GgufType, write_gguf, write_plain
 from qwen_lit.export.kquants import BITS, K_QUANTS, compare, gguf_bytes, missing_quantizer
+from qwen_lit.run import Run
 from tests.export.test_merge import make_base
 
 STUB = """#!{python}
@@ -96,13 +98,15 @@ def test_without_a_quantiser_the_remedy_is_said_for_k_quants_alone(no_quantizer)
         assert missing_quantizer(kind).startswith(words)
 
 
-def test_a_missing_quantiser_is_known_before_anything_is_trained_or_merged(no_quantizer):
-    Export(gguf="q8_0").check_gguf()
+def test_a_missing_quantiser_is_known_before_anything_is_trained_or_merged(no_quantizer, tmp_path):
+    run = Run(tmp_path)
+    saver = RunCheckpoint(run)
+    Export(run, saver, gguf="q8_0").check_gguf()
     with pytest.raises(UserError, match="or put llama-quantize on PATH"):
-        Export(gguf="q4_k_m").check_gguf()
+        Export(run, saver, gguf="q4_k_m").check_gguf()
     with pytest.raises(UserError, match="or put llama-quantize on PATH"):
-        # Neither the trainer, nor the adapter, nor the model is looked at.
-        Export(gguf="q4_k_m").from_checkpoint(None, None, None)
+        # Neither the adapter, nor the model, nor the data is looked at.
+        Export(run, saver, gguf="q4_k_m").from_checkpoint(None, None, None, None, None)
 
 
 def test_every_kind_has_its_size_and_a_k_quant_counts_the_file_it_is_made_from():
