@@ -1,6 +1,5 @@
 """The parser of the command line: a value stays what was given, and what cannot be parsed is one line."""
 
-import os
 import re
 from typing import Any, NoReturn
 
@@ -11,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from qwen_lit.checks import NONE
 from qwen_lit.errors import LONGEST, UserError, shortened
+from qwen_lit.names import expanded
 
 NULL = ("", "null", "Null", "NULL", "~")
 PATHS = ("output_dir", "ckpt_path", "row", "html", "source", "target")
@@ -109,11 +109,6 @@ def expand_paths(config: Any) -> None:
     for key in PATHS:
         if config.get(key):
             config[key] = expanded(config[key])
-
-
-def expanded(path: str) -> str:
-    """The path with the home folder for ``~``; as it is where there is none."""
-    return os.path.expanduser(path) if path.startswith("~") else path
 
 
 def one_line(message: str) -> str:

@@ -20,7 +20,7 @@ from qwen_lit.callbacks.checkpoint_io import (
 )
 from qwen_lit.errors import UserError
 from qwen_lit.export.folder import ExportError, check_replaceable
-from qwen_lit.names import TRAINED_AT
+from qwen_lit.names import TRAINED_AT, expanded
 
 log = logging.getLogger(__name__)
 CHECKPOINTS, ADAPTER, MERGED, CONFIG = "checkpoints", "lora_adapter", "final_model", "config.yaml"
@@ -63,7 +63,7 @@ def find_checkpoint(given: str | None, output_dir: Path, fresh: bool = False, ke
         return best
     if not given:
         return None
-    path = Path(given).expanduser()
+    path = Path(expanded(given))
     if path.is_dir() and not is_adapter(path):
         raise UserError(
             f"ckpt_path: {given} is a folder without an adapter; give a checkpoint file, an adapter folder, or "

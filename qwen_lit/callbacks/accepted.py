@@ -11,6 +11,7 @@ import lightning.pytorch.loggers.neptune  # noqa: F401
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from qwen_lit.errors import UserError
+from qwen_lit.names import expanded
 
 REFUSED = {
     "LearningRateFinder": "it reads the loss of single micro-batches, which is a sum over their tokens here, so that "
@@ -157,7 +158,7 @@ def _check_model_checkpoint(given: Any, output_dir: Path) -> None:
                 "no run goes on exactly; use every_n_train_steps or every_n_epochs."
             )
     given.dirpath = given.dirpath or str(output_dir / "model_checkpoints")
-    if Path(given.dirpath).expanduser().resolve() == (output_dir / "checkpoints").resolve():
+    if Path(expanded(given.dirpath)).resolve() == (output_dir / "checkpoints").resolve():
         raise UserError(
             f"trainer.callbacks: ModelCheckpoint's dirpath {given.dirpath} is where the run keeps its own "
             "checkpoints; give another folder."

@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from qwen_lit.names import expanded
+
 
 class Trace(Callback):
     """Appends ``{"step", "epoch", "loss", "rows"}`` to a file after every optimizer step."""
@@ -18,7 +20,7 @@ class Trace(Callback):
         Args:
             path: the JSONL file; a resumed run appends to it. Ranks but the first add their number to its name.
         """
-        self.path = Path(path)
+        self.path = Path(expanded(path))
         self.rows: list[str] = []
         self.step = 0
 
