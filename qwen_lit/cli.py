@@ -41,11 +41,12 @@ from qwen_lit.keys import wrong_keys
 from qwen_lit.logs import set_up_logging
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.duration import check_duration
-from qwen_lit.model.load import check_weights, count_parameters, load_tokenizer
+from qwen_lit.model.load import check_packing, check_weights, count_parameters, load_tokenizer
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.trained import Trained, begin_from, check_shapes, find_adapter, read, take_over
-from qwen_lit.parsing import Parser, expand_paths, expanded
+from qwen_lit.names import expanded
+from qwen_lit.parsing import Parser, expand_paths
 from qwen_lit.planner.plan import parse_bytes
 from qwen_lit.run import exported_from, find_checkpoint, lock_output_dir, refuse_foreign, refuse_mixing, set_aside
 from qwen_lit.signals import Interrupted, handle_signals
@@ -254,6 +255,7 @@ class QwenCLI(LightningCLI):
         if self.subcommand in LOADING or (self.subcommand == "plan" and device.type == "cuda"):
             self.model.folder = fetch(self.model.name, self.model.hub, weights=True)
             check_weights(self.model.folder)
+        check_packing(self.model.config, self.datamodule.packing)
         compute_in_float32(self.trainer)
         self.datamodule.tokenizer = load_tokenizer(self.model.folder, self.model.name)
         name = str(self.subcommand)

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
-from peft import PeftModel
 
 from qwen_lit.callbacks.export import Export
 from qwen_lit.commands.plan import arithmetic, lines, measure
@@ -23,7 +22,7 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.pipeline import adapter_from_checkpoint
 from qwen_lit.export.push import check_repository, push
 from qwen_lit.model.duration import check_limits, total_steps
-from qwen_lit.model.load import load_base
+from qwen_lit.model.load import load_base, read_adapted
 from qwen_lit.planner.plan import parse_bytes
 from qwen_lit.run import ADAPTER, MERGED
 
@@ -212,6 +211,6 @@ class QwenTrainer(Trainer):
                 adapter_from_checkpoint(path, model.lora_config, model.name, adapter, {})
             base: Any = load_base(model.folder, model.quantization_config, self.strategy.root_device)
             base.config.use_cache = True
-            adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
+            adapted = read_adapted(base, adapter)
         now, before = predict(adapted, datamodule.tokenizer, Path(source), Path(target), batch_size, max_new_tokens)
         log.info("%d rows answered into %s, %d were there already", now, target, before)

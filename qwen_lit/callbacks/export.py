@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import is_whole, step_of
@@ -31,6 +30,8 @@ from qwen_lit.export.folder import ExportError, commit_folder
 from qwen_lit.export.gguf import GgufType
 from qwen_lit.export.kquants import missing_quantizer
 from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part, run
+from qwen_lit.families.table import family_of
+from qwen_lit.model.load import empty_model
 from qwen_lit.quantization import base_name
 from qwen_lit.run import ADAPTER, BEST, MERGED, trained_at
 
@@ -89,14 +90,22 @@ class Export(Callback):
             return
         module = cast(Any, pl_module)
         check_mergeable(module.lora_config, module.config)
-        self.check_gguf()
+        self.check_gguf(module.config)
 
-    def check_gguf(self) -> None:
+    def check_gguf(self, config: Any) -> None:
         """What a GGUF file is written with is known before hours of work.
 
+        Args:
+            config: of the base model.
+
         Raises:
-            UserError: a package is missing.
+            UserError: a package is missing, or the model's family has no form in GGUF here.
         """
+        if self.gguf is not None and family_of(config).gguf is None:
+            raise UserError(
+                f"export.gguf is {self.gguf}, but a {family_of(config).model_type} model cannot be written as GGUF; "
+                "set it to null."
+            )
         if self.gguf is not None and find_spec("gguf") is None:
             raise UserError("export.gguf needs the gguf package: pip install 'qwen_lit[gguf]', or set it to null.")
         if reason := missing_quantizer(self.gguf):
@@ -153,10 +162,10 @@ class Export(Callback):
 
         Raises:
             ExportError: something could not be exported.
-            UserError: a package is missing.
+            UserError: a GGUF file cannot be written.
         """
         if self.merge:
-            self.check_gguf()
+            self.check_gguf(module.config)
         adapter, self.made = path, trained_at(path)
         if path.is_file():
             adapter = self.folder / ADAPTER
@@ -278,7 +287,7 @@ def check_mergeable(lora: LoraConfig, config: Any) -> None:
         options.append(f"init_lora_weights: {init}")
     if lora.lora_bias:
         with torch.device("meta"):
-            model = get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(lora))
+            model = get_peft_model(empty_model(config), copy.deepcopy(lora))
         layers = [(name, one) for name, one in model.named_modules() if isinstance(one, LoraLayer)]
         options += [
             f"lora_bias on {base_name(name)}, which has no bias,"

@@ -62,7 +62,7 @@ def run_facts(trainer: Any, module: Any) -> dict[str, Any]:
         "lora_dropout": lora.lora_dropout,
         "target_modules": lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules),
         "init_adapter": module.run_config.get("model", {}).get("init_adapter"),
-        "quantization": described(held, count_linears(module.model), dtype),
+        "quantization": described(held, count_linears(module.config), dtype),
         "engine": module.engine_description,
         "rows": len(rows),
         "tokens": tokens,

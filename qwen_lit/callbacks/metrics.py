@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
+from qwen_lit.families.table import family_of
 from qwen_lit.planner.flops import peak_flops, token_flops
 
 
@@ -87,7 +88,7 @@ class Throughput(Callback):
         # The mean of a token, not of a document: long documents hold more of them.
         length = float((lengths.astype(float) ** 2).sum() / max(1, lengths.sum()))
         self.flops = token_flops(module.model, length, float(supervised.sum() / max(1, lengths.sum())))
-        layers = module.config.num_hidden_layers
+        layers = len(family_of(module.config).layers(module.config))
         again = module.fast.recompute_layers if module.fast else layers * module.gradient_checkpointing
         self.recomputed = again / layers
         device = trainer.strategy.root_device

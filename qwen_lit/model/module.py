@@ -21,6 +21,7 @@ from qwen_lit.distributed import agree, watch_children
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.export.adapter import saved_name
+from qwen_lit.families.table import family_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.hub_libraries import Hub
 from qwen_lit.model.duration import check_limits, total_steps, warmup_steps
@@ -38,6 +39,7 @@ from qwen_lit.model.optim import (
 )
 from qwen_lit.model.resume import go_on, settings, shared
 from qwen_lit.model.trained import find_adapter, tell_measured, weights
+from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.plan import Plan, parse_bytes
 from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
@@ -112,7 +114,7 @@ class QwenModule(L.LightningModule):
                 "model.quantization_config.bnb_4bit_quant_storage to bfloat16."
             )
         self.shard_base = shard_base
-        self.name = str(Path(model_name_or_path).expanduser()) if is_folder(model_name_or_path) else model_name_or_path
+        self.name = expanded(model_name_or_path) if is_folder(model_name_or_path) else model_name_or_path
         self.hub = hub
         self.lora_config = lora_config
         self.learning_rate = learning_rate
@@ -129,7 +131,7 @@ class QwenModule(L.LightningModule):
         self.memory_budget = parse_bytes(memory_budget) if memory_budget else None
         self.model: PeftModel | None = None
         # A run that goes on needs it no more.
-        there = init_adapter and Path(init_adapter).expanduser().exists()
+        there = init_adapter and Path(expanded(init_adapter)).exists()
         self.init_adapter = find_adapter(init_adapter) if init_adapter and there else None
         self.run_config: dict[str, Any] = {}
         """The whole configuration of the run, as plain values."""
@@ -273,12 +275,12 @@ class QwenModule(L.LightningModule):
         assert self.model is not None
         if self.fast is not None:
             return self.fast.loss_sum(batch)
-        causal = cast(Any, self.model.base_model).model
-        hidden = causal.model(
+        causal, family = cast(Any, self.model.base_model).model, family_of(self.config)
+        hidden = causal.get_submodule(family.decoder)(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, batch["target_index"])
-        return summed_loss(causal.lm_head, rows, batch["targets"])
+        return summed_loss(causal.get_submodule(family.head), rows, batch["targets"])
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The summed loss of one micro-batch; its gradient is divided once the whole step's tokens are known."""

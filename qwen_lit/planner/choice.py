@@ -9,6 +9,7 @@ import torch
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.engine.engine import FastEngine, unsupported_reason
 from qwen_lit.errors import UserError
+from qwen_lit.families.table import family_of
 from qwen_lit.model.resume import merge_of
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.planner import LIMITS, merge_limit, planned_engine
@@ -55,7 +56,7 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule) -> Choice:
     # Documents lie end to end: nothing is computed for padding.
     data.unpadded = True
     if device.type != "cuda":
-        layers = module.model.base_model.model.config.num_hidden_layers
+        layers = len(family_of(module.config).layers(module.config))
         engine = FastEngine(module.model, layers if module.gradient_checkpointing else 0)
         return Choice("fast, by the plain twins of its kernels", engine)
     engine, plan, peak = planned_engine(
