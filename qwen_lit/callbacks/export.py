@@ -27,10 +27,9 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import RESIDUAL_INITS, UNSUPPORTED
 from qwen_lit.export.card import ModelCardFacts, finish_adapter
 from qwen_lit.export.folder import ExportError, commit_folder
-from qwen_lit.export.gguf import GgufType
+from qwen_lit.export.gguf import GgufType, check_form
 from qwen_lit.export.kquants import missing_quantizer
 from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part, run
-from qwen_lit.families.table import family_of
 from qwen_lit.model.load import empty_model
 from qwen_lit.quantization import base_name
 from qwen_lit.run import ADAPTER, BEST, MERGED, trained_at
@@ -90,22 +89,15 @@ class Export(Callback):
             return
         module = cast(Any, pl_module)
         check_mergeable(module.lora_config, module.config)
-        self.check_gguf(module.config)
+        self.check_gguf()
+        check_form(self.gguf, module.config)
 
-    def check_gguf(self, config: Any) -> None:
+    def check_gguf(self) -> None:
         """What a GGUF file is written with is known before hours of work.
 
-        Args:
-            config: of the base model.
-
         Raises:
-            UserError: a package is missing, or the model's family has no form in GGUF here.
+            UserError: a package is missing.
         """
-        if self.gguf is not None and family_of(config).gguf is None:
-            raise UserError(
-                f"export.gguf is {self.gguf}, but a {family_of(config).model_type} model cannot be written as GGUF; "
-                "set it to null."
-            )
         if self.gguf is not None and find_spec("gguf") is None:
             raise UserError("export.gguf needs the gguf package: pip install 'qwen_lit[gguf]', or set it to null.")
         if reason := missing_quantizer(self.gguf):
@@ -165,7 +157,8 @@ class Export(Callback):
             UserError: a GGUF file cannot be written.
         """
         if self.merge:
-            self.check_gguf(module.config)
+            self.check_gguf()
+            check_form(self.gguf, module.config)
         adapter, self.made = path, trained_at(path)
         if path.is_file():
             adapter = self.folder / ADAPTER

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from qwen_lit.errors import UserError
 from qwen_lit.export.folder import BaseModel, ExportError, read_json
 from qwen_lit.export.kquants import K_QUANTS, quantize
 from qwen_lit.families.layer import Gguf
-from qwen_lit.families.table import FAMILIES
+from qwen_lit.families.table import FAMILIES, family_of
 from qwen_lit.files import whole_or_absent
 from qwen_lit.progress import through
 
@@ -22,6 +23,23 @@ log = logging.getLogger(__name__)
 GgufType = Literal["q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "q8_0", "f16", "bf16"]
 MOST_ERROR = {"q8_0": 1 / 127, "f16": 2**-10, "bf16": 2**-8}
 """Largest error of a number over the largest of its block of 32 (q8_0), or over itself."""
+
+
+def check_form(gguf: GgufType | None, config: Any) -> None:
+    """Refuse a GGUF file of a model whose family has no form in it.
+
+    Args:
+        gguf: what is asked for.
+        config: of the base model.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    family = family_of(config)
+    if gguf is not None and family.gguf is None:
+        raise UserError(
+            f"export.gguf is {gguf}, but a {family.model_type} model cannot be written as GGUF; set it to null."
+        )
 
 
 def write_gguf(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> float:
