@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 from qwen_lit.export.adapter import Adapter, Pair, apply_pair, read_adapter
 from qwen_lit.export.folder import BaseModel, read_json
 from qwen_lit.export.merge import fit_names
-from qwen_lit.families.layer import Family
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.model.load import empty_model, load_config
@@ -112,7 +111,7 @@ def measure(
     config = load_config(base_dir)
     family, model = family_of(config), empty_model(config, product_dtype(device)).eval()
     decoder = model.get_submodule(family.decoder)
-    weights = _Weights(family, adapter, base, names, on_disk(held, config), device)
+    weights = _Weights(config, adapter, base, names, held, device)
     rotary = type(decoder.rotary_emb)(model.config).to(device)
     rows = [torch.tensor(ids, dtype=torch.int64, device=device)[None] for ids, _ in examples]
     with torch.no_grad():
@@ -141,14 +140,16 @@ class _Weights:
 
     def __init__(
         self,
-        family: Family,
+        config: Any,
         adapter: Adapter,
         base: BaseModel,
         names: dict[str, str],
         held: Mapping[str, Held],
         device: torch.device,
     ) -> None:
-        self.family, self.adapter, self.base, self.names, self.held = family, adapter, base, names, held
+        self.family = family_of(config)
+        self.stored = self.family.weights(config)
+        self.adapter, self.base, self.names, self.held = adapter, base, names, on_disk(held, config)
         self.device = device
         self.dtype = product_dtype(device)
 
@@ -159,7 +160,11 @@ class _Weights:
             name: of the parameter in transformers' model.
             variant: adapter, original or dequantized.
         """
-        name = self.family.on_disk(name)
+        parts = [self._tensor(one, variant) for one in self.stored[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _tensor(self, name: str, variant: str) -> Tensor:
+        """The same of one tensor of the files, by its name there."""
         if name in self.adapter.full:
             weight = self.adapter.full[name]
         else:
@@ -194,7 +199,7 @@ class _Weights:
         """Fill a module; returns the hooks that add the adapter's share, where it is not merged."""
         hooks: list[Any] = []
         for name, parameter in module.named_parameters():
-            parameter.data.copy_(self.of(prefix + name, variant))
+            parameter.data.copy_(self.of(prefix + name, variant).view(parameter.shape))
         if variant == "adapter":
             for name, one in module.named_modules():
                 pair = self.adapter.pairs.get(self.family.on_disk(f"{prefix}{name}.weight"))

@@ -42,7 +42,8 @@ class Linear:
     tokens: float = 1.0
     """Share of the tokens that pass one of its matrices."""
     disk: tuple[str, ...] = ()
-    """Its weights' names in the layer, in the files; empty where they are those in transformers."""
+    """Its weights' names in the layer, in the files, each of them some of its rows, in order; empty where there is one
+    of transformers' name."""
     gguf: str = ""
     """Its module's name in a GGUF file's block: ``attn_q``; empty where the file cannot be written."""
 
