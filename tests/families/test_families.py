@@ -223,7 +223,7 @@ EXPERTS = Layer(
     (
         (Linear("self_attn.q_proj", 8, 16),),
         (Linear("self_attn.o_proj", 8, 8),),
-        (Linear("mlp.gate", 8, 4, linear=False, quantized=False, disk=("mlp.gate.weight",)),),
+        (Linear("mlp.gate.weight", 8, 4, linear=False, quantized=False),),
         (
             Linear(
                 "mlp.experts.down_proj",
@@ -255,7 +255,7 @@ def test_experts_and_a_wrapper_can_be_told():
     assert names["model.layers.1.mlp.experts.down_proj"] == tuple(
         f"model.language_model.layers.1.mlp.experts.{number}.down_proj.weight" for number in range(4)
     )
-    assert names["model.layers.0.mlp.gate"] == ("model.language_model.layers.0.mlp.gate.weight",)
+    assert names["model.layers.0.mlp.gate.weight"] == ("model.language_model.layers.0.mlp.gate.weight",)
     assert names["model.layers.0.input_layernorm.weight"] == ("model.language_model.layers.0.input_layernorm.weight",)
     assert names["lm_head.weight"] == ("lm_head.weight",)
     assert MADE_UP.embedding_on_disk == "model.language_model.embed_tokens.weight"
