@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen_lit.callbacks.checkpoint_io import best_of, is_whole, last_checkpoint, step_of
 from qwen_lit.errors import UserError
-from qwen_lit.names import TRAINED_AT
+from qwen_lit.names import TRAINED_AT, expanded
 from qwen_lit.run import Run, is_adapter, read_object
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def find_checkpoint(given: str | None, run: Run, fresh: bool = False, key: str =
         return run.best
     if not given:
         return None
-    path = Path(given).expanduser()
+    path = Path(expanded(given))
     if path.is_dir() and not is_adapter(path):
         raise UserError(
             f"ckpt_path: {given} is a folder without an adapter; give a checkpoint file, an adapter folder, or "

@@ -188,10 +188,10 @@ def answer(model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]]) -> l
 
 
 def _answer_from(folder: Path, prompts: list[list[dict[str, str]]]) -> list[tuple[str, bool]]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from qwen_lit.model.load import load_tokenizer, read_model
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return answer(model, AutoTokenizer.from_pretrained(folder), prompts)
+    model = read_model(folder, torch.device("cpu"), dtype=torch.float32).eval()
+    return answer(model, load_tokenizer(folder), prompts)
 
 
 def main() -> int:

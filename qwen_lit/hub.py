@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.hub_failure import unreached
 from qwen_lit.hub_libraries import TIMEOUT, Hub, HuggingFace, ModelScope, library
-from qwen_lit.names import HUB_NAME
+from qwen_lit.names import HUB_NAME, expanded
 from qwen_lit.progress import Progress, meanwhile, told
 from qwen_lit.signals import Interrupted
 
@@ -33,7 +33,7 @@ TOKENIZERS = ("tokenizer.json", "vocab.json", "qwen.tiktoken")
 
 def is_folder(name: str) -> bool:
     """Whether the base is a local folder; ``~`` is the home folder."""
-    return os.path.isdir(os.path.expanduser(name))
+    return os.path.isdir(expanded(name))
 
 
 def check_model_path(name: str) -> None:
@@ -42,7 +42,7 @@ def check_model_path(name: str) -> None:
     Raises:
         UserError: no such folder, no ``config.json`` in it, or a name that is neither a folder nor a hub name.
     """
-    folder = Path(os.path.expanduser(name))
+    folder = Path(expanded(name))
     if is_folder(name):
         if not (folder / "config.json").is_file():
             raise UserError(
@@ -100,7 +100,7 @@ def missing_bytes(folder: Path, all_of_them: int) -> int:
 
 def find(name: str, hub: Hub = "huggingface") -> Path | None:
     """The folder of a base, if its config.json is on this machine: itself, or the hub's copy."""
-    folder = Path(os.path.expanduser(name))
+    folder = Path(expanded(name))
     if (folder / "config.json").is_file():
         return folder
     if not HUB_NAME.match(name) or folder.is_dir():
@@ -126,7 +126,7 @@ def fetch(name: str, hub: Hub = "huggingface", weights: bool = False) -> Path:
     """
     check_model_path(name)
     if is_folder(name):
-        return Path(os.path.expanduser(name))
+        return Path(expanded(name))
     source = library(hub)
     if (found := _whole(source, name, weights)) is not None:
         return found
@@ -306,7 +306,7 @@ def within(seconds: float | None, work: Callable[[], T]) -> T:
 
 def free_bytes(folder: Path) -> int:
     """Of the disk on which a folder is, or will be."""
-    path = folder.expanduser().absolute()
+    path = Path(expanded(str(folder))).absolute()
     return shutil.disk_usage(next(one for one in (path, *path.parents) if one.exists())).free
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from qwen_lit.checks import NONE
 from qwen_lit.errors import LONGEST, UserError, shortened
+from qwen_lit.names import expanded
 
 NULL = ("", "null", "Null", "NULL", "~")
 PATHS = ("output_dir", "ckpt_path", "row", "html", "source", "target")
@@ -143,7 +143,7 @@ def _sections(path: str) -> dict[str, Any]:
         UserError: the file cannot be read, or is none.
     """
     try:
-        found = _yaml(Path(path).expanduser().read_text(encoding="utf-8"))
+        found = _yaml(Path(expanded(path)).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read ({reason}).") from error
@@ -157,11 +157,6 @@ def expand_paths(config: Any) -> None:
     for key in PATHS:
         if config.get(key):
             config[key] = expanded(config[key])
-
-
-def expanded(path: str) -> str:
-    """The path with the home folder for ``~``; as it is where there is none."""
-    return os.path.expanduser(path) if path.startswith("~") else path
 
 
 def one_line(message: str) -> str:

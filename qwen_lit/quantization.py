@@ -1,9 +1,13 @@
-"""Which weights of the base are quantised, and how: asked of the loaded model, or of transformers' own rule before."""
+"""Which weights of the base are quantised, and how: asked of the loaded model, or of transformers' own rule before.
+
+Nothing else says so: memory, engine, verdict and merge ask ``loaded_weights`` or ``planned_weights``, and what a
+family keeps as it is in the files reaches both through ``usable``.
+"""
 
 import copy
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +15,15 @@ import bitsandbytes.functional as F
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qwen_lit.errors import UserError
+from qwen_lit.families.layer import text_config, value_of
+from qwen_lit.families.table import family_of
+from qwen_lit.model.load import empty_model
 
 log = logging.getLogger(__name__)
-HEAD = "lm_head"
 WRAPPED = "base_model.model."
 """What PEFT puts before the names of the base."""
 
@@ -66,7 +72,8 @@ def usable(quantization: BitsAndBytesConfig | None, config: Any) -> BitsAndBytes
     """The quantisation that will be used; None for a base in bf16.
 
     transformers takes a configuration that sets neither ``load_in_4bit`` nor ``load_in_8bit`` for 4 bits, in FP4; here
-    it is none. A head that is tied to the embedding cannot be quantised: bitsandbytes would find no scales in it.
+    it is none. A head that is tied to the embedding cannot be quantised: bitsandbytes would find no scales in it. What
+    the model's family holds as it is in the file is skipped, whatever else is.
 
     Args:
         quantization: as configured.
@@ -96,9 +103,15 @@ def usable(quantization: BitsAndBytesConfig | None, config: Any) -> BitsAndBytes
             raise UserError(
                 f"model.quantization_config.llm_int8_skip_modules: {pattern!r} is no name and no pattern ({error})."
             ) from error
-    if skipped is not None and config.tie_word_embeddings and HEAD not in skipped:
-        quantization = copy.copy(quantization)
-        quantization.llm_int8_skip_modules = [*skipped, HEAD]
+    family = family_of(config)
+    plain = {one.path for layer in family.layers(config) for one in layer.linears if one.linear and not one.quantized}
+    if skipped is None and not plain:
+        # transformers skips the head by itself.
+        return quantization
+    tied = skipped is None or value_of(text_config(config), "tie_word_embeddings", False)
+    wanted = [*(skipped or []), *([family.head] if tied else []), *sorted(plain)]
+    quantization = copy.copy(quantization)
+    quantization.llm_int8_skip_modules = list(dict.fromkeys(wanted))
     return quantization
 
 
@@ -134,8 +147,7 @@ def planned_weights(config: Any, quantization: BitsAndBytesConfig | None, device
     """
     if quantization is None:
         return {}
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = empty_model(config, torch.bfloat16)
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": str(device)})
     return loaded_weights(model)
@@ -154,10 +166,24 @@ def described(held: dict[str, Held], linears: int, dtype: torch.dtype = torch.bf
     return f"{kinds}, {len(held)} of {linears} linears" if held else f"none, {plain}"
 
 
-def count_linears(model: nn.Module) -> int:
-    """Linears of the base, its head included, without those of an adapter."""
-    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name)
-    return len({base_name(name).split(".modules_to_save")[0].removesuffix(".original_module") for name in names})
+def count_linears(config: Any) -> int:
+    """Linears of a model, its head included and each expert's counted.
+
+    Args:
+        config: of the base model.
+    """
+    return 1 + sum(one.count for layer in family_of(config).layers(config) for one in layer.linears)
+
+
+def on_disk(held: Mapping[str, Held], config: Any) -> dict[str, Held]:
+    """How quantised weights are held, by their names in the base's files.
+
+    Args:
+        held: by the names of the base, as ``loaded_weights`` and ``planned_weights`` tell.
+        config: of the base model, or what its config.json holds.
+    """
+    names = family_of(config).weights(config)
+    return {name: how for own, how in held.items() for name in names[own]}
 
 
 def check_trained_whole(held: dict[str, Held], modules: Iterable[str]) -> None:

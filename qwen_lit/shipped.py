@@ -5,6 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from qwen_lit.names import expanded
+
 
 def configs() -> Path:
     """The folder of the shipped configurations, in an installed package or beside it in a checkout."""
@@ -17,7 +19,7 @@ def main(args: list[str]) -> int:
     """Write the shipped configurations into a folder; a file that is there stays as it is."""
     parser = argparse.ArgumentParser(prog="qwen-lit configs", description=main.__doc__)
     parser.add_argument("folder", nargs="?", default="configs", help="default: configs")
-    folder = Path(parser.parse_args(args).folder).expanduser()
+    folder = Path(expanded(parser.parse_args(args).folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for source in sorted(configs().glob("*.yaml")):

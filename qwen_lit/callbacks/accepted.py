@@ -11,6 +11,7 @@ import lightning.pytorch.loggers.neptune  # noqa: F401
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from qwen_lit.errors import UserError
+from qwen_lit.names import expanded
 from qwen_lit.run import Run
 
 REFUSED = {
@@ -158,7 +159,7 @@ def _check_model_checkpoint(given: Any, run: Run) -> None:
             "which no run goes on exactly; use every_n_train_steps, every_n_epochs or train_time_interval."
         )
     given.dirpath = given.dirpath or str(run.model_checkpoints)
-    if Path(given.dirpath).expanduser().resolve() == run.checkpoints.resolve():
+    if Path(expanded(given.dirpath)).resolve() == run.checkpoints.resolve():
         raise UserError(
             f"trainer.callbacks: ModelCheckpoint's dirpath {given.dirpath} is where the run keeps its own "
             "checkpoints; give another folder."

@@ -26,7 +26,7 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import RESIDUAL_INITS
 from qwen_lit.export.card import ModelCardFacts, finish_adapter
 from qwen_lit.export.folder import ExportError, commit_folder
-from qwen_lit.export.gguf import GgufType
+from qwen_lit.export.gguf import GgufType, check_form
 from qwen_lit.export.kquants import missing_quantizer
 from qwen_lit.export.mergeable import check_mergeable
 from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part
@@ -92,6 +92,7 @@ class Export(Callback):
         module = cast(QwenModule, pl_module)
         check_mergeable(module.lora_config, module.config)
         self.check_gguf()
+        check_form(self.gguf, module.config)
 
     def check_gguf(self) -> None:
         """What a GGUF file is written with is known before hours of work.
@@ -166,10 +167,11 @@ class Export(Callback):
 
         Raises:
             ExportError: something could not be exported.
-            UserError: a package is missing.
+            UserError: a GGUF file cannot be written.
         """
         if self.merge:
             self.check_gguf()
+            check_form(self.gguf, module.config)
         adapter, self.made = path, trained_at(path)
         if path.is_file():
             adapter = self.run.adapter

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from qwen_lit.data.batches import Batch
+from qwen_lit.names import expanded
 
 
 class Trace(Callback):
@@ -20,7 +21,7 @@ class Trace(Callback):
         Args:
             path: the JSONL file; a resumed run appends to it. Ranks but the first add their number to its name.
         """
-        self.path = Path(path)
+        self.path = Path(expanded(path))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Each rank has a file of its own."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_lit.errors import UserError, shortened
+from qwen_lit.names import expanded
 
 if TYPE_CHECKING:
     # torch takes seconds to import, which a wrong option need not wait for.
@@ -98,7 +99,7 @@ def started(given: argparse.Namespace) -> tuple[Chat, str]:
     """
     if given.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {given.max_new_tokens}; it must be at least 1.")
-    if not os.path.isdir(os.path.expanduser(given.path)):
+    if not os.path.isdir(expanded(given.path)):
         raise UserError(f"chat: no such folder: {given.path}; give the output folder of a run.")
     print(f"loading {given.path} ...", file=sys.stderr, flush=True)
     import torch
@@ -212,7 +213,7 @@ def line_editing() -> Iterator[None]:
         return
     # Lines that are pasted together are one question.
     readline.parse_and_bind("set enable-bracketed-paste on")
-    history = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "qwen_lit" / "chat_history"
+    history = Path(expanded(os.environ.get("XDG_STATE_HOME") or "~/.local/state")) / "qwen_lit" / "chat_history"
     with contextlib.suppress(OSError):
         readline.read_history_file(history)
     try:

@@ -1,8 +1,6 @@
 """What chat talks to: of the models in a folder the first that fits into memory, loaded."""
 
 import math
-import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +8,20 @@ from typing import Any
 
 import psutil
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.export.adapter import UNSUPPORTED, read_adapter
 from qwen_lit.export.folder import BaseModel, ExportError, read_json
-from qwen_lit.export.merge import check_fits, untie
+from qwen_lit.export.merge import fit_names
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, find
 from qwen_lit.hub_libraries import Hub
-from qwen_lit.model.load import check_weights, computing_on, load_config
-from qwen_lit.names import HUB_NAME
+from qwen_lit.model.load import check_weights, load_config, load_tokenizer, read_adapted, read_model
+from qwen_lit.names import HUB_NAME, expanded
 from qwen_lit.progress import told
-from qwen_lit.quantization import planned_weights, usable
+from qwen_lit.quantization import on_disk, planned_weights, usable
 from qwen_lit.run import Run, is_adapter, is_model, training_config
 
 ROOM = 1.1
@@ -73,7 +70,8 @@ class Choice:
         base = find(self.base, self.hub)
         if base is None:
             return 0
-        held = planned_weights(load_config(base), self.quantization, device) if self.quantization else {}
+        config = load_config(base)
+        held = on_disk(planned_weights(config, self.quantization, device), config)
         size = product_dtype(device).itemsize
         weights = {name: shape for name, (_, _, shape) in BaseModel(base).where.items()}
         total = sum(
@@ -105,7 +103,7 @@ class Choice:
         except ExportError as error:
             raise UserError(f"{error}; export the adapter again.") from error
         try:
-            check_fits(adapter, weights, untie(adapter, weights, read_json(base / "config.json")))
+            fit_names(adapter, weights, read_json(base / "config.json"))
         except ExportError as error:
             raise UserError(
                 f"{self.folder} is not an adapter of {base} ({error}); give the base it was trained on."
@@ -126,7 +124,7 @@ def choose(path: str, quantize: bool | None, device: torch.device) -> tuple[Choi
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     passed: list[str] = []
     try:
-        for choice in choices(Path(os.path.expanduser(path)), quantize):
+        for choice in choices(Path(expanded(path)), quantize):
             choice.check()
             needed = ROOM * choice.bytes_needed(device)
             if needed <= free:
@@ -186,7 +184,7 @@ def base_of(adapter: Path) -> str:
     base = adapter_config(adapter).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{adapter / 'adapter_config.json'} names no base; export the adapter again.")
-    folder = Path(os.path.expanduser(base))
+    folder = Path(expanded(base))
     return str(folder) if folder.is_dir() else str(base)
 
 
@@ -207,25 +205,18 @@ def load(choice: Choice, device: torch.device) -> tuple[Any, Any]:
     Raises:
         UserError: they cannot be loaded, or do not fit after all.
     """
-    base = str(fetch(choice.base, choice.hub, weights=True))
+    base = fetch(choice.base, choice.hub, weights=True)
     try:
-        with told(f"loading {choice}"), warnings.catch_warnings():
-            # Of PEFT, about an adapter that lacks weights of this base.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                base,
-                dtype=product_dtype(device),
-                device_map={"": str(device)},
-                quantization_config=computing_on(device, choice.quantization),
-            )
-            tokenizer = AutoTokenizer.from_pretrained(base)
+        with told(f"loading {choice}"):
+            model = read_model(base, device, choice.quantization)
+            tokenizer = load_tokenizer(base, choice.base)
             if choice.adapter:
-                model = PeftModel.from_pretrained(model, str(choice.folder))
+                model = read_adapted(model, choice.folder)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(
             f"chat: {device} ran out of memory while {choice} was loaded; free some of it, or give --load_in_4bit."
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserError) as error:
         reason = shortened(" ".join(str(error).split()))
         raise UserError(f"chat: cannot load {choice} ({reason}); give a model whose base is here.") from error
     if not tokenizer.chat_template:

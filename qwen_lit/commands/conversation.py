@@ -11,6 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from qwen_lit.commands.chat import HELP
 from qwen_lit.generate import generate
+from qwen_lit.names import expanded
 
 
 class _Until(StoppingCriteria):
@@ -131,7 +132,7 @@ class Chat:
         if not any(one["role"] == "assistant" for one in self.messages):
             return "there is no answer to save yet"
         try:
-            with Path(file).expanduser().open("a", encoding="utf-8") as opened:
+            with Path(expanded(file)).open("a", encoding="utf-8") as opened:
                 opened.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except (OSError, RuntimeError) as error:
             return f"cannot write to {file} ({getattr(error, 'strerror', None) or error}); give another file"

@@ -15,7 +15,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import step_files
@@ -26,14 +25,16 @@ from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS
 from qwen_lit.export.kquants import gguf_bytes
+from qwen_lit.families.table import family_of
 from qwen_lit.hub import is_folder, missing_bytes
 from qwen_lit.lines import plural
 from qwen_lit.model.duration import check_limits, epoch_share, epoch_steps, total_steps
+from qwen_lit.model.load import empty_model
 from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.flops import measured_flops, token_flops
 from qwen_lit.planner.plan import GIB, Plan, Shape, choose, relative_time, time_of
 from qwen_lit.planner.planner import possible_at_once
-from qwen_lit.quantization import HEAD, Held, base_name
+from qwen_lit.quantization import Held, base_name
 from qwen_lit.run import Run
 
 STEPS = 4
@@ -105,8 +106,8 @@ class Probe(Callback):
 
 def arithmetic_model(module: Any) -> Any:
     """The PEFT model without weights, on the meta device."""
+    base = empty_model(module.config, torch.bfloat16)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(module.config, dtype=torch.bfloat16)
         return get_peft_model(base, module.lora_config)
 
 
@@ -170,7 +171,7 @@ def arithmetic(trainer: Any, module: QwenModule, data: QwenDataModule, exporter:
     """Plans from the shapes alone, for one budget or for usual cards."""
     model, budget = arithmetic_model(module), module.memory_budget
     held = module.held_weights(trainer.strategy.root_device)
-    shape, static = Shape.of(model, module.state_bytes), static_bytes(model, held)
+    static = static_bytes(model, held)
     sizes, mean = data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens()
     result = common(trainer, module, data, model, sizes[1], exporter)
     reason = reference_because(module, model, held)
@@ -181,6 +182,7 @@ def arithmetic(trainer: Any, module: QwenModule, data: QwenDataModule, exporter:
     if reason:
         # The fast engine's arithmetic knows nothing of what PEFT's own path keeps for backward.
         return result | {"plans": [], "fits": budget is None or static <= budget, "advice": []}
+    shape = Shape.of(model, module.state_bytes)
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
         plan = choose(shape, static, size, sizes, mean=mean)
@@ -202,7 +204,7 @@ def reference_because(module: Any, model: Any, held: Mapping[str, Held]) -> str 
     if module.shard_base:
         return "the base is sharded"
     for name, one in held.items():
-        if one.kind == "int8" or name.startswith(HEAD):
+        if one.kind == "int8" or name.startswith(family_of(module.config).head):
             return f"{name.removesuffix('.weight')} is held in {one}"
     return unsupported_reason(model, torch.device("meta"))
 
@@ -293,7 +295,7 @@ def advice(
         gain, size = own / time_of(kept, shape, mean) - 1, kept.budget / GIB
         if gain > 0.02:
             found.append(f"faster: with {size:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
-    if not data.packing:
+    if not data.packing and family_of(module.config).packs:
         full = data.batch_size * data.max_length
         now, then = (relative_time(0.0, max(1, int(one * plan.micro_batches_at_once)), held) for one in (mean, full))
         gain = now / then - 1

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from qwen_lit.data.faults import RowError
 from qwen_lit.data.records import parse_line, parse_row
@@ -16,7 +15,7 @@ from qwen_lit.data.text import read_text
 from qwen_lit.errors import UserError
 from qwen_lit.export.pipeline import adapter_from_checkpoint
 from qwen_lit.generate import generate
-from qwen_lit.model.load import load_base
+from qwen_lit.model.load import load_base, read_adapted
 from qwen_lit.model.module import QwenModule
 from qwen_lit.names import ADAPTER
 from qwen_lit.progress import Progress
@@ -57,7 +56,7 @@ def answer_rows(
             adapter_from_checkpoint(path, module.lora_config, module.name, adapter, {})
         base: Any = load_base(module.folder, module.quantization_config, device)
         base.config.use_cache = True
-        model = PeftModel.from_pretrained(base, str(adapter)).eval()
+        model = read_adapted(base, adapter)
     now, before = predict(model, tokenizer, source, target, batch_size, max_new_tokens)
     log.info("%d rows answered into %s, %d were there already", now, target, before)
 

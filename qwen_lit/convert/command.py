@@ -1,7 +1,6 @@
 """The command ``convert``: reads a file, writes ours, and says what is different."""
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from qwen_lit.convert.reading import load
 from qwen_lit.convert.values import is_nothing, is_off, spelled
 from qwen_lit.convert.writing import as_yaml
 from qwen_lit.errors import UserError
+from qwen_lit.names import expanded
 
 LEFT_OUT = ("no counterpart:", "not needed:")
 
@@ -90,8 +90,8 @@ def main(args: list[str]) -> int:
     parser.add_argument("file", metavar="FILE", help="YAML, JSON, or a script that calls swift sft or trl sft")
     parser.add_argument("--output", metavar="FILE", help="file to write; default: the terminal")
     given = parser.parse_args(args)
-    path = Path(os.path.expanduser(given.file))
-    target = Path(os.path.expanduser(given.output)) if given.output else None
+    path = Path(expanded(given.file))
+    target = Path(expanded(given.output)) if given.output else None
     try:
         if target is not None and target.exists():
             raise UserError(f"{target} is there already; give another --output.")

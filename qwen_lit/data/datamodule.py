@@ -29,6 +29,7 @@ from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Source, Value, as_sources, expand
 from qwen_lit.errors import UserError, refuse_changes
 from qwen_lit.lines import plural
+from qwen_lit.names import expanded
 from qwen_lit.signals import leave_to_parent
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class QwenDataModule(L.LightningDataModule):
         if max_bad_share > 1:
             raise UserError(f"data.max_bad_share is {max_bad_share}; it must be a share from 0 to 1.")
         cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.cache = Path(os.path.expanduser(cache_dir or f"{cache_home}/qwen_lit"))
+        self.cache = Path(expanded(cache_dir or f"{cache_home}/qwen_lit"))
         check_writable("data.cache_dir", self.cache)
         self.sources = _checked("dataset_path", dataset_path, self.cache)
         given = val_dataset_path
@@ -400,7 +401,7 @@ def _checked(key: str, given: Any, cache: Path) -> list[Source]:
 
                 source.copy = str(fetch(source, cache / "hub"))
             expand(source)
-            folder = Path(source.path).expanduser()
+            folder = Path(expanded(source.path))
             if folder.is_dir() and (others := passed_over(folder)):
                 log.warning("%s: not read: %s", source.path, ", ".join(others))
             if not 0 < source.weight < math.inf or (source.max_rows is not None and source.max_rows < 1):

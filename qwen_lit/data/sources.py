@@ -29,6 +29,7 @@ from qwen_lit.data.kinds import (
 from qwen_lit.data.passages import BOM, holds_json, read_passages
 from qwen_lit.data.strict import decoder
 from qwen_lit.data.tables import read_table
+from qwen_lit.names import expanded
 from qwen_lit.progress import Progress
 
 CHUNK_BYTES, CHUNK_ROWS = 500_000, 1000
@@ -139,7 +140,7 @@ def expand(source: Source) -> list[Path]:
         raise DataError(f"{source.path} is an address, and only local files are read; download it and give its path.")
     if not source.path.strip():
         raise DataError("an empty path; give the path of a JSONL file.")
-    path = Path(os.path.expanduser(source.path))
+    path = Path(expanded(source.path))
     if os.path.isfile(path):
         refuse_file(path)
         return [path]

@@ -11,6 +11,7 @@ from qwen_lit.data.faults import DataError, RowError
 from qwen_lit.data.kinds import TEXTS, kind_of
 from qwen_lit.data.passages import Passage
 from qwen_lit.data.sources import read_rows
+from qwen_lit.names import expanded
 
 HEADING = re.compile(
     r"^[ \t\u3000]*(?:#{1,6} *)?(?:"
@@ -154,16 +155,15 @@ def main(args: list[str]) -> int:
     one.add_argument("--instruction", help=f"of each row; default: {INSTRUCTIONS[True]} or {INSTRUCTIONS[False]}")
     one.add_argument("--join-chapters", action="store_true", help="let rows go over from one chapter into the next")
     given = parser.parse_args(args)
-    target = Path(given.output) if given.output else _beside(Path(given.files[0]))
+    files = [Path(expanded(one)) for one in given.files]
+    target = Path(expanded(given.output)) if given.output else _beside(files[0])
     try:
         if target.exists():
             raise DataError(f"{target} is there already; give another --output.")
         rows = [
             row
-            for file in given.files
-            for row in rows_of(
-                read(Path(file)), given.passage, given.length, given.instruction, not given.join_chapters
-            )
+            for file in files
+            for row in rows_of(read(file), given.passage, given.length, given.instruction, not given.join_chapters)
         ]
         if not rows:
             raise DataError(f"{', '.join(given.files)}: a single sentence, which nothing follows; train it as it is.")

@@ -13,15 +13,12 @@ from qwen_lit.engine.lora_linear import WORKSPACE, LoraLinear, augmented_weight,
 from qwen_lit.engine.mlp import mlp, mlp_in_pieces
 from qwen_lit.engine.offload import HostStore, unpin
 from qwen_lit.engine.qkv import qkv_rope
+from qwen_lit.families.layer import Layer
+from qwen_lit.families.table import FAMILIES, family_of
 from qwen_lit.kernels.attention import attention
 from qwen_lit.kernels.launch import HAS_TRITON
 from qwen_lit.kernels.loss import head_loss
 from qwen_lit.kernels.norm import add_norm
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-HEADS = ("q_proj", "k_proj", "v_proj")
-GROUPS = (HEADS, ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Linears of one input; those of attention's heads are one product."""
 
 PIECE = 8192
 """Tokens of a piece of the MLP: so many that dequantising its weights again costs little."""
@@ -38,13 +35,16 @@ def unsupported_reason(model: Any, device: torch.device) -> str | None:
         return "Triton is not installed"
     base = model.base_model.model
     config = base.config
-    if config.model_type not in ("qwen2", "qwen3"):
-        return f"model_type {config.model_type} is not qwen2 or qwen3"
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
-        return "the model has sliding-window attention"
+    if config.model_type not in FAMILIES:
+        return f"model_type {config.model_type} is not {' or '.join(FAMILIES)}"
+    family = family_of(config)
+    layers = family.layers(config)
+    for layer in layers:
+        if layer.mixer != "attention" or layer.feed_forward != "mlp":
+            return f"the model has {layer.feed_forward if layer.mixer == 'attention' else layer.mixer}"
     if config.hidden_act != "silu":
         return f"hidden_act is {config.hidden_act}"
-    size = base.model.layers[0].self_attn.head_dim
+    size = layers[0].head_size
     if size & (size - 1):
         return f"heads of {size} are not a power of two"
     lora = next(iter(model.peft_config.values()))
@@ -56,7 +56,8 @@ def unsupported_reason(model: Any, device: torch.device) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".lora_" not in name:
             return f"{name} is trained too"
-    known = {id(layer) for block in base.model.layers for layer in linears_of(block).values()}
+    blocks = list(zip(base.get_submodule(family.decoder).layers, layers, strict=True))
+    known = {id(one) for block, layer in blocks for one in linears_of(block, layer).values()}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and id(module) not in known:
             return f"{name} has an adapter"
@@ -64,27 +65,28 @@ def unsupported_reason(model: Any, device: torch.device) -> str | None:
             return f"{name} has a variant of LoRA"
     head = base.get_output_embeddings()
     if type(head) is not nn.Linear:
-        return f"lm_head is a {type(head).__name__}"
-    for block in base.model.layers:
-        found = linears_of(block)
-        for group in GROUPS:
-            rates = {m.dropout for m in (read_linear(found[name], True) for name in group) if m.a is not None}
+        return f"{family.head} is a {type(head).__name__}"
+    for block, layer in blocks:
+        found = linears_of(block, layer)
+        for group in layer.groups:
+            rates = {m.dropout for m in (read_linear(found[one.name], True) for one in group) if m.a is not None}
             if len(rates) > 1:
-                return f"{', '.join(group)} have different dropout rates"
-        for name, layer in found.items():
-            kind = type(getattr(layer, "base_layer", layer)).__name__
+                return f"{', '.join(one.name for one in group)} have different dropout rates"
+        for name, module in found.items():
+            kind = type(getattr(module, "base_layer", module)).__name__
             if kind not in ("Linear", "Linear4bit"):
                 return f"{name} is a {kind}"
     return None
 
 
-def linears_of(block: nn.Module) -> dict[str, nn.Module]:
-    """The seven linears of a decoder layer by name, with their adapters around them."""
-    holders: Any = block
-    return {
-        name: getattr(holders.self_attn if name in ("q_proj", "k_proj", "v_proj", "o_proj") else holders.mlp, name)
-        for name in LINEARS
-    }
+def linears_of(block: nn.Module, layer: Layer) -> dict[str, nn.Module]:
+    """The linears of a decoder layer by name, with their adapters around them.
+
+    Args:
+        block: transformers' module.
+        layer: what it is.
+    """
+    return {linear.name: block.get_submodule(linear.path) for linear in layer.linears}
 
 
 def spread(layers: int, count: int) -> set[int]:
@@ -119,7 +121,10 @@ class FastEngine:
                 for the last of them, with which backward begins.
         """
         self.model = model
-        layers = len(model.base_model.model.model.layers)
+        base = model.base_model.model
+        family = family_of(base.config)
+        self.decoder, self.layers = base.get_submodule(family.decoder), family.layers(base.config)
+        layers = len(self.layers)
         self.away = spread(layers, offload_layers)
         self.recomputed = set([number for number in range(layers) if number not in self.away][:recompute_layers])
         self.stored = self.away | (self.recomputed if offload else set())
@@ -128,11 +133,11 @@ class FastEngine:
         self.low: dict[int, Tensor] = {}
         self.resident: dict[int, Tensor] = {}
         self.again = False
-        for block in model.base_model.model.model.layers[:resident_layers]:
-            linears = self._linears(block, False)
-            for group in GROUPS:
-                mine = [linears[name] for name in group]
-                for part in parts_of(mine, group is HEADS):
+        for number, layer in enumerate(self.layers[:resident_layers]):
+            linears = self._linears(number, False)
+            for group in layer.groups:
+                mine = [linears[one.name] for one in group]
+                for part in parts_of(mine, group is layer.groups[0]):
                     if part[0].quant_state is not None:
                         dtype = part[0].quant_state.dtype
                         self.resident[id(part[0].weight)] = augmented_weight(
@@ -158,9 +163,10 @@ class FastEngine:
         with torch.no_grad():
             torch._foreach_copy_([self.low[id(one)] for one in wanted], wanted)
 
-    def _linears(self, block: nn.Module, training: bool) -> dict[str, LoraLinear]:
+    def _linears(self, number: int, training: bool) -> dict[str, LoraLinear]:
         """The linears of a layer, with what is held for them."""
-        found = {name: read_linear(one, training) for name, one in linears_of(block).items()}
+        modules = linears_of(self.decoder.layers[number], self.layers[number])
+        found = {name: read_linear(one, training) for name, one in modules.items()}
         for linear in found.values():
             linear.a_compute, linear.b_compute = self.low.get(id(linear.a)), self.low.get(id(linear.b))
             linear.resident = self.resident.get(id(linear.weight))
@@ -172,8 +178,7 @@ class FastEngine:
         Args:
             batch: ``qwen_lit.data.batches.Batch`` on the model's device.
         """
-        base = self.model.base_model.model
-        decoder = base.model
+        base, decoder = self.model.base_model.model, self.decoder
         ids = batch["input_ids"]
         residual = decoder.embed_tokens(ids.to(decoder.embed_tokens.weight.device)).flatten(0, 1).to(ids.device)
         positions = batch["position_ids"].flatten()
@@ -194,11 +199,11 @@ class FastEngine:
                 if again and delta is not None:
                     # One tensor instead of two is kept.
                     residual, delta = residual + delta, None
-                linears = self._linears(block, training)
+                layer, linears = self.layers[number], self._linears(number, training)
                 # Of the last layer, only the rows that predict something are needed after attention.
                 rows = batch["target_index"] if block is decoder.layers[-1] else None
-                arguments = (residual, delta, block, linears, cos, sin, batch, seed + 4 * number, rows, back)
-                back = lora_columns([linears["down_proj"]])
+                arguments = (residual, delta, block, layer, linears, cos, sin, batch, seed + 4 * number, rows, back)
+                back = lora_columns([linears[one.name] for one in layer.groups[-1]])
                 stored = training and number in self.stored
                 with store.layer(last=number == max(self.stored)) if stored else nullcontext():
                     if again:
@@ -233,6 +238,7 @@ class FastEngine:
         residual: Tensor,
         delta: Tensor | None,
         block: Any,
+        layer: Layer,
         linears: dict[str, LoraLinear],
         cos: Tensor,
         sin: Tensor,
@@ -246,11 +252,11 @@ class FastEngine:
         ``back`` is the room of the linear that made ``delta``.
         """
         attn = block.self_attn
-        first, second, third, _ = ([linears[name] for name in names] for names in GROUPS)
+        first, second, third, _ = ([linears[one.name] for one in group] for group in layer.groups)
         norm = block.input_layernorm
         residual, x = add_norm(residual, delta, norm.weight, norm.variance_epsilon, lora_columns(first), back)
         norms = [_norm(getattr(attn, name, None)) for name in ("q_norm", "k_norm")]
-        q, k, v = qkv_rope(x, first, attn.head_dim, cos, sin, norms, seed, padded=True)
+        q, k, v = qkv_rope(x, first, layer.head_size, cos, sin, norms, seed, padded=True)
         mixed = attention(q, k, v, batch["cu_seqlens"], batch["max_seqlen"]).flatten(1)
         if rows is not None:
             residual, mixed = residual.index_select(0, rows), mixed.index_select(0, rows)

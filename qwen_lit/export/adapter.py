@@ -15,7 +15,7 @@ from qwen_lit.export.folder import ExportError, open_tensors, read_json
 CONVERTED_MARKER = "residual_converted"
 """An empty file of this name in an adapter folder says that its weights already count from the original base."""
 
-EMBED, HEAD, PREFIX = "model.embed_tokens.weight", "lm_head.weight", "base_model.model."
+PREFIX = "base_model.model."
 CHUNK_ELEMENTS = 2**25  # fp32 work is done on row blocks of at most this size
 RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 UNSUPPORTED = (

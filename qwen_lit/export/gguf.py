@@ -11,8 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from qwen_lit.errors import UserError
 from qwen_lit.export.folder import BaseModel, ExportError, read_json
 from qwen_lit.export.kquants import K_QUANTS, quantize
+from qwen_lit.families.layer import Gguf
+from qwen_lit.families.table import FAMILIES, family_of
 from qwen_lit.files import whole_or_absent
 from qwen_lit.progress import through
 
@@ -22,13 +25,30 @@ MOST_ERROR = {"q8_0": 1 / 127, "f16": 2**-10, "bf16": 2**-8}
 """Largest error of a number over the largest of its block of 32 (q8_0), or over itself."""
 
 
+def check_form(gguf: GgufType | None, config: Any) -> None:
+    """Refuse a GGUF file of a model whose family has no form in it.
+
+    Args:
+        gguf: what is asked for.
+        config: of the base model.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    family = family_of(config)
+    if gguf is not None and family.gguf is None:
+        raise UserError(
+            f"export.gguf is {gguf}, but a {family.model_type} model cannot be written as GGUF; set it to null."
+        )
+
+
 def write_gguf(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> float:
     """Convert a merged model folder.
 
     k-quants are made from a bf16 file, which is removed.
 
     Args:
-        model_dir: a Qwen2 or Qwen3 folder with bf16 safetensors.
+        model_dir: a folder with bf16 safetensors, of a family that has a form in GGUF.
         path: the file to make.
         kind: how matrices are stored.
         tokenizer: the transformers tokenizer of the model.
@@ -57,7 +77,7 @@ def write_plain(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> 
     place when every tensor of it has been read back and compared.
 
     Args:
-        model_dir: a Qwen2 or Qwen3 folder with bf16 safetensors.
+        model_dir: a folder with bf16 safetensors, of a family that has a form in GGUF.
         path: the file to make.
         kind: how matrices are stored: q8_0, f16 or bf16.
         tokenizer: the transformers tokenizer of the model.
@@ -73,19 +93,19 @@ def write_plain(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> 
     except ImportError as error:
         raise ExportError("export.gguf needs the gguf package: pip install 'qwen_lit[gguf]'") from error
     config, base = read_json(model_dir / "config.json"), BaseModel(model_dir)
-    names = {"qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
-    if config.get("model_type") not in names:
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None or family.gguf is None:
         raise ExportError(f"{model_dir}: model_type {config.get('model_type')!r} cannot be written as GGUF")
-    arch = names[config["model_type"]]
-    mapping = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    renamed = {name: mapping.get_name(name, try_suffixes=(".weight", ".bias")) or "" for name in base.where}
-    for name, to in renamed.items():
-        if not to:
+    known = family.gguf_names(config)
+    for name in base.where:
+        if name not in known:
             raise ExportError(f"{model_dir}: {name} has no name in GGUF")
+    renamed = {name: known[name] for name in base.where}
     partial = path.with_name(path.name + ".tmp")
-    writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[arch])
-    _describe(writer, config, kind, gguf)
-    _vocabulary(writer, config, tokenizer, gguf)
+    writer = gguf.GGUFWriter(partial, family.gguf.arch)
+    writer.add_name(config.get("_name_or_path") or "qwen_lit")
+    _describe(writer, family.gguf, config, kind, gguf)
+    _vocabulary(writer, family.gguf.tokenizer, config, tokenizer, gguf)
     kinds = {
         "q8_0": gguf.GGMLQuantizationType.Q8_0,
         "f16": gguf.GGMLQuantizationType.F16,
@@ -116,29 +136,17 @@ def _numbers(base: BaseModel, name: str) -> np.ndarray:
     return base.get(name).to(torch.float32).numpy()
 
 
-def _describe(writer: Any, config: dict[str, Any], kind: GgufType, gguf: Any) -> None:
+def _describe(writer: Any, form: Gguf, config: dict[str, Any], kind: GgufType, gguf: Any) -> None:
     """The model's shape under GGUF's keys."""
-    heads = config["num_attention_heads"]
-    rope = config.get("rope_parameters") or {}
-    writer.add_name(config.get("_name_or_path") or "qwen_lit")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if config["model_type"] == "qwen3":
-        size = config.get("head_dim") or config["hidden_size"] // heads
-        writer.add_key_length(size)
-        writer.add_value_length(size)
+    for key, value in form.fields(config).items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{form.arch}.{key}", value)
     file_type = {"q8_0": "MOSTLY_Q8_0", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}[kind]
     writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _vocabulary(writer: Any, config: dict[str, Any], tokenizer: Any, gguf: Any) -> None:
+def _vocabulary(writer: Any, kind: str, config: dict[str, Any], tokenizer: Any, gguf: Any) -> None:
     """Tokens, their kinds, merges, end tokens and the chat template."""
     inner = json.loads(tokenizer.backend_tokenizer.to_str())
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
@@ -156,7 +164,7 @@ def _vocabulary(writer: Any, config: dict[str, Any], tokenizer: Any, gguf: Any) 
             kinds.append(gguf.TokenType.NORMAL)
     merges = [one if isinstance(one, str) else " ".join(one) for one in inner["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(kind)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)

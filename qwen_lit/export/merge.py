@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from qwen_lit.export.adapter import EMBED, HEAD, Adapter, apply_pair, read_adapter
+from qwen_lit.export.adapter import Adapter, apply_pair, read_adapter
 from qwen_lit.export.folder import (
     FLOATS,
     BaseModel,
@@ -28,10 +28,11 @@ from qwen_lit.export.folder import (
     shard_name,
     write_json,
 )
+from qwen_lit.families.table import family_of
 from qwen_lit.files import file_digest
 from qwen_lit.names import hub_name
 from qwen_lit.progress import Progress
-from qwen_lit.quantization import Held
+from qwen_lit.quantization import Held, on_disk
 
 log = logging.getLogger(__name__)
 
@@ -47,30 +48,53 @@ class MergeReport:
     max_delta: float
 
 
-def untie(adapter: Adapter, base: BaseModel, config: dict[str, Any]) -> dict[str, str]:
+def fit_names(adapter: Adapter, base: BaseModel, config: dict[str, Any]) -> dict[str, str]:
+    """Map each output name to its base name, after the adapter is found to fit the base.
+
+    In ``adapter``, the names of transformers' model give way to those of the base's files.
+
+    Args:
+        adapter: as read; changed in place.
+        base: its files.
+        config: of its config.json; ``tie_word_embeddings`` becomes false where the adapter ends the tie.
+
+    Raises:
+        ExportError: the adapter does not fit.
+        UserError: the base is of no family that is known.
+    """
+    family = family_of(config)
+    adapter.pairs = {family.on_disk(name): one for name, one in adapter.pairs.items()}
+    adapter.full = {family.on_disk(name): one for name, one in adapter.full.items()}
+    adapter.bias = {family.on_disk(name): one for name, one in adapter.bias.items()}
+    names = _untie(adapter, base, config, family.embedding_on_disk, family.head_on_disk)
+    _check_fits(adapter, base, names)
+    return names
+
+
+def _untie(adapter: Adapter, base: BaseModel, config: dict[str, Any], embed: str, head: str) -> dict[str, str]:
     """Map each output name to its base name, settling the tie of embedding and head in ``adapter`` and ``config``.
 
     A tied head is not written. An adapter that changes one of the two apart from the other ends the tie:
     both are written and ``config["tie_word_embeddings"]`` becomes false.
     """
     names = {name: name for name in base.where}
-    if not config.get("tie_word_embeddings", HEAD not in base.where):
+    if not config.get("tie_word_embeddings", head not in base.where):
         return names
-    names.pop(HEAD, None)
-    changed = {EMBED, HEAD} & (adapter.pairs.keys() | adapter.full.keys())
+    names.pop(head, None)
+    changed = {embed, head} & (adapter.pairs.keys() | adapter.full.keys())
     if changed and adapter.config.get("ensure_weight_tying"):
         if changed & adapter.pairs.keys():
             raise ExportError("LoRA on tied embeddings with ensure_weight_tying cannot be merged")
         tensors = [adapter.full[name] for name in sorted(changed)]
-        adapter.full.pop(HEAD, None)
-        adapter.full[EMBED] = tensors[0]
+        adapter.full.pop(head, None)
+        adapter.full[embed] = tensors[0]
     elif changed:
         config["tie_word_embeddings"] = False
-        names[HEAD] = EMBED
+        names[head] = embed
     return names
 
 
-def check_fits(adapter: Adapter, base: BaseModel, names: dict[str, str]) -> None:
+def _check_fits(adapter: Adapter, base: BaseModel, names: dict[str, str]) -> None:
     """Every key of the adapter has its base weight, of a fitting shape.
 
     Raises:
@@ -180,10 +204,9 @@ def merge_adapter(
     adapter_dir, base_dir, out_dir = (Path(path).resolve() for path in (adapter_dir, base_dir, out_dir))
     adapter, base, config = read_adapter(adapter_dir), BaseModel(base_dir), read_json(base_dir / "config.json")
     tied = config.get("tie_word_embeddings")
-    names = untie(adapter, base, config)
+    names = fit_names(adapter, base, config)
     if config.get("tie_word_embeddings") != tied:
         log.warning("the adapter changes the embedding or the head alone: the merged model has untied embeddings")
-    check_fits(adapter, base, names)
     shards = plan_shards(base, names, max_shard_bytes)
     config.pop("quantization_config", None)
     if not hub_name(str(config.get("_name_or_path"))):
@@ -192,7 +215,7 @@ def merge_adapter(
     config["dtype"] = config["torch_dtype"] = "bfloat16"
 
     total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
-    rounded = dict(held or {}) if merge_base == "dequantized" else {}
+    rounded = on_disk(held or {}, config) if merge_base == "dequantized" else {}
     tmp = begin_folder(
         out_dir, [base_dir, adapter_dir], _fingerprint(adapter_dir, base, rounded, max_shard_bytes, names)
     )

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM
 
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import RESIDUAL_INITS, UNSUPPORTED
+from qwen_lit.model.load import empty_model
 from qwen_lit.quantization import base_name
 
 
@@ -29,7 +29,7 @@ def check_mergeable(lora: LoraConfig, config: Any) -> None:
         options.append(f"init_lora_weights: {init}")
     if lora.lora_bias:
         with torch.device("meta"):
-            model = get_peft_model(AutoModelForCausalLM.from_config(config), copy.deepcopy(lora))
+            model = get_peft_model(empty_model(config), copy.deepcopy(lora))
         layers = [(name, one) for name, one in model.named_modules() if isinstance(one, LoraLayer)]
         options += [
             f"lora_bias on {base_name(name)}, which has no bias,"

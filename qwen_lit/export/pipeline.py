@@ -23,7 +23,7 @@ from qwen_lit.export.merge import MergeReport, merge_adapter
 from qwen_lit.export.serving import untrained_end, write_serving_files
 from qwen_lit.export.verdict import Verdict, measure
 from qwen_lit.generate import generate
-from qwen_lit.hardware import product_dtype
+from qwen_lit.model.load import read_model
 from qwen_lit.model.trained import weights
 from qwen_lit.quantization import Held
 
@@ -153,11 +153,7 @@ def fits(size: int, device: torch.device) -> bool:
 
 def try_prompts(job: Job) -> tuple[int, int]:
     """Answer prompts of trained rows with plain transformers; returns how many ended by themselves, of how many."""
-    from transformers import AutoModelForCausalLM
-
-    where, dtype = {"": str(job.device)}, product_dtype(job.device)
-    model: Any = AutoModelForCausalLM.from_pretrained(job.out_dir, dtype=dtype, device_map=where)
-    stopped = 0
+    model, stopped = read_model(job.out_dir, job.device), 0
     for ids, spans in job.taught:
         begin, end = (int(one) for one in spans[-1])
         (answer,) = generate(model, job.tokenizer, [ids[:begin].tolist()], 2 * (end - begin) + 64, own_ends=True)

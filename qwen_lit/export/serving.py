@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_lit.export.adapter import EMBED, HEAD
 from qwen_lit.export.card import ModelCardFacts, model_card
 from qwen_lit.export.folder import BaseModel, ExportError, read_json, write_json
+from qwen_lit.families.table import family_of
 from qwen_lit.names import TRAINING_CONFIG
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -180,8 +180,8 @@ def untrained_end(base_dir: Path, tokenizer: Any) -> str | None:
     Rows past the tokenizer's vocabulary are padding that no text ever reached; a row of the same size is as unused.
     Base models that were not tuned to chat are like that.
     """
-    base = BaseModel(base_dir)
-    head = HEAD if HEAD in base.where else EMBED
+    base, family = BaseModel(base_dir), family_of(read_json(base_dir / "config.json"))
+    head = family.head_on_disk if family.head_on_disk in base.where else family.embedding_on_disk
     vocab = tokenizer.get_vocab()
     if head not in base.where or STOP_TOKENS[0] not in vocab:
         return None

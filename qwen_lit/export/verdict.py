@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from qwen_lit.export.adapter import EMBED, HEAD, Adapter, Pair, apply_pair, read_adapter
+from qwen_lit.export.adapter import Adapter, Pair, apply_pair, read_adapter
 from qwen_lit.export.folder import BaseModel, read_json
-from qwen_lit.export.merge import check_fits, untie
+from qwen_lit.export.merge import fit_names
+from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
+from qwen_lit.model.load import empty_model, load_config
 from qwen_lit.progress import through
-from qwen_lit.quantization import Held
+from qwen_lit.quantization import Held, on_disk
 
 log = logging.getLogger(__name__)
 LOUD_LOSS = 0.05
@@ -106,22 +107,21 @@ def measure(
     """
     adapter, base = read_adapter(adapter_dir), BaseModel(base_dir)
     variants = ["adapter", "original", *(["dequantized"] if held else [])]
-    names = untie(adapter, base, read_json(base_dir / "config.json"))
-    check_fits(adapter, base, names)
-    config = AutoConfig.from_pretrained(base_dir)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=product_dtype(device)).eval()
-    weights = _Weights(adapter, base, names, held, device)
-    rotary = type(model.model.rotary_emb)(config).to(device)
+    names = fit_names(adapter, base, read_json(base_dir / "config.json"))
+    config = load_config(base_dir)
+    family, model = family_of(config), empty_model(config, product_dtype(device)).eval()
+    decoder = model.get_submodule(family.decoder)
+    weights = _Weights(config, adapter, base, names, held, device)
+    rotary = type(decoder.rotary_emb)(model.config).to(device)
     rows = [torch.tensor(ids, dtype=torch.int64, device=device)[None] for ids, _ in examples]
     with torch.no_grad():
-        embed = weights.of(EMBED, "original")
+        embed = weights.of(f"{family.embedding}.weight", "original")
         hidden = {name: [embed[row] for row in rows] for name in variants}
         del embed
-        for number, layer in enumerate(through(model.model.layers, "comparing the merges", "layers")):
+        for number, layer in enumerate(through(decoder.layers, "comparing the merges", "layers")):
             layer.to_empty(device=device)
             for name in variants:
-                hooks = weights.load(layer, f"model.layers.{number}.", name)
+                hooks = weights.load(layer, family.block(number) + ".", name)
                 for index, row in enumerate(rows):
                     positions = torch.arange(row.shape[1], device=device)[None]
                     around = rotary(hidden[name][index], positions)
@@ -132,20 +132,39 @@ def measure(
                 for hook in hooks:
                     hook.remove()
             layer.to("meta")
-        return _compare(model, weights, hidden, examples)
+        return _compare(model.get_submodule(family.norm), weights, hidden, examples)
 
 
 class _Weights:
     """The weights of a module in the adapter's or a merge's version, read from the base's files."""
 
     def __init__(
-        self, adapter: Adapter, base: BaseModel, names: dict[str, str], held: Mapping[str, Held], device: torch.device
+        self,
+        config: Any,
+        adapter: Adapter,
+        base: BaseModel,
+        names: dict[str, str],
+        held: Mapping[str, Held],
+        device: torch.device,
     ) -> None:
-        self.adapter, self.base, self.names, self.held, self.device = adapter, base, names, held, device
+        self.family = family_of(config)
+        self.stored = self.family.weights(config)
+        self.adapter, self.base, self.names, self.held = adapter, base, names, on_disk(held, config)
+        self.device = device
         self.dtype = product_dtype(device)
 
     def of(self, name: str, variant: str) -> Tensor:
-        """One weight, rounded to bf16, on the device; for the adapter's version, without what PEFT adds beside it."""
+        """One weight, rounded to bf16, on the device; for the adapter's version, without what PEFT adds beside it.
+
+        Args:
+            name: of the parameter in transformers' model.
+            variant: adapter, original or dequantized.
+        """
+        parts = [self._tensor(one, variant) for one in self.stored[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _tensor(self, name: str, variant: str) -> Tensor:
+        """The same of one tensor of the files, by its name there."""
         if name in self.adapter.full:
             weight = self.adapter.full[name]
         else:
@@ -161,9 +180,10 @@ class _Weights:
 
     def head(self, variant: str) -> Callable[[Tensor], Tensor]:
         """The output layer; a tied one is the embedding."""
-        name = HEAD if HEAD in self.names else EMBED
+        tied = self.family.head_on_disk not in self.names
+        name = f"{self.family.embedding if tied else self.family.head}.weight"
         weight = self.of(name, variant)
-        pair = self.adapter.pairs.get(name)
+        pair = self.adapter.pairs.get(self.family.on_disk(name))
         if variant != "adapter" or pair is None or not _stands_beside(pair):
             return lambda rows: linear(rows, weight)
         added = _Added(pair, self.device)
@@ -172,16 +192,17 @@ class _Weights:
     @property
     def heads_differ(self) -> bool:
         """Whether the output layer is another in each version."""
-        return HEAD in self.adapter.pairs or HEAD in self.held
+        head = self.family.head_on_disk
+        return head in self.adapter.pairs or head in self.held
 
     def load(self, module: nn.Module, prefix: str, variant: str) -> list[Any]:
         """Fill a module; returns the hooks that add the adapter's share, where it is not merged."""
         hooks: list[Any] = []
         for name, parameter in module.named_parameters():
-            parameter.data.copy_(self.of(prefix + name, variant))
+            parameter.data.copy_(self.of(prefix + name, variant).view(parameter.shape))
         if variant == "adapter":
             for name, one in module.named_modules():
-                pair = self.adapter.pairs.get(f"{prefix}{name}.weight")
+                pair = self.adapter.pairs.get(self.family.on_disk(f"{prefix}{name}.weight"))
                 if pair is not None and _stands_beside(pair):
                     hooks.append(one.register_forward_hook(_Added(pair, self.device)))
         return hooks
@@ -205,9 +226,9 @@ class _Added:
 
 
 def _compare(
-    model: Any, weights: _Weights, hidden: dict[str, list[Tensor]], examples: Sequence[tuple[Any, Any]]
+    norm: Any, weights: _Weights, hidden: dict[str, list[Tensor]], examples: Sequence[tuple[Any, Any]]
 ) -> Verdict:
-    norm = model.model.norm.to_empty(device=weights.device)
+    norm.to_empty(device=weights.device)
     variants = list(hidden)
     wanted = [_supervised(spans).to(weights.device) for _, spans in examples]
     targets = torch.cat(
@@ -219,7 +240,7 @@ def _compare(
     heads: dict[str, Callable[[Tensor], Tensor]] = {}
     final: dict[str, Tensor] = {}
     for name in variants:
-        norm.weight.data.copy_(weights.of("model.norm.weight", name))
+        norm.weight.data.copy_(weights.of(f"{weights.family.norm}.weight", name))
         final[name] = torch.cat([norm(one)[0][where] for one, where in zip(hidden[name], wanted, strict=True)])
         heads[name] = weights.head(name) if not heads or weights.heads_differ else heads["adapter"]
     losses, kls, tops = ({name: 0.0 for name in variants} for _ in range(3))

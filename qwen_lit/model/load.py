@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from qwen_lit.errors import UserError, shortened
+from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
 from qwen_lit.progress import told
-
-SUPPORTED = ("qwen2", "qwen3")
 
 
 def check_weights(folder: Path) -> None:
@@ -48,14 +48,14 @@ def check_weights(folder: Path) -> None:
 
 
 def load_config(folder: Path, name: str = "") -> Any:
-    """The model's config, if it is a dense Qwen whose weights are not quantised yet.
+    """The model's config, if it is of a known family and its weights are not quantised yet.
 
     Args:
         folder: that holds it.
         name: of the model in messages; empty is the folder's.
 
     Raises:
-        UserError: the config cannot be read, or its ``model_type`` is not one of ``SUPPORTED``.
+        UserError: the config cannot be read, or it is of no family that is known, or it is quantised.
     """
     name = name or str(folder)
     try:
@@ -65,10 +65,7 @@ def load_config(folder: Path, name: str = "") -> Any:
             f"model_name_or_path: cannot read the config of {name} ({_reason(error)}); fetch the model again and give "
             "its folder."
         ) from error
-    if config.model_type not in SUPPORTED:
-        raise UserError(
-            f"model_name_or_path: {name} is a {config.model_type!r}, not a Qwen2, Qwen2.5 or Qwen3 dense model."
-        )
+    family_of(config, name)
     quantized = getattr(config, "quantization_config", None)
     if quantized:
         kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
@@ -81,8 +78,18 @@ def load_config(folder: Path, name: str = "") -> Any:
 
 def count_parameters(config: Any) -> int:
     """Numbers in the weights of a model, from its config alone."""
+    return sum(one.numel() for one in empty_model(config).parameters())
+
+
+def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """A model without weights, on the meta device, of which names and shapes are asked.
+
+    Args:
+        config: of the model.
+        dtype: that its parameters are said to have; None is the config's.
+    """
     with torch.device("meta"):
-        return sum(one.numel() for one in AutoModelForCausalLM.from_config(config).parameters())
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def load_tokenizer(folder: Path, name: str = "") -> Any:
@@ -127,9 +134,9 @@ def check_targets(config: Any, lora: LoraConfig) -> None:
     """
     targets = lora.target_modules
     if not targets and not lora.target_parameters:
-        raise UserError("lora_config.target_modules is not set; name linears, for example [q_proj, k_proj, v_proj].")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        usual = ", ".join(family_of(config).targets)
+        raise UserError(f"lora_config.target_modules is not set; name linears, for example [{usual}].")
+    model = empty_model(config)
     modules = dict(model.named_modules())
     names = list(modules)
     known = sorted({name.rsplit(".", 1)[-1] for name, one in modules.items() if isinstance(one, nn.Linear)})
@@ -173,32 +180,65 @@ def computing_on(device: torch.device, quantization: BitsAndBytesConfig | None) 
     return quantization
 
 
+def check_packing(config: Any, packing: bool) -> None:
+    """Refuse to lay documents end to end in a model that would carry one's state into the next.
+
+    Args:
+        config: of the model.
+        packing: as configured.
+
+    Raises:
+        UserError: it is on, and the family's layers do not keep documents apart.
+    """
+    family = family_of(config)
+    if packing and not family.packs:
+        mixers = dict.fromkeys(layer.mixer for layer in family.layers(config))
+        raise UserError(
+            f"data.packing is true, but a {family.model_type} model ({', '.join(mixers)}) does not keep packed rows "
+            "apart: each would see those before it; set data.packing to false."
+        )
+
+
+def read_model(
+    folder: Path | str,
+    device: torch.device,
+    quantization: BitsAndBytesConfig | None = None,
+    place: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """A model for causal language modelling; nothing else in this program reads whole models.
+
+    Weights are read from safetensors alone: other files can hold code.
+
+    Args:
+        folder: that holds its files.
+        device: where it computes.
+        quantization: of its linears, done while they are read; None for none.
+        place: where it is put; None puts it where it computes.
+        dtype: of all that is not quantised; None takes ``product_dtype(device)``.
+    """
+    place = place or device
+    where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype or product_dtype(device),
+        quantization_config=computing_on(device, quantization),
+        device_map={"": where},
+        use_safetensors=True,
+    )
+
+
 def load_base(
     folder: Path | str,
     quantization: BitsAndBytesConfig | None,
     device: torch.device,
     place: torch.device | None = None,
 ) -> nn.Module:
-    """The frozen base, its linears quantised while they are read; all else is in ``product_dtype(device)``.
-
-    Args:
-        folder: that holds its files.
-        quantization: of the linears; None for none.
-        device: where it computes.
-        place: where it is put; None puts it where it computes.
-    """
-    place = place or device
-    where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
+    """The frozen base that an adapter is trained on; the arguments are those of ``read_model``."""
     with told("loading the base"):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=product_dtype(device),
-            quantization_config=computing_on(device, quantization),
-            device_map={"": where},
-            use_safetensors=True,
-        )
+        model: nn.Module = read_model(folder, device, quantization, place)
     model.requires_grad_(False)
-    model.config.use_cache = False
+    model.config.use_cache = False  # type: ignore[union-attr]
     for module in model.modules():
         # In eval mode bitsandbytes would repack CPU weights in place; training after a validation then fails.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -215,8 +255,26 @@ def shard_layers(model: PeftModel, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     base: Any = model.base_model.model
-    for layer in base.model.layers:
+    for layer in base.get_submodule(family_of(base.config).decoder).layers:
         fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
+
+
+def read_adapted(base: Any, adapter: Path) -> Any:
+    """A base with a saved adapter on it, to be asked.
+
+    Args:
+        base: as ``read_model`` or ``load_base`` gives it.
+        adapter: PEFT's folder.
+
+    Raises:
+        UserError: the adapter lacks weights for this base, of which PEFT only warns: the base alone would answer.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(base, str(adapter)).eval()
+        except UserWarning as error:
+            raise UserError(f"{adapter} is not an adapter of this base ({_reason(error)}); give its own.") from error
 
 
 def add_adapter(base: nn.Module, lora: LoraConfig, checkpointing: bool) -> PeftModel:

@@ -24,6 +24,7 @@ from qwen_lit.distributed import agree, watch_children
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.export.adapter import saved_name
+from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.hub_libraries import Hub
@@ -43,6 +44,7 @@ from qwen_lit.model.precision import full_precision
 from qwen_lit.model.resume import go_on, settings, shared, stored
 from qwen_lit.model.schedules import WITHOUT_WARMUP, ScheduleName, schedule
 from qwen_lit.model.trained import find_adapter, tell_measured, weights
+from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.flops import token_flops
 from qwen_lit.planner.plan import Plan, parse_bytes
@@ -147,7 +149,7 @@ class QwenModule(L.LightningModule):
                 "model.quantization_config.bnb_4bit_quant_storage to bfloat16."
             )
         self.shard_base = shard_base
-        self.name = str(Path(model_name_or_path).expanduser()) if is_folder(model_name_or_path) else model_name_or_path
+        self.name = expanded(model_name_or_path) if is_folder(model_name_or_path) else model_name_or_path
         self.hub = hub
         self.lora_config = lora_config
         self.learning_rate = learning_rate
@@ -166,7 +168,7 @@ class QwenModule(L.LightningModule):
         self.memory_budget = parse_bytes(memory_budget) if memory_budget else None
         self.model: PeftModel | None = None
         # A run that goes on needs it no more.
-        there = init_adapter and Path(init_adapter).expanduser().exists()
+        there = init_adapter and Path(expanded(init_adapter)).exists()
         self.init_adapter = find_adapter(init_adapter) if init_adapter and there else None
         self.run = run or Run(Path("output"))
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
@@ -383,12 +385,12 @@ class QwenModule(L.LightningModule):
             return self.fast.loss_sum(batch)
         if self.pads:
             batch = padded(batch, self.data.pad_id)
-        causal = cast(Any, self.model.base_model).model
-        hidden = causal.model(
+        causal, family = cast(Any, self.model.base_model).model, family_of(self.config)
+        hidden = causal.get_submodule(family.decoder)(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, batch["target_index"])
-        return summed_loss(causal.lm_head, rows, batch["targets"])
+        return summed_loss(causal.get_submodule(family.head), rows, batch["targets"])
 
     def training_step(self, step: list[Batch], number: int) -> Tensor:
         """One optimizer step on its micro-batches; returns its mean loss over the supervised tokens of all ranks.

@@ -10,13 +10,14 @@ import torch
 from jsonargparse import Namespace
 from peft import get_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
 
 from qwen_lit.config import LoraSection
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CONVERTED_MARKER, RESIDUAL_INITS, saved_name
 from qwen_lit.model.base import fingerprint
+from qwen_lit.model.load import empty_model
 from qwen_lit.model.resume import FREE, canonical, differences, meaning, stored
+from qwen_lit.names import expanded
 from qwen_lit.run import Run, is_adapter, training_config
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def find_adapter(given: str) -> Path:
     Raises:
         UserError: it is neither.
     """
-    path = Path(given).expanduser()
+    path = Path(expanded(given))
     for folder in (path, Run(path).adapter):
         if is_adapter(folder):
             return folder
@@ -122,7 +123,7 @@ def take_base(model: Any, trained: Trained) -> None:
     """
     given, base = model[NAME], trained.base
     hub = trained.config.get("model", {}).get("hub") or model["hub"]
-    if base is None or Path(given).expanduser().resolve() == Path(base).expanduser().resolve():
+    if base is None or Path(expanded(given)).resolve() == Path(expanded(base)).resolve():
         model["hub"] = hub
         return
     there, mine = fingerprint(base, hub), fingerprint(given, model["hub"])
@@ -228,7 +229,7 @@ def check_shapes(config: Any, lora: Any, source: Path) -> None:
         UserError: names or shapes differ.
     """
     with torch.device("meta"):
-        model = get_peft_model(AutoModelForCausalLM.from_config(config), dataclasses.replace(lora))
+        model = get_peft_model(empty_model(config), dataclasses.replace(lora))
     mine = {saved_name(name): p.shape for name, p in model.named_parameters() if p.requires_grad}
     theirs = {name: tensor.shape for name, tensor in weights(source).items()}
     wrong = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))

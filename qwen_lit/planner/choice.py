@@ -9,6 +9,7 @@ import torch
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.engine.engine import FastEngine, unsupported_reason
 from qwen_lit.errors import UserError
+from qwen_lit.families.table import family_of
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.planner import planned_engine
 
@@ -53,7 +54,7 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule, before: int |
         given = str(quantization.bnb_4bit_compute_dtype).removeprefix("torch.")
         log.info("the fast engine computes in bfloat16; bnb_4bit_compute_dtype %s is for the reference", given)
     if device.type != "cuda":
-        layers = module.model.base_model.model.config.num_hidden_layers
+        layers = len(family_of(module.config).layers(module.config))
         engine = FastEngine(module.model, layers if module.gradient_checkpointing else 0)
         return Choice("fast, by the plain twins of its kernels", engine)
     engine, plan, peak = planned_engine(trainer, module.model, data, module.memory_budget, module.state_bytes, before)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from qwen_lit.families.table import family_of
+
 PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -45,7 +47,7 @@ def token_flops(model: Any, length: float, supervised: float) -> tuple[float, fl
     """Floating-point operations of a trained token on frozen weights.
 
     A frozen weight costs 4 a parameter: forward, and the gradient of its input; its own gradient is not computed. A
-    LoRA weight costs 6. lm_head works on supervised tokens alone.
+    LoRA weight costs 6. The head works on supervised tokens alone, an expert on its share of the tokens.
 
     Args:
         model: a PEFT model; its weights may stand on the meta device.
@@ -55,27 +57,14 @@ def token_flops(model: Any, length: float, supervised: float) -> tuple[float, fl
     Returns:
         Of a token, and of a token's forward pass through the decoder, which recomputing adds.
     """
-    base = model.base_model.model
-    config = base.config
-    linear = sum(_numel(module.weight) for name, module in base.model.named_modules() if _is_base_linear(name, module))
+    config = model.base_model.model.config
+    layers = family_of(config).layers(config)
+    linear = sum(one.numbers * one.tokens for layer in layers for one in layer.linears)
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.ndim == 2)
-    heads = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
     # A causal token sees half of its document; two products forward, four backward.
-    attention = 2 * length * heads * config.num_hidden_layers
+    attention = 2 * length * sum(layer.heads * layer.head_size for layer in layers if layer.attends)
     head = config.vocab_size * config.hidden_size * supervised
     return 4 * (linear + head) + 6 * lora + 3 * attention, 2 * (linear + lora) + attention
-
-
-def _is_base_linear(name: str, module: Any) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(module, torch.nn.Linear) and weight is not None and "lora_" not in name and "embed" not in name
-
-
-def _numel(weight: Any) -> int:
-    state = getattr(weight, "quant_state", None)
-    return int(state.shape.numel()) if state is not None else int(weight.numel())
 
 
 def measured_flops(device: torch.device, size: int = 8192) -> float:

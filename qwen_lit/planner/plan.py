@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from qwen_lit.engine.engine import GROUPS, HEADS, PIECE, FastEngine, linears_of
+from qwen_lit.engine.engine import PIECE, FastEngine, linears_of
 from qwen_lit.engine.lora_linear import lora_columns, parts_of, read_linear, width_of
 from qwen_lit.engine.offload import BLOCK
 from qwen_lit.errors import UserError
+from qwen_lit.families.layer import Layer
+from qwen_lit.families.table import family_of
 from qwen_lit.lines import plural
 
 GIB = 2**30
@@ -132,11 +134,12 @@ class Shape:
             state_bytes: of optimizer state per trained number.
         """
         base = model.base_model.model
-        blocks, config = base.model.layers, base.config
+        config, family = base.config, family_of(base.config)
+        blocks, layers = base.get_submodule(family.decoder).layers, family.layers(config)
         size = base.get_input_embeddings().weight.element_size()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         # Layers may have adapters of their own; each number is that of the layer that needs most.
-        needs = [_needs(block, config, size) for block in blocks]
+        needs = [_needs(block, layer, config, size) for block, layer in zip(blocks, layers, strict=True)]
         most = {name: max(need[name] for need in needs) for name in needs[0]}
         return Shape(
             layers=len(blocks),
@@ -182,15 +185,16 @@ class Shape:
         return static + self.fixed + inputs + max(ends, again)
 
 
-def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
+def _needs(block: Any, layer: Layer, config: Any, size: int) -> dict[str, int]:
     """What one layer adds to a ``Shape``, and its largest ``frame``; numbers of ``size`` bytes."""
-    linears = {name: read_linear(one, True) for name, one in linears_of(block).items()}
-    rooms = [lora_columns([linears[name] for name in group]) for group in GROUPS]
-    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    query, key = heads * block.self_attn.head_dim, config.num_key_value_heads * block.self_attn.head_dim
+    linears = {name: read_linear(one, True) for name, one in linears_of(block, layer).items()}
+    groups = [[linears[one.name] for one in group] for group in layer.groups]
+    rooms = [lora_columns(group) for group in groups]
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, layer.heads
+    query, key = heads * layer.head_size, layer.key_heads * layer.head_size
     # Of attention, from the sum before its norm to the sum before the MLP's.
-    masked = rooms[3] > 0 and linears["down_proj"].dropout > 0
-    normed = (query + key) * hasattr(block.self_attn, "q_norm")
+    masked = rooms[3] > 0 and groups[3][0].dropout > 0
+    normed = (query + key) * layer.query_key_norm
     mixing = 2 * hidden + 2 * query + 2 * key + sum(rooms[:2]) + normed
     mixing += hidden * (rooms[0] > 0)
     kept = mixing + hidden * (rooms[2] > 0) + 2 * inner + 2 * rooms[2] + (inner + rooms[3]) * (rooms[3] > 0)
@@ -200,8 +204,8 @@ def _needs(block: Any, config: Any, size: int) -> dict[str, int]:
     working = max(mlp, attention)
     augmented = [
         (sum(linear.out for linear in part) + extra) * (width_of(part[0]) + extra)
-        for group, extra in zip(GROUPS, rooms, strict=True)
-        for part in parts_of([linears[name] for name in group], group is HEADS)
+        for group, extra in zip(groups, rooms, strict=True)
+        for part in parts_of(group, group is groups[0])
     ]
     return {
         "kept": kept * size + 4 * heads,
@@ -354,7 +358,7 @@ def _small(
 def apply(plan: Plan, model: Any) -> FastEngine:
     """The engine of a plan; puts the embedding on the CPU or the device, as the plan says."""
     base = model.base_model.model
-    embedding, device = base.get_input_embeddings(), base.model.norm.weight.device
+    embedding, device = base.get_input_embeddings(), base.get_submodule(family_of(base.config).norm).weight.device
     where = torch.device("cpu") if plan.host_embedding else device
     if embedding.weight.device != where:
         embedding.to(where)

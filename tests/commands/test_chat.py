@@ -228,7 +228,7 @@ def test_memory_that_runs_out_while_loading_is_a_sentence(run, monkeypatch, caps
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("qwen_lit.commands.chat_model.AutoModelForCausalLM.from_pretrained", full)
+    monkeypatch.setattr("qwen_lit.model.load.AutoModelForCausalLM.from_pretrained", full)
     assert main(["chat", str(run[0]), "--prompt", "Hi"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: chat: cpu ran out of memory while") and "--load_in_4bit" in last
@@ -236,9 +236,7 @@ def test_memory_that_runs_out_while_loading_is_a_sentence(run, monkeypatch, caps
 
 @pytest.mark.parametrize("broken", ["no base", "adapter cut", "model cut", "another base", "no JSON"])
 def test_a_broken_folder_is_one_line(run, tmp_path, capsys, broken, monkeypatch):
-    monkeypatch.setattr(
-        "qwen_lit.commands.chat_model.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail()
-    )
+    monkeypatch.setattr("qwen_lit.model.load.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail())
     out = shutil.copytree(run[0], tmp_path / "out")
     adapter, name = out / "lora_adapter", "lora_adapter"
     config = json.loads((adapter / "adapter_config.json").read_text())

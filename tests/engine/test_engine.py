@@ -12,7 +12,8 @@ from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM, Qwen
 
 from qwen_lit.cli import main
 from qwen_lit.data.batches import collate, padded
-from qwen_lit.engine.engine import GROUPS, FastEngine, linears_of, unsupported_reason
+from qwen_lit.engine.engine import FastEngine, linears_of, unsupported_reason
+from qwen_lit.families.table import family_of
 from qwen_lit.kernels.dropout import dropped
 from qwen_lit.model.load import load_base
 from qwen_lit.model.loss import summed_loss
@@ -191,11 +192,14 @@ class SeededDropout(torch.nn.Module):
 def with_the_engines_masks(model):
     """Puts the masks into PEFT's own path; returns what draws a batch's seed, as the engine does."""
     places, blocks = [], model.base_model.model.model.layers
-    for number, block in enumerate(blocks):
-        for name, layer in linears_of(block).items():
+    config = model.base_model.model.config
+    for number, (block, described) in enumerate(zip(blocks, family_of(config).layers(config), strict=True)):
+        for name, layer in linears_of(block, described).items():
             drops = dict(getattr(layer, "lora_dropout", {}))
             if isinstance(drops.get("default"), torch.nn.Dropout):
-                group = next(at for at, names in enumerate(GROUPS) if name in names)
+                group = next(
+                    at for at, linears in enumerate(described.groups) if name in {one.name for one in linears}
+                )
                 chosen = group > 0 and block is blocks[-1]
                 places.append(SeededDropout(drops["default"].p, 4 * number + group, chosen))
                 layer.lora_dropout["default"] = places[-1]

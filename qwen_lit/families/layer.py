@@ -1,0 +1,198 @@
+"""The words in which a family is described: linears, layers, and where a model has them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+Config = Any
+"""transformers' config of a model, or the dict that its config.json holds."""
+Mixer = Literal["attention", "sliding-window attention", "gated attention", "linear attention"]
+"""How tokens of a layer see each other. ``attention`` is Qwen2's and Qwen3's: all tokens before, their positions by
+rotation of whole heads, plain RMSNorms."""
+FeedForward = Literal["mlp", "experts"]
+
+
+def value_of(config: Config, key: str, default: Any = None) -> Any:
+    """What a config says of a key; the default where it says nothing, or null."""
+    found = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+    return default if found is None else found
+
+
+def text_config(config: Config) -> Config:
+    """The part of a config that is the language model's; the config itself where it has no such part."""
+    return value_of(config, "text_config", config)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix of a decoder layer, or several of the same size that are one parameter, as experts are."""
+
+    path: str
+    """Of the module, or of the parameter where it is no linear, in transformers' layer: ``self_attn.q_proj``."""
+    inputs: int
+    outputs: int
+    bias: bool = False
+    count: int = 1
+    """Matrices that are one parameter."""
+    linear: bool = True
+    """Whether it is an ``nn.Linear`` in transformers; bitsandbytes takes nothing else."""
+    quantized: bool = True
+    """Whether it is held in 4 or 8 bits where the base is quantised; False keeps it as the file has it."""
+    tokens: float = 1.0
+    """Share of the tokens that pass one of its matrices."""
+    disk: tuple[str, ...] = ()
+    """Its weights' names in the layer, in the files, each of them some of its rows, in order; empty where there is one
+    of transformers' name."""
+    gguf: str = ""
+    """Its module's name in a GGUF file's block: ``attn_q``; empty where the file cannot be written."""
+
+    @property
+    def name(self) -> str:
+        """As LoRA's targets name it."""
+        return self.path.rsplit(".", 1)[-1]
+
+    @property
+    def weight(self) -> str:
+        """The parameter's name in the layer."""
+        return f"{self.path}.weight" if self.linear else self.path
+
+    @property
+    def numbers(self) -> int:
+        """In the weights, biases left out."""
+        return self.count * self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A parameter that is no matrix of a product, such as a norm's weight."""
+
+    name: str
+    """In transformers' layer: ``input_layernorm.weight``."""
+    size: int
+    gguf: str = ""
+    """In a GGUF file's block, without ``.weight``."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer."""
+
+    mixer: Mixer
+    feed_forward: FeedForward
+    groups: tuple[tuple[Linear, ...], ...]
+    """Its linears, in the order in which they compute; those of a group have one input."""
+    vectors: tuple[Vector, ...] = ()
+    heads: int = 0
+    """Of attention's queries; 0 without attention."""
+    key_heads: int = 0
+    head_size: int = 0
+    query_key_norm: bool = False
+    """Whether queries and keys are normed, each head by itself."""
+
+    @cached_property
+    def linears(self) -> tuple[Linear, ...]:
+        """All of them, in order."""
+        return tuple(linear for group in self.groups for linear in group)
+
+    @property
+    def attends(self) -> bool:
+        """Whether each token is compared with all before it."""
+        return self.mixer != "linear attention"
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp knows a family."""
+
+    arch: str
+    """A value of ``gguf.MODEL_ARCH_NAMES``."""
+    fields: Callable[[Config], dict[str, int | float]]
+    """The model's shape by GGUF's keys, without the architecture before them."""
+    tokenizer: str = "qwen2"
+    """llama.cpp's name of the pre-tokenizer."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model: everything that the rest of the program must know of it."""
+
+    model_type: str
+    """In config.json."""
+    releases: tuple[str, ...]
+    """What people call its models."""
+    layers: Callable[[Config], tuple[Layer, ...]]
+    """Of a model of this family, the first one first."""
+    packs: bool
+    """Whether every mixer keeps documents apart that lie end to end, by their positions."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Linears that LoRA usually adapts."""
+    decoder: str = "model"
+    """The decoder's place in transformers' model for causal language modelling; its layers are ``layers`` there."""
+    decoder_on_disk: str = "model"
+    """What the files write in its place."""
+    head: str = "lm_head"
+    gguf: Gguf | None = None
+    """None where no GGUF file can be written."""
+
+    @property
+    def embedding(self) -> str:
+        """The embedding's place in transformers' model."""
+        return f"{self.decoder}.embed_tokens"
+
+    @property
+    def norm(self) -> str:
+        """The final norm's place."""
+        return f"{self.decoder}.norm"
+
+    @property
+    def embedding_on_disk(self) -> str:
+        """The embedding's weight in the files."""
+        return self.on_disk(f"{self.embedding}.weight")
+
+    @property
+    def head_on_disk(self) -> str:
+        """The head's weight in the files, where it is not the embedding's."""
+        return self.on_disk(f"{self.head}.weight")
+
+    def block(self, number: int) -> str:
+        """A layer's place."""
+        return f"{self.decoder}.layers.{number}"
+
+    def on_disk(self, name: str) -> str:
+        """The name in the model's files of a module or a parameter of transformers' model."""
+        prefix = self.decoder + "."
+        return self.decoder_on_disk + name.removeprefix(self.decoder) if name.startswith(prefix) else name
+
+    def weights(self, config: Config) -> dict[str, tuple[str, ...]]:
+        """Every parameter of a model: its name in transformers, and its names in the model's files.
+
+        Args:
+            config: of the model; a head that is tied to the embedding is listed too, and has no tensor of its own.
+        """
+        ends = [f"{place}.weight" for place in (self.embedding, self.norm, self.head)]
+        found: dict[str, tuple[str, ...]] = {name: (self.on_disk(name),) for name in ends}
+        for number, layer in enumerate(self.layers(config)):
+            block = self.block(number) + "."
+            for linear in layer.linears:
+                names = linear.disk or (linear.weight,)
+                found[block + linear.weight] = tuple(self.on_disk(block + name) for name in names)
+                if linear.bias:
+                    found[f"{block}{linear.path}.bias"] = (self.on_disk(f"{block}{linear.path}.bias"),)
+            for vector in layer.vectors:
+                found[block + vector.name] = (self.on_disk(block + vector.name),)
+        return found
+
+    def gguf_names(self, config: Config) -> dict[str, str]:
+        """The name in a GGUF file of each tensor in the model's files; those without a name there are left out."""
+        ends = {self.embedding: "token_embd", self.norm: "output_norm", self.head: "output"}
+        found = {self.on_disk(f"{place}.weight"): f"{name}.weight" for place, name in ends.items()}
+        for number, layer in enumerate(self.layers(config)):
+            block = self.block(number) + "."
+            for linear in layer.linears:
+                for kind in ("weight", "bias")[: 1 + linear.bias] if linear.gguf else ():
+                    found[self.on_disk(f"{block}{linear.path}.{kind}")] = f"blk.{number}.{linear.gguf}.{kind}"
+            for vector in layer.vectors:
+                if vector.gguf:
+                    found[self.on_disk(block + vector.name)] = f"blk.{number}.{vector.gguf}.weight"
+        return found

@@ -1,0 +1,91 @@
+"""A family's row of the table decides what the commands do."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qwen_lit.cli import main
+from qwen_lit.commands.plan import reference_because
+from qwen_lit.engine.engine import unsupported_reason
+from qwen_lit.families.table import FAMILIES
+from qwen_lit.quantization import Held
+
+CPU = torch.device("cpu")
+
+
+def ending(family, **what):
+    """The family with something else in its last layer."""
+
+    def layers(config):
+        *first, last = family.layers(config)
+        return (*first, replace(last, **what))
+
+    return replace(family, layers=layers)
+
+
+@pytest.fixture
+def adapted(model_folder):
+    config = AutoConfig.from_pretrained(model_folder)
+    return get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("mixer", ["linear attention", "gated attention", "sliding-window attention"])
+def test_the_fast_engine_takes_the_mixers_it_has(adapted, monkeypatch, mixer):
+    assert unsupported_reason(adapted, CPU) is None
+    monkeypatch.setitem(FAMILIES, "qwen2", ending(FAMILIES["qwen2"], mixer=mixer))
+    assert unsupported_reason(adapted, CPU) == f"the model has {mixer}"
+
+
+def test_the_fast_engine_takes_known_families_alone(adapted, monkeypatch):
+    monkeypatch.delitem(FAMILIES, "qwen2")
+    assert unsupported_reason(adapted, CPU) == "model_type qwen2 is not qwen3"
+
+
+def test_experts_are_left_to_the_reference_engine(adapted, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "qwen2", ending(FAMILIES["qwen2"], feed_forward="experts"))
+    assert unsupported_reason(adapted, CPU) == "the model has experts"
+
+
+def test_a_head_in_four_bits_is_found_by_the_place_of_the_table(adapted, monkeypatch):
+    config = adapted.base_model.model.config
+    module = type("Module", (), {"engine_name": "auto", "shard_base": False, "config": config})()
+    head = {"lm_head.weight": Held("nf4", 64)}
+    assert reference_because(module, adapted, head) == "lm_head is held in nf4"
+    assert reference_because(module, adapted, {"model.layers.0.mlp.up_proj.weight": Held("nf4", 64)}) is None
+
+
+def test_packing_is_refused_before_anything_is_loaded(arguments, monkeypatch, capsys):
+    monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], packs=False))
+    monkeypatch.setattr("qwen_lit.model.module.load_base", lambda *a: pytest.fail("the model is loaded"))
+    assert main([*arguments, "--data.packing", "true"]) == 2
+    told = capsys.readouterr().err
+    assert "data.packing is true, but a qwen2 model (attention) does not keep packed rows apart" in told
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_plan_advises_packing_where_it_is_possible(arguments, monkeypatch, capsys, packs):
+    monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], packs=packs))
+    assert main(["plan", *arguments[1:], "--data.max_length", "512"]) in (0, 1)
+    assert ("data.packing: true fills" in " ".join(capsys.readouterr().out.split())) == packs
+
+
+def test_plan_says_that_a_mixer_has_no_fast_engine(arguments, monkeypatch, capsys):
+    monkeypatch.setitem(FAMILIES, "qwen2", ending(FAMILIES["qwen2"], mixer="linear attention"))
+    assert main(["plan", *arguments[1:]]) == 0
+    assert "on a GPU reference (the model has linear attention)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_gguf_is_refused_before_training_where_a_family_has_no_form_in_it(arguments, monkeypatch, capsys):
+    monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], gguf=None))
+    monkeypatch.setattr("qwen_lit.model.module.load_base", lambda *a: pytest.fail("the model is loaded"))
+    assert main([*arguments, "--export.gguf", "q8_0"]) == 2
+    assert "export.gguf is q8_0, but a qwen2 model cannot be written as GGUF" in capsys.readouterr().err
+
+
+def test_targets_that_are_not_set_are_answered_with_the_familys_own(arguments, monkeypatch, capsys):
+    monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], targets=("in_proj_z", "out_proj")))
+    assert main([*arguments, "--model.lora_config.target_modules", "null"]) == 2
+    assert "name linears, for example [in_proj_z, out_proj]" in capsys.readouterr().err
