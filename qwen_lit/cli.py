@@ -23,7 +23,6 @@ from qwen_lit.callbacks.export import Export
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput
 from qwen_lit.callbacks.progress import RunProgress
-from qwen_lit.callbacks.proof import Proof
 from qwen_lit.callbacks.report import RunReport
 from qwen_lit.callbacks.resumed import Resumed
 from qwen_lit.callbacks.samples import Samples
@@ -238,10 +237,6 @@ class QwenCLI(LightningCLI):
             if not isinstance(logger, RunLogger):
                 guard(logger)
         return trainer
-
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        """The proof goes before the export, which it holds back."""
-        return super()._instantiate_trainer(config, [Proof(), *callbacks])
 
     def after_instantiate_classes(self) -> None:
         """Hand the tokenizer to the data, and the written configuration to the export."""

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from qwen_lit.callbacks.export import Export
 from qwen_lit.commands.plan import arithmetic, lines, measure
-from qwen_lit.commands.predict import predict
+from qwen_lit.commands.predict import predict, questions
 from qwen_lit.commands.verify_resume import verify
 from qwen_lit.data.audit import audit, find_rows, report_lines, row_outcome, spread_rows, text_report, text_row
 from qwen_lit.data.audit_page import html_report
@@ -62,7 +62,6 @@ class QwenTrainer(Trainer):
         """
         datamodule.on_bad_row, datamodule.max_bad_share = "skip", 1.0
         datamodule.prepare_data()
-        datamodule.prove()
         try:
             datamodule.setup()
         except UserError as error:
@@ -141,8 +140,6 @@ class QwenTrainer(Trainer):
             ckpt_path: not used; the config.yaml of a run has it.
         """
         datamodule.prepare_data()
-        # Its runs are short, and each would wait for this at its end.
-        datamodule.prove()
         datamodule.setup()
         check_limits(self, datamodule)
         steps = min(steps, total_steps(self, datamodule) or steps)
@@ -191,19 +188,20 @@ class QwenTrainer(Trainer):
         batch_size: int = 8,
         max_new_tokens: int = 512,
     ) -> None:
-        """Answer the rows of a JSONL into another, in batches; run again, it goes on where it stopped.
+        """Answer the rows of a file into a JSONL, in batches; run again, it goes on where it stopped.
 
         Args:
             model: names the base.
-            datamodule: not used but for its tokenizer.
-            source: JSONL in any of the formats of training.
+            datamodule: says how rows are read; its own rows are not used.
+            source: file in any of the formats of training, with answers or without.
             target: JSONL that gets each row with its prediction.
             ckpt_path: last, best, a checkpoint file, or an adapter folder; without it output_dir/lora_adapter.
             batch_size: rows that are answered at a time.
             max_new_tokens: most tokens of an answer.
         """
         if not Path(source).is_file():
-            raise UserError(f"source: no such file: {source}; give a JSONL of questions.")
+            raise UserError(f"source: no such file: {source}; give a file of questions.")
+        rows = list(questions(Path(source), datamodule))
         callback = next(one for one in self.callbacks if isinstance(one, Export))  # type: ignore[attr-defined]
         adapter = Path(ckpt_path) if ckpt_path else callback.folder / ADAPTER
         with tempfile.TemporaryDirectory(prefix="qwen_lit_") as folder:
@@ -213,5 +211,5 @@ class QwenTrainer(Trainer):
             base: Any = load_base(model.folder, model.quantization_config, self.strategy.root_device)
             base.config.use_cache = True
             adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
-        now, before = predict(adapted, datamodule.tokenizer, Path(source), Path(target), batch_size, max_new_tokens)
+        now, before = predict(adapted, datamodule.tokenizer, rows, Path(target), batch_size, max_new_tokens)
         log.info("%d rows answered into %s, %d were there already", now, target, before)
