@@ -4,7 +4,7 @@
 
 The rows are repeated, each made distinct, up to the size asked for. Cold preparation reads, checks, renders,
 tokenises, labels, reads back and writes; the bare tokenizer only tokenises the text of the same examples. Both take
-turns, and the ratio of their medians counts. ``--text`` does the same with a file of raw text. ``--many`` prepares that
+turns, and the ratio of their medians counts. ``--text`` does so with a file of raw text. ``--many`` prepares that
 many short rows with each number of ``--processes``, and reopens them. Beside the seconds stand those that
 all processors spent, which a busy machine changes less, and its load.
 """
