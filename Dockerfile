@@ -10,7 +10,7 @@ WORKDIR /opt/qwen_lit
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY configs configs
 COPY qwen_lit qwen_lit
-RUN pip install --no-cache-dir --constraint constraints.txt '.[zstd,gguf]'
+RUN pip install --no-cache-dir --constraint constraints.txt '.[gguf]'
 
 # Whoever runs it, by --user as well, writes here: models and tokenised rows in /hub, results in /work.
 RUN useradd --create-home qwen && mkdir /hub /work && chown qwen /hub /work && chmod 1777 /hub

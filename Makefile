@@ -13,11 +13,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(BARE)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) --constraint constraints.txt --editable '.[zstd]'
+	$(PIP) --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.installed
-	$(PIP) --quiet --constraint constraints.txt --editable '.[test,zstd]'
+	$(PIP) --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -32,7 +32,7 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 $(VENV)/.docs: $(VENV)/.installed
-	$(PIP) --quiet --constraint constraints.txt --editable '.[docs,zstd]'
+	$(PIP) --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 docs: $(VENV)/.docs

@@ -17,7 +17,6 @@ from qwen_lit.callbacks.export import Export
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput
 from qwen_lit.callbacks.progress import RunProgress
-from qwen_lit.callbacks.proof import Proof
 from qwen_lit.callbacks.report import RunReport
 from qwen_lit.callbacks.resumed import Resumed
 from qwen_lit.callbacks.samples import Samples
@@ -179,11 +178,11 @@ class QwenCLI(LightningCLI):
         return trainer
 
     def callbacks(self) -> list[Any]:
-        """Our own, in the order in which Lightning calls them. The proof goes before the export, which it holds back;
-        what reads the metrics of a step goes after what logs them."""
+        """Our own, in the order in which Lightning calls them: what reads the metrics of a step goes after what logs
+        them."""
         run, throughput = self.run, Throughput(self.saver)
         report = RunReport(run, self.saver, self.exporter, throughput)
-        ours = [Proof(), self.saver, self.exporter, self.samples, Resumed(run), throughput, report]
+        ours = [self.saver, self.exporter, self.samples, Resumed(run), throughput, report]
         self.report, given = report, self.config.trainer
         bars = any("ProgressBar" in one.class_path for one in listed(given.callbacks))
         if given.enable_progress_bar is not False and not bars:

@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qwen_lit.data.batches import collate, padded
-from qwen_lit.data.chatml import Encoder, Example
+from qwen_lit.data.chatml import Encoder
+from qwen_lit.data.examples import Example
 from qwen_lit.data.records import parse_row
 from qwen_lit.generate import generate
 from qwen_lit.logs import set_up_logging

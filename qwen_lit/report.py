@@ -1,29 +1,18 @@
 """The run as one page that needs nothing else: curves, samples before and after, data, verdict, configuration."""
 
+import html
 import math
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from qwen_lit.lines import chat_turns, duration, start_lines
 from qwen_lit.names import hub_name
-from qwen_lit.page import cards, document, facts, grid, text
+from qwen_lit.page import render
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 480, 230, 66, 30, 12
-STYLE = """
-.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(24rem,100%),1fr));gap:.8rem}
-svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:14px;font-variant-numeric:tabular-nums}
-.rule{stroke:var(--line)}.one{stroke:var(--one);fill:none;stroke-width:1.8}
-.two{stroke:var(--two);fill:none;stroke-width:1.8}.dot.one{fill:var(--one)}.dot.two{fill:var(--two)}
-@media(max-width:36rem){svg text{font-size:17px}}
-.best{fill:none;stroke:var(--good);stroke-width:2}
-.key{font-weight:400;color:var(--soft);margin-left:.8rem;white-space:nowrap}
-.key i{display:inline-block;width:.9rem;height:.2rem;vertical-align:middle;margin-right:.3rem}
-.chosen th,.chosen td{color:var(--good);font-weight:600}
-.sample{margin:0 0 .8rem}.sample dt{color:var(--soft);font-size:.85rem}
-.sample dd{margin:0 0 .5rem;white-space:pre-wrap;overflow-wrap:anywhere}.sample dd:last-child{margin:0}
-.sample .asked{font-weight:600}
-"""
 
 
 def page(summary: dict[str, Any]) -> str:
@@ -41,30 +30,36 @@ def page(summary: dict[str, Any]) -> str:
     ]
     model, out = hub_name(run["model"]) or Path(run["model"]).name, summary["output_dir"]
     hardware, day = summary["hardware"], datetime.fromisoformat(summary["ended"])
-    told = [
+    about = [
         f"{day:%Y-%m-%d %H:%M}",
         f"took {duration(summary['trained_seconds'])} of training",
         f"{hardware['count']}\u00a0×\u00a0{hardware['name']}",
         out,
     ]
     lines = start_lines(run, out)
-    parts = [
-        f"<h1>{text(Path(out).name)}: {text(model)}</h1><p class=soft>{text(' · '.join(told))}</p>",
-        f"<p class=soft>{text(lines['trained'])}</p>",
-        cards(figures(summary)),
-        "<h2>Curves</h2><div class=curves>" + "".join(one for one in curves if one) + "</div>",
-        samples(summary["samples"]),
-        verdict(summary),
-        not_exported(summary["export"]),
-        "<h2>Data</h2>" + facts({name.replace("_", " "): percent(name, one) for name, one in summary["data"].items()}),
-        "<h2>Run</h2>" + facts({**lines, **times(summary)}),
-        "<h2>Throughput</h2>"
-        + facts({name.replace("_", " "): percent(name, one) for name, one in summary["throughput"].items()}),
-        "<h2>Machine and versions</h2>" + facts(machine(summary)),
-        "<h2>Configuration</h2><details><summary>all of it</summary>"
-        f"<pre>{text(_yaml(summary['config']))}</pre></details>",
-    ]
-    return document(f"{Path(out).name}: training report, {day:%Y-%m-%d}", "".join(parts), STYLE)
+    return render(
+        "report.html.jinja",
+        title=f"{Path(out).name}: training report, {day:%Y-%m-%d}",
+        heading=f"{Path(out).name}: {model}",
+        about=" · ".join(about),
+        trained=lines["trained"],
+        figures=figures(summary),
+        curves=[one for one in curves if one],
+        samples=samples(summary["samples"]),
+        verdict=verdict(summary),
+        export=summary["export"],
+        sections={
+            "Data": _named(summary["data"]),
+            "Run": {**lines, **times(summary)},
+            "Throughput": _named(summary["throughput"]),
+            "Machine and versions": machine(summary),
+        },
+        config=yaml.safe_dump(summary["config"], allow_unicode=True, sort_keys=False),
+    )
+
+
+def _named(values: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("_", " "): percent(name, value) for name, value in values.items()}
 
 
 def figures(summary: dict[str, Any]) -> dict[str, str]:
@@ -127,14 +122,13 @@ def chart(title: str, curves: dict[str, list[list[float]]], best: dict[str, Any]
         drawn.append(f'<polyline class={colour} points="{path}" />')
         if len(points) < 30:
             drawn += [f'<circle class="dot {colour}" cx={x(s):.1f} cy={y(v):.1f} r=2.5 />' for s, v in points]
-        keys += f'<span class=key><i style="background:var(--{colour})"></i>{text(name)}</span>' if name else ""
+        keys += f'<span class=key><i style="background:var(--{colour})"></i>{html.escape(name)}</span>' if name else ""
     if best and first <= best["step"] <= last and low <= best["val_loss"] <= high:
         drawn.append(f"<circle class=best cx={x(best['step']):.1f} cy={y(best['val_loss']):.1f} r=6 />")
         keys += f'<span class=key><i style="background:var(--good)"></i>best, step {best["step"]:,}</span>'
-    return (
-        f"<figure><figcaption>{text(title)}{keys}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{text(title)}">{"".join(drawn)}</svg></figure>'
-    )
+    title, size = html.escape(title), f"0 0 {WIDTH} {HEIGHT}"
+    figure = f'<svg viewBox="{size}" role=img aria-label="{title}">{"".join(drawn)}</svg>'
+    return f"<figure><figcaption>{title}{keys}</figcaption>{figure}</figure>"
 
 
 def scale(low: float, high: float) -> tuple[float, float, list[float]]:
@@ -165,50 +159,44 @@ def percent(name: str, value: Any) -> Any:
     return f"{value:.1%}" if name.startswith("share_") or name in ("fill", "flop_use") else value
 
 
-def samples(lines: list[dict[str, Any]]) -> str:
-    """Each question's first and last answer."""
-    if not lines:
-        return ""
+def samples(lines: list[dict[str, Any]]) -> list[list[tuple[str, str, str]]]:
+    """For each question its turns, and its first and last answer: name, words, and ``asked`` for a question."""
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         by_prompt.setdefault(line["prompt"], []).append(line)
-    boxes = []
+    found = []
     for prompt, answers in by_prompt.items():
         rows = [(role or "prompt", words, "asked" if role == "user" else "") for role, words in chat_turns(prompt)]
         shown = (answers[0], answers[-1])[: len(answers)]
         rows += [(f"answer at step {one['step']:,}", one["answer"], "") for one in shown]
         if answers[-1]["wanted"]:
             rows.append(("in the data", answers[-1]["wanted"], ""))
-        told = "".join(f'<dt>{text(name)}<dd class="{kind}">{text(words)}</dd>' for name, words, kind in rows)
-        boxes.append(f"<dl class=sample>{told}</dl>")
-    return "<h2>Answers before and after</h2>" + "".join(boxes)
+        found.append(rows)
+    return found
 
 
-def verdict(summary: dict[str, Any]) -> str:
-    """Whether the merged model answers as trained."""
+def verdict(summary: dict[str, Any]) -> dict[str, Any] | None:
+    """Whether the merged model answers as trained; None where it was not measured."""
     found = summary["verdict"]
     if not found:
-        return ""
+        return None
     chosen = summary["config"].get("export", {}).get("merge_base", "original")
     chosen = found["best"] if chosen == "auto" else chosen
-    rows = [["adapter on its base", f"{found['adapter_loss']:.4f}", "", ""]]
-    rows += [
-        [f"merge, {name}", f"{one['loss']:.4f}", f"{one['kl']:.5f}", f"{one['same_top']:.2%}"]
+    adapter = {"name": "adapter on its base", "loss": f"{found['adapter_loss']:.4f}", "kl": "", "same_top": ""}
+    merges = [
+        {
+            "name": f"merge, {name}",
+            "loss": f"{one['loss']:.4f}",
+            "kl": f"{one['kl']:.5f}",
+            "same_top": f"{one['same_top']:.2%}",
+            "chosen": name == chosen,
+        }
         for name, one in found["merges"].items()
     ]
-    at = 1 + list(found["merges"]).index(chosen) if chosen in found["merges"] else None
-    return (
-        f"<h2>Does the merged model answer as trained?</h2><p class=soft>{found['rows']} {text(found['kind'])} rows, "
-        f"{found['tokens']:,} tokens; KL and the share of tokens with the same likeliest choice "
-        "are from the adapter; what was exported stands out</p>" + grid(["", "loss", "KL", "same top"], rows, at)
-    )
-
-
-def not_exported(export: dict[str, Any]) -> str:
-    """What could not be exported, and the command to try again."""
-    if not export:
-        return ""
-    return f"<h2>Not exported</h2>{facts(export['missing'])}<p>Then: <code>{text(export['again'])}</code></p>"
+    return {
+        "about": f"{found['rows']} {found['kind']} rows, {found['tokens']:,} tokens",
+        "rows": [adapter | {"chosen": False}, *merges],
+    }
 
 
 def times(summary: dict[str, Any]) -> dict[str, Any]:
@@ -239,9 +227,3 @@ def machine(summary: dict[str, Any]) -> dict[str, Any]:
     if "git" in summary:
         shown["git commit"] = summary["git"]["commit"] + " and changes" * summary["git"]["dirty"]
     return shown | {name: value for name, value in summary["versions"].items() if value}
-
-
-def _yaml(value: Any) -> str:
-    import yaml
-
-    return str(yaml.safe_dump(value, allow_unicode=True, sort_keys=False))

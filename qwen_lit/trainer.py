@@ -111,21 +111,20 @@ class QwenTrainer(Trainer):
         batch_size: int = 8,
         max_new_tokens: int = 512,
     ) -> None:
-        """Answer the rows of a JSONL into another, in batches; run again, it goes on where it stopped.
+        """Answer the rows of a file into a JSONL, in batches; run again, it goes on where it stopped.
 
         Args:
             model: names the base.
-            datamodule: has the tokenizer.
+            datamodule: says how rows are read; its own rows are not used.
             run: has the adapter where none is given.
-            source: JSONL in any of the formats of training.
+            source: file in any of the formats of training, with answers or without.
             target: JSONL that gets each row with its prediction.
             ckpt_path: last, best, a checkpoint file, or an adapter folder; without it output_dir/lora_adapter.
             batch_size: rows that are answered at a time.
             max_new_tokens: most tokens of an answer.
         """
         adapter, device = Path(ckpt_path) if ckpt_path else run.adapter, self.strategy.root_device
-        files = Path(source), Path(target)
-        answer_rows(model, datamodule.tokenizer, device, adapter, *files, batch_size, max_new_tokens)
+        answer_rows(model, datamodule, device, adapter, Path(source), Path(target), batch_size, max_new_tokens)
 
 
 def compute_in_float32(trainer: Trainer) -> None:

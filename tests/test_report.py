@@ -1,5 +1,6 @@
 """What a run tells: its start, its panel, its summary and its page; and the callbacks of others beside ours."""
 
+import html
 import json
 import math
 import platform
@@ -21,7 +22,7 @@ from qwen_lit.cli import main
 from qwen_lit.hardware import cpu_has_bf16
 from qwen_lit.model.schedules import schedule
 from qwen_lit.planner.flops import peak_flops, token_flops
-from qwen_lit.report import chart, number, scale
+from qwen_lit.report import chart, number, page, scale
 from tests.runs import begun, lengths, stopping, trace
 
 
@@ -107,8 +108,8 @@ def test_a_run_shorter_than_the_interval_shows_the_loss_of_its_last_step_everywh
     assert f"step 4 of 4  loss {last:.3f}" in caplog.text and f"training {last:.4f} at step 4" in caplog.text
     assert scalars(out)["train/loss"] == [(4, pytest.approx(last))]
     assert scalars(out)["train/tokens_per_second"][0][0] == 4
-    for page in ("report.html", "final_model/README.md"):
-        assert f"{last:.4f}" in (out / page).read_text(encoding="utf-8"), page
+    for name in ("report.html", "final_model/README.md"):
+        assert f"{last:.4f}" in (out / name).read_text(encoding="utf-8"), name
 
 
 def test_the_figures_follow_log_every_n_steps_after_a_resume(command, tmp_path):
@@ -168,11 +169,36 @@ def test_the_page_needs_nothing_else_and_shows_curves_samples_and_verdict(run):
         assert words in text, words
 
 
-def test_what_users_write_cannot_become_markup():
-    from qwen_lit.report import samples
+HOSTILE = "<script>alert('x')</script><b onclick=\"x\">&amp;"
 
-    line = {"step": 1, "prompt": "<script>", "answer": "<b>&", "stopped": True, "wanted": None}
-    assert "<script>" not in samples([line]) and "&lt;b&gt;&amp;" in samples([line])
+
+def hostile(value):
+    """The same with markup at the end of every word, names included."""
+    if isinstance(value, dict):
+        return {name if name.isidentifier() else name + HOSTILE: hostile(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [hostile(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    # Within the turns of a prompt, not after them.
+    return value.replace("<|im_end|>", HOSTILE + "<|im_end|>") if "<|im_end|>" in value else value + HOSTILE
+
+
+def test_what_users_write_cannot_become_markup(run):
+    summary = json.loads((run / "summary.json").read_text("utf-8"))
+    summary["export"] = {"missing": {"a file": "why"}, "again": "qwen-lit export"}
+    summary["data"]["a name"] = "a value"
+    summary["samples"][-1] |= {"answer": "what it says", "wanted": "an answer"}
+    changed = hostile(summary) | {name: summary[name] for name in ("started", "ended")}
+    pages = [page(summary), page(changed)]
+    found = [Tags(), Tags()]
+    for tags, text in zip(found, pages, strict=True):
+        tags.feed(text)
+    assert [tag for tag, _ in found[0].found] == [tag for tag, _ in found[1].found]
+    assert not any(tag == "script" or "onclick" in attrs for tag, attrs in found[1].found)
+    plain = html.unescape(pages[1])
+    for words in ("a value", "a name", "what it says", "an answer", "why", "qwen-lit export"):
+        assert words + HOSTILE in plain, words
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.1, 3.2), (5, 5), (-2e-6, 3e-6), (0, 20_000), (0, 0)])

@@ -12,6 +12,8 @@ def test_every_folder_of_the_package_and_the_configurations_are_built(monkeypatc
     folders = {".".join(file.parent.parts) for file in Path("qwen_lit").rglob("__init__.py")}
     assert set(built["packages"]) == folders | {"qwen_lit.configs"}
     assert built["package-dir"] == {"qwen_lit.configs": "configs"}
+    shipped_data = {file for pattern in built["package-data"]["qwen_lit"] for file in Path("qwen_lit").glob(pattern)}
+    assert shipped_data >= set(Path("qwen_lit/templates").iterdir())
 
 
 def test_the_configurations_are_written_out_and_a_file_that_is_there_stays(tmp_path, capsys):

@@ -210,8 +210,7 @@ class Export(Callback):
             gguf=self.gguf,
             held_out=spread(held_out, self.verdict_rows),
             kind="held-out" if len(data.val_rows) else "training",
-            # Raw text goes on where a block ends.
-            taught=spread(data.train_rows.only(text=False), self.smoke_rows),
+            taught=spread(data.train_rows.that_end(), self.smoke_rows),
             device=device,
         )
         self.told = job.told

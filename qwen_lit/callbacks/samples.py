@@ -11,7 +11,6 @@ from tqdm.utils import disp_len, disp_trim
 
 from qwen_lit.callbacks.trackers import log_samples
 from qwen_lit.data.datamodule import QwenDataModule
-from qwen_lit.data.text import opening
 from qwen_lit.generate import generate
 from qwen_lit.lines import question
 from qwen_lit.model.module import QwenModule
@@ -63,15 +62,10 @@ class Samples(Callback):
             return [(list(one["input_ids"]), None) for one in asked]
         found: list[tuple[list[int], str | None]] = []
         for number in range(min(self.rows, len(data.val_rows))):
-            ids, spans = data.val_rows[number]
-            if data.val_rows.is_text(number):
-                at = opening(ids.tolist(), data.tokenizer)
-                following = data.tokenizer.decode(ids[at : at + self.max_new_tokens], skip_special_tokens=True)
-                # It may end within a character.
-                found.append((ids[:at].tolist(), following.rstrip("\ufffd")))
-                continue
-            begin, end = (int(one) for one in spans[-1])
-            found.append((ids[:begin].tolist(), data.tokenizer.decode(ids[begin:end], skip_special_tokens=True)))
+            prompt, following = data.val_rows.prompt(number, self.max_new_tokens)
+            # What is no whole answer may end within a character.
+            wanted = data.tokenizer.decode(following, skip_special_tokens=True).rstrip("\ufffd")
+            found.append((prompt.tolist(), wanted))
         return found
 
     def _answer(self, trainer: Any, module: QwenModule) -> None:

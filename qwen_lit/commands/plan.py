@@ -319,9 +319,8 @@ def advice(
     )
     if whole - half > GIB // 8:
         shorter = max(8, sizes[1] // 2)
-        lengths, text = (data.train_rows.column(name) for name in ("length", "text"))
-        longer = int(((lengths > shorter) & (text == 0)).sum())
-        told = f"{longer:,} of {len(lengths):,} rows are longer and would be shortened or dropped"
+        longer = int((data.train_rows.that_end().column("length") > shorter).sum())
+        told = f"{longer:,} of {len(data.train_rows):,} rows are longer and would be shortened or dropped"
         found.append(
             f"smaller: data.max_length {shorter} takes {(whole - half) / GIB:.1f} GiB less; "
             f"{told if longer else 'no row is longer'}"

@@ -1,4 +1,4 @@
-"""Answer the rows of a JSONL into another, in batches, going on where an earlier run has stopped."""
+"""Answer the rows of a file into a JSONL, in batches, going on where an earlier run has stopped."""
 
 import json
 import logging
@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
-from qwen_lit.data.faults import RowError
-from qwen_lit.data.records import parse_line, parse_row
-from qwen_lit.data.text import read_text
+from qwen_lit.data.control import control_names, guard
+from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.faults import DataError, RowError
+from qwen_lit.data.records import Conversation
+from qwen_lit.data.row_kinds import read_content, read_row
+from qwen_lit.data.sources import read_rows
 from qwen_lit.errors import UserError
 from qwen_lit.export.pipeline import adapter_from_checkpoint
 from qwen_lit.generate import generate
@@ -25,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def answer_rows(
     module: QwenModule,
-    tokenizer: Any,
+    data: QwenDataModule,
     device: torch.device,
     adapter: Path,
     source: Path,
@@ -37,10 +40,10 @@ def answer_rows(
 
     Args:
         module: names the base and the adapter's settings; its model is not loaded.
-        tokenizer: of the base.
+        data: says how rows are read; its own rows are not used.
         device: where it answers.
         adapter: a checkpoint of ``fit``, or an adapter folder.
-        source: JSONL in any of the formats of training.
+        source: file in any of the formats of training, with answers or without.
         target: JSONL that gets each row with its prediction.
         batch_size: rows that are answered at a time.
         max_new_tokens: most tokens of an answer.
@@ -49,7 +52,8 @@ def answer_rows(
         UserError: there is no such file, or a row asks nothing.
     """
     if not source.is_file():
-        raise UserError(f"source: no such file: {source}; give a JSONL of questions.")
+        raise UserError(f"source: no such file: {source}; give a file of questions.")
+    rows = list(questions(source, data))
     with tempfile.TemporaryDirectory(prefix="qwen_lit_") as folder:
         if adapter.is_file():
             path, adapter = adapter, Path(folder) / ADAPTER
@@ -57,7 +61,7 @@ def answer_rows(
         base: Any = load_base(module.folder, module.quantization_config, device)
         base.config.use_cache = True
         model = read_adapted(base, adapter)
-    now, before = predict(model, tokenizer, source, target, batch_size, max_new_tokens)
+    now, before = predict(model, data.tokenizer, rows, target, batch_size, max_new_tokens)
     log.info("%d rows answered into %s, %d were there already", now, target, before)
 
 
@@ -73,55 +77,45 @@ def done_lines(path: Path) -> int:
     return content[:whole].count(b"\n")
 
 
-def questions(path: Path, tokenizer: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """Each row with the token ids of its prompt: its messages up to the last user or tool turn, or its raw text.
+def questions(path: Path, data: QwenDataModule) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Each row of a file, read as training reads it, with the token ids of its prompt.
+
+    Args:
+        path: a file in any of the formats of training; its rows may have answers, which are no part of the prompt.
+        data: says how rows are read (``fields``, ``odd_turns``, ``control_tokens``), and has the tokenizer.
 
     Raises:
-        UserError: a row asks nothing.
+        UserError: the file cannot be read, or a row asks nothing.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            source = f"{path}:{number}"
+    control, policy = control_names(data.tokenizer), data.encoder_options["control_tokens"]
+    try:
+        for raw in read_rows(path, data.fields.values()):
             try:
-                row: Any = parse_line(line)
-                if document := read_text(row, source):
-                    yield row, list(tokenizer(document.text, add_special_tokens=False)["input_ids"])
-                    continue
-                messages, tools = _question(row, source)
+                content = read_content(raw)
+                row = read_row(content, raw.source, data.fields, data.odd_turns, answered=False)
+                if isinstance(row, Conversation):
+                    guard(row, control, policy)
+                yield content, row.prompt(data.tokenizer)
             except RowError as error:
-                raise UserError(f"{source}: {error}") from error
-            asked = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
-            yield row, list(asked["input_ids"])
-
-
-def _question(row: Any, source: str) -> tuple[list[dict[str, Any]], Any]:
-    """A row may come with an answer, which is left out, or without."""
-    asked = dict(row) if isinstance(row, dict) else row
-    if isinstance(asked, dict):
-        if isinstance(asked.get("messages"), list) and asked["messages"]:
-            if asked["messages"][-1].get("role") != "assistant":
-                asked["messages"] = [*asked["messages"], {"role": "assistant", "content": "-"}]
-        else:
-            for question, answer in (("instruction", "output"), ("prompt", "completion")):
-                if question in asked and not asked.get(answer):
-                    asked[answer] = "-"
-    conversation = parse_row(asked, source)
-    last = max(number for number, one in enumerate(conversation.messages) if one["role"] == "assistant")
-    return conversation.messages[:last], conversation.tools
+                raise UserError(f"{raw.source}: {error}") from error
+    except DataError as error:
+        raise UserError(f"source: {error}") from error
 
 
 def predict(
-    model: Any, tokenizer: Any, source: Path, target: Path, batch_size: int, max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    rows: list[tuple[dict[str, Any], list[int]]],
+    target: Path,
+    batch_size: int,
+    max_new_tokens: int,
 ) -> tuple[int, int]:
-    """Append to ``target`` each row of ``source`` with the model's likeliest ``prediction``.
+    """Append to ``target`` each row with the model's likeliest ``prediction``.
 
     Args:
         model: for generation, on its device.
         tokenizer: with a chat template.
-        source: JSONL in any of the formats of training; answers in it are not shown to the model, and raw text is
-            continued.
+        rows: of ``questions``, each with its prompt.
         target: JSONL; the rows it has are not answered again.
         batch_size: rows that are answered at a time.
         max_new_tokens: most tokens of an answer.
@@ -129,7 +123,6 @@ def predict(
     Returns:
         Rows answered now, and rows that were there already.
     """
-    rows = list(questions(source, tokenizer))
     there = done_lines(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress("answering", len(rows) - there, "rows")
@@ -138,7 +131,8 @@ def predict(
             batch = rows[start : start + batch_size]
             answers = generate(model, tokenizer, [prompt for _, prompt in batch], max_new_tokens)
             for (row, _), answer in zip(batch, answers, strict=True):
-                file.write(json.dumps({**row, "prediction": answer.text}, ensure_ascii=False) + "\n")
+                line = json.dumps({**row, "prediction": answer.text}, ensure_ascii=False, default=str)
+                file.write(line + "\n")
             file.flush()
             progress.advance(len(batch))
     return len(rows) - there, there

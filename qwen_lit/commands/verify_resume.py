@@ -69,8 +69,6 @@ def verify_resume(trainer: L.Trainer, data: QwenDataModule, run: Run, steps: int
         UserError: the run has a single step.
     """
     data.prepare_data()
-    # Its runs are short, and each would wait for this at its end.
-    data.prove()
     data.setup()
     check_limits(trainer, data)
     steps = min(steps, total_steps(trainer, data) or steps)

@@ -11,8 +11,8 @@ import numpy as np
 
 from qwen_lit.data.columns import is_harmless, listed
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.examples import NO_END, RAW_TEXT
 from qwen_lit.data.kinds import TEXTS, kind_of
-from qwen_lit.data.overlong import CUT
 from qwen_lit.data.packing import fill
 from qwen_lit.data.report import LOSSES, Report
 from qwen_lit.data.rows import Rows
@@ -38,7 +38,7 @@ class Audit:
     masked: int
     """Examples in which nothing is trained."""
     endless: int
-    """Examples with a trained answer that does not end in ``<|im_end|>``."""
+    """Examples with a trained answer that does not end in ``<|im_end|>``, and was not cut off."""
     duplicates: list[str]
     """``path:line`` of rows that say what an earlier row says."""
     blocks: int
@@ -72,7 +72,6 @@ def audit(data: QwenDataModule, accumulate: int) -> Audit:
     rows = Rows(data.train_rows.folder)
     lengths = rows.column("length")
     batches = data.batches(data.train_rows)
-    end = data.tokenizer.convert_tokens_to_ids("<|im_end|>")
     trained = data.train_rows.column("length")
     if data.packing:
         share = fill(batches, trained.tolist(), data.batch_size * data.max_length)
@@ -89,24 +88,24 @@ def audit(data: QwenDataModule, accumulate: int) -> Audit:
         percentiles={p: int(np.percentile(lengths, p, method="higher")) for p in PERCENTILES},
         histogram=_histogram(lengths),
         masked=int((rows.column("supervised") == 0).sum()),
-        endless=_endless(rows, end),
+        endless=_endless(rows),
         duplicates=_duplicates(rows),
-        blocks=int((rows.column("text") > 0).sum()),
+        blocks=int(rows.of_kind(RAW_TEXT).sum()),
         fill=float(share),
         batches=len(batches),
         steps=math.ceil(len(batches) / accumulate),
     )
-    result.problems, result.notes = _problems(report, rows, end), _notes(report)
+    result.problems, result.notes = _problems(report, rows), _notes(report)
     if result.val_report is not None:
-        found = _problems(result.val_report, Rows(data.val_rows.folder), end)
+        found = _problems(result.val_report, Rows(data.val_rows.folder))
         result.problems += [f"validation: {problem}" for problem in found]
         result.notes += [f"validation: {note}" for note in _notes(result.val_report)]
     return result
 
 
-def _problems(report: Report, rows: Rows, end: int) -> list[str]:
+def _problems(report: Report, rows: Rows) -> list[str]:
     """What would be lost or trained wrongly of one prepared folder."""
-    masked, endless = int((rows.column("supervised") == 0).sum()), _endless(rows, end)
+    masked, endless = int((rows.column("supervised") == 0).sum()), _endless(rows)
     found = [f"{plural(count, 'row')} faulty: {kind}" for kind, count in report.faults.items()]
     found += [f"{plural(count, 'row')} dropped: {kind}" for kind, count in report.dropped.items()]
     found += [f"{plural(n, 'row')} cut: {kind}" for kind, n in report.changed.items() if kind in LOSSES]
@@ -129,8 +128,8 @@ def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
     return [(int(edge), int(count)) for edge, count in zip(edges[1:], counts, strict=True)]
 
 
-def _endless(rows: Rows, end: int) -> int:
-    """Examples with a trained turn whose end is not trained.
+def _endless(rows: Rows) -> int:
+    """Examples with a trained turn whose end is not trained, though the example says that its turns end.
 
     A turn is one range, or several where parts of it are not trained; the last of them ends it.
     """
@@ -140,15 +139,13 @@ def _endless(rows: Rows, end: int) -> int:
         offsets = spans.offsets.to_numpy()
         owner = np.repeat(np.arange(len(batch)), np.diff(offsets) // 2)
         places = spans.values.to_numpy()[offsets[0] : offsets[-1]].reshape(-1, 2) + ids.offsets.to_numpy()[owner, None]
-        values = ids.values.to_numpy()
+        values, end = ids.values.to_numpy(), batch.column("end").to_numpy()[owner]
         found = set()
-        for at in np.flatnonzero(values[places[:, 1] - 1] != end).tolist():
+        for at in np.flatnonzero((end != NO_END) & (values[places[:, 1] - 1] != end)).tolist():
             more = at + 1 < len(owner) and owner[at + 1] == owner[at]
-            if not more or end in values[places[at, 1] : places[at + 1, 0]]:
+            if not more or end[at] in values[places[at, 1] : places[at + 1, 0]]:
                 found.add(int(owner[at]))
-        # A block of raw text is no turn; an answer that is cut off is told as such.
-        text, note = batch.column("text").to_numpy(), batch.column("note")
-        count += sum(not text[row] and CUT not in note[row].as_py() for row in found)
+        count += len(found)
     return count
 
 
@@ -198,7 +195,7 @@ def _figures(result: Audit) -> Iterable[str]:
     if result.blocks:
         yield f"raw text        {result.blocks:,} blocks, trained as they are"
     share = result.supervised / max(1, result.tokens)
-    yield "token ids       every row is apply_chat_template's own" + ", raw text the tokenizer's" * bool(result.blocks)
+    yield "token ids       the tokenizer's own: every row reads back as its text"
     yield f"tokens          {result.tokens:,}, {share:.1%} supervised"
     lengths = ", ".join(f"{'max' if p == 100 else f'p{p}'} {n:,}" for p, n in result.percentiles.items())
     yield f"tokens in a row {lengths}"

@@ -7,15 +7,7 @@ from typing import Any
 
 from qwen_lit.data.audit import Audit, pieces, text_report
 from qwen_lit.data.rows import Rows
-from qwen_lit.page import cards, document, facts, text
-
-LINE = "<br>"
-STYLE = """
-.bars{display:grid;grid-template-columns:auto 1fr auto;gap:.15rem .8rem;align-items:center}
-.bars span{white-space:nowrap;text-align:right;font-variant-numeric:tabular-nums;color:var(--soft)}
-.bars i{display:block;background:var(--one);height:.75rem;border-radius:2px}
-.bars b{font-weight:400;white-space:nowrap;font-variant-numeric:tabular-nums}
-"""
+from qwen_lit.page import render
 
 
 def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: Any, model: str, data: Any) -> str:
@@ -42,44 +34,38 @@ def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: An
         elif not line.startswith("  ≤") and line not in told:
             audited[name].append(line.strip())
     now, files = datetime.now(), [source.path for source in (*data.sources, *data.val_sources)]
-    shown = {
-        "files": ", ".join(files),
-        "model": model,
-        "data.max_length": f"{data.max_length:,} tokens",
-        **{name: LINE.join(words) for name, words in audited.items() if words != [""]},
-    }
     most = max(count for _, count in result.histogram)
-    bars = "".join(
-        f'<span>≤ {edge:,}</span><i style="width:{100 * count / most:.2f}%"></i><b>{count:,}</b>'
-        for edge, count in result.histogram
-    )
-    faults = "".join(f"<li>{text(fault.source)}: {text(fault.message)}" for fault in result.report.first)
-    examples = []
-    for number in numbers:
-        place, note = rows.place(number)
-        body = "".join(
-            f"<mark>{text(words)}</mark>" if trained else text(words)
-            for words, trained in pieces(rows, number, tokenizer)
-        )
-        title = text(f"{place} {note and f'({note})'}")
-        examples.append(f"<details open><summary>{title}</summary><pre>{body}</pre></details>")
     names = ", ".join(Path(one).name for one in files)
-    figures = {
-        "rows to train on": f"{result.train:,}",
-        "rows held out": f"{result.val:,}",
-        "tokens": f"{result.tokens:,}",
-        "of them trained": f"{result.supervised / max(1, result.tokens):.1%}",
-        "optimizer steps an epoch": f"{result.steps:,}",
-        "tokens in the longest row": f"{result.percentiles[100]:,}",
-    }
-    body = (
-        f"<h1>{text(names)}: dataset audit</h1>"
-        f"<p class=soft>{text(f'{now:%Y-%m-%d %H:%M} · {model} · at most {data.max_length:,} tokens a row')}</p>"
-        f'<p class="verdict {"bad" if result.problems else "good"}">{text(result.verdict)}</p>'
-        + cards(figures)
-        + facts(shown).replace(text(LINE), LINE)
-        + f'<h2>Tokens in a row</h2><div class="box bars">{bars}</div>'
-        + (f"<h2>First faults</h2><ul>{faults}</ul>" if faults else "")
-        + f"<h2>Rows</h2><p class=soft>Trained text is <mark>marked</mark>.</p>{''.join(examples)}"
+    return render(
+        "audit.html.jinja",
+        title=f"{names}: dataset audit, {now:%Y-%m-%d}",
+        heading=f"{names}: dataset audit",
+        about=f"{now:%Y-%m-%d %H:%M} · {model} · at most {data.max_length:,} tokens a row",
+        problems=result.problems,
+        verdict=result.verdict,
+        figures={
+            "rows to train on": f"{result.train:,}",
+            "rows held out": f"{result.val:,}",
+            "tokens": f"{result.tokens:,}",
+            "of them trained": f"{result.supervised / max(1, result.tokens):.1%}",
+            "optimizer steps an epoch": f"{result.steps:,}",
+            "tokens in the longest row": f"{result.percentiles[100]:,}",
+        },
+        audited={
+            "files": ", ".join(files),
+            "model": model,
+            "data.max_length": f"{data.max_length:,} tokens",
+            **{name: words for name, words in audited.items() if words != [""]},
+        },
+        bars=[
+            {"edge": f"{edge:,}", "width": f"{100 * count / most:.2f}", "count": f"{count:,}"}
+            for edge, count in result.histogram
+        ],
+        faults=result.report.first,
+        rows=[_row(rows, number, tokenizer) for number in numbers],
     )
-    return document(f"{names}: dataset audit, {now:%Y-%m-%d}", body, STYLE)
+
+
+def _row(rows: Rows, number: int, tokenizer: Any) -> dict[str, Any]:
+    place, note = rows.place(number)
+    return {"title": f"{place} {note and f'({note})'}", "pieces": pieces(rows, number, tokenizer)}

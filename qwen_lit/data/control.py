@@ -54,6 +54,12 @@ def guard(conversation: Conversation, control: frozenset[str], policy: str) -> b
     return changed
 
 
+def control_names(tokenizer: Any) -> frozenset[str]:
+    """The tokenizer's control tokens, such as ``<|im_start|>``."""
+    added = tokenizer.added_tokens_encoder
+    return frozenset(token for token in added if token.startswith("<|") and token.endswith("|>"))
+
+
 def escaped(text: str, control: frozenset[str]) -> tuple[str, bool]:
     """The text with each control token parted by a zero-width space, and whether there was one."""
     found = set(CONTROL.findall(text)) & control

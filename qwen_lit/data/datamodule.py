@@ -17,13 +17,13 @@ from qwen_lit.checks import check_ranges, check_writable
 from qwen_lit.data.batches import Batch, EpochOrder, MicroBatches, ResumableLoader, collate, group
 from qwen_lit.data.columns import tell_unread
 from qwen_lit.data.encoding import Task
+from qwen_lit.data.examples import RAW_TEXT
 from qwen_lit.data.faults import DataError
 from qwen_lit.data.held_out import chosen, limit
 from qwen_lit.data.kinds import is_hub_name, passed_over
 from qwen_lit.data.layouts import check_fields
 from qwen_lit.data.overlong import CUT
-from qwen_lit.data.prepare import PROVED, prepare, raise_if_too_many_faults, read_report
-from qwen_lit.data.prove import prove
+from qwen_lit.data.prepare import prepare, raise_if_too_many_faults, read_report
 from qwen_lit.data.report import LOSSES, Report
 from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Source, Value, as_sources, expand
@@ -125,8 +125,8 @@ class QwenDataModule(L.LightningDataModule):
         self.waited = 0.0
         """Seconds that training has waited for batches."""
         self.tokenizer = tokenizer
-        self.prepared: dict[Path, Task] = {}
-        """Folder of prepared rows to what it was prepared from."""
+        self.folders: dict[int, Path] = {}
+        """Folders of the prepared rows, so that files are read for their key once in a process."""
         self.train_rows: Rows | None = None
         self.val_rows: Rows | None = None
         self.report, self.val_report = Report(), Report()
@@ -147,8 +147,8 @@ class QwenDataModule(L.LightningDataModule):
     def _prepare(self, sources: list[Source], judge: bool) -> Path:
         task = Task(sources, self.encoder_options, self.fields, self.odd_turns)
         try:
-            folder = prepare(task, self.tokenizer, self.cache, self.num_proc)
-            self.prepared[folder] = task
+            folder = self.folders.get(id(sources)) or prepare(task, self.tokenizer, self.cache, self.num_proc)
+            self.folders[id(sources)] = folder
             if judge:
                 raise_if_too_many_faults(read_report(folder), self.on_bad_row, self.max_bad_share)
             return folder
@@ -157,22 +157,6 @@ class QwenDataModule(L.LightningDataModule):
         except OSError as error:
             reason = f"{self.cache} cannot be used ({error})"
             raise UserError(f"data.cache_dir: {reason}; set it to a folder that you can write to.") from error
-
-    def unproven(self) -> dict[Path, Task]:
-        """Of what is prepared, where not every row has been compared yet."""
-        return {folder: task for folder, task in self.prepared.items() if not (folder / PROVED).is_file()}
-
-    def prove(self) -> None:
-        """Compare every prepared row, token for token, with what the tokenizer's chat template gives by itself.
-
-        Raises:
-            UserError: a row differs, or the files have changed since they were prepared.
-        """
-        for folder, task in self.unproven().items():
-            try:
-                prove(task, self.tokenizer, folder, self.num_proc)
-            except DataError as error:
-                raise UserError(str(error)) from error
 
     def setup(self, stage: str | None = None, judge: bool = True) -> None:
         """Open the prepared rows and split them.
@@ -222,8 +206,8 @@ class QwenDataModule(L.LightningDataModule):
         for kind, count in self.report.changed.items():
             if kind not in LOSSES:
                 log.warning("%s changed: %s (named in %s)", plural(count, "row"), kind, folder / "rows.log")
-        if self.report.texts:
-            log.info("raw text, trained as it is: %s", plural(self.report.blocks, "block"))
+        if blocks := self.report.examples_of.get(RAW_TEXT):
+            log.info("raw text, trained as it is: %s", plural(blocks, "block"))
         if told := self.report.expanded():
             log.info("%s", told)
         tell_unread(self.report.unread)
@@ -257,7 +241,7 @@ class QwenDataModule(L.LightningDataModule):
         """What a reader wants to know of the data."""
         assert self.train_rows is not None and self.val_rows is not None
         tokens, supervised = self.train_rows.column("length").sum(), self.train_rows.column("supervised").sum()
-        blocks = int((self.train_rows.column("text") > 0).sum())
+        blocks = int(self.train_rows.of_kind(RAW_TEXT).sum())
         return {
             "files": ", ".join(source.path for source in self.sources),
             "rows_read": self.report.rows,

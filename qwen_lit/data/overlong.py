@@ -1,6 +1,7 @@
 """What becomes of a conversation that is too long: its oldest turns go first, its last answer last, if at all."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from qwen_lit.data.faults import RowError
 from qwen_lit.data.render import Draft, Messages
@@ -63,10 +64,10 @@ def _from(draft: Draft, start: int) -> Draft:
     """The conversation whole, or its system prompt and all from ``start`` on."""
     messages, notes = draft.messages, list(draft.notes)
     if not start:
-        return Draft(messages, draft.turns, draft.tools, draft.source, notes, draft.text)
+        return replace(draft, notes=notes)
     head: Messages = messages[:1] if messages[0]["role"] == "system" else []
     turns = [turn - start + len(head) for turn in draft.turns if turn >= start]
-    return Draft(head + messages[start:], turns, draft.tools, draft.source, [*notes, OLDEST])
+    return replace(draft, messages=head + messages[start:], turns=turns, notes=[*notes, OLDEST], text="")
 
 
 def _guess(draft: Draft, starts: list[int], limit: int, tokens: int) -> int:
@@ -124,7 +125,7 @@ def _shorten_text(
             break
         cut = _without_middle(text, pieces, keep)
         messages = [*one.messages[:longest], {**one.messages[longest], "content": cut}, *one.messages[longest + 1 :]]
-        one = Draft(messages, one.turns, one.tools, one.source, one.notes)
+        one = replace(one, messages=messages, text="")
         ids = ids_of(one)
         if len(ids) <= limit:
             one.notes.append(SHORTENED)
@@ -164,7 +165,7 @@ def _make_room(
             cut = text[: len(text) // 2]
         messages = [*one.messages[:longest], {**one.messages[longest], "content": cut}, *one.messages[longest + 1 :]]
         notes = one.notes if SHORTENED in one.notes else [*one.notes, SHORTENED]
-        one = Draft(messages, one.turns, one.tools, one.source, notes)
+        one = replace(one, messages=messages, notes=notes, text="")
         ids = ids_of(one)
         begin = trained_from(ids, one)
     if begin >= limit:

@@ -14,17 +14,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from qwen_lit.data.encoding import Task, encoding, fast_encoder
-from qwen_lit.data.fast import FastDiffers, FastEncoder
+from qwen_lit.data.encoding import Task, encoding
 from qwen_lit.data.faults import DataError, Fault
 from qwen_lit.data.report import Report
 from qwen_lit.data.rows import SCHEMA
 from qwen_lit.data.sources import digest, expand
 
 log = logging.getLogger(__name__)
-VERSION = 5
-PROVED = "proved"
-"""The name of the file that stands in a prepared folder once every row has been compared token for token."""
+VERSION = 6
 
 
 def cache_key(task: Task, tokenizer: Any) -> str:
@@ -48,7 +45,7 @@ def prepare(task: Task, tokenizer: Any, cache: Path, processes: int | None = Non
         was left out or changed).
 
     Raises:
-        DataError: a file cannot be read. Faulty rows are counted in the report; see ``judge``.
+        DataError: a file cannot be read. Faulty rows are counted in the report; see ``raise_if_too_many_faults``.
     """
     key = cache_key(task, tokenizer)
     folder = cache / key
@@ -62,15 +59,7 @@ def prepare(task: Task, tokenizer: Any, cache: Path, processes: int | None = Non
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            fast = fast_encoder(task, tokenizer)
-            try:
-                report = _write(task, tokenizer, partial, processes, fast)
-            except FastDiffers as error:
-                log.warning("%s: the fast tokenizer differs from the model's own, which does it all now", error)
-                fast = None
-                report = _write(task, tokenizer, partial, processes, fast)
-            if fast is None:
-                (partial / PROVED).touch()
+            report = _write(task, tokenizer, partial, processes)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -125,11 +114,11 @@ def raise_if_too_many_faults(report: Report, on_bad_row: str, max_bad_share: flo
         raise DataError(f"{text}\nThat is more than data.max_bad_share {max_bad_share}; fix them, or raise the share.")
 
 
-def _write(task: Task, tokenizer: Any, folder: Path, processes: int | None, fast: FastEncoder | None) -> Report:
+def _write(task: Task, tokenizer: Any, folder: Path, processes: int | None) -> Report:
     report = Report()
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         with (folder / "rows.log").open("w", encoding="utf-8", errors="backslashreplace") as lines:
-            with encoding(task, tokenizer, processes, fast, "preparing rows") as chunks:
+            with encoding(task, tokenizer, processes) as chunks:
                 for batch, part, named in chunks:
                     if batch is not None:
                         writer.write_batch(batch)

@@ -1,13 +1,18 @@
 """Rows to conversations: every layout told apart by itself, every fault named, nothing passed over without a word."""
 
+import hashlib
+import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from qwen_lit.data.calls import read_tools
 from qwen_lit.data.columns import MEDIA, PREFERENCE, Seen, leftover, refuse
+from qwen_lit.data.examples import CONVERSATION
 from qwen_lit.data.faults import RowError, snippet
-from qwen_lit.data.layouts import SYSTEMS, read_layout
+from qwen_lit.data.layouts import SYSTEMS, read_layout, read_question
 from qwen_lit.data.marks import Message, mark_row
 from qwen_lit.data.messages import renamed
 from qwen_lit.data.strict import decode
@@ -15,6 +20,7 @@ from qwen_lit.data.turns import ordered
 
 ENCODINGS = ("utf-16", "gb18030", "big5", "cp1252")
 REFUSED = MEDIA | PREFERENCE | {"label"}
+_written = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
 @dataclass
@@ -35,6 +41,41 @@ class Conversation:
     """Columns, and keys of messages, that nothing reads."""
     mapped: tuple[str, ...] = ()
     """Columns of ``data.fields`` that the row has."""
+    kind: str = CONVERSATION
+
+    @cached_property
+    def hash(self) -> int:
+        """64 bits of what it says as it was read, wherever it stands; equal for duplicates.
+
+        Raises:
+            RowError: it holds half of a surrogate pair, which no tokenizer takes, or what is not JSON.
+        """
+        try:
+            content = unicodedata.normalize("NFC", _written([self.messages, self.tools]))
+            return int.from_bytes(hashlib.blake2b(content.encode("utf-8"), digest_size=8).digest(), "big")
+        except UnicodeEncodeError as error:
+            raise RowError("lone surrogate", f"has half of a surrogate pair at {content[error.start]!r}.") from error
+        except RecursionError as error:
+            raise RowError("bad JSON", "is nested too deep.") from error
+        except TypeError as error:
+            raise RowError("wrong type", f"holds a value that is not JSON ({error}).") from error
+
+    def prompt(self, tokenizer: Any) -> list[int]:
+        """Token ids of its question, as the chat template renders it for an answer; an answer at its end is left out.
+
+        Raises:
+            RowError: it asks nothing, or the template refuses it.
+        """
+        messages = list(self.messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise RowError("no question", "has no question: nothing stands before its answer.")
+        try:
+            asked = tokenizer.apply_chat_template(messages, tools=self.tools, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything
+            raise RowError("template", f"the chat template refuses it: {error}") from error
+        return list(asked["input_ids"])
 
 
 def parse_line(line: bytes) -> Any:
@@ -68,7 +109,11 @@ def _decodes(line: bytes, name: str) -> bool:
 
 
 def parse_row(
-    row: Any, source: str, fields: Mapping[str, str] | None = None, odd_turns: str = "error"
+    row: Any,
+    source: str,
+    fields: Mapping[str, str] | None = None,
+    odd_turns: str = "error",
+    answered: bool = True,
 ) -> Conversation:
     """Tell the row's layout and turn it into a conversation.
 
@@ -77,6 +122,7 @@ def parse_row(
         source: ``path:line``, for messages.
         fields: our field name to the file's, for files with other names.
         odd_turns: ``error`` or ``merge``; see ``turns``.
+        answered: whether it must have an answer; where it need not, nothing of it is marked as trained.
 
     Raises:
         RowError: a field is missing, empty or of a wrong type, a role unknown, the order wrong, there is no assistant
@@ -88,21 +134,22 @@ def parse_row(
     row = renamed(row, fields, seen)
     if not REFUSED.isdisjoint(row):
         refuse(row, "the row")
+    read = read_layout if answered else read_question
     try:
-        name, messages, used = read_layout(row, fields, seen)
+        name, messages, used = read(row, fields, seen)
     except RowError as error:
         lower = {key.lower(): value for key, value in row.items()}
         if error.kind not in ("missing field", "raw text") or len(lower) < len(row) or lower.keys() == row.keys():
             raise
-        row, (name, messages, used) = lower, read_layout(lower, fields, seen)
+        row, (name, messages, used) = lower, read(lower, fields, seen)
     if not messages or not row.keys().isdisjoint(SYSTEMS):
         messages = _with_system(row, messages, odd_turns)
-    if row.keys() - used:
+    if answered and row.keys() - used:
         used |= mark_row(row, messages)
         leftover(row, used, messages, seen)
     messages = ordered(messages, odd_turns, seen.notes)
-    train = [message.pop("train") and message["role"] == "assistant" for message in messages]
-    if True not in train:
+    train = [message.pop("train") and message["role"] == "assistant" and answered for message in messages]
+    if answered and True not in train:
         if not any(message["role"] == "assistant" for message in messages):
             raise RowError("no assistant turn", f"has no assistant turn: {snippet(messages[-1]['content'])}")
         raise RowError("nothing to train", "marks every assistant turn as not to be trained.")

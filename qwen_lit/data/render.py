@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_lit.data.faults import DataError, RowError
-from qwen_lit.data.sandbox import answer_at_once
 
 Messages = list[dict[str, Any]]
 MARK = "qwen_lit_probe"
@@ -22,6 +21,8 @@ class Draft:
     tools: list[dict[str, Any]] | None
     source: str
     """``path:line``."""
+    hash: int
+    """Of the conversation that it is a part of."""
     notes: list[str] = field(default_factory=list)
     """What was changed."""
     text: str = ""
@@ -42,7 +43,6 @@ class Renderer:
         """
         if not tokenizer.chat_template:
             raise DataError("the model's tokenizer has no chat template; use the Instruct model's tokenizer files.")
-        answer_at_once(tokenizer)
         self.tokenizer = tokenizer
         self.omitted = self._omitted()
         """Of ``system``, ``tool``, ``tools`` and ``tool_calls``, what the template shows nothing of."""
@@ -67,10 +67,6 @@ class Renderer:
             except RowError:  # a row that it refuses is named then
                 continue
         return found
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        answer_at_once(self.tokenizer)
 
     def text(self, messages: Messages, tools: Any = None) -> str:
         """The text of a conversation, as the exported tokenizer renders it.

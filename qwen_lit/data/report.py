@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from qwen_lit.data.examples import CONVERSATION, Example
 from qwen_lit.data.faults import Fault
 from qwen_lit.data.overlong import CUT, OLDEST, SHORTENED
 
@@ -10,6 +11,18 @@ TURN = "overlong turn"
 UNOFFERED, UNTHOUGHT = "tools left out by the chat template", "reasoning left out by the chat template"
 LOSSES = (OLDEST, SHORTENED, CUT, UNTHOUGHT, UNOFFERED)
 """Changes with which something of a row is not trained."""
+COUNTS = (
+    "rows_per_source",
+    "formats",
+    "faults",
+    "dropped",
+    "changed",
+    "unread",
+    "mapped",
+    "taken_of",
+    "examples_of",
+)
+"""Fields that count by name."""
 
 
 @dataclass
@@ -34,14 +47,22 @@ class Report:
     examples: int = 0
     taken: int = 0
     """Rows of which there are examples."""
-    texts: int = 0
-    """Of them, raw texts; a large file is several, of 500 kB each."""
-    blocks: int = 0
-    """Their examples."""
+    taken_of: dict[str, int] = field(default_factory=dict)
+    """The same by kind of row; of raw text, a large file is several, of 500 kB each."""
+    examples_of: dict[str, int] = field(default_factory=dict)
+    """Examples by kind of row."""
+
+    def take(self, examples: list[Example]) -> None:
+        """Count one row with its examples."""
+        kind = examples[0].kind
+        self.taken += 1
+        self.examples += len(examples)
+        self.taken_of[kind] = self.taken_of.get(kind, 0) + 1
+        self.examples_of[kind] = self.examples_of.get(kind, 0) + len(examples)
 
     def expanded(self) -> str:
         """What became of rows of which each trained turn is an example of its own; empty where each row is one."""
-        rows, examples = self.taken - self.texts, self.examples - self.blocks
+        rows, examples = (of.get(CONVERSATION, 0) for of in (self.taken_of, self.examples_of))
         if examples <= rows or not rows:
             return ""
         return (
@@ -89,9 +110,7 @@ class Report:
         self.rows += other.rows
         self.examples += other.examples
         self.taken += other.taken
-        self.texts += other.texts
-        self.blocks += other.blocks
-        for name in ("rows_per_source", "formats", "faults", "dropped", "changed", "unread", "mapped"):
+        for name in COUNTS:
             mine = getattr(self, name)
             for key, count in getattr(other, name).items():
                 mine[key] = mine.get(key, 0) + count

@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from qwen_lit.data.examples import KINDS, NO_END, Example
+
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "spans": pa.list_(pa.int32()),
         "supervised": pa.int32(),
-        "text": pa.int32(),
+        "kind": pa.int32(),
+        "prompt_end": pa.int32(),
+        "end": pa.int32(),
         "hash": pa.uint64(),
         "source": pa.int32(),
         "place": pa.string(),
@@ -21,17 +25,30 @@ SCHEMA = pa.schema(
 )
 
 
-def as_batch(columns: dict[str, list[Any]]) -> pa.RecordBatch:
+def as_batch(examples: list[Example], source: int) -> pa.RecordBatch:
     """Examples as one record batch.
 
     Args:
-        columns: for each name of ``SCHEMA`` its values.
+        examples: of rows of one source.
+        source: its number.
     """
+    columns: dict[str, list[Any]] = {
+        "input_ids": [one.input_ids for one in examples],
+        "spans": [[place for span in one.spans for place in span] for one in examples],
+        "supervised": [sum(end - begin for begin, end in one.spans) for one in examples],
+        "kind": [KINDS.index(one.kind) for one in examples],
+        "prompt_end": [one.prompt_end for one in examples],
+        "end": [one.end for one in examples],
+        "hash": [one.hash for one in examples],
+        "source": [source] * len(examples),
+        "place": [one.source for one in examples],
+        "note": [one.note for one in examples],
+    }
     return pa.record_batch([_column(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
-def _column(values: list[Any], kind: Any) -> Any:
-    """What ``pa.array`` makes of the values; that would import pandas, which takes as long as a megabyte of rows."""
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """What ``pa.array`` makes of the values; that imports pandas, 0.3 s and 40 MiB in each process that encodes."""
     if kind == pa.string():
         raw = [value.encode() for value in values]
         return pa.Array.from_buffers(kind, len(raw), [None, _offsets(raw), pa.py_buffer(b"".join(raw))])
@@ -41,7 +58,7 @@ def _column(values: list[Any], kind: Any) -> Any:
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.array(values, str(kind)))])
 
 
-def _offsets(values: list[Any]) -> Any:
+def _offsets(values: list[Any]) -> pa.Buffer:
     return pa.py_buffer(np.cumsum([0, *map(len, values)], dtype=np.int32))
 
 
@@ -87,14 +104,25 @@ class Rows:
         batch, row = self._find(number)
         return batch.column("place")[row].as_py(), batch.column("note")[row].as_py()
 
-    def is_text(self, number: int) -> bool:
-        """Whether an example is a block of raw text, and no conversation."""
-        batch, row = self._find(number)
-        return bool(batch.column("text")[row].as_py())
+    def prompt(self, number: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of one example, int32: those of its prompt, and of what is taught to follow it.
 
-    def only(self, text: bool) -> "Rows":
-        """The blocks of raw text alone, or the conversations."""
-        return Rows(self.folder, self.chosen[(self.column("text") > 0) == text])
+        Args:
+            number: of the example.
+            most: tokens that follow where the example does not say where the model is to stop.
+        """
+        batch, row = self._find(number)
+        ids, begin = batch.column("input_ids")[row].values.to_numpy(), batch.column("prompt_end")[row].as_py()
+        ends = batch.column("end")[row].as_py() != NO_END
+        return ids[:begin], ids[begin : batch.column("spans")[row].values[-1].as_py() if ends else begin + most]
+
+    def of_kind(self, kind: str) -> np.ndarray:
+        """Whether each chosen example is of a kind of ``examples.KINDS``, bool ``[n]``."""
+        return self.column("kind") == KINDS.index(kind)
+
+    def that_end(self) -> "Rows":
+        """The examples after which the model is taught to stop."""
+        return Rows(self.folder, self.chosen[self.column("end") != NO_END])
 
     def _find(self, number: int) -> tuple[Any, int]:
         at = int(self.chosen[number])

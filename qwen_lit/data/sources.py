@@ -1,18 +1,18 @@
 """Files to raw rows: JSON lines, JSON arrays, CSV, Parquet and raw text, also compressed, read in bounded memory."""
 
 import glob
-import gzip
 import hashlib
 import io
 import itertools
 import json
 import os
 import re
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import pyarrow
 
 from qwen_lit.data.faults import DataError, RowError, snippet
 from qwen_lit.data.kinds import (
@@ -26,13 +26,15 @@ from qwen_lit.data.kinds import (
     refuse_file,
     refuse_folder,
 )
-from qwen_lit.data.passages import BOM, holds_json, read_passages
+from qwen_lit.data.passages import BOM, Passage, holds_json, read_passages
 from qwen_lit.data.strict import decoder
 from qwen_lit.data.tables import read_table
 from qwen_lit.names import expanded
 from qwen_lit.progress import Progress
 
 CHUNK_BYTES, CHUNK_ROWS = 500_000, 1000
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""Suffixes of compressed files, and what ``pyarrow`` calls their compression."""
 Value = str | int | float | bool | dict[str, str] | None
 """Of a key of a ``Source``."""
 
@@ -66,6 +68,8 @@ class RawRow:
     """``path:line``."""
     content: Any
     """Bytes of a line, or an object that the file format has parsed already."""
+    opens: bool = True
+    """Whether a row begins here; a large text file is read in several passages."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +181,9 @@ def digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
-def read_rows(path: Path) -> Iterator[RawRow]:
-    """Rows of one file in its order; raises as ``read_chunks`` does."""
-    for chunk in read_chunks(path):
+def read_rows(path: Path, names: Collection[str] = ()) -> Iterator[RawRow]:
+    """Rows of one file in its order; takes ``names`` and raises as ``read_chunks`` does."""
+    for chunk in read_chunks(path, names=names):
         yield from chunk.rows()
 
 
@@ -202,13 +206,13 @@ def read_chunks(path: Path, shown: str | None = None, names: Collection[str] = (
         with path.open("rb") as raw, _open(path, raw) as file:
             size = max(path.stat().st_size, 1)
             start = file.peek(4096)[:4096] if isinstance(file, io.BufferedReader) else b""
-            rows: Iterator[tuple[str, Any, float]]
             if kind in SEPARATORS:
                 rows = read_table(name, file, SEPARATORS[kind], names, lambda: min(1.0, raw.tell() / size))
                 yield from _batched(name, ((RawRow(place, row), share) for place, row, share in rows))
             elif kind in TEXTS and not holds_json(start):
-                rows = read_passages(name, file, lambda: min(1.0, raw.tell() / size))
-                yield from _batched(name, ((RawRow(place, row), share) for place, row, share in rows), 1)
+                passages = read_passages(name, file, lambda: min(1.0, raw.tell() / size))
+                made = ((RawRow(at, one, _opens(one)), share) for at, one, share in passages)
+                yield from _batched(name, made, 1)
             elif start.removeprefix(BOM).lstrip()[:1] == b"[":
                 yield from _batched(name, _array(name, file.read()))
             else:
@@ -217,7 +221,7 @@ def read_chunks(path: Path, shown: str | None = None, names: Collection[str] = (
                     block += file.readline()
                     yield Chunk(name, block, first, raw.tell() / size)
                     first += block.count(b"\n")
-    except (OSError, EOFError, zlib.error) as error:
+    except OSError as error:
         raise DataError(f"{name}: cannot be read ({error}).") from error
 
 
@@ -226,48 +230,15 @@ def _batched(path: str, rows: Iterator[tuple[RawRow, float]], count: int = CHUNK
         yield Chunk(path, [row for row, _ in batch], share=batch[-1][1])
 
 
+def _opens(passage: Passage | RowError) -> bool:
+    return isinstance(passage, RowError) or passage.opens
+
+
 def _open(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix.lower() == ".gz":
-        return io.BufferedReader(gzip.open(raw))  # type: ignore[arg-type]
-    if path.suffix.lower() == ".zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise DataError(f"{path}: needs the zstandard package: pip install 'qwen_lit[zstd]'.") from error
-        return io.BufferedReader(_Frames(raw, zstandard))
+    """The file's contents, decompressed; a compressed file that ends early or is damaged is an ``OSError``."""
+    if compression := COMPRESSIONS.get(path.suffix.lower()):
+        return io.BufferedReader(pyarrow.input_stream(raw, compression=compression, buffer_size=0))
     return raw
-
-
-class _Frames(io.RawIOBase):
-    """What a zstd file holds; its faults are ``OSError``, as those of every other file, an early end among them."""
-
-    def __init__(self, inner: BinaryIO, zstandard: Any) -> None:
-        self.inner, self.zstandard = inner, zstandard
-        self.frame: Any = None
-        self.ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.ready and (packed := self.inner.read(2**17)):
-            self._take(packed)
-        if not self.ready and self.frame is not None:
-            raise OSError("the zstd data ends before its end")
-        count = min(len(buffer), len(self.ready))
-        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
-        return count
-
-    def _take(self, packed: bytes) -> None:
-        try:
-            while packed:
-                self.frame = self.frame or self.zstandard.ZstdDecompressor().decompressobj()
-                self.ready += self.frame.decompress(packed)
-                packed = self.frame.unused_data if self.frame.eof else b""
-                if self.frame.eof:
-                    self.frame = None
-        except self.zstandard.ZstdError as error:
-            raise OSError(f"damaged zstd data: {error}") from error
 
 
 def _array(path: str, raw: bytes) -> Iterator[tuple[RawRow, float]]:
@@ -311,7 +282,6 @@ def _array(path: str, raw: bytes) -> Iterator[tuple[RawRow, float]]:
 
 def _parquet(path: Path, name: str) -> Iterator[tuple[RawRow, float]]:
     """Likewise."""
-    import pyarrow
     import pyarrow.parquet
 
     try:

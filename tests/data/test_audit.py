@@ -1,6 +1,7 @@
 """``inspect`` tells what would be trained, and fails when something would be lost."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -109,6 +110,15 @@ def test_the_page_holds_the_audit_and_escaped_rows(inspect, model_folder, tmp_pa
     assert "width=device-width" in text and f"{model_folder} · at most" in text
     assert "<b>1</b><span>rows to train on</span>" in text
     assert "<th>formats<td>alpaca 1" in text and "<th>verdict" not in text
+
+
+def test_a_file_s_name_and_a_fault_cannot_become_markup(inspect, tmp_path):
+    path, page = tmp_path / "<b>&'.jsonl", tmp_path / "page.html"
+    path.write_text(json.dumps({"instruction": "a", "output": "b"}) + '\n{"<i>": "<u>"}\n')
+    code, _ = inspect([], "--data.dataset_path", str(path), "--html", str(page))
+    text = page.read_text(encoding="utf-8")
+    assert code == 1 and not re.search("<b>&|<i>&?|<u>", text.replace("<i style", ""))
+    assert "&lt;b&gt;&amp;&#39;.jsonl: dataset audit" in text and "&lt;i&gt;" in text.partition("First faults")[2]
 
 
 def test_a_row_that_is_not_trained_is_found_with_what_became_of_it(inspect, rows):

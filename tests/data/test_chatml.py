@@ -45,7 +45,7 @@ def template(name):
 @pytest.fixture(params=TEMPLATES)
 def encoder(request, qwen_tokenizer):
     qwen_tokenizer.chat_template = template(request.param)
-    made = Encoder(qwen_tokenizer, max_length=4096, exact_every=1)
+    made = Encoder(qwen_tokenizer, max_length=4096)
     made.name = request.param
     return made
 
@@ -178,7 +178,7 @@ def test_only_the_last_turn_is_trained_when_asked(encoder):
 @pytest.fixture
 def plain(qwen_tokenizer):
     qwen_tokenizer.chat_template = template("qwen2_5")
-    return Encoder(qwen_tokenizer, max_length=4096, exact_every=1)
+    return Encoder(qwen_tokenizer, max_length=4096)
 
 
 def test_text_never_becomes_a_control_token(plain):
@@ -187,7 +187,7 @@ def test_text_never_becomes_a_control_token(plain):
         encode(plain, row)
     plain.control_tokens = "escape"
     (example,) = encode(plain, row)
-    assert example.input_ids.count(plain.end) == 3
+    assert example.input_ids.count(plain.answers.end) == 3
     assert "escaped" in example.note
 
 

@@ -114,10 +114,10 @@ def test_truncate_drops_no_row_and_trains_no_end_of_an_answer_that_is_cut(name, 
             ids, (begin, end) = example.input_ids, example.spans[-1]
             if CUT not in example.note.split("; "):
                 # It was too long for its system prompt.
-                assert SHORTENED in example.note and len(ids) <= most and ids[end - 1] == truncate.end
+                assert SHORTENED in example.note and len(ids) <= most and ids[end - 1] == truncate.answers.end
                 continue
             assert most - 4 < len(ids) <= most
-            assert end == len(ids) > begin and ids[-1] != truncate.end
+            assert end == len(ids) > begin and ids[-1] != truncate.answers.end
             said = qwen_tokenizer.decode(ids[begin:end]).strip()
             answers = [message for message in row.messages if message["role"] == "assistant"]
             texts = [

@@ -4,6 +4,8 @@ import gzip
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from qwen_lit.data.faults import DataError
@@ -16,6 +18,10 @@ def task(*paths, fields=None, **options):
     return Task([Source(str(path)) for path in paths], {"max_length": 256, **options}, fields or {})
 
 
+def zstd(raw):
+    return pyarrow.Codec("zstd").compress(raw).to_pybytes()
+
+
 def write(path, rows, newline="\n"):
     path.write_bytes(newline.join(json.dumps(row, ensure_ascii=False) for row in rows).encode() + newline.encode())
     return path
@@ -25,10 +31,6 @@ def write(path, rows, newline="\n"):
     "form", ["jsonl", "bom", "crlf", "no newline", "gz", "zst", "array", "parquet", "blank lines"]
 )
 def test_every_form_of_a_file_gives_the_same_rows(form, rows, tokenizer, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-    import zstandard
-
     plain = write(tmp_path / "plain.jsonl", rows)
     raw = plain.read_bytes()
     made = {
@@ -37,7 +39,7 @@ def test_every_form_of_a_file_gives_the_same_rows(form, rows, tokenizer, tmp_pat
         "crlf": ("a.jsonl", raw.replace(b"\n", b"\r\n")),
         "no newline": ("a.jsonl", raw[:-1]),
         "gz": ("a.jsonl.gz", gzip.compress(raw)),
-        "zst": ("a.jsonl.zst", zstandard.ZstdCompressor().compress(raw)),
+        "zst": ("a.jsonl.zst", zstd(raw)),
         "array": ("a.json", b"\xef\xbb\xbf" + json.dumps(rows, indent=1).encode()),
         "parquet": ("a.parquet", b""),
         "blank lines": ("a.jsonl", raw.replace(b"\n", b"\n\n")),
@@ -64,10 +66,8 @@ def test_a_line_separator_inside_a_string_does_not_end_the_line(tokenizer, tmp_p
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.json"])
 def test_a_damaged_file_is_one_error_that_names_it(name, rows, tokenizer, tmp_path):
-    import zstandard
-
     raw = json.dumps(rows).encode()
-    packed = {"a.jsonl.gz": gzip.compress(raw), "a.jsonl.zst": zstandard.ZstdCompressor().compress(raw)}
+    packed = {"a.jsonl.gz": gzip.compress(raw), "a.jsonl.zst": zstd(raw)}
     (tmp_path / name).write_bytes(packed.get(name, raw)[:200] if name != "a.parquet" else b"PAR1")
     if name == "a.jsonl.zst":
         (tmp_path / name).write_bytes(b"not zstd at all")
@@ -160,21 +160,20 @@ def test_rows_of_an_array_on_one_line_have_places_of_their_own(tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9, 0.999])
-def test_a_zstd_file_that_ends_early_is_refused(share, tmp_path):
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_a_compressed_file_that_ends_early_is_refused(kind, share, tmp_path):
     import random
-
-    import zstandard
 
     draw = random.Random(0)
     raw = "".join(json.dumps({**GOOD, "output": str(draw.random())}) + "\n" for _ in range(5000)).encode()
-    packed = zstandard.ZstdCompressor().compress(raw)
-    path = tmp_path / "a.jsonl.zst"
+    packed = zstd(raw) if kind == "zst" else gzip.compress(raw)
+    path = tmp_path / f"a.jsonl.{kind}"
     path.write_bytes(packed)
     assert len(list(read_rows(path))) == 5000
     path.write_bytes(packed * 2)
     assert len(list(read_rows(path))) == 10_000
     path.write_bytes(packed[: int(len(packed) * share)])
-    with pytest.raises(DataError, match="ends before its end"):
+    with pytest.raises(DataError, match=rf"a\.jsonl\.{kind}: cannot be read \(Truncated compressed stream"):
         list(read_rows(path))
 
 
@@ -192,9 +191,6 @@ def test_rows_that_no_library_takes_are_faults_of_their_own(tokenizer, tmp_path)
 
 def test_a_date_among_tools_is_one_fault(tokenizer, tmp_path):
     import datetime
-
-    import pyarrow
-    import pyarrow.parquet
 
     path = tmp_path / "a.parquet"
     tools = [[{"name": "f", "since": datetime.date(2020, 1, 1)}], None]

@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 
 from qwen_lit.data.batches import collate
-from qwen_lit.data.fast import FastEncoder
+from qwen_lit.data.blocks import TextEncoder, segments
 from qwen_lit.data.faults import DataError, RowError
 from qwen_lit.data.passages import Passage, read_passages
 from qwen_lit.data.prepare import Task, cache_key, prepare, read_report
-from qwen_lit.data.prove import prove
 from qwen_lit.data.rows import Rows
 from qwen_lit.data.sources import Source, expand, read_rows
-from qwen_lit.data.text import Document, TextEncoder, read_text, segments
+from qwen_lit.data.text import Document, read_text
 from tests.data.test_chatml import template
 
-CONTROL = frozenset({"<|im_start|>", "<|im_end|>", "<|endoftext|>"})
 PARTS = [
     "第一章　雨夜",
     "他走进来。",
@@ -48,12 +46,17 @@ PARTS = [
 
 
 def encoder(tokenizer, most=32, **options):
-    return TextEncoder(tokenizer, max_length=most, control=CONTROL, **options)
+    return TextEncoder(tokenizer, max_length=most, **options)
+
+
+def context(block):
+    """Tokens at its beginning that the block before it trains."""
+    return block.spans[0][0]
 
 
 def added(blocks):
     """The tokens that each block adds to those before it."""
-    return [block.input_ids[block.context if number else 0 :] for number, block in enumerate(blocks)]
+    return [block.input_ids[context(block) if number else 0 :] for number, block in enumerate(blocks)]
 
 
 def texts():
@@ -72,17 +75,17 @@ def test_joined_the_blocks_are_the_text_and_no_token_is_lost_or_trained_twice(qw
     for most in (8, 33, 256):
         one = encoder(qwen_tokenizer, most)
         for text in texts():
-            blocks = one.encode(Document(text, "a:1"))
+            blocks = one.blocks(Document(text, "a:1"))
             joined = [token for some in added(blocks) for token in some]
             assert joined == [*qwen_tokenizer(text)["input_ids"], one.end]
             assert qwen_tokenizer.decode(joined[:-1]) == unicodedata.normalize("NFC", text)
             assert max(len(block.input_ids) for block in blocks) <= most
-            assert all(block.spans == [(block.context, len(block.input_ids))] for block in blocks)
+            assert all([end for _, end in block.spans] == [len(block.input_ids)] for block in blocks)
             # All but the first token of the text, each once.
             assert sum(end - begin for block in blocks for begin, end in block.spans) == len(joined) - 1
             for before, block in zip(blocks, blocks[1:], strict=False):
-                assert before.input_ids[-block.context :] == block.input_ids[: block.context]
-                assert len(block.input_ids) - block.context > 1 or block.input_ids[-1] != one.end
+                assert before.input_ids[-context(block) :] == block.input_ids[: context(block)]
+                assert len(block.input_ids) - context(block) > 1 or block.input_ids[-1] != one.end
 
 
 def test_the_file_s_passages_make_the_same_tokens_as_the_whole_text(qwen_tokenizer):
@@ -103,9 +106,9 @@ def test_the_file_s_passages_make_the_same_tokens_as_the_whole_text(qwen_tokeniz
                 )
             joined = []
             for number, passage in enumerate(passages):
-                blocks = one.encode(Document(passage.text, "a.txt:1", passage))
-                assert not number or blocks[0].context == 1
-                joined += [token for block in blocks for token in block.input_ids[block.context :]]
+                blocks = one.blocks(Document(passage.text, "a.txt:1", passage))
+                assert not number or context(blocks[0]) == 1
+                joined += [token for block in blocks for token in block.input_ids[context(block) :]]
             assert joined[-1] == one.end
             # The first token of all stands before what is trained.
             whole = qwen_tokenizer(text)["input_ids"]
@@ -124,36 +127,29 @@ def test_segments_end_where_words_of_the_tokenizer_end(qwen_tokenizer):
 def test_blocks_end_at_paragraphs_else_at_sentences_else_anywhere(qwen_tokenizer):
     one = encoder(qwen_tokenizer, 64)
     paragraphs = ["天色暗了下来，街上没有人，只有雨声。" * 2 + "\n\n" for _ in range(12)]
-    blocks = one.encode(Document("".join(paragraphs), "a:1"))
+    blocks = one.blocks(Document("".join(paragraphs), "a:1"))
     said = [qwen_tokenizer.decode(some) for some in added(blocks)]
     assert len(said) > 2 and all(text.endswith("。\n\n") for text in said[:-1]) and said[-1].endswith("<|endoftext|>")
-    blocks = one.encode(Document("天色暗了下来，街上没有人，只有雨声。" * 30, "a:1"))
+    blocks = one.blocks(Document("天色暗了下来，街上没有人，只有雨声。" * 30, "a:1"))
     assert all(qwen_tokenizer.decode(some).endswith("雨声。") for some in added(blocks)[:-1])
     # Lines of wrapped English are no paragraphs, but sentences end within them.
     wrapped = "It was late. The rain fell on the\nroofs of the town and nobody was\nout. He walked on, alone.\n" * 9
-    for some in added(one.encode(Document(wrapped, "a:1")))[:-1]:
+    for some in added(one.blocks(Document(wrapped, "a:1")))[:-1]:
         assert qwen_tokenizer.decode(some).rstrip().endswith(".")
-    blocks = one.encode(Document("字" * 500, "a:1"))
+    blocks = one.blocks(Document("字" * 500, "a:1"))
     assert all(len(block.input_ids) >= 60 for block in blocks[:-1])
 
 
 def test_a_block_never_begins_or_ends_within_a_character(qwen_tokenizer):
     one = encoder(qwen_tokenizer, 9)
     for text in ("👨‍👩‍👧𠮷野家🀄" * 20, "🙂x" * 40):
-        for block in one.encode(Document(text, "a:1")):
-            assert "\ufffd" not in qwen_tokenizer.decode(block.input_ids[: block.context])
-            assert "\ufffd" not in qwen_tokenizer.decode(block.input_ids[block.context :])
-
-
-def test_the_faster_encoder_gives_the_same_blocks(qwen_tokenizer):
-    plain, fast = encoder(qwen_tokenizer), encoder(qwen_tokenizer, fast=FastEncoder.of(qwen_tokenizer), exact_every=64)
-    assert fast.fast is not None
-    for text in texts():
-        assert fast.encode(Document(text, "a:1")) == plain.encode(Document(text, "a:1"))
+        for block in one.blocks(Document(text, "a:1")):
+            assert "\ufffd" not in qwen_tokenizer.decode(block.input_ids[: context(block)])
+            assert "\ufffd" not in qwen_tokenizer.decode(block.input_ids[context(block) :])
 
 
 def test_the_end_of_a_document_is_trained_though_it_is_the_padding_token(qwen_tokenizer):
-    blocks = encoder(qwen_tokenizer).encode(Document("好。", "a:1"))
+    blocks = encoder(qwen_tokenizer).blocks(Document("好。", "a:1"))
     end = qwen_tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert qwen_tokenizer.pad_token_id == blocks[0].input_ids[-1] == end
     ids = [np.array(blocks[0].input_ids), np.arange(9)]
@@ -165,11 +161,11 @@ def test_of_a_long_text_each_block_is_a_row_and_of_a_short_one_all_are(qwen_toke
     one = encoder(qwen_tokenizer, 512)
     paragraphs = [f"第{n}天，雨还没有停，他在屋里读书。\n\n" for n in range(2000)]
     short, long = "".join(paragraphs[:200]), "".join(paragraphs)
-    assert len({block.hash for block in one.encode(Document(short, "a:1"))}) == 1
-    blocks = one.encode(Document(long, "a:1"))
+    assert len({block.hash for block in one.blocks(Document(short, "a:1"))}) == 1
+    blocks = one.blocks(Document(long, "a:1"))
     assert len({block.hash for block in blocks}) == len(blocks) > 20
     # What is written after it moves none of them but the last.
-    more = one.encode(Document(long + "终于晴了。", "a:1"))
+    more = one.blocks(Document(long + "终于晴了。", "a:1"))
     assert [block.hash for block in more[: len(blocks) - 1]] == [block.hash for block in blocks[:-1]]
 
 
@@ -199,9 +195,9 @@ def test_a_row_is_raw_text_only_where_it_is_nothing_else():
 def test_control_tokens_in_a_text_are_refused_by_their_line_or_escaped(qwen_tokenizer):
     text = "一。\n二<|endoftext|>。\n"
     with pytest.raises(RowError, match="end of a text is marked by itself") as caught:
-        encoder(qwen_tokenizer).encode(Document(text, "n.txt:10", Passage(text, 10)))
+        encoder(qwen_tokenizer).blocks(Document(text, "n.txt:10", Passage(text, 10)))
     assert caught.value.source == "n.txt:11"
-    (block,) = encoder(qwen_tokenizer, control_tokens="escape").encode(Document(text, "a:1"))
+    (block,) = encoder(qwen_tokenizer, control_tokens="escape").blocks(Document(text, "a:1"))
     assert block.note == "control tokens escaped" and block.input_ids.count(block.input_ids[-1]) == 1
 
 
@@ -209,7 +205,7 @@ def test_half_of_a_surrogate_pair_is_a_fault_of_the_row(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "\\ud83d"}\n{"text": "ok"}\n')
     report = read_report(prepare(task(path), tokenizer, tmp_path / "cache"))
-    assert report.faults == {"lone surrogate": 1} and report.blocks == 1
+    assert report.faults == {"lone surrogate": 1} and report.examples_of == {"raw text": 1}
 
 
 def task(*paths, **options):
@@ -267,7 +263,7 @@ def test_a_txt_that_holds_rows_is_read_as_rows(text, count, tokenizer, tmp_path)
     assert report.formats == ({"alpaca": 1} if count else {"text": 1})
 
 
-def test_texts_and_instructions_stand_in_one_file_and_are_proven(rows, qwen_tokenizer, tmp_path):
+def test_texts_and_instructions_stand_in_one_file(rows, qwen_tokenizer, tmp_path):
     import json
 
     qwen_tokenizer.chat_template = template("qwen2_5")
@@ -279,11 +275,10 @@ def test_texts_and_instructions_stand_in_one_file_and_are_proven(rows, qwen_toke
     folder = prepare(both, qwen_tokenizer, tmp_path / "cache")
     report, found = read_report(folder), Rows(folder)
     assert report.formats == {"alpaca": 2, "text": 3} and report.rows == 5 and not report.expanded()
-    assert report.texts == 3 and report.blocks == int((found.column("text") > 0).sum()) == report.examples - 2
+    blocks = found.of_kind("raw text")
+    assert report.taken_of == {"conversation": 2, "raw text": 3} and report.examples_of["raw text"] == blocks.sum()
+    assert report.examples_of["conversation"] == 2 and len(found.that_end()) == 2 == len(found) - blocks.sum()
     assert found.place(0)[0].endswith("a.jsonl:1") and found.place(len(found) - 1)[0].partition("novel.txt:")[2] != "1"
-    assert len(found.only(text=True)) == report.blocks and found.only(text=True).is_text(0)
-    (folder / "proved").unlink()
-    prove(both, qwen_tokenizer, folder)
     before = cache_key(both, qwen_tokenizer)
     novel.write_text("第一行。\n\n" * 401, encoding="utf-8")
     assert cache_key(both, qwen_tokenizer) != before
