@@ -3,7 +3,7 @@
 A new version of Lightning is read here first.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
@@ -59,6 +59,32 @@ def validate_now(trainer: Any) -> None:
 def stops_at_epoch_end(callback: EarlyStopping) -> bool:
     """Whether early stopping looks at its monitor at the end of an epoch, where its own argument leaves that open."""
     return bool(callback._check_on_train_epoch_end)
+
+
+class _Automatic:
+    """A module as it is, but for what it says of who steps its optimizer."""
+
+    automatic_optimization = True
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def save_between_steps(callback: ModelCheckpoint) -> None:
+    """Let a ModelCheckpoint act after each batch as it does where Lightning steps the optimizer.
+
+    Where the module does, it goes another way: it warns at every file that the weights are those after the step,
+    compares by the loss of an earlier validation where a new one follows, and never looks at train_time_interval.
+    """
+    after_batch = callback.on_train_batch_end
+
+    def on_train_batch_end(trainer: Any, module: Any, *rest: Any, **more: Any) -> None:
+        after_batch(trainer, cast(Any, _Automatic(module)), *rest, **more)
+
+    setattr(callback, "on_train_batch_end", on_train_batch_end)  # noqa: B010
 
 
 def mark_saved(callback: ModelCheckpoint, step: int) -> None:

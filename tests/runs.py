@@ -135,6 +135,21 @@ class Gradients(L.Callback):
         self.kept.append({name: p.grad.clone() for name, p in trained})
 
 
+class Modes(L.Callback):
+    """Notes whether autocast is on in forward, in backward and where the step is made."""
+
+    seen: dict[str, bool] = {}
+
+    def on_train_start(self, trainer, pl_module):
+        def note(name):
+            return lambda *_: self.seen.update({name: torch.is_autocast_enabled("cpu")})
+
+        parameter = next(p for p in pl_module.parameters() if p.requires_grad)
+        parameter.register_hook(note("backward"))
+        pl_module.model.get_output_embeddings().register_forward_pre_hook(note("forward"))
+        trainer.optimizers[0].register_step_post_hook(note("step"))
+
+
 class Slow(L.Callback):
     """Gives whoever watches the run time to disturb it, however busy the machine is."""
 

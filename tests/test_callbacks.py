@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 
 import lightning.pytorch.callbacks as shipped
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from qwen_lit.callbacks import accepted
 from qwen_lit.cli import main
-from tests.runs import adapter, doing, same, trace
+from tests.runs import adapter, doing, same, scalars, trace
 
 
 def callback(name: str, **options: object) -> list[str]:
@@ -191,6 +192,19 @@ def test_a_model_checkpoint_by_the_clock_is_gone_on_from_as_if_nothing_had_been(
     assert main(command(out, "--ckpt_path", str(out / "model_checkpoints" / "step=3.ckpt"))) == 0
     assert trace(out) == expected[3:]
     assert all(torch.equal(weight, kept[name]) for name, weight in adapter(out).items())
+
+
+def test_a_model_checkpoint_saves_the_steps_it_is_asked_for_and_warns_of_nothing(command, tmp_path):
+    mine = callback("ModelCheckpoint", every_n_train_steps=5, monitor="val/loss", save_top_k="-1", filename="{step}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Using ModelCheckpoint with manual optimization")
+        assert main(command(tmp_path / "out", *mine, "--trainer.val_check_interval", "5")) == 0
+    # Each waits for the validation after its step, by which it is compared.
+    for step in (5, 10):
+        loss = scalars(tmp_path / "out")["val/loss"][step // 5 - 1]
+        file = tmp_path / "out" / "model_checkpoints" / f"step={step}.ckpt"
+        (state,) = [v for k, v in torch.load(file, weights_only=True)["callbacks"].items() if "ModelCheckpoint" in k]
+        assert float(state["current_score"]) == pytest.approx(loss)
 
 
 def test_a_monitor_of_the_learning_rate_logs_that_of_every_step(command, tmp_path):

@@ -12,7 +12,7 @@ from qwen_lit.cli import main
 from qwen_lit.data.batches import join
 from qwen_lit.model import module as module_file
 from qwen_lit.model.module import QwenModule
-from tests.runs import Gradients, adapter, scalars, trace
+from tests.runs import Gradients, Modes, adapter, scalars, trace
 
 
 @pytest.fixture
@@ -130,3 +130,11 @@ def test_a_scaled_fp16_loss_is_unscaled_before_it_is_judged_and_an_overflow_is_s
         assert right["train/skipped_steps"] == [1, 2] and scaler.get_scale() == scale / 4
         assert "the gradient is not finite; the step is skipped (" in caplog.text
         assert not any(weight.any() for name, weight in adapter(scaled).items() if "lora_B" in name)
+
+
+def test_autocast_holds_for_the_forward_pass_alone(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(Modes, "seen", {})
+    options = ["--trainer.callbacks+=tests.runs.Modes", "--trainer.max_steps", "1", "--model.optimizer", "adamw"]
+    assert main(command(tmp_path / "out", *options)) == 0
+    assert Modes.seen == {"forward": True, "backward": False, "step": False}

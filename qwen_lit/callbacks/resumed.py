@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from qwen_lit.callbacks.accepted import check_held_out
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
-from qwen_lit.lightning_internals import mark_saved
+from qwen_lit.lightning_internals import mark_saved, save_between_steps
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import Run
 
@@ -45,6 +45,9 @@ class Resumed(Callback):
         data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
         assert data.val_rows is not None
         if stage == "fit":
+            for one in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(one, ModelCheckpoint):
+                    save_between_steps(one)
             check_held_out(trainer.callbacks, len(data.val_rows))  # type: ignore[attr-defined]
         if stage == "validate":
             if not len(data.val_rows):
