@@ -69,7 +69,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     from qwen_lit.engine.engine import FastEngine, unsupported_reason
     from qwen_lit.engine.lora_linear import WORKSPACE
     from qwen_lit.model.load import add_adapter, load_base
-    from qwen_lit.model.optim import build_optimizer
+    from qwen_lit.model.optim import OPTIMIZERS
     from qwen_lit.planner.measure import measure_host
     from qwen_lit.planner.plan import GIB, Shape, apply, choose, free_memory
 
@@ -111,9 +111,8 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     packs = best_fit([len(ids) for ids, _ in docs], longest) if case.get("mix") else [[n] for n in range(len(docs))]
     groups = [sum(packs[at : at + plan.merge], []) for at in range(0, steps * per_step, plan.merge)]
     batches = [collate([docs[n] for n in group], 0, packed=True) for group in groups]
-    optimizer = build_optimizer(
-        "paged_adamw_8bit", [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 2e-4}], (0.9, 0.999)
-    )
+    groups_of = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 2e-4}]
+    optimizer = OPTIMIZERS["paged_adamw_8bit"].build(groups_of, (0.9, 0.999))
     seconds, losses, tokens = [], [], []
     micro = per_step // plan.merge
 

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from qwen_lit.data.batches import collate
 from qwen_lit.data.chatml import Encoder, Example
 from qwen_lit.data.records import parse_row
+from qwen_lit.generate import generate
 from qwen_lit.logs import set_up_logging
 from qwen_lit.progress import through
 from qwen_lit.run import Run
@@ -180,21 +181,9 @@ def _pretrain(model: Any, tokenizer: Any, rows: list[dict[str, Any]], steps: int
 
 def answer(model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]]) -> list[tuple[str, bool]]:
     """Greedy answers, and whether each stopped at ``<|im_end|>`` by itself within 96 tokens."""
-    answers = []
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    for prompt in prompts:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=96,
-                eos_token_id=end,
-                pad_token_id=tokenizer.pad_token_id,
-            )[0, ids.shape[1] :]
-        answers.append((tokenizer.decode(out, skip_special_tokens=True), end in out.tolist()))
-    return answers
+    asked = [tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"] for one in prompts]
+    answers = [generate(model, tokenizer, [one], 96)[0] for one in asked]
+    return [(one.text, one.ended) for one in answers]
 
 
 def _answer_from(folder: Path, prompts: list[list[dict[str, str]]]) -> list[tuple[str, bool]]:

@@ -4,6 +4,7 @@ Read without torch, it answers ``--help`` and finds misspelt keys; the documenta
 """
 
 import argparse
+import collections.abc
 import json
 import re
 import types
@@ -120,6 +121,8 @@ def type_name(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         names = list(dict.fromkeys(name for one in inner if one is not Path for name in type_name(one).split(" or ")))
         return " or ".join([one for one in names if one != "null"] + ["null"] * ("null" in names))
+    if origin is collections.abc.Callable:
+        return "a class with its init_args"
     if origin is Literal:
         return " or ".join(str(one) for one in inner)
     name = "list" if "Iterable" in str(origin) else getattr(origin or hint, "__name__", str(hint))

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwen_lit.callbacks.metrics import Counts, Throughput
 from qwen_lit.cli import main
 from qwen_lit.hardware import cpu_has_bf16
-from qwen_lit.model.optim import schedule
+from qwen_lit.model.schedules import schedule
 from qwen_lit.planner.flops import peak_flops, token_flops
 from qwen_lit.report import chart, number, scale
 from tests.runs import begun, lengths, stopping, trace

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from qwen_lit import hardware
 from qwen_lit.cli import main
 from qwen_lit.hardware import product_dtype
-from tests.runs import adapter, recording, scalars
+from tests.runs import adapter, ended, forked, recording, scalars, stopping
 
 RATE, BETAS, DECAY, PLUS, CLIP, WARMUP, STEPS = 3e-3, (0.7, 0.9), 0.8, 5.0, 0.2, 3, 6
 UNUSUAL = [
@@ -38,9 +38,16 @@ UNUSUAL = [
     "--trainer.gradient_clip_val",
     str(CLIP),
 ]
+MUON = [
+    "--model.optimizer=torch.optim.Muon",
+    "--model.optimizer.init_args.momentum=0.9",
+    "--model.optimizer.init_args.nesterov=false",
+    "--model.lr_scheduler=cosine_with_min_lr",
+    '--model.lr_scheduler_kwargs={"min_lr_rate": 0.2}',
+]
 
 
-def plain_run(folder, record, schedule):
+def plain_run(folder, record, optimizer, schedule):
     """Weights, losses, norms and rates of the same micro-batches by a loop that reads nothing of the package."""
     dtype = product_dtype(torch.device("cpu"))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -54,12 +61,17 @@ def plain_run(folder, record, schedule):
         {"params": [p for name, p in trained.items() if "lora_A" in name], "lr": RATE},
         {"params": [p for name, p in trained.items() if "lora_B" in name], "lr": RATE * PLUS},
     ]
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=DECAY)
+    if optimizer == "muon":
+        optimizer = torch.optim.Muon(groups, momentum=0.9, nesterov=False, weight_decay=DECAY)
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=DECAY)
     said = {"train/loss": [], "train/grad_norm": [], "train/lr": []}
     for step in range(STEPS):
         done = (step - WARMUP) / (STEPS - WARMUP)
-        later = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[schedule]
-        factor = (step + 1) / (WARMUP + 1) if step < WARMUP else later
+        later = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}.get(schedule)
+        if schedule == "cosine_with_min_lr":
+            later = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * done))
+        factor = step / WARMUP if step < WARMUP and schedule != "constant" else later
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = RATE * factor, RATE * PLUS * factor
         window = record["batches"][3 * step : 3 * step + 3]
         tokens, total = sum(len(batch["targets"]) for batch in window), 0.0
@@ -78,22 +90,31 @@ def plain_run(folder, record, schedule):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "schedule"), [("adamw", "linear"), ("paged_adamw_32bit", "cosine"), ("paged_adamw_8bit", "constant")]
+    ("optimizer", "schedule"),
+    [
+        ("adamw", "linear"),
+        ("paged_adamw_32bit", "cosine"),
+        ("paged_adamw_8bit", "constant"),
+        ("adamw_8bit", "linear"),
+        ("muon", "cosine_with_min_lr"),
+    ],
 )
 def test_unusual_values_of_every_key_give_the_weights_of_a_plain_loop(
     optimizer, schedule, arguments, tmp_path, model_folder, monkeypatch
 ):
     # In float32 on every CPU: bfloat16 rounds what is compared.
     monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: False)
-    chosen = ["--model.optimizer", optimizer, "--model.lr_scheduler", schedule, "--export.merge", "false"]
+    chosen = MUON if optimizer == "muon" else ["--model.optimizer", optimizer, "--model.lr_scheduler", schedule]
+    chosen = [*chosen, "--export.merge", "false"]
     assert main([*arguments, *UNUSUAL, *chosen, *recording(tmp_path / "record.pt")]) == 0
     record = torch.load(tmp_path / "record.pt")
     assert len(record["batches"]) == 3 * STEPS
     assert all(changed == 0 for changed, _, _ in record["noise"])
-    wanted, said = plain_run(model_folder, record, schedule)
+    wanted, said = plain_run(model_folder, record, optimizer, schedule)
     found, logged = adapter(tmp_path / "out"), scalars(tmp_path / "out")
     # AdamW does not see a clipping that is the same at every step.
-    assert min(said["train/grad_norm"]) > CLIP and max(said["train/grad_norm"]) > 4 * min(said["train/grad_norm"])
+    assert min(said["train/grad_norm"]) > CLIP
+    assert optimizer == "muon" or max(said["train/grad_norm"]) > 4 * min(said["train/grad_norm"])
     for name, values in said.items():
         assert logged[name] == pytest.approx(values, rel=0.02), name
     for name, value in wanted.items():
@@ -123,3 +144,18 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(arguments, tm
     assert len(losses) == 4 and best < 3
     # Of seven micro-batches an epoch two validations stand after the third and the sixth.
     assert json.loads((out / "checkpoints" / "best.json").read_text())["step"] == [1, 2, 4, 5][best]
+
+
+def test_a_run_with_an_optimizer_by_its_class_goes_on_exactly_and_not_with_other_arguments(command, tmp_path, capsys):
+    chosen = [*MUON, "--trainer.max_steps", "6"]
+    assert main(command(tmp_path / "whole", *chosen)) == 0
+    assert ended(forked(command(tmp_path / "parts", *chosen, *stopping(4)))) == 143
+    assert main(command(tmp_path / "parts", *chosen, "--ckpt_path", "last")) == 0
+    whole, parts = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    capsys.readouterr()
+    changed = ["--model.optimizer.init_args.momentum", "0.5", "--trainer.max_steps", "8", "--ckpt_path", "last"]
+    assert main(command(tmp_path / "parts", *chosen, *changed)) == 2
+    assert "model.optimizer.init_args.momentum" in capsys.readouterr().err
+    assert main(command(tmp_path / "parts", "--model.optimizer", "adamw", "--ckpt_path", "last")) == 2
+    assert "model.optimizer" in capsys.readouterr().err

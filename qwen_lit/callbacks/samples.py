@@ -6,14 +6,13 @@ import os
 from typing import Any, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from tqdm.utils import disp_len, disp_trim
 
 from qwen_lit.callbacks.trackers import log_samples
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.text import opening
-from qwen_lit.export.serving import end_tokens
+from qwen_lit.generate import generate
 from qwen_lit.lines import question
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import Run
@@ -85,28 +84,18 @@ class Samples(Callback):
             self.asked = []
             return
         tokenizer = trainer.datamodule.tokenizer
-        ends = end_tokens(tokenizer)
         training = module.model.training
         module.model.eval()
         lines = []
         for prompt, wanted in self.asked:
-            ids = torch.tensor([prompt], device=embedding.device)
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
-                out = module.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=False,
-                    use_cache=True,
-                    max_new_tokens=self.max_new_tokens,
-                    eos_token_id=ends,
-                    pad_token_id=tokenizer.pad_token_id,
-                )[0, len(prompt) :].tolist()
+            with trainer.precision_plugin.forward_context():
+                (answer,) = generate(module.model, tokenizer, [prompt], self.max_new_tokens, use_cache=True)
             lines.append(
                 {
                     "step": trainer.global_step,
                     "prompt": tokenizer.decode(prompt),
-                    "answer": tokenizer.decode(out, skip_special_tokens=True),
-                    "stopped": bool(set(out) & set(ends)),
+                    "answer": answer.text,
+                    "stopped": answer.ended,
                     "wanted": wanted,
                 }
             )

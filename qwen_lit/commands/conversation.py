@@ -10,7 +10,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from qwen_lit.commands.chat import HELP
-from qwen_lit.export.serving import end_tokens
+from qwen_lit.generate import generate
 
 
 class _Until(StoppingCriteria):
@@ -67,21 +67,10 @@ class Chat:
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         options = {"enable_thinking": self.think} if self.can_think else {}
-        inputs = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **options
-        ).to(self.model.device)
+        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)["input_ids"]
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, failures = Event(), list[Exception]()
-        settings = {
-            **inputs,
-            "streamer": streamer,
-            "max_new_tokens": self.max_new_tokens,
-            "stopping_criteria": StoppingCriteriaList([_Until(stop)]),
-            "eos_token_id": end_tokens(self.tokenizer),
-            "pad_token_id": self.tokenizer.pad_token_id,
-            **({} if self.sample else {"do_sample": False}),
-        }
-        self.worker = Thread(target=self._generate, args=(settings, streamer, failures), daemon=True)
+        self.worker = Thread(target=self._answer, args=(list(prompt), streamer, stop, failures), daemon=True)
         self.worker.start()
         pieces: list[str] = []
         try:
@@ -96,11 +85,18 @@ class Chat:
         if failures:
             raise failures[0]
 
-    def _generate(self, settings: dict[str, Any], streamer: Any, failures: list[Exception]) -> None:
+    def _answer(self, prompt: list[int], streamer: Any, stop: Event, failures: list[Exception]) -> None:
         try:
-            with torch.no_grad():
-                ids = self.model.generate(**settings)[0, settings["input_ids"].shape[1] :].tolist()
-            self.cut = len(ids) == self.max_new_tokens and ids[-1] not in settings["eos_token_id"]
+            (answer,) = generate(
+                self.model,
+                self.tokenizer,
+                [prompt],
+                self.max_new_tokens,
+                sample=self.sample,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_Until(stop)]),
+            )
+            self.cut = not answer.ended and len(answer.ids) == self.max_new_tokens
         except Exception as error:
             failures.append(error)
         finally:

@@ -15,7 +15,7 @@ from qwen_lit.data.records import parse_line, parse_row
 from qwen_lit.data.text import read_text
 from qwen_lit.errors import UserError
 from qwen_lit.export.pipeline import adapter_from_checkpoint
-from qwen_lit.export.serving import end_tokens
+from qwen_lit.generate import generate
 from qwen_lit.model.load import load_base
 from qwen_lit.model.module import QwenModule
 from qwen_lit.names import ADAPTER
@@ -132,29 +132,14 @@ def predict(
     """
     rows = list(questions(source, tokenizer))
     there = done_lines(target)
-    ends, device = end_tokens(tokenizer), model.device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[-1]
     target.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress("answering", len(rows) - there, "rows")
     with target.open("a", encoding="utf-8") as file, progress:
         for start in range(there, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            prompts = [prompt for _, prompt in batch]
-            width = max(map(len, prompts))
-            ids = torch.tensor([[pad] * (width - len(one)) + one for one in prompts], device=device)
-            mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
-            with torch.no_grad():
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    do_sample=False,
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=ends,
-                    pad_token_id=pad,
-                )[:, width:]
-            for (row, _), answer in zip(batch, out, strict=True):
-                text = tokenizer.decode(answer, skip_special_tokens=True)
-                file.write(json.dumps({**row, "prediction": text}, ensure_ascii=False) + "\n")
+            answers = generate(model, tokenizer, [prompt for _, prompt in batch], max_new_tokens)
+            for (row, _), answer in zip(batch, answers, strict=True):
+                file.write(json.dumps({**row, "prediction": answer.text}, ensure_ascii=False) + "\n")
             file.flush()
             progress.advance(len(batch))
     return len(rows) - there, there

@@ -1,5 +1,6 @@
 """Common words to our keys: those that stand for each other in a table, the others by a function each."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,8 @@ PLAIN: dict[str, tuple[str, Reader]] = {
 }
 """Common word to our key."""
 OPTIMIZERS = {
-    "paged_adamw_8bit": ("paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit"),
+    "paged_adamw_8bit": ("paged_adamw_8bit",),
+    "adamw_8bit": ("adamw_8bit", "adamw_bnb_8bit"),
     "paged_adamw_32bit": ("paged_adamw_32bit", "paged_adamw"),
     "adamw": (
         "adamw",
@@ -48,8 +50,19 @@ OPTIMIZERS = {
         "adamw_apex_fused",
     ),
 }
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
-NEAREST = {"polynomial": "linear"}
+SCHEDULES = (
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+)
+"""Names of transformers' schedules, which are the same here."""
 LORA = {
     "r": whole,
     "lora_alpha": whole,
@@ -220,11 +233,15 @@ def schedule(draft: Draft) -> None:
     if given is not None:
         name = str(given).rpartition(".")[2].lower()
         if name not in SCHEDULES:
-            draft.note(f"{told}: {NEAREST.get(name, 'cosine')} comes nearest to it here")
-        draft.write("model.lr_scheduler", SCHEDULES.get(name, NEAREST.get(name, "cosine")), told)
-    extra = draft.use("lr_scheduler_kwargs")
-    if extra is not None:
-        draft.note(f"no counterpart: {draft.origin('lr_scheduler_kwargs')}; the learning rate falls to 0")
+            draft.note(f"{told}: cosine comes nearest to it here")
+        draft.write("model.lr_scheduler", name if name in SCHEDULES else "cosine", told)
+    extra, told = draft.use("lr_scheduler_kwargs"), draft.origin("lr_scheduler_kwargs")
+    if isinstance(extra, str) and extra.startswith("{"):
+        extra = json.loads(extra)
+    if isinstance(extra, dict) and extra:
+        draft.write("model.lr_scheduler_kwargs", extra, told)
+    elif extra:
+        draft.note(f"no counterpart: {told}; give the schedule's arguments as model.lr_scheduler_kwargs")
     steps, ratio = draft.use("warmup_steps"), draft.use("warmup_ratio")
     steps = number(draft.name("warmup_steps"), steps) if steps is not None else None
     ratio = number(draft.name("warmup_ratio"), ratio) if ratio is not None else None

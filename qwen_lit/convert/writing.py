@@ -26,6 +26,7 @@ INSIDE = {
         "learning_rate",
         "optimizer",
         "lr_scheduler",
+        "lr_scheduler_kwargs",
         "warmup_ratio",
     ),
     "data": ("dataset_path", "fields", "val_dataset_path", "val_size", "batch_size", "max_length"),

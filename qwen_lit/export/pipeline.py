@@ -20,8 +20,9 @@ from qwen_lit.export.card import AdapterFacts, ModelCardFacts, finish_adapter, m
 from qwen_lit.export.folder import ExportError, commit_folder, rewrite
 from qwen_lit.export.gguf import GgufType, write_gguf
 from qwen_lit.export.merge import MergeReport, merge_adapter
-from qwen_lit.export.serving import end_tokens, untrained_end, write_serving_files
+from qwen_lit.export.serving import untrained_end, write_serving_files
 from qwen_lit.export.verdict import Verdict, measure
+from qwen_lit.generate import generate
 from qwen_lit.hardware import product_dtype
 from qwen_lit.model.trained import weights
 from qwen_lit.quantization import Held
@@ -156,18 +157,11 @@ def try_prompts(job: Job) -> tuple[int, int]:
 
     where, dtype = {"": str(job.device)}, product_dtype(job.device)
     model: Any = AutoModelForCausalLM.from_pretrained(job.out_dir, dtype=dtype, device_map=where)
-    ends, stopped = end_tokens(job.tokenizer), 0
+    stopped = 0
     for ids, spans in job.taught:
         begin, end = (int(one) for one in spans[-1])
-        prompt = torch.tensor(ids[:begin], dtype=torch.int64, device=job.device)[None]
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=False,
-                max_new_tokens=2 * (end - begin) + 64,
-            )
-        stopped += bool(set(out[0, begin:].tolist()) & set(ends))
+        (answer,) = generate(model, job.tokenizer, [ids[:begin].tolist()], 2 * (end - begin) + 64, own_ends=True)
+        stopped += answer.ended
     return stopped, len(job.taught)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from qwen_lit.callbacks.accepted import TRAINING
 from qwen_lit.errors import UserError
+from qwen_lit.model.schedules import ENDLESS
 
 log = logging.getLogger(__name__)
 EPOCHS = 3
@@ -51,11 +52,11 @@ def check_duration(config: Any, command: str) -> None:
             "trainer.max_epochs is -1, so the run has no end and the learning rate none to fall to; set "
             "trainer.max_steps, or a number of epochs."
         )
-    if config.model.lr_scheduler != "constant":
+    if config.model.lr_scheduler not in ENDLESS:
         raise UserError(
             f"trainer.max_time is {limit}, but without trainer.max_epochs or trainer.max_steps nobody knows how many "
             f"steps the learning rate has to fall over ({config.model.lr_scheduler}); set one of them, or "
-            "model.lr_scheduler: constant."
+            f"model.lr_scheduler: {', '.join(ENDLESS[:-1])} or {ENDLESS[-1]}."
         )
     trainer.max_epochs = -1
 

@@ -29,15 +29,15 @@ from qwen_lit.model.load import add_adapter, check_targets, check_weights, load_
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.neftune import add_noise
 from qwen_lit.model.optim import (
+    OptimizerClass,
     OptimizerName,
-    ScheduleName,
-    build_optimizer,
     configure_groups,
+    optimizer_of,
     parameter_groups,
     repage,
-    schedule,
 )
 from qwen_lit.model.resume import go_on, settings, shared
+from qwen_lit.model.schedules import WITHOUT_WARMUP, ScheduleName, schedule
 from qwen_lit.model.trained import find_adapter, tell_measured, weights
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.flops import token_flops
@@ -65,8 +65,9 @@ class QwenModule(L.LightningModule):
         lora_config: LoraSection,
         quantization_config: QuantizationSection | None = None,
         learning_rate: float = 2e-4,
-        optimizer: OptimizerName = "paged_adamw_8bit",
+        optimizer: OptimizerName | OptimizerClass = "paged_adamw_8bit",
         lr_scheduler: ScheduleName = "cosine",
+        lr_scheduler_kwargs: dict[str, float | str | bool] | None = None,
         warmup_ratio: float = 0.03,
         weight_decay: float = 0.0,
         adam_beta1: float = 0.9,
@@ -90,12 +91,15 @@ class QwenModule(L.LightningModule):
             quantization_config: transformers' BitsAndBytesConfig; null, or one with neither load_in_4bit nor
                 load_in_8bit, trains LoRA on a bf16 base.
             learning_rate: peak learning rate.
-            optimizer: paged_adamw_8bit, paged_adamw_32bit or adamw.
-            lr_scheduler: cosine, linear or constant, after the warmup.
+            optimizer: one of these names, or any torch optimizer as {class_path: torch.optim.Muon, init_args:
+                {momentum: 0.95}}; its learning rate and weight decay are the keys below.
+            lr_scheduler: schedule of the learning rate, by transformers' name; all but constant begin with the warmup.
+            lr_scheduler_kwargs: arguments of the schedule, as transformers takes them, such as {min_lr_rate: 0.1} of
+                cosine_with_min_lr, or {num_decay_steps: 100} of warmup_stable_decay.
             warmup_ratio: share of all optimizer steps over which the learning rate rises.
             weight_decay: decoupled decay of matrices; never of biases and norms.
-            adam_beta1: decay of the first moment.
-            adam_beta2: decay of the second moment.
+            adam_beta1: decay of the first moment, for optimizers given by name.
+            adam_beta2: decay of the second moment, likewise.
             lora_plus_ratio: learning rate of LoRA's B over that of A; 1 is plain LoRA.
             neftune_noise_alpha: NEFTune noise on the embeddings while training; 0 is off.
             gradient_checkpointing: recompute activations in backward: less memory, about a third slower. The fast
@@ -129,9 +133,11 @@ class QwenModule(L.LightningModule):
         self.hub = hub
         self.lora_config = lora_config
         self.learning_rate = learning_rate
-        self.optimizer_name: OptimizerName = optimizer
+        self.optimizer_name, self.optimizer = optimizer_of(optimizer, learning_rate, weight_decay)
         self.schedule_name: ScheduleName = lr_scheduler
-        self.warmup_ratio = warmup_ratio
+        self.schedule_options = lr_scheduler_kwargs
+        schedule(lr_scheduler, 1, 100, learning_rate, lr_scheduler_kwargs)
+        self.warmup_ratio = 0.0 if lr_scheduler in WITHOUT_WARMUP else warmup_ratio
         self.weight_decay = weight_decay
         self.betas = (adam_beta1, adam_beta2)
         self.lora_plus_ratio = lora_plus_ratio
@@ -294,9 +300,9 @@ class QwenModule(L.LightningModule):
         return self
 
     @property
-    def state_bytes(self) -> int:
+    def state_bytes(self) -> float:
         """Of optimizer state for a trained number."""
-        return 2 if self.optimizer_name == "paged_adamw_8bit" else 8
+        return self.optimizer.state_bytes
 
     def on_train_start(self) -> None:
         """What a resumed optimizer needs: paged memory, and the settings of this configuration, which may differ.
@@ -428,7 +434,12 @@ class QwenModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The named optimizer over the adapter's parameters, and its schedule, stepped at each optimizer step."""
         groups = parameter_groups(self, self.learning_rate, self.weight_decay, self.lora_plus_ratio)
-        optimizer = build_optimizer(self.optimizer_name, groups, self.betas)
+        try:
+            optimizer = self.optimizer.build(groups, self.betas)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"model.optimizer: {self.optimizer_name} cannot train this adapter ({error}); give another."
+            ) from error
         self.group_settings = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in groups]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
@@ -437,7 +448,8 @@ class QwenModule(L.LightningModule):
         """Over the steps that the run has by the limits of now."""
         data = cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         self.total_steps = total_steps(self.trainer, data)
-        return schedule(self.schedule_name, warmup_steps(self.warmup_ratio, self.trainer, data), self.total_steps)
+        warmup = warmup_steps(self.warmup_ratio, self.trainer, data)
+        return schedule(self.schedule_name, warmup, self.total_steps, self.learning_rate, self.schedule_options)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained parameters alone: the frozen base is read again from its own folder."""

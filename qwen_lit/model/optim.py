@@ -1,7 +1,10 @@
-"""Optimizers and learning-rate schedules by name."""
+"""Optimizers: a table of those with a name, and any other by its class."""
 
-import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from inspect import Parameter, signature
 from typing import Any, Literal, cast
 
 import bitsandbytes.optim
@@ -9,8 +12,13 @@ import torch
 from bitsandbytes.functional import get_paged
 from torch import Tensor, nn
 
-OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw"]
-ScheduleName = Literal["cosine", "linear", "constant"]
+from qwen_lit.errors import UserError
+
+OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw"]
+Groups = list[dict[str, Any]]
+"""Parameter groups with ``params``, ``lr`` and ``weight_decay``."""
+OptimizerClass = Callable[[Iterable[Any]], torch.optim.Optimizer]
+"""An optimizer's class with its arguments, as LightningCLI makes it of ``{class_path, init_args}``."""
 PAGED_NUMEL = 100_000
 """bitsandbytes pages states from this size on."""
 SPARE = 2**29
@@ -89,15 +97,83 @@ def parameter_groups(
     return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
 
 
-def build_optimizer(
-    name: OptimizerName, groups: list[dict[str, Any]], betas: tuple[float, float]
-) -> torch.optim.Optimizer:
-    """AdamW over ``groups``: 8-bit or 32-bit states that can move to host memory, or torch's own."""
-    if name == "paged_adamw_8bit":
-        return PagedAdamW8bit(groups, betas=betas)
-    if name == "paged_adamw_32bit":
-        return PagedAdamW32bit(groups, betas=betas)
-    return torch.optim.AdamW(groups, betas=betas)
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer that has a name."""
+
+    build: Callable[[Groups, tuple[float, float]], torch.optim.Optimizer]
+    """Makes it, of the parameter groups and Adam's two betas."""
+    state_bytes: float
+    """Bytes of its states for each trained number."""
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "paged_adamw_8bit": Optimizer(lambda groups, betas: PagedAdamW8bit(groups, betas=betas), 2),
+    "paged_adamw_32bit": Optimizer(lambda groups, betas: PagedAdamW32bit(groups, betas=betas), 8),
+    "adamw_8bit": Optimizer(lambda groups, betas: bitsandbytes.optim.AdamW8bit(groups, betas=betas), 2),
+    "adamw": Optimizer(lambda groups, betas: torch.optim.AdamW(groups, betas=betas), 8),
+}
+"""By the value of ``model.optimizer``; paged states can move to host memory when the GPU is full."""
+TRIAL = 128
+"""Rows and columns of the matrix on which the states of an unknown optimizer are counted."""
+
+
+def optimizer_of(chosen: str | OptimizerClass, learning_rate: float, weight_decay: float) -> tuple[str, Optimizer]:
+    """The name of an optimizer for logs and checkpoints, and how it is built.
+
+    Args:
+        chosen: ``model.optimizer``: a name of ``OPTIMIZERS``, or a class with its arguments.
+        learning_rate: ``model.learning_rate``, which the parameter groups have.
+        weight_decay: ``model.weight_decay``, likewise.
+
+    Raises:
+        UserError: a class is given arguments that the groups override, or cannot take a step.
+    """
+    if isinstance(chosen, str):
+        return chosen, OPTIMIZERS[chosen]
+    # LightningCLI gives a partial of a function of its own, which takes the class first.
+    parts = (chosen.func, *chosen.args) if isinstance(chosen, partial) else (chosen,)
+    kind = next((one for one in parts if isinstance(one, type)), parts[0])
+    given_options = chosen.keywords if isinstance(chosen, partial) else {}
+    name = public_name(kind)
+    trial = nn.Parameter(torch.zeros(TRIAL, TRIAL))
+    try:
+        usual = type_defaults(kind)
+        for key, ours, value in (("lr", "learning_rate", learning_rate), ("weight_decay",) * 2 + (weight_decay,)):
+            given = given_options.get(key)
+            if given is not None and given not in (usual.get(key), value):
+                raise UserError(
+                    f"model.optimizer: init_args.{key} is {given}, but every parameter group takes model.{ours} "
+                    f"{value}; set that instead."
+                )
+        optimizer = chosen([trial])
+        trial.grad = torch.ones_like(trial)
+        optimizer.step()
+    except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if name.startswith("bitsandbytes."):
+            # Its kernels may be there for GPUs alone; two float32 states are the most that they keep.
+            return name, Optimizer(lambda groups, betas: chosen(groups), 8)
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model.optimizer: {name} cannot train a matrix ({reason}); give another class, or one of "
+            f"{', '.join(OPTIMIZERS)}."
+        ) from error
+    held = sum(one.nbytes for one in optimizer.state[trial].values() if isinstance(one, Tensor) and one.numel() > 1)
+    return name, Optimizer(lambda groups, betas: chosen(groups), held / trial.numel())
+
+
+def public_name(kind: Any) -> str:
+    """The shortest path by which a class can be imported, such as ``torch.optim.Muon``."""
+    module, name = kind.__module__, kind.__qualname__
+    while "." in module and getattr(sys.modules.get(module.rpartition(".")[0]), name, None) is kind:
+        module = module.rpartition(".")[0]
+    return f"{module}.{name}"
+
+
+def type_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The default values of a callable's parameters by name."""
+    parameters = signature(function).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not Parameter.empty}
 
 
 def repage(optimizer: torch.optim.Optimizer) -> int:
@@ -139,23 +215,6 @@ def configure_groups(
         group["initial_lr"], group["weight_decay"] = one["lr"], one["weight_decay"]
         group["lr"] = one["lr"] * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-
-
-def schedule(name: ScheduleName, warmup_steps: int, total_steps: int | None) -> Callable[[int], float]:
-    """The factor on the learning rate at a step: a linear warmup, then ``name`` down to zero at ``total_steps``.
-
-    Without them, the rate stays up: nobody knows where the run ends.
-    """
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        if name == "constant" or total_steps is None:
-            return 1.0
-        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return 1.0 - done if name == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-
-    return factor
 
 
 class _Managed:

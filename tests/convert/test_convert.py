@@ -83,7 +83,7 @@ WANTED = {
         "model.lora_config.r": 32,
         "model.lora_config.target_modules": LINEARS,
         "model.lora_config.modules_to_save": ["embed_tokens"],
-        "model.optimizer": "paged_adamw_8bit",
+        "model.optimizer": "adamw_8bit",
         "model.weight_decay": 0.01,
         "model.learning_rate": 2e-4,
         "data.dataset_path": ["data/alpaca.jsonl", "data/chat.jsonl"],

@@ -16,7 +16,7 @@ from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.lora_linear import WORKSPACE
 from qwen_lit.kernels import attention, offload, plan
 from qwen_lit.model.load import add_adapter, load_base
-from qwen_lit.model.optim import build_optimizer
+from qwen_lit.model.optim import OPTIMIZERS
 from qwen_lit.planner.measure import STEPS, is_full, measure_host, measure_peak
 from qwen_lit.planner.plan import GIB, HostProfile, Shape, apply, choose, limit
 from tests.engine.test_engine import fifty_steps
@@ -245,7 +245,7 @@ def test_a_plan_with_offloaded_layers_stays_within_its_budget(folder):
 
 def test_paged_states_are_copied_as_they_are():
     weight = torch.nn.Parameter(torch.randn(1000, 400, device=DEVICE))
-    optimizer = build_optimizer("paged_adamw_8bit", [{"params": [weight], "lr": 1e-2}], (0.9, 0.999))
+    optimizer = OPTIMIZERS["paged_adamw_8bit"].build([{"params": [weight], "lr": 1e-2}], (0.9, 0.999))
 
     def step():
         weight.grad = torch.randn_like(weight)

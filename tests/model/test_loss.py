@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qwen_lit.model.loss import summed_loss
-from qwen_lit.model.optim import parameter_groups, schedule
+from qwen_lit.model.optim import parameter_groups
 
 
 def test_chunks_give_the_loss_and_gradient_of_the_whole():
@@ -24,15 +24,6 @@ def test_no_supervised_row_gives_zero_with_a_graph():
     loss = summed_loss(torch.nn.Linear(7, 31), hidden, torch.zeros(0, dtype=torch.long))
     loss.backward()
     assert loss.item() == 0.0
-
-
-def test_the_schedule_warms_up_and_ends_at_zero():
-    for name in ("cosine", "linear"):
-        factor = schedule(name, 10, 100)
-        assert 0 < factor(0) < factor(9) < 1.0
-        assert factor(10) == 1.0
-        assert abs(factor(100)) < 1e-9
-    assert schedule("constant", 0, 100)(99) == 1.0
 
 
 def test_biases_are_not_decayed_and_lora_plus_raises_b_alone():
