@@ -167,7 +167,7 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int,
     }
 
 
-def arithmetic(trainer: Any, module: QwenModule, data: QwenDataModule, exporter: Export) -> dict[str, Any]:
+def arithmetic(trainer: Any, module: Any, data: QwenDataModule, exporter: Export) -> dict[str, Any]:
     """Plans from the shapes alone, for one budget or for usual cards."""
     model, budget = arithmetic_model(module), module.memory_budget
     held = module.held_weights(trainer.strategy.root_device)
@@ -209,7 +209,7 @@ def reference_because(module: Any, model: Any, held: Mapping[str, Held]) -> str 
     return unsupported_reason(model, torch.device("meta"))
 
 
-def measure(trainer: Any, module: QwenModule, data: QwenDataModule, exporter: Export) -> dict[str, Any]:
+def measure(trainer: Any, module: Any, data: QwenDataModule, exporter: Export) -> dict[str, Any]:
     """Forward, backward, update, validation and a checkpoint on the heaviest real batches, on the GPU.
 
     Raises:
