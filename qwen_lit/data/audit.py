@@ -15,7 +15,7 @@ from qwen_lit.data.examples import NO_END, RAW_TEXT
 from qwen_lit.data.kinds import TEXTS, kind_of
 from qwen_lit.data.packing import fill
 from qwen_lit.data.report import LOSSES, Report
-from qwen_lit.data.rows import Rows
+from qwen_lit.data.rows import Rows, numbers
 from qwen_lit.lines import plural
 
 PERCENTILES = (50, 90, 95, 99, 100)
@@ -136,10 +136,10 @@ def _endless(rows: Rows) -> int:
     count = 0
     for batch in rows.batches:
         ids, spans = batch.column("input_ids"), batch.column("spans")
-        offsets = spans.offsets.to_numpy()
+        offsets = numbers(spans.offsets)
         owner = np.repeat(np.arange(len(batch)), np.diff(offsets) // 2)
-        places = spans.values.to_numpy()[offsets[0] : offsets[-1]].reshape(-1, 2) + ids.offsets.to_numpy()[owner, None]
-        values, end = ids.values.to_numpy(), batch.column("end").to_numpy()[owner]
+        places = numbers(spans.values)[offsets[0] : offsets[-1]].reshape(-1, 2) + numbers(ids.offsets)[owner, None]
+        values, end = numbers(ids.values), numbers(batch.column("end"))[owner]
         found = set()
         for at in np.flatnonzero((end != NO_END) & (values[places[:, 1] - 1] != end)).tolist():
             more = at + 1 < len(owner) and owner[at + 1] == owner[at]
