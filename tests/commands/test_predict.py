@@ -50,7 +50,7 @@ ROWS = [{"instruction": f"What is {n} plus 2?", "output": f"It is {n + 2}."} for
 FORMS = {
     "jsonl": ("a.jsonl", lines),
     "bom": ("a.jsonl", lambda rows: b"\xef\xbb\xbf" + lines(rows)),
-    "gz": ("a.jsonl.gz", lambda rows: gzip.compress(lines(rows))),
+    "gz": ("a.jsonl.gz", lambda rows: gzip.compress(lines(rows), mtime=0)),
     "zst": ("a.jsonl.zst", lambda rows: pyarrow.Codec("zstd").compress(lines(rows)).to_pybytes()),
     "array": ("a.json", lambda rows: json.dumps(rows, indent=1).encode()),
     "csv": ("a.csv", lambda rows: table(rows, ",")),
@@ -139,7 +139,7 @@ def test_a_control_token_in_a_question_is_refused_or_escaped_as_in_training(read
         ("a.jsonl", b'{"instruction": ""}', r"a\.jsonl:1: 'instruction' is empty"),
         ("a.jsonl", b'{"body": "a", "id": 1}', r"a\.jsonl:1: .*write data.fields"),
         ("a.jsonl", b'{"instruction": "a"}\nnonsense\n', r"a\.jsonl:2: is not JSON"),
-        ("a.jsonl.gz", gzip.compress(lines(ROWS))[:40], r"source: .*a\.jsonl\.gz: cannot be read \(Truncated"),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS), mtime=0)[:40], r"source: .*a\.jsonl\.gz: cannot be read \(Truncated"),
         ("a.parquet", b"PAR1", r"source: .*a\.parquet: is not Parquet"),
     ],
 )
