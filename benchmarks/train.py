@@ -72,6 +72,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     from qwen_lit.model.optim import OPTIMIZERS
     from qwen_lit.planner.measure import measure_host
     from qwen_lit.planner.plan import GIB, Shape, apply, choose, free_memory
+    from qwen_lit.planner.planner import possible_at_once
 
     device = torch.device("cuda:0")
     if "memory" in case:
@@ -94,7 +95,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(reason)
     longest, step_tokens = case.get("longest", 2048), case.get("tokens", 16_384)
     budget = min(free_memory(device), int(case["memory"] * GIB) if "memory" in case else 2**62)
-    sizes = {n: n * longest for n in range(step_tokens // longest, 0, -1) if (step_tokens // longest) % n == 0}
+    sizes = {n: n * longest for n in possible_at_once(step_tokens // longest)}
     shape = Shape.of(model, 2)
     static = torch.cuda.memory_allocated()
     few: Any = collate([(np.zeros(16), np.array([[0, 16]]))], 0)
@@ -109,12 +110,14 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     steps, per_step = case.get("steps", 6), step_tokens // longest
     docs = documents(case, 4096 if case.get("mix") else steps * per_step, longest)
     packs = best_fit([len(ids) for ids, _ in docs], longest) if case.get("mix") else [[n] for n in range(len(docs))]
-    groups = [sum(packs[at : at + plan.merge], []) for at in range(0, steps * per_step, plan.merge)]
-    batches = [collate([docs[n] for n in group], 0) for group in groups]
+    parts = []
+    for begin in range(0, steps * per_step, per_step):
+        cuts = range(begin, begin + per_step, plan.micro_batches_at_once)
+        groups = [sum(packs[at : min(at + plan.micro_batches_at_once, begin + per_step)], []) for at in cuts]
+        parts.append([collate([docs[n] for n in group], 0) for group in groups])
     groups_of = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 2e-4}]
     optimizer = OPTIMIZERS["paged_adamw_8bit"].build(groups_of, (0.9, 0.999))
     seconds, losses, tokens = [], [], []
-    micro = per_step // plan.merge
 
     def train(part: list[Any]) -> torch.Tensor:
         total, supervised = torch.zeros((), device=device), sum(batch["targets"].numel() for batch in part)
@@ -131,7 +134,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
 
     for step in range(steps):
         torch.cuda.synchronize()
-        started, part = time.perf_counter(), batches[step * micro : (step + 1) * micro]
+        started, part = time.perf_counter(), parts[step]
         total_loss = train(part)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
@@ -150,7 +153,7 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "estimate_gib": round(plan.estimate / GIB, 2),
-        "merge": plan.merge,
+        "micro_batches_at_once": plan.micro_batches_at_once,
         "recompute": plan.recompute_layers,
         "chunk": plan.loss_chunk,
         "host_embedding": plan.host_embedding,
