@@ -1,11 +1,12 @@
 """Columns and keys that are no text of a conversation: known to be harmless, refused, or told as not read."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_lit.data.faults import RowError
-from qwen_lit.data.marks import ABOUT_TRAINING
+from qwen_lit.data.marks import ABOUT_TRAINING, Message
 
 log = logging.getLogger(__name__)
 HARMLESS = frozenset(
@@ -52,6 +53,26 @@ class Seen:
     """Columns of ``data.fields`` that the row has."""
     tools: Any = None
     """Tools that stand in a message."""
+
+
+def renamed(given: Message, fields: Mapping[str, str] | None, seen: Seen, before: str = "") -> Message:
+    """A row or message by our names; a field that is null is absent, as many writers mean it.
+
+    Args:
+        given: as the file has it.
+        fields: our name to the file's.
+        seen: gains the columns that were found, and the names of fields in whose place another is read.
+        before: stands before such a name.
+    """
+    if None in given.values():
+        given = {key: value for key, value in given.items() if value is not None}
+    if not fields:
+        return given
+    found = {ours: given[theirs] for ours, theirs in fields.items() if theirs in given}
+    taken = set(fields.values())
+    seen.mapped |= {fields[ours] for ours in found}
+    seen.unread |= {before + key for key in found.keys() & given.keys() if key not in taken}
+    return {key: value for key, value in given.items() if key not in taken and key not in found} | found
 
 
 def is_harmless(name: str) -> bool:

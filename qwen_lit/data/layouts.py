@@ -8,17 +8,7 @@ from qwen_lit.data.calls import read_calls
 from qwen_lit.data.columns import Seen
 from qwen_lit.data.faults import DataError, RowError, snippet
 from qwen_lit.data.marks import Message
-from qwen_lit.data.messages import (
-    EXCHANGES,
-    ROLE_KEYS,
-    ROLES,
-    TEXT_KEYS,
-    THOUGHTS,
-    exchange,
-    read_exchanges,
-    read_messages,
-    speaking,
-)
+from qwen_lit.data.messages import ROLE_KEYS, TEXT_KEYS, THOUGHTS, exchange, read_exchanges, read_messages, speaking
 from qwen_lit.data.strict import parsed
 
 LISTS = {
@@ -68,8 +58,6 @@ FIELDS = frozenset(
 """Names that ``data.fields`` can map others to."""
 QUESTION_WORDS = ("question", "query", "instruction", "prompt", "problem", "input", "user", "human", "ask", "source")
 ANSWER_WORDS = ("answer", "response", "output", "completion", "solution", "reply", "target", "assistant", "result")
-NO_ANSWER = "-"
-"""Stands where a question has no answer, and is left out of the prompt as an answer is."""
 Layout = tuple[str, list[Message], set[str]]
 
 
@@ -100,45 +88,6 @@ def read_layout(row: dict[str, Any], fields: Mapping[str, str] | None, seen: See
     if not pairs:
         raise _unknown(row)
     return _single(row, *pairs[0], fields, seen)
-
-
-def read_question(row: dict[str, Any], fields: Mapping[str, str] | None, seen: Seen) -> Layout:
-    """The layout and the conversation of a row that may lack the answer to its last question; see ``read_layout``.
-
-    Raises:
-        RowError: likewise.
-    """
-    row = {**row, **_unanswered_turn(row)}
-    if not any(key in row for key in LISTS) and not (isinstance(row.get("prompt"), dict)):
-        # A system prompt or a passage asks nothing, so the first column that asks decides.
-        ask = next((key for key in PAIRS if key in row), None)
-        if ask is not None and not any(_said_in(row, answer) for answer in PAIRS[ask]):
-            row = {key: value for key, value in row.items() if key not in PAIRS[ask]} | {PAIRS[ask][0]: NO_ANSWER}
-    return read_layout(row, fields, seen)
-
-
-def _said_in(row: dict[str, Any], column: str) -> bool:
-    value = row.get(column)
-    return bool(value.strip() if isinstance(value, str) else value)
-
-
-def _unanswered_turn(row: dict[str, Any]) -> dict[str, Any]:
-    """The list of turns without an empty answer at its end, or with an answer to an exchange that is a question."""
-    for key in LISTS:
-        turns = row.get(key)
-        if not isinstance(turns, list) or not turns or not isinstance(turns[-1], dict):
-            continue
-        last = turns[-1]
-        role = next((last[name] for name in ROLE_KEYS if name in last), None)
-        if role is not None:
-            empty = not any(last.get(name) for name in (*TEXT_KEYS, *THOUGHTS, "tool_calls", "function_call"))
-            if empty and isinstance(role, str) and ROLES.get(role.lower()) == "assistant":
-                return {key: turns[:-1]}
-        else:
-            for ask, answer in EXCHANGES:
-                if ask in last and not last.get(answer):
-                    return {key: [*turns[:-1], {**last, answer: NO_ANSWER}]}
-    return {}
 
 
 def check_fields(fields: Mapping[str, str]) -> None:

@@ -1,12 +1,12 @@
 """A list of messages, in whatever words its file has, to messages as the chat template takes them."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from qwen_lit.data import marks
 from qwen_lit.data.calls import null_arguments, read_calls, read_function_call, results
-from qwen_lit.data.columns import Seen, refuse
+from qwen_lit.data.columns import Seen, refuse, renamed
+from qwen_lit.data.content import read_content
 from qwen_lit.data.faults import RowError, snippet
 from qwen_lit.data.marks import Message
 from qwen_lit.data.strict import parsed
@@ -44,40 +44,10 @@ EXCHANGES = (
     ("prompt", "response"),
 )
 """Keys of an object that is a question with its answer."""
-PART_TYPES = {
-    "text": "text",
-    "input_text": "text",
-    "output_text": "text",
-    "reasoning": "reasoning",
-    "thinking": "reasoning",
-    "tool_call": "tool_call",
-}
-MEDIA_TYPES = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url")
-RESULT_AS_TEXT = "tool results written as JSON text"
 TAGS_REMOVED = "<tool_response> tags around tool results left to the chat template"
 EMPTY_SYSTEM = "empty system prompt left out"
 UNCLOSED = "a thought that is never closed"
 NULLS = "null among the arguments of a tool call"
-
-
-def renamed(given: Message, fields: Mapping[str, str] | None, seen: Seen, before: str = "") -> Message:
-    """A row or message by our names; a field that is null is absent, as many writers mean it.
-
-    Args:
-        given: as the file has it.
-        fields: our name to the file's.
-        seen: gains the columns that were found, and the names of fields in whose place another is read.
-        before: stands before such a name.
-    """
-    if None in given.values():
-        given = {key: value for key, value in given.items() if value is not None}
-    if not fields:
-        return given
-    found = {ours: given[theirs] for ours, theirs in fields.items() if theirs in given}
-    taken = set(fields.values())
-    seen.mapped |= {fields[ours] for ours in found}
-    seen.unread |= {before + key for key in found.keys() & given.keys() if key not in taken}
-    return {key: value for key, value in given.items() if key not in taken and key not in found} | found
 
 
 def read_messages(turns: Any, fields: Mapping[str, str] | None, seen: Seen) -> list[Message]:
@@ -160,7 +130,7 @@ def _turn(turn: Message, number: int, seen: Seen) -> list[Message]:
         thought, calls, flag = _extras(turn, {role_key, text_key}, role, number, thought, calls, seen)
     parts: list[Message] = [{"type": "tool_call", "text": "", "train": True} for _ in calls] if calls else []
     if type(content) is not str:
-        content, thought, parts, calls = _content(content, thought, parts, calls, role, text_key, number, seen)
+        content, thought, parts, calls = read_content(content, thought, parts, calls, role, text_key, number, seen)
     if thought is not None and not isinstance(thought, str):
         raise RowError(
             "wrong type", f"message {number}: reasoning_content is of type {type(thought).__name__}, not text."
@@ -248,81 +218,6 @@ def _extras(
             marks.refuse_unsure(key, what)
             seen.unread.add(f"messages.{key}")
     return thought, calls, flag
-
-
-def _content(
-    content: Any,
-    thought: Any,
-    parts: list[Message],
-    calls: list[Message],
-    role: str,
-    key: str,
-    number: int,
-    seen: Seen,
-) -> tuple[str, Any, list[Message], list[Message]]:
-    """Content that is no text: nothing beside calls, typed parts, or a tool's result as an object.
-
-    Returns:
-        Its text, thought, parts and calls.
-
-    Raises:
-        RowError: it is something else.
-    """
-    if content is None and (calls or (role == "system" and seen.tools)):
-        return "", thought, parts, calls
-    typed = isinstance(content, list) and all(
-        isinstance(one, str) or (isinstance(one, dict) and "type" in one) for one in content
-    )
-    if isinstance(content, dict) and content.get("type") in PART_TYPES:
-        content, typed = [content], True
-    if role == "tool" and content is not None and not typed:
-        seen.notes[RESULT_AS_TEXT] = None
-        return json.dumps(content, ensure_ascii=False), thought, parts, calls
-    if content is None:
-        raise RowError("missing field", f"message {number} ({role}) has no text in {key!r}.")
-    if not isinstance(content, list):
-        raise RowError(
-            "wrong type",
-            f"message {number} ({role}): {key!r} is of type {type(content).__name__}, not text: "
-            f"{snippet(repr(content))}",
-        )
-    texts = {"text": "", "reasoning": ""}
-    for part in content:
-        _part(part, number, texts, parts, calls, seen)
-    if texts["reasoning"] and thought not in (None, texts["reasoning"]):
-        raise RowError("two thoughts", f"message {number} has two thoughts that differ.")
-    return texts["text"], texts["reasoning"] or thought, parts, calls
-
-
-def _part(
-    part: Any, number: int, texts: dict[str, str], parts: list[Message], calls: list[Message], seen: Seen
-) -> None:
-    """Add one typed part to a message's texts, parts and calls."""
-    part = renamed(part, None, seen) if isinstance(part, dict) else {"type": "text", "text": part}
-    given, what = part.get("type"), f"a part of message {number}"
-    if given in MEDIA_TYPES:
-        raise RowError("media", f"message {number} has a part of type {given!r}; only text is trained here.")
-    kind = PART_TYPES.get(given) if isinstance(given, str) else None
-    keys = ("text", "value", "tool_call") if kind == "tool_call" else ("text", "value", str(given))
-    key = next((key for key in keys if key in part), "text")
-    value, flag = part.get(key), marks.trained(part, what)
-    for extra in part:
-        if extra in ("type", key) or extra in marks.NAMES:
-            continue
-        marks.refuse_unsure(extra, what)
-        if part[extra] not in ("", [], {}):
-            seen.unread.add(f"parts.{extra}")
-    if kind == "tool_call":
-        made = read_calls(value, seen.unread)
-        calls += made
-        parts += [{"type": kind, "text": "", "train": flag} for _ in made]
-    elif kind == "text" and isinstance(value, str) and value.strip() and calls:
-        raise RowError("bad part", f"message {number} has text after a tool call: {snippet(value)}")
-    elif kind is not None and isinstance(value, str):
-        texts[kind] += value
-        parts.append({"type": kind, "text": value, "train": flag})
-    else:
-        raise RowError("bad part", f"message {number} has a part of type {given!r} without text.")
 
 
 def _one_thought(content: str, thought: Any, number: int, seen: Seen) -> str:

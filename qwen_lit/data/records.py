@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from qwen_lit.data.calls import read_tools
-from qwen_lit.data.columns import MEDIA, PREFERENCE, Seen, leftover, refuse
+from qwen_lit.data.columns import MEDIA, PREFERENCE, Seen, leftover, refuse, renamed
 from qwen_lit.data.examples import CONVERSATION
 from qwen_lit.data.faults import RowError, snippet
-from qwen_lit.data.layouts import SYSTEMS, read_layout, read_question
+from qwen_lit.data.layouts import SYSTEMS, read_layout
 from qwen_lit.data.marks import Message, mark_row
-from qwen_lit.data.messages import renamed
+from qwen_lit.data.questions import read_question
 from qwen_lit.data.strict import decode
 from qwen_lit.data.turns import ordered
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from qwen_lit.data.columns import Seen, leftover, refuse
+from qwen_lit.data.columns import Seen, leftover, refuse, renamed
 from qwen_lit.data.examples import RAW_TEXT
 from qwen_lit.data.faults import RowError, snippet
 from qwen_lit.data.layouts import FIELDS, LISTS
-from qwen_lit.data.messages import ROLE_KEYS, TEXT_KEYS, renamed
+from qwen_lit.data.messages import ROLE_KEYS, TEXT_KEYS
 from qwen_lit.data.passages import Passage
 
 OTHERS = FIELDS - {*ROLE_KEYS, *TEXT_KEYS}
