@@ -139,7 +139,11 @@ def test_a_control_token_in_a_question_is_refused_or_escaped_as_in_training(read
         ("a.jsonl", b'{"instruction": ""}', r"a\.jsonl:1: 'instruction' is empty"),
         ("a.jsonl", b'{"body": "a", "id": 1}', r"a\.jsonl:1: .*write data.fields"),
         ("a.jsonl", b'{"instruction": "a"}\nnonsense\n', r"a\.jsonl:2: is not JSON"),
-        ("a.jsonl.gz", gzip.compress(lines(ROWS), mtime=0)[:40], r"source: .*a\.jsonl\.gz: cannot be read \(Truncated"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(lines(ROWS), mtime=0)[:40],
+            r"source: .*a\.jsonl\.gz: cannot be read \(Truncated",
+        ),
         ("a.parquet", b"PAR1", r"source: .*a\.parquet: is not Parquet"),
     ],
 )
