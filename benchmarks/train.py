@@ -67,11 +67,13 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     from qwen_lit.data.batches import collate
     from qwen_lit.data.packing import best_fit
     from qwen_lit.engine.engine import FastEngine, unsupported_reason
-    from qwen_lit.engine.lora_linear import WORKSPACE
     from qwen_lit.model.load import add_adapter, load_base
     from qwen_lit.model.optim import build_optimizer
-    from qwen_lit.planner.measure import measure_host
-    from qwen_lit.planner.plan import GIB, Shape, apply, choose, free_memory
+    from qwen_lit.planner.measure import free_memory, measure_host
+    from qwen_lit.planner.memory import ModelMemory
+    from qwen_lit.planner.plan import GIB
+    from qwen_lit.planner.planner import apply
+    from qwen_lit.planner.search import choose
 
     device = torch.device("cuda:0")
     if "memory" in case:
@@ -95,27 +97,29 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     longest, step_tokens = case.get("longest", 2048), case.get("tokens", 16_384)
     budget = min(free_memory(device), int(case["memory"] * GIB) if "memory" in case else 2**62)
     sizes = {n: n * longest for n in range(step_tokens // longest, 0, -1) if (step_tokens // longest) % n == 0}
-    shape = Shape.of(model, 2)
+    memory = ModelMemory.of(model, 2)
     static = torch.cuda.memory_allocated()
     few: Any = collate([(np.zeros(16), np.array([[0, 16]]))], 0, packed=True)
     few = {key: value.to(device) if hasattr(value, "to") else value for key, value in few.items()}
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        machine = measure_host(FastEngine(model), shape, few, 1)
+        machine = measure_host(FastEngine(model), memory, few, 1)
     machine = replace(machine, **{key: case[key] for key in ("share", "launch") if key in case})
-    WORKSPACE.buffers.clear()
     torch.cuda.empty_cache()
-    plan = choose(shape, static, budget, sizes, machine)
+    plan = choose(memory, static, budget, sizes, machine)
     engine = apply(plan, model)
     steps, per_step = case.get("steps", 6), step_tokens // longest
     docs = documents(case, 4096 if case.get("mix") else steps * per_step, longest)
     packs = best_fit([len(ids) for ids, _ in docs], longest) if case.get("mix") else [[n] for n in range(len(docs))]
-    groups = [sum(packs[at : at + plan.merge], []) for at in range(0, steps * per_step, plan.merge)]
+    groups = [
+        sum(packs[at : at + plan.micro_batches_at_once], [])
+        for at in range(0, steps * per_step, plan.micro_batches_at_once)
+    ]
     batches = [collate([docs[n] for n in group], 0, packed=True) for group in groups]
     optimizer = build_optimizer(
         "paged_adamw_8bit", [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 2e-4}], (0.9, 0.999)
     )
     seconds, losses, tokens = [], [], []
-    micro = per_step // plan.merge
+    micro = per_step // plan.micro_batches_at_once
 
     def train(part: list[Any]) -> torch.Tensor:
         total, supervised = torch.zeros((), device=device), sum(batch["targets"].numel() for batch in part)
@@ -151,16 +155,16 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "estimate_gib": round(plan.estimate / GIB, 2),
-        "merge": plan.merge,
-        "recompute": plan.recompute_layers,
-        "chunk": plan.loss_chunk,
-        "host_embedding": plan.host_embedding,
-        "offload": plan.offload,
-        "piece": plan.piece,
-        "offload_layers": plan.offload_layers,
+        "micro_batches_at_once": plan.micro_batches_at_once,
+        "recompute": plan.policies.recomputed,
+        "chunk": plan.policies.loss_chunk,
+        "offload_embedding": plan.policies.offload_embedding,
+        "offload_inputs": plan.policies.offload_inputs,
+        "piece": plan.policies.mlp_piece,
+        "offload_activations": plan.policies.offloaded,
         "share": machine.share,
         "launch": machine.launch,
-        "resident": plan.resident_layers,
+        "resident": len(plan.policies.resident),
         "load_gib": round(load_peak / GIB, 2),
     }
 

@@ -12,7 +12,8 @@ from lightning.pytorch import Trainer
 from peft import PeftModel
 
 from qwen_lit.callbacks.export import Export
-from qwen_lit.commands.plan import arithmetic, lines, measure
+from qwen_lit.commands.plan import arithmetic, measure
+from qwen_lit.commands.plan_text import lines
 from qwen_lit.commands.predict import predict
 from qwen_lit.commands.verify_resume import verify
 from qwen_lit.data.audit import audit, find_rows, report_lines, row_outcome, spread_rows, text_report, text_row
@@ -102,6 +103,7 @@ class QwenTrainer(Trainer):
         datamodule: QwenDataModule,
         memory_budget: str | None = None,
         json: bool = False,
+        explain: bool = False,
         ckpt_path: str | None = None,
     ) -> None:
         """Run the heaviest real batch through every part of a run, and tell memory, speed, time and disk.
@@ -111,19 +113,20 @@ class QwenTrainer(Trainer):
             datamodule: the data it would be trained on.
             memory_budget: answer for a card of this size, such as 8GiB.
             json: print JSON instead of lines.
+            explain: print the table behind the plan too: what each operation saves and takes, and what adds up to the
+                estimate.
             ckpt_path: not used; the config.yaml of a run has it.
         """
         datamodule.prepare_data()
         datamodule.setup()
         check_limits(self, datamodule)
         self._data_connector.attach_datamodule(model, datamodule)
-        model.trainer = self
         if memory_budget:
-            model.memory_budget = parse_bytes(memory_budget)
+            model.plan_for(parse_bytes(memory_budget))
         if self.strategy.root_device.type == "cuda":
-            result = measure(self, model, datamodule)
+            result = measure(self, model, datamodule, explain)
         else:
-            result = arithmetic(self, model, datamodule, model.memory_budget)
+            result = arithmetic(self, model, datamodule, model.memory_budget, explain)
         for line in [dumps(result, indent=1)] if json else lines(result):
             print(line)
         unfit = result["measured"] is False and not result["fits"]

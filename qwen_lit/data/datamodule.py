@@ -1,5 +1,6 @@
 """The DataModule: prepared rows, the split, and loaders over them."""
 
+import copy
 import hashlib
 import itertools
 import logging
@@ -324,6 +325,12 @@ class QwenDataModule(L.LightningDataModule):
         rows = self.train_rows
         assert rows is not None
         return self._collate([rows[row] for batch in self._heaviest_first(rows)[:merge] for row in batch])
+
+    def largest_first(self) -> "QwenDataModule":
+        """The same rows, with the largest micro-batches first; this one keeps its order."""
+        made = copy.copy(self)
+        made.heaviest_first = True
+        return made
 
     def _heaviest_first(self, rows: Rows) -> list[list[int]]:
         lengths = rows.column("length")

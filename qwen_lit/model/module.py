@@ -208,10 +208,18 @@ class QwenModule(L.LightningModule):
             return self.quantized
         return planned_weights(self.config, self.quantization_config, device)
 
+    def plan_for(self, budget: int) -> None:
+        """Plan the memory for another budget than that of the configuration; before ``configure_model``.
+
+        Args:
+            budget: bytes that the fast engine may use.
+        """
+        self.memory_budget = budget
+
     @property
     def host_embedding(self) -> bool:
         """Whether the plan has put the embedding on the CPU."""
-        return self.plan is not None and self.plan.host_embedding
+        return self.plan is not None and self.plan.policies.offload_embedding
 
     def to(self, *args: Any, **kwargs: Any) -> "QwenModule":
         """As of any module, but an embedding that the plan has put on the CPU stays there."""

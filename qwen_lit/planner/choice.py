@@ -2,18 +2,24 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.distributed import least
 from qwen_lit.engine.engine import FastEngine, unsupported_reason
+from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.errors import UserError
 from qwen_lit.model.resume import merge_of
+from qwen_lit.planner.measure import Gpu
 from qwen_lit.planner.plan import GIB, Plan
-from qwen_lit.planner.planner import LIMITS, merge_limit, planned_engine
+from qwen_lit.planner.planner import LIMITS, Planner, Work, merge_limit, merges_of
 
 log = logging.getLogger(__name__)
+FALLBACK = "fast (PyTorch fallback, no CUDA)"
+"""How an engine on the CPU is told."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +62,25 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule) -> Choice:
     data.unpadded = True
     if device.type != "cuda":
         layers = module.model.base_model.model.config.num_hidden_layers
-        engine = FastEngine(module.model, layers if module.gradient_checkpointing else 0)
-        return Choice("fast, by the plain twins of its kernels", engine)
-    engine, plan, peak = planned_engine(
-        trainer, module.model, data, module.memory_budget, module.state_bytes, merge_of(trainer.resumed_from)
+        policy = Policy.RECOMPUTE if module.gradient_checkpointing else Policy.KEEP
+        return Choice(FALLBACK, FastEngine(module.model, Policies((policy,) * layers)))
+    planner = Planner(
+        module.model,
+        Gpu(device),
+        partial(least, trainer),
+        trainer.precision_plugin.forward_context,
+        module.state_bytes,
+        module.memory_budget,
+        merge_of(trainer.resumed_from),
+        trainer.num_devices,
     )
-    data.merge, limit = plan.merge, merge_limit(trainer)
-    trainer.accumulate_grad_batches //= plan.merge
+    work = Work(data.most_tokens(merges_of(trainer)), data.mean_tokens(), data.heaviest)
+    planned = planner.plan(work) if trainer.state.fn == "fit" else planner.plan_unmeasured(work)
+    engine, plan, peak = planned.engine, planned.plan, planned.peak
+    data.merge, limit = plan.micro_batches_at_once, merge_limit(trainer)
+    trainer.accumulate_grad_batches //= data.merge
     for name in LIMITS:
         if isinstance(getattr(trainer, name), int):
-            setattr(trainer, name, getattr(trainer, name) // plan.merge)
+            setattr(trainer, name, getattr(trainer, name) // data.merge)
     measured = "" if peak is None else f", measured {peak / GIB:.2f}"
     return Choice(f"fast, {plan}{measured}{'; ' * bool(limit)}{limit}", engine, plan)
