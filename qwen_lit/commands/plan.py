@@ -8,11 +8,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
-from qwen_lit.callbacks.checkpoint_io import step_files
+from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, step_files
 from qwen_lit.callbacks.export import Export
 from qwen_lit.commands.plan_advice import advice
 from qwen_lit.engine.engine import unsupported_reason
@@ -219,8 +220,13 @@ def trial(trainer: Any, callbacks: list[Callback], steps: int) -> L.Trainer:
         callbacks: of the trial.
         steps: optimizer steps at most.
     """
+    device, strategy = trainer.strategy.root_device, trainer.strategy
     return type(trainer)(
-        strategy=trainer.strategy,
+        accelerator=trainer.accelerator,
+        devices=trainer.num_devices if device.type == "cpu" else trainer.device_ids,
+        num_nodes=trainer.num_nodes,
+        strategy="auto" if isinstance(strategy, SingleDeviceStrategy) else "ddp",
+        plugins=[strategy.precision_plugin, AtomicCheckpointIO()],
         max_steps=steps,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=trainer.gradient_clip_val,
@@ -229,7 +235,6 @@ def trial(trainer: Any, callbacks: list[Callback], steps: int) -> L.Trainer:
         num_sanity_val_steps=0,
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -263,7 +268,9 @@ def measure(trainer: Any, module: Any, data: Any, explained: bool = False) -> di
         started = time.perf_counter()
         trial(trainer, [timer, checkpoint], min(STEPS, result["steps"] or STEPS)).fit(module, data.largest_first())
         result["minutes_to_plan"] = round((time.perf_counter() - started) / 60, 2)
-        result["checkpoint_mb"] = round(step_files(checkpoint.folder)[0].stat().st_size / 1e6, 1)
+        # Rank 0 alone writes one; elsewhere its size is known from the shapes.
+        for file in step_files(checkpoint.folder)[:1]:
+            result["checkpoint_mb"] = round(file.stat().st_size / 1e6, 1)
     timed = list(zip(timer.tokens, timer.seconds, strict=True))
     steady = sorted(tokens / seconds for tokens, seconds in timed[1:] or timed)
     speed = steady[len(steady) // 2]
