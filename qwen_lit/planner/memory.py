@@ -18,20 +18,22 @@ from qwen_lit.kernels.footprint import LayerSize, Op, columns_of, rank_of
 
 @dataclass(frozen=True)
 class MemoryConstants:
-    """Bytes and shares that no table of tensors gives. All were measured by benchmarks/train.py on one H100 80 GB."""
+    """Bytes and shares that no table of tensors gives. They are set so that each row of benchmarks/README.md that has
+    a limit (H100 80 GB, shape of Qwen2.5-7B) stays within it."""
 
     libraries: int = 2**28
-    """Left free of a budget for what libraries take beside torch's allocator: the row "the same, limited to 8 GiB"."""
+    """Bytes left free of a budget for what libraries take beside torch's allocator: the row "limited to 8 GiB"."""
     margin: float = 0.04
-    """Share of a budget that is left free, for the rounding of the allocator's blocks: the rows with a limit."""
+    """Share of a budget that is left free for the rounding of the allocator's blocks: the rows "limited to" 40 GiB and
+    less."""
     cublas: int = 2**26
-    """cuBLAS's workspaces on Hopper: 32 MiB (torch's default) for each of the threads of forward and backward."""
+    """Bytes of cuBLAS's workspaces: on Hopper torch gives 32 MiB to each of the threads of forward and backward."""
     fragments: float = 0.06
     """Share of the activations that lies unused between them and is lost to weights held dequantised: the rows
-    "limited to 40 GiB" and "limited to 24 GiB"."""
+    "limited to 40 GiB" and "limited to 24 GiB", which hold some."""
     long_fragments: float = 0.35
-    """The same where large blocks of long rows fit ill into the gaps that earlier ones leave: the rows "one row of"
-    32,000, 120,000 and 343,000 tokens."""
+    """Share that lies unused where large blocks of long rows fit ill into the gaps that earlier ones leave: the rows
+    "one row of" 32,000, 120,000 and 343,000 tokens."""
 
 
 MEMORY = MemoryConstants()
@@ -315,8 +317,10 @@ class ModelMemory:
         norm, loss = loss_ops(hidden, self.vocabulary, 0, 0, self.size)
         # The last layer's input and result are alive in the frame of the engine's forward, though nothing saves them.
         two = 2 * hidden * self.size
+        # Logits are added by ``moments``, as they do not grow with the tokens.
         ends = [Moment("loss", norm.saved_bytes + norm.output + loss.saved_bytes + two)]
         if not policies[-1].recomputes:
+            # A recomputed layer takes more in its backward than in its first forward.
             ends.append(Moment("forward of the last layer", layers[-1].forward - layers[-1].saved + two // 2))
         yield None, live, tuple(ends)
         for number in reversed(range(len(policies))):

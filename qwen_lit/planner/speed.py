@@ -7,23 +7,25 @@ from qwen_lit.planner.plan import Plan
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of what a plan does. Each is measured by benchmarks/train.py, whose rows in benchmarks/README.md are
-    named, on an H100 80 GB with the shape of Qwen2.5-7B."""
+    """Costs of what a plan does, as benchmarks/README.md shows them on an H100 80 GB with the shape of Qwen2.5-7B.
+    With them ``time_of`` gives the ratios of that table's speeds (tests/planner/test_speed.py)."""
 
     recompute: float = 0.30
-    """Share of a layer's time that recomputing it adds: the row "limited to 8 GiB" beside "q,k,v,o, dropout 0"."""
+    """Share of a layer's time that recomputing it adds: the row "limited to 8 GiB", with 20 of 28 layers."""
     offload: float = 0.045
     """Share of a layer's time that sending its saved tensors to the host adds, as copies take the memory's time from
-    the products: "What offloading brings", in 40 and 24 GiB with and without it."""
+    the products: the row "limited to 16 GiB", with 7 of 28 layers."""
     launch_tokens: float = 220
-    """Tokens that a micro-batch costs beside those that it has: the rows "beside one row at a time"."""
+    """Tokens that a micro-batch costs beside those that it has: the row "the same, limited to 40 GiB"."""
     dequantise_tokens: float = 260
-    """Tokens that dequantising all weights costs in each micro-batch: "In 24 GiB micro-batches have 4,096 tokens"."""
+    """Tokens that dequantising all weights costs in each micro-batch: the rows "limited to 24 GiB", with half of them
+    held, and "limited to 16 GiB", with none."""
     scarce: float = 1.3
     """Factor of a plan that moves the embedding or inputs, or does the MLP in pieces, and so has few logits at a time:
     the row "least memory, 2,048 tokens"."""
     recompute_launches: float = 0.5
-    """Share of a micro-batch's launches on the host that recomputing all layers adds: forward is half of backward."""
+    """Share of a micro-batch's launches on the host that recomputing all layers adds: forward launches half as much as
+    backward."""
 
 
 COSTS = Costs()
