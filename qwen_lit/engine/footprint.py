@@ -59,13 +59,13 @@ def layer_ops(
     norm = add_norm_op("input_layernorm", layer.hidden, size, columns_of(qkv), columns_back)
     second = add_norm_op("post_attention_layernorm", layer.hidden, size, columns_of(gate_up), columns_of(out))
     one = layer.head_norm and all(linear.quantized for linear in qkv)
-    mixing = attention_op(query, key, layer.heads, size, value_told=one)
+    mixing = attention_op(query, key, layer.heads, size, value_counted=one)
     ops = [(norm, 0), (qkv_rope_op(layer, size), rank_of(qkv)), (mixing, 0)]
     # Attention saves its own result, and where rows are chosen, their copy is counted as theirs.
-    told = last or reached or rank_of(qkv) > 0
+    counted = last or reached or rank_of(qkv) > 0
     if last:
         ops.append((_chosen(query * size, rank_of(out)), 0))
-    ops += [(group_linear_op("o_proj", out, size, told), rank_of(out)), (second, 0)]
+    ops += [(group_linear_op("o_proj", out, size, counted), rank_of(out)), (second, 0)]
     if piece:
         ops.append((mlp_in_pieces_op(layer, size, piece), rank_of(gate_up) + rank_of(down)))
     else:

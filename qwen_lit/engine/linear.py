@@ -294,14 +294,14 @@ def group_linear(
     )
 
 
-def input_saves(group: tuple[LinearSize, ...], size: int, padded: bool, told: bool = False) -> tuple[Saved, ...]:
+def input_saves(group: tuple[LinearSize, ...], size: int, padded: bool, counted: bool = False) -> tuple[Saved, ...]:
     """What linears of one input save for the gradients of A and B.
 
     Args:
         group: the linears.
         size: bytes of a number.
         padded: as for ``group_linear``.
-        told: an earlier operation saves the input too.
+        counted: an earlier operation saves the input, and counts it.
     """
     rank, columns, width = rank_of(group), columns_of(group), group[0].inputs
     if not rank:
@@ -313,7 +313,7 @@ def input_saves(group: tuple[LinearSize, ...], size: int, padded: bool, told: bo
         return (Saved("input, LoRA columns", (width + columns) * size), *own)
     if quantized and sum(linear.outputs for linear in group) > width:
         return (Saved("copy of the input, LoRA columns", (width + columns) * size),)
-    return (*(() if told else (Saved("input", width * size),)), Saved("input x Aᵀ", rank * size))
+    return (*(() if counted else (Saved("input", width * size),)), Saved("input x Aᵀ", rank * size))
 
 
 def input_scratch(group: tuple[LinearSize, ...], size: int) -> int:
@@ -323,15 +323,15 @@ def input_scratch(group: tuple[LinearSize, ...], size: int) -> int:
     return 0 if not rank or folded else (rank + group[0].inputs * masks(group)) * size
 
 
-def group_linear_op(name: str, group: tuple[LinearSize, ...], size: int, told: bool = False) -> Op:
+def group_linear_op(name: str, group: tuple[LinearSize, ...], size: int, counted: bool = False) -> Op:
     """What ``group_linear`` costs in a layer, where the gradient has free columns and the input has none.
 
     Args:
         name: of the linears.
         group: the linears.
         size: bytes of a number.
-        told: an earlier operation saves the input too.
+        counted: an earlier operation saves the input, and counts it.
     """
     output, grad = sum(linear.outputs for linear in group) * size, group[0].inputs * size
-    saved, scratch = input_saves(group, size, False, told), input_scratch(group, size)
+    saved, scratch = input_saves(group, size, False, counted), input_scratch(group, size)
     return Op(name, saved, output, grad, scratch, saves_input=bool(saved))

@@ -73,10 +73,10 @@ class Policies:
             offload_embedding: as of ``Policies``.
             mlp_piece: as of ``Policies``.
         """
-        away = spread(layers, offload_activations)
-        left = [number for number in range(layers) if number not in away][:recompute]
-        again = Policy.RECOMPUTE_INPUT_ON_HOST if offload_inputs else Policy.RECOMPUTE
-        chosen = {**dict.fromkeys(away, Policy.OFFLOAD), **dict.fromkeys(left, again)}
+        offloaded = spread(layers, offload_activations)
+        left = [number for number in range(layers) if number not in offloaded][:recompute]
+        recomputes = Policy.RECOMPUTE_INPUT_ON_HOST if offload_inputs else Policy.RECOMPUTE
+        chosen = {**dict.fromkeys(offloaded, Policy.OFFLOAD), **dict.fromkeys(left, recomputes)}
         return Policies(
             tuple(chosen.get(number, Policy.KEEP) for number in range(layers)),
             frozenset(range(resident)),

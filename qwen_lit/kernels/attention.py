@@ -124,7 +124,7 @@ def by_flash(
     return out[0] if isinstance(out, tuple) else out
 
 
-def attention_op(query: int, key: int, heads: int, size: int, value_told: bool = False) -> Op:
+def attention_op(query: int, key: int, heads: int, size: int, value_counted: bool = False) -> Op:
     """What ``attention`` costs by the kernels for CUDA.
 
     Args:
@@ -132,10 +132,10 @@ def attention_op(query: int, key: int, heads: int, size: int, value_told: bool =
         key: width of all key heads together, which is that of the values too.
         heads: query heads.
         size: bytes of a number.
-        value_told: an earlier operation saves v too.
+        value_counted: an earlier operation saves v, and counts it.
     """
     saved = (
-        Saved("q and k" if value_told else "q, k and v", (query + (2 - value_told) * key) * size),
+        Saved("q and k" if value_counted else "q, k and v", (query + (2 - value_counted) * key) * size),
         Saved("result", query * size),
         Saved("log-sum-exp, float32", 4 * heads),
     )

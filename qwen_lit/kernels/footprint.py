@@ -46,7 +46,7 @@ class Saved:
 class Op:
     """One operation of a layer. All sizes are bytes a token of the micro-batch unless they say otherwise.
 
-    A tensor that two operations save is told by the earlier one, whose backward is the later one to need it.
+    A tensor that two operations save is counted with the earlier one, whose backward is the later one to need it.
     """
 
     name: str

@@ -94,11 +94,11 @@ def _candidates(memory: ModelMemory, most: int, ahead: bool) -> list[tuple[int, 
         ahead: whether tensors come back a layer ahead where no layer is offloaded.
     """
     layers, found = len(memory.layers), []
-    for away, recompute in product(range(most + 1), range(layers + 1)):
-        if away + recompute <= layers:
-            policies = Policies.of_counts(layers, recompute, away)
-            at_loss, (other,) = memory.heights(policies.layers, ahead or away > 0)
-            found.append((away, recompute, policies, at_loss, other.per_token))
+    for offloaded, recompute in product(range(most + 1), range(layers + 1)):
+        if offloaded + recompute <= layers:
+            policies = Policies.of_counts(layers, recompute, offloaded)
+            at_loss, (other,) = memory.heights(policies.layers, ahead or offloaded > 0)
+            found.append((offloaded, recompute, policies, at_loss, other.per_token))
     return found
 
 
@@ -148,16 +148,16 @@ def _usual(
         gaps = _gaps(sizes[1], tokens)
         # A layer takes whole blocks of the host's memory.
         most = max(0, min(int(host.share * layers), host.memory // (tokens * memory.saved + BLOCK)))
-        for away, recompute, policies, at_loss, other in _candidates(memory, most, tokens <= PIECE):
+        for offloaded, recompute, policies, at_loss, other in _candidates(memory, most, tokens <= PIECE):
             estimate = beside + max(tokens * at_loss + min(chunk, tokens) * logits, tokens * other)
             if estimate + gaps * (estimate - static) > usable:
                 continue
             # What lies between activations of different sizes is lost to weights that stay.
             left = usable - estimate - int(max(MEMORY.fragments, gaps) * (estimate - static))
             resident = bisect_right(held, left) - 1 if left > 0 else 0
-            time = relative_time(recompute / layers, usual * count, resident / layers, host.launch, away / layers)
-            if best is None or (time, away) < best:
-                best = time, away
+            time = relative_time(recompute / layers, usual * count, resident / layers, host.launch, offloaded / layers)
+            if best is None or (time, offloaded) < best:
+                best = time, offloaded
                 policies = Policies(policies.layers, frozenset(range(resident)), chunk)
                 chosen = Plan(count, policies, estimate + held[resident], budget)
     return chosen
@@ -168,21 +168,21 @@ def _small(
 ) -> list[Plan]:
     """Plans that recompute every layer, from what costs least time to what takes least memory."""
     longest, layers = sizes[1], len(memory.layers)
-    inputs = layers * memory.layer(0).input
+    input_bytes = layers * memory.layer(0).input
     ways = [
-        (embedding, piece, off)
-        for off in (False, True)[: 1 + (host.memory >= sizes[counts[-1]] * inputs)]
+        (embedding, piece, inputs)
+        for inputs in (False, True)[: 1 + (host.memory >= sizes[counts[-1]] * input_bytes)]
         for embedding in ((False, True) if memory.embedding else (False,))
         for piece in ((0, PIECE) if longest > PIECE else (0,))
     ]
     if longest > PIECE:
         ways += [(bool(memory.embedding), PIECE // parts, ways[-1][2]) for parts in SMALLER_PIECES]
     plans = []
-    for (embedding, piece, off), count in product(ways, counts):
+    for (embedding, piece, inputs), count in product(ways, counts):
         tokens = sizes[count]
-        if off and count > counts[-1] and host.memory < tokens * inputs:
+        if inputs and count > counts[-1] and host.memory < tokens * input_bytes:
             continue
-        policies = _least(memory, off, embedding, piece)
+        policies = _least(memory, inputs, embedding, piece)
         estimate = memory.peak(static, tokens, policies)
         gaps = int(_gaps(longest, tokens) * (estimate - static + memory.embedding * embedding))
         plans.append(Plan(count, policies, estimate, budget, fits=estimate + gaps <= limit(budget)))
