@@ -67,12 +67,13 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     from qwen_lit.data.batches import collate
     from qwen_lit.data.packing import best_fit
     from qwen_lit.engine.engine import FastEngine, unsupported_reason
-    from qwen_lit.engine.lora_linear import WORKSPACE
     from qwen_lit.model.load import add_adapter, load_base
     from qwen_lit.model.optim import OPTIMIZERS
-    from qwen_lit.planner.measure import measure_host
-    from qwen_lit.planner.plan import GIB, Shape, apply, choose, free_memory
-    from qwen_lit.planner.planner import possible_at_once
+    from qwen_lit.planner.measure import free_memory, measure_host
+    from qwen_lit.planner.memory import ModelMemory
+    from qwen_lit.planner.plan import GIB
+    from qwen_lit.planner.planner import apply, possible_at_once
+    from qwen_lit.planner.search import choose
 
     device = torch.device("cuda:0")
     if "memory" in case:
@@ -96,16 +97,15 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     longest, step_tokens = case.get("longest", 2048), case.get("tokens", 16_384)
     budget = min(free_memory(device), int(case["memory"] * GIB) if "memory" in case else 2**62)
     sizes = {n: n * longest for n in possible_at_once(step_tokens // longest)}
-    shape = Shape.of(model, 2)
+    memory = ModelMemory.of(model, 2)
     static = torch.cuda.memory_allocated()
     few: Any = collate([(np.zeros(16), np.array([[0, 16]]))], 0)
     few = {key: value.to(device) if hasattr(value, "to") else value for key, value in few.items()}
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        machine = measure_host(FastEngine(model), shape, few, 1)
+        machine = measure_host(FastEngine(model), memory, few, 1)
     machine = replace(machine, **{key: case[key] for key in ("share", "launch") if key in case})
-    WORKSPACE.buffers.clear()
     torch.cuda.empty_cache()
-    plan = choose(shape, static, budget, sizes, machine)
+    plan = choose(memory, static, budget, sizes, machine)
     engine = apply(plan, model)
     steps, per_step = case.get("steps", 6), step_tokens // longest
     docs = documents(case, 4096 if case.get("mix") else steps * per_step, longest)
@@ -154,15 +154,15 @@ def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
         "estimate_gib": round(plan.estimate / GIB, 2),
         "micro_batches_at_once": plan.micro_batches_at_once,
-        "recompute": plan.recompute_layers,
-        "chunk": plan.loss_chunk,
-        "host_embedding": plan.host_embedding,
-        "offload": plan.offload,
-        "piece": plan.piece,
-        "offload_layers": plan.offload_layers,
+        "recompute": plan.policies.recomputed,
+        "chunk": plan.policies.loss_chunk,
+        "offload_embedding": plan.policies.offload_embedding,
+        "offload_inputs": plan.policies.offload_inputs,
+        "piece": plan.policies.mlp_piece,
+        "offload_activations": plan.policies.offloaded,
         "share": machine.share,
         "launch": machine.launch,
-        "resident": plan.resident_layers,
+        "resident": len(plan.policies.resident),
         "load_gib": round(load_peak / GIB, 2),
     }
 

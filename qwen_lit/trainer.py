@@ -59,7 +59,14 @@ class QwenTrainer(Trainer):
         """
         return inspect(datamodule, model.name, self.micro_batches_per_step, rows, row, html)
 
-    def plan(self, model: QwenModule, datamodule: QwenDataModule, exporter: Export, json: bool = False) -> int:
+    def plan(
+        self,
+        model: QwenModule,
+        datamodule: QwenDataModule,
+        exporter: Export,
+        json: bool = False,
+        explain: bool = False,
+    ) -> int:
         """Run the heaviest real batch through every part of a run, and tell memory, speed, time and disk.
 
         Args:
@@ -67,8 +74,10 @@ class QwenTrainer(Trainer):
             datamodule: the data it would be trained on.
             exporter: what would be exported.
             json: print JSON instead of lines.
+            explain: print the table behind the plan too: what each operation saves and takes, and what adds up to the
+                estimate.
         """
-        return plan(self, model, datamodule, exporter, json)
+        return plan(self, model, datamodule, exporter, json, explain)
 
     def verify_resume(self, datamodule: QwenDataModule, run: Run, steps: int = 6) -> int:
         """Train a few steps, kill, resume, and compare with a run that was left alone, in output_dir/verify_resume.

@@ -13,6 +13,7 @@ from qwen_lit.cli import main
 from qwen_lit.commands import plan as dry_run
 from qwen_lit.data import encoding
 from qwen_lit.engine.engine import FastEngine
+from qwen_lit.engine.policy import Policies
 from qwen_lit.planner.flops import token_flops
 from qwen_lit.planner.plan import Plan
 from tests.runs import adapter, doing, lengths, trace
@@ -257,7 +258,7 @@ def test_as_many_processes_build_batches_as_asked(count, command, tmp_path):
     assert told.read_text() == str(count)
 
 
-@pytest.mark.parametrize(("name", "told"), [("fast", "fast, by the plain twins"), ("reference", "reference")])
+@pytest.mark.parametrize(("name", "told"), [("fast", "fast (PyTorch fallback, no CUDA)"), ("reference", "reference")])
 def test_the_engine_that_is_asked_for_is_the_one_that_runs(name, told, arguments, tmp_path):
     options = ["--model.engine", name, "--trainer.max_steps", "1", "--export.merge", "false"]
     assert main([*arguments, *options]) == 0
@@ -314,7 +315,8 @@ def test_predictions_are_made_so_many_at_a_time_and_no_longer_than_asked(argumen
 
 
 def test_a_plan_is_told_as_the_planner_chose_it(plan, monkeypatch):
-    chosen = Plan(4, 5, 1024, 3 * 2**30, 6 * 2**30, True, True, 512, 2, 3)
+    policies = Policies.of_counts(8, 5, 3, True, 2, 1024, True, 512)
+    chosen = Plan(4, policies, 3 * 2**30, 6 * 2**30)
     monkeypatch.setattr(dry_run, "choose", lambda *given, **more: chosen)
     _, told = plan("--memory_budget", "6GiB")
     (found,) = told["plans"]
@@ -322,7 +324,7 @@ def test_a_plan_is_told_as_the_planner_chose_it(plan, monkeypatch):
     assert found == {
         "budget_gib": 6.0,
         "estimated_peak_gib": 3.0,
-        "merged_micro_batches": 4,
+        "micro_batches_at_once": 4,
         "recomputed_layers": 5,
         "embedding_on_cpu": True,
         "inputs_offloaded": True,

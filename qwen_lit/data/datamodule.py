@@ -1,5 +1,6 @@
 """The DataModule: prepared rows, the split, and loaders over them."""
 
+import copy
 import hashlib
 import logging
 import math
@@ -317,6 +318,12 @@ class QwenDataModule(L.LightningDataModule):
         rows = self.train_rows
         assert rows is not None
         return collate([rows[row] for batch in self._heaviest_first(rows)[:count] for row in batch], self.pad_id)
+
+    def largest_first(self) -> "QwenDataModule":
+        """The same rows, with the largest micro-batches first; this one keeps its order."""
+        made = copy.copy(self)
+        made.heaviest_first = True
+        return made
 
     def _heaviest_first(self, rows: Rows) -> list[list[int]]:
         lengths = rows.column("length")

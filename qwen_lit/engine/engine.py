@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,9 +10,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qwen_lit.engine.linear import group_linear
-from qwen_lit.engine.lora_linear import WORKSPACE, LoraLinear, augmented_weight, lora_columns, parts_of, read_linear
+from qwen_lit.engine.lora_linear import (
+    LoraLinear,
+    Workspace,
+    augmented_weight,
+    lora_columns,
+    parts_of,
+    read_linear,
+)
 from qwen_lit.engine.mlp import mlp, mlp_in_pieces
-from qwen_lit.engine.offload import HostStore, unpin
+from qwen_lit.engine.offload import HostBlocks, HostStore
+from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.engine.qkv import qkv_rope
 from qwen_lit.families.layer import Layer
 from qwen_lit.families.table import FAMILIES, family_of
@@ -21,7 +30,7 @@ from qwen_lit.kernels.loss import head_loss
 from qwen_lit.kernels.norm import add_norm
 
 PIECE = 8192
-"""Tokens of a piece of the MLP: so many that dequantising its weights again costs little."""
+"""Tokens of a piece of the MLP: enough that dequantising its weights again costs little."""
 
 
 def unsupported_reason(model: Any, device: torch.device) -> str | None:
@@ -89,88 +98,85 @@ def linears_of(block: nn.Module, layer: Layer) -> dict[str, nn.Module]:
     return {linear.name: block.get_submodule(linear.path) for linear in layer.linears}
 
 
-def spread(layers: int, count: int) -> set[int]:
-    """``count`` of so many layers, as far from each other as may be."""
-    return {number for number in range(layers) if number * count % layers < count}
+@dataclass
+class Arena:
+    """Memory that an engine keeps between batches and lends to its operations."""
+
+    workspace: Workspace = field(default_factory=Workspace)
+    """For the weight that is dequantised for a product."""
+    host: HostBlocks = field(default_factory=HostBlocks)
+    """Pinned blocks for what waits on the host."""
+
+    def clear(self) -> None:
+        """Give all of it up; it is taken again when it is needed."""
+        self.workspace.clear()
+        self.host.clear()
 
 
 class FastEngine:
     """Computes the summed loss of a batch; gradients land in the model's own LoRA parameters."""
 
-    def __init__(
-        self,
-        model: Any,
-        recompute_layers: int = 0,
-        loss_chunk: int = 2048,
-        offload: bool = False,
-        piece: int = 0,
-        resident_layers: int = 0,
-        offload_layers: int = 0,
-    ) -> None:
+    def __init__(self, model: Any, policies: Policies | None = None) -> None:
         """Holds the model; nothing of it is changed.
 
         Args:
             model: a ``PeftModel`` for which ``unsupported_reason`` is None. Its embedding may stand on the CPU.
-            recompute_layers: of so many first layers, beside those of ``offload_layers``, only the input is kept, and
-                the rest computed again in backward.
-            loss_chunk: rows of logits that exist at a time.
-            offload: the kept inputs wait in pinned host memory.
-            piece: tokens of which a recomputed layer's MLP holds the activations at a time; 0 for all.
-            resident_layers: of so many first layers the 4-bit weights are held dequantised too.
-            offload_layers: of so many layers, spread evenly, all that backward needs waits in pinned host memory, but
-                for the last of them, with which backward begins.
+            policies: how memory is saved, with one policy for each layer; without them every layer keeps all that its
+                backward needs.
         """
         self.model = model
         base = model.base_model.model
         family = family_of(base.config)
         self.decoder, self.layers = base.get_submodule(family.decoder), family.layers(base.config)
-        layers = len(self.layers)
-        self.away = spread(layers, offload_layers)
-        self.recomputed = set([number for number in range(layers) if number not in self.away][:recompute_layers])
-        self.stored = self.away | (self.recomputed if offload else set())
-        self.recompute_layers, self.loss_chunk, self.offload, self.piece = recompute_layers, loss_chunk, offload, piece
+        self.policies = Policies.keep_all(len(self.layers)) if policies is None else policies
+        self.arena = Arena()
         self.trained = [p for name, p in model.named_parameters() if ".lora_" in name]
-        self.low: dict[int, Tensor] = {}
+        self.compute: dict[int, Tensor] = {}
         self.resident: dict[int, Tensor] = {}
-        self.again = False
-        for number, layer in enumerate(self.layers[:resident_layers]):
-            linears = self._linears(number, False)
-            for group in layer.groups:
-                mine = [linears[one.name] for one in group]
-                for part in parts_of(mine, group is layer.groups[0]):
-                    if part[0].quant_state is not None:
-                        dtype = part[0].quant_state.dtype
-                        self.resident[id(part[0].weight)] = augmented_weight(
-                            part, dtype, lora_columns(mine), held=True
-                        )
+        self.recomputing = False
+        for number in sorted(self.policies.resident):
+            self.resident |= self._dequantized(number)
+
+    @property
+    def recompute_layers(self) -> int:
+        """Layers whose forward runs again in backward."""
+        return self.policies.recomputed
 
     def release(self) -> None:
         """Give up the memory of dequantised weights and of the host; a later batch takes what it needs again."""
         self.resident.clear()
-        WORKSPACE.buffers.clear()
-        unpin()
+        self.arena.clear()
+
+    def _dequantized(self, number: int) -> dict[int, Tensor]:
+        """The augmented weights of a layer's 4-bit linears, by the ``id`` of the first weight in each."""
+        found, linears, groups = {}, self._linears(number, False), self.layers[number].groups
+        for group in groups:
+            mine = [linears[one.name] for one in group]
+            for part in parts_of(mine, group is groups[0]):
+                if part[0].quant_state is not None:
+                    dtype = part[0].quant_state.dtype
+                    found[id(part[0].weight)] = augmented_weight(part, dtype, lora_columns(mine), held=True)
+        return found
 
     def _cast_adapters(self, dtype: torch.dtype) -> None:
         """Make copies of A and B in the dtype of the products, all at once."""
-        wanted = [one for one in self.trained if one.dtype != dtype]
+        wanted = [parameter for parameter in self.trained if parameter.dtype != dtype]
         if not wanted:
-            self.low = {}
+            self.compute = {}
             return
-        if any(id(one) not in self.low or self.low[id(one)].dtype != dtype for one in wanted):
-            # Training goes on with them where validation came first.
+        if any(id(one) not in self.compute or self.compute[id(one)].dtype != dtype for one in wanted):
+            # Copies made in validation's inference mode could not be used in training.
             with torch.inference_mode(False):
-                self.low = {id(one): torch.empty_like(one, dtype=dtype, requires_grad=False) for one in wanted}
+                self.compute = {id(one): torch.empty_like(one, dtype=dtype, requires_grad=False) for one in wanted}
         with torch.no_grad():
-            torch._foreach_copy_([self.low[id(one)] for one in wanted], wanted)
+            torch._foreach_copy_([self.compute[id(one)] for one in wanted], wanted)
 
     def _linears(self, number: int, training: bool) -> dict[str, LoraLinear]:
-        """The linears of a layer, with what is held for them."""
-        modules = linears_of(self.decoder.layers[number], self.layers[number])
-        found = {name: read_linear(one, training) for name, one in modules.items()}
-        for linear in found.values():
-            linear.a_compute, linear.b_compute = self.low.get(id(linear.a)), self.low.get(id(linear.b))
-            linear.resident = self.resident.get(id(linear.weight))
-        return found
+        """The linears of a layer, with the copies that the engine keeps for them."""
+        return {
+            name: read_linear(module, training, self.compute, self.resident, self.arena.workspace)
+            for name, module in linears_of(self.decoder.layers[number], self.layers[number]).items()
+        }
 
     def loss_sum(self, batch: Any) -> Tensor:
         """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats.
@@ -178,7 +184,8 @@ class FastEngine:
         Args:
             batch: ``qwen_lit.data.batches.Batch`` on the model's device.
         """
-        base, decoder = self.model.base_model.model, self.decoder
+        base = self.model.base_model.model
+        decoder = self.decoder
         ids = batch["input_ids"]
         residual = decoder.embed_tokens(ids.to(decoder.embed_tokens.weight.device)).flatten(0, 1).to(ids.device)
         positions = batch["position_ids"].flatten()
@@ -189,49 +196,52 @@ class FastEngine:
         # One draw from the host's generator, which a checkpoint restores; every mask of the batch derives from it.
         seed = int(torch.randint(2**30, (), device="cpu")) if training else 0
         delta: Tensor | None = None
-        back = 0
-        # Copying a long row's input takes no time beside computing it, but its memory counts.
-        store = HostStore(residual.device, [cos, sin], ahead=len(residual) <= PIECE or bool(self.away))
+        columns_back = 0
+        policies = self.policies.layers
+        on_host = self.policies.on_host if training else ()
+        store = HostStore(residual.device, [cos, sin], fetches_ahead(len(residual), policies), self.arena.host)
         self._cast_adapters(residual.dtype)
         with torch.autocast(residual.device.type, enabled=False):
             for number, block in enumerate(decoder.layers):
-                again = training and number in self.recomputed
-                if again and delta is not None:
-                    # One tensor instead of two is kept.
+                recompute = training and policies[number].recomputes
+                if recompute and delta is not None:
+                    # One tensor instead of two is saved.
                     residual, delta = residual + delta, None
                 layer, linears = self.layers[number], self._linears(number, training)
                 # Of the last layer, only the rows that predict something are needed after attention.
                 rows = batch["target_index"] if block is decoder.layers[-1] else None
-                arguments = (residual, delta, block, layer, linears, cos, sin, batch, seed + 4 * number, rows, back)
-                back = lora_columns([linears[one.name] for one in layer.groups[-1]])
-                stored = training and number in self.stored
-                with store.layer(last=number == max(self.stored)) if stored else nullcontext():
-                    if again:
-                        # Recomputing stops at the last tensor that backward needs, which is before down_proj.
+                seeds = seed + 4 * number
+                arguments = (residual, delta, block, layer, linears, cos, sin, batch, seeds, rows, columns_back)
+                columns_back = lora_columns([linears[one.name] for one in layer.groups[-1]])
+                with store.layer(last=number == on_host[-1]) if number in on_host else nullcontext():
+                    if recompute:
+                        # Recomputation stops at the last tensor that is saved: before down_proj where that has no
+                        # adapter.
                         residual, delta = checkpoint(
                             self._layer,
                             *arguments,
                             use_reentrant=False,
                             preserve_rng_state=False,
-                            context_fn=self._phases,
+                            context_fn=self._checkpoint_contexts,
                         )
                     else:
                         residual, delta = self._layer(*arguments)
             assert delta is not None
-            _, normed = add_norm(residual, delta, decoder.norm.weight, decoder.norm.variance_epsilon, 0, back)
+            _, normed = add_norm(residual, delta, decoder.norm.weight, decoder.norm.variance_epsilon, 0, columns_back)
             head: Any = base.get_output_embeddings()
-            return head_loss(normed, head.weight.to(normed.dtype), batch["targets"], self.loss_chunk)
+            return head_loss(normed, head.weight.to(normed.dtype), batch["targets"], self.policies.loss_chunk)
 
-    def _phases(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self._recomputing()
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The contexts of a recomputed layer's first and second forward."""
+        return nullcontext(), self._in_recompute()
 
     @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        self.again = True
+    def _in_recompute(self) -> Iterator[None]:
+        self.recomputing = True
         try:
             yield
         finally:
-            self.again = False
+            self.recomputing = False
 
     def _layer(
         self,
@@ -245,18 +255,32 @@ class FastEngine:
         batch: Any,
         seed: int,
         rows: Tensor | None,
-        back: int,
+        columns_back: int,
     ) -> tuple[Tensor, Tensor]:
-        """The sum and what is to be added to it, of ``rows`` alone where they are given.
+        """One decoder layer: attention, then the MLP.
 
-        ``back`` is the room of the linear that made ``delta``.
+        Args:
+            residual: ``[tokens, hidden]``, the residual stream.
+            delta: the same shape, what the layer before adds to it; None for nothing.
+            block: the layer of transformers.
+            layer: what it is.
+            linears: of the layer, by name.
+            cos: of each token's position, as for ``qkv_rope``.
+            sin: of each token's position, as for ``qkv_rope``.
+            batch: as for ``loss_sum``.
+            seed: of the dropout masks; the layer draws from ``seed`` to ``seed + 3``.
+            rows: int64 ``[n]``, the tokens with which the layer goes on after attention; None for all.
+            columns_back: LoRA columns of the linear that made ``delta``.
+
+        Returns:
+            The residual stream and what this layer adds to it, ``[tokens or n, hidden]`` each.
         """
         attn = block.self_attn
         first, second, third, _ = ([linears[one.name] for one in group] for group in layer.groups)
         norm = block.input_layernorm
-        residual, x = add_norm(residual, delta, norm.weight, norm.variance_epsilon, lora_columns(first), back)
+        residual, x = add_norm(residual, delta, norm.weight, norm.variance_epsilon, lora_columns(first), columns_back)
         norms = [_norm(getattr(attn, name, None)) for name in ("q_norm", "k_norm")]
-        q, k, v = qkv_rope(x, first, layer.head_size, cos, sin, norms, seed, padded=True)
+        q, k, v = qkv_rope(x, first, attn.head_dim, cos, sin, norms, seed, padded=True)
         mixed = attention(q, k, v, batch["cu_seqlens"], batch["max_seqlen"]).flatten(1)
         if rows is not None:
             residual, mixed = residual.index_select(0, rows), mixed.index_select(0, rows)
@@ -265,11 +289,19 @@ class FastEngine:
         residual, x = add_norm(
             residual, out, norm.weight, norm.variance_epsilon, lora_columns(third), lora_columns(second)
         )
-        # Nothing is kept without gradients, so pieces cost nothing then, and validation rows of any length fit.
-        piece = self.piece or (0 if torch.is_grad_enabled() else PIECE)
+        # Nothing is saved without gradients, so pieces cost nothing then, and validation rows of any length fit.
+        piece = self.policies.mlp_piece or (0 if torch.is_grad_enabled() else PIECE)
         if piece and len(x) > piece:
-            return residual, mlp_in_pieces(x, linears, seed + 2, piece, True, self.again)
+            return residual, mlp_in_pieces(x, linears, seed + 2, piece, True, self.recomputing)
         return residual, mlp(x, linears, seed + 2, padded=True)
+
+
+def fetches_ahead(tokens: int, layers: tuple[Policy, ...]) -> bool:
+    """Whether tensors come back from the host while the layer above theirs computes, and not only when needed.
+
+    Copying the input of a long row takes no time beside computing it, but its memory counts.
+    """
+    return tokens <= PIECE or Policy.OFFLOAD in layers
 
 
 def _norm(module: Any) -> tuple[Tensor | None, float]:

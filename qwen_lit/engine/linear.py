@@ -1,11 +1,24 @@
-"""Frozen linears with LoRA (Hu et al., 2021) over NF4 or plain weights, as one autograd function per shared input.
+"""Frozen linears with LoRA over NF4 or plain weights, as one autograd function for the linears of one input.
 
-With the adapter beside the weight in its frame::
+Each linear computes (Hu et al., 2021, equation 3, with dropout ``D`` on the adapter's input)::
 
-    forward   [x | xAᵀ] · [W | sB]ᵀ
-    backward  [dy | s dy B] · [W ; A]
+    y = x Wᵀ + bias + s D(x) Aᵀ Bᵀ
 
-one product computes the linear and its adapter, and no result is read again to add to it.
+for x ``[tokens, in]``, W ``[out, in]``, A ``[r, in]``, B ``[out, r]`` and ``s = alpha / r``. W and bias are frozen.
+With ``xa = D(x) Aᵀ`` ``[tokens, r]``, which is saved, and the gradient dy ``[tokens, out]``::
+
+    d_xa = s dy B        [tokens, r]
+    dB   = s dyᵀ xa      [out, r]
+    dA   = d_xaᵀ D(x)    [r, in]
+    dx   = dy W + D'(d_xa A), where D' masks and scales as D does; summed over the linears of the input
+
+Products run in the dtype of x; dA and dB are cast to that of A and B. Without dropout, and with the adapter beside the
+weight in one augmented matrix, forward and the gradient of the input are one product each::
+
+    y  = [x | xa] · [W | s B]ᵀ
+    dx = [dy | d_xa] · [W ; A]
+
+so that no result is read again to add to it.
 """
 
 from itertools import pairwise
@@ -17,10 +30,11 @@ from torch.nn import functional as F
 
 from qwen_lit.engine.lora_linear import LoraLinear, augmented_weight, full_weight, lora_columns, parts_of, width_of
 from qwen_lit.kernels.dropout import dropped
+from qwen_lit.kernels.footprint import LinearSize, Op, Saved, columns_of, masks, rank_of
 
 
 def group_reference(x: Tensor, linears: list[LoraLinear], seed: int) -> tuple[Tensor, ...]:
-    """The plain twin of ``group_linear``."""
+    """The reference of ``group_linear``."""
     outputs = []
     for linear in linears:
         y = F.linear(x, full_weight([linear], x.dtype).clone(), linear.bias)
@@ -53,8 +67,8 @@ class Group:
 
         Args:
             linears: as for ``group_linear``.
-            seed: the same.
-            padded: the same.
+            seed: of the dropout mask, as for ``group_linear``.
+            padded: as for ``group_linear``.
             merged: all linears are one product, where ``parts_of`` allows it.
         """
         self.linears, self.seed, self.padded = linears, seed, padded
@@ -63,17 +77,17 @@ class Group:
         self.rank = sum(linear.rank for linear in linears)
         self.extra = lora_columns(linears)
         self.dropout = next((linear.dropout for linear in linears if linear.rank), 0.0)
-        # A plain weight is used where it stands, so there is no frame around it.
+        # A plain weight is used where it stands, so there is no augmented copy of it.
         self.is_augmented = self.rank > 0 and all(linear.quant_state is not None for linear in linears)
 
     def down_projection(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The input with the room on its right, where products take it from there, and its image under A.
+        """The input with the LoRA columns on its right, where products take them from there, and ``xa = D(x) Aᵀ``.
 
         Args:
             x: ``[tokens, in]``.
 
         Returns:
-            ``[tokens, in + room]`` or ``x`` itself, and ``[tokens, r of all]``; both are saved for backward.
+            ``[tokens, in + LoRA columns]`` or ``x`` itself, and ``[tokens, r of all]``; both are saved for backward.
         """
         if not self.rank:
             return x, None
@@ -96,8 +110,8 @@ class Group:
         """The output of every part, ``[tokens, out of its linears]``.
 
         Args:
-            augmented: as ``image`` gives it.
-            xa: the same.
+            augmented: ``[tokens, in + LoRA columns]`` as ``down_projection`` gives it.
+            xa: ``[tokens, r of all]`` as ``down_projection`` gives it.
             outs: where the outputs go, if no linear has a bias; their rows may lie apart.
         """
         outputs, start = [], 0
@@ -126,15 +140,15 @@ class Group:
     def backward(
         self, augmented: Tensor, xa: Tensor | None, grads: list[Tensor], wants_dx: bool, last: Tensor | None = None
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """The gradient of the input and of every A and B.
+        """dx, dA and dB by the formulas of the module.
 
         Args:
-            augmented: as ``image`` gave it.
-            xa: the same.
-            grads: of the output of every part.
+            augmented: as ``down_projection`` gave it.
+            xa: as ``down_projection`` gave it.
+            grads: dy of every part, ``[tokens, out of its linears]``.
             wants_dx: whether the input has a gradient.
-            last: ``[tokens, out + room]`` that begins with the last of ``grads``, where there is one; its room is
-                written to.
+            last: ``[tokens, out + LoRA columns]`` that begins with the last of ``grads``, where there is one; d_xa is
+                written to its columns.
 
         Returns:
             ``[tokens, in]``, and A's and B's gradient of each linear that has them, in the dtype of the products.
@@ -188,7 +202,8 @@ class Group:
 
 
 def _places(part: list[LoraLinear], start: int) -> tuple[list[slice], list[slice]]:
-    """Of each linear: where its outputs stand in the part's, and its ranks, from ``start`` on, in the group's."""
+    """For each linear: the columns of its output in the part's output, and of its ranks, from ``start`` on, in the
+    group's ``xa``."""
     ends, ranks = [0], [start]
     for linear in part:
         ends.append(ends[-1] + linear.out)
@@ -197,11 +212,11 @@ def _places(part: list[LoraLinear], start: int) -> tuple[list[slice], list[slice
 
 
 def with_lora_columns(x: Tensor, extra: int) -> Tensor | None:
-    """The matrix with the columns that were left free after each of its rows; None where there are none.
+    """The matrix together with the free columns after each of its rows; None where it has none.
 
     Args:
         x: ``[tokens, width]``.
-        extra: so many columns are wanted.
+        extra: how many columns are wanted.
     """
     tokens, width = x.shape
     if not extra or not tokens or x.stride() != (width + extra, 1):
@@ -218,7 +233,7 @@ def trained(linears: list[LoraLinear]) -> list[Tensor]:
 
 
 class _GroupLinear(torch.autograd.Function):
-    """Saves the input and its image under A alone, and neither when no linear has an adapter."""
+    """Saves the input and ``xa`` where a linear has an adapter, and nothing otherwise."""
 
     @staticmethod
     def forward(
@@ -249,7 +264,7 @@ class _GroupLinear(torch.autograd.Function):
 
 
 def as_trained(found: list[Tensor], linears: list[LoraLinear]) -> list[Tensor]:
-    """Gradients in the dtypes of what they belong to, in the order of ``trained``."""
+    """Gradients of A and B in the dtypes of A and B, in the order of ``trained``."""
     return [one.to(like.dtype) for one, like in zip(found, trained(linears), strict=True)]
 
 
@@ -267,9 +282,9 @@ def group_linear(
         x: ``[tokens, in]``.
         linears: linears of the same input, with one dropout rate among those that have an adapter.
         seed: of the dropout mask.
-        padded: after each row of ``x`` there are ``room(linears)`` columns to write to.
-        grad_padded: columns that lie after each row of the last output's gradient may be written to.
-        skip_output: the outputs are of no use to anyone, and are not computed.
+        padded: after each row of ``x`` there are ``lora_columns(linears)`` free columns that may be written to.
+        grad_padded: free columns after each row of the last output's gradient may be written to.
+        skip_output: do not compute the outputs, because the caller needs only what is saved; they are undefined.
 
     Returns:
         ``[tokens, out]`` for each linear, in the dtype of ``x``.
@@ -277,3 +292,46 @@ def group_linear(
     return _GroupLinear.apply(  # type: ignore[no-any-return]
         x, linears, seed, padded, grad_padded, skip_output, *trained(linears)
     )
+
+
+def input_saves(group: tuple[LinearSize, ...], size: int, padded: bool, counted: bool = False) -> tuple[Saved, ...]:
+    """What linears of one input save for the gradients of A and B.
+
+    Args:
+        group: the linears.
+        size: bytes of a number.
+        padded: as for ``group_linear``.
+        counted: an earlier operation saves the input, and counts it.
+    """
+    rank, columns, width = rank_of(group), columns_of(group), group[0].inputs
+    if not rank:
+        return ()
+    quantized = all(linear.quantized for linear in group)
+    if padded:
+        # A plain weight's product takes no LoRA columns: xa has memory of its own, and the columns stay empty.
+        own = () if quantized else (Saved("input x Aᵀ", rank * size),)
+        return (Saved("input, LoRA columns", (width + columns) * size), *own)
+    if quantized and sum(linear.outputs for linear in group) > width:
+        return (Saved("copy of the input, LoRA columns", (width + columns) * size),)
+    return (*(() if counted else (Saved("input", width * size),)), Saved("input x Aᵀ", rank * size))
+
+
+def input_scratch(group: tuple[LinearSize, ...], size: int) -> int:
+    """Bytes a token that the backward of linears takes beside gradients: d_xa, and with dropout D(x) or D'(d_xa A)."""
+    rank = rank_of(group)
+    folded = all(linear.quantized for linear in group) and not masks(group)
+    return 0 if not rank or folded else (rank + group[0].inputs * masks(group)) * size
+
+
+def group_linear_op(name: str, group: tuple[LinearSize, ...], size: int, counted: bool = False) -> Op:
+    """What ``group_linear`` costs in a layer, where the gradient has free columns and the input has none.
+
+    Args:
+        name: of the linears.
+        group: the linears.
+        size: bytes of a number.
+        counted: an earlier operation saves the input, and counts it.
+    """
+    output, grad = sum(linear.outputs for linear in group) * size, group[0].inputs * size
+    saved, scratch = input_saves(group, size, False, counted), input_scratch(group, size)
+    return Op(name, saved, output, grad, scratch, saves_input=bool(saved))

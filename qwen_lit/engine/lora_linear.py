@@ -1,21 +1,48 @@
-"""The linears of a model as the kernels read them, and their weights dequantised into frames.
+"""The linears of a model as the engine reads them, and their weights dequantised into augmented weights.
 
-Where a weight is dequantised it lands in a frame that has room for the adapter on its right and below it::
+A weight is dequantised into a matrix with free space for the adapter on its right and below it, the augmented weight::
 
     [ W   sB ]
     [ A      ]
 
-Linears of one input can share a frame, one below the other.
+Linears of one input can share one, one below the other.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
+from qwen_lit.kernels.footprint import LinearSize
 from qwen_lit.kernels.nf4 import can_dequantize, dequantize
+
+
+class Workspace:
+    """One buffer per device and dtype for the weight that is in use; it grows to the largest."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def get(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A matrix that the next call may overwrite."""
+        key, count = (device, dtype), torch.Size(shape).numel()
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < count:
+            # The smaller buffer is given up before the larger one is taken.
+            self.buffers.pop(key, None)
+            buffer = None
+            # A buffer made in validation's inference mode could not be used in training.
+            with torch.inference_mode(False):
+                buffer = self.buffers[key] = torch.empty(count, dtype=dtype, device=device)
+        return buffer[:count].view(shape)
+
+    def clear(self) -> None:
+        """Give the buffers up."""
+        self.buffers.clear()
 
 
 @dataclass
@@ -34,8 +61,11 @@ class LoraLinear:
     a_compute: Tensor | None = None
     """``a`` in the dtype of the products, where a copy is kept."""
     b_compute: Tensor | None = None
+    """``b`` in the dtype of the products, where a copy is kept."""
     resident: Tensor | None = None
-    """The frame with the weight in it, where it is held; that of several stands with the first of them."""
+    """Augmented weight kept in memory between steps, or None. Linears that share one store it on the first of them."""
+    workspace: Workspace = field(default_factory=Workspace)
+    """Where the weight is dequantised for a product. Linears share one, as only one weight is in use at a time."""
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in the dtype of the products."""
@@ -60,15 +90,26 @@ class LoraLinear:
         return int((self.weight if self.quant_state is None else self.quant_state).shape[0])
 
 
-def read_linear(module: nn.Module, training: bool) -> LoraLinear:
+def read_linear(
+    module: nn.Module,
+    training: bool,
+    compute: Mapping[int, Tensor] = MappingProxyType({}),
+    resident: Mapping[int, Tensor] = MappingProxyType({}),
+    workspace: Workspace | None = None,
+) -> LoraLinear:
     """What a linear computes, from a plain linear, bitsandbytes' ``Linear4bit`` or PEFT's LoRA layer around either.
 
     Args:
         module: the layer as it stands in the model.
         training: whether dropout is on.
+        compute: copies of A and B in the dtype of the products, by the ``id`` of the parameter.
+        resident: augmented weights that are kept, by the ``id`` of the weight.
+        workspace: where weights are dequantised; one of its own where it is not given.
     """
     base: Any = getattr(module, "base_layer", module)
-    plain = LoraLinear(base.weight, base.bias, None, None, 1.0, 0.0)
+    workspace = Workspace() if workspace is None else workspace
+    kept = resident.get(id(base.weight))
+    plain = LoraLinear(base.weight, base.bias, None, None, 1.0, 0.0, None, None, kept, workspace)
     adapters: Any = getattr(module, "active_adapters", None)
     if (
         base is module
@@ -80,13 +121,25 @@ def read_linear(module: nn.Module, training: bool) -> LoraLinear:
     layer: Any = module
     name = adapters[0]
     p = getattr(layer.lora_dropout[name], "p", 0.0) if training else 0.0
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return LoraLinear(
-        base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p
+        base.weight, base.bias, a, b, layer.scaling[name], p, compute.get(id(a)), compute.get(id(b)), kept, workspace
     )
 
 
+def size_of(linear: LoraLinear, quantized: bool | None = None) -> LinearSize:
+    """Its sizes alone.
+
+    Args:
+        linear: of a model, which may be on the meta device.
+        quantized: whether it will be held in 4 bits; as it is, where this is not given.
+    """
+    held = linear.quant_state is not None if quantized is None else quantized
+    return LinearSize(width_of(linear), linear.out, linear.rank, linear.dropout, held)
+
+
 def lora_columns(linears: list[LoraLinear]) -> int:
-    """Columns beside a group's input for its image under every A: whole multiples of 16 bytes."""
+    """Columns beside a group's input for its product with every A: whole multiples of 16 bytes in bf16."""
     return -(-sum(linear.rank for linear in linears) // 8) * 8
 
 
@@ -95,50 +148,29 @@ def width_of(linear: LoraLinear) -> int:
     return int((linear.weight if linear.quant_state is None else linear.quant_state).shape[1])
 
 
-class _Workspace:
-    """One buffer per device and dtype for the weight that is in use; it grows to the largest."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def get(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        key, count = (device, dtype), torch.Size(shape).numel()
-        buffer = self.buffers.get(key)
-        if buffer is None or buffer.numel() < count:
-            # The smaller one goes first.
-            self.buffers.pop(key, None)
-            buffer = None
-            # Training goes on with it where validation came first.
-            with torch.inference_mode(False):
-                buffer = self.buffers[key] = torch.empty(count, dtype=dtype, device=device)
-        return buffer[:count].view(shape)
-
-
-WORKSPACE = _Workspace()
-
-
 def parts_of(linears: list[LoraLinear], merged: bool) -> list[list[LoraLinear]]:
-    """Which linears share a frame: all, where that is asked for and every weight is in 4 bits, or each has its own."""
+    """Which linears share an augmented weight: all of them where ``merged`` is true and every weight is in 4 bits;
+    else each linear has its own."""
     if merged and all(linear.quant_state is not None for linear in linears):
         return [linears]
     return [[linear] for linear in linears]
 
 
 def augmented_weight(part: list[LoraLinear], dtype: torch.dtype, extra: int, held: bool = False) -> Tensor:
-    """``[out of all + extra, in + extra]`` with the weights at its top left; the rest is whatever was there.
+    """``[out of all + extra, in + extra]`` with the weights at its top left; its other numbers are undefined.
 
     Args:
         part: with 4-bit weights of one width.
         dtype: of the products.
-        extra: the group's ``room``.
-        held: in memory of its own; otherwise in a buffer that the next call overwrites.
+        extra: ``lora_columns`` of the group.
+        held: in memory of its own; otherwise in the workspace, which the next call overwrites.
     """
     kept = part[0].resident
     if kept is not None and kept.dtype == dtype:
         return kept
     device, width = part[0].weight.device, width_of(part[0])
     shape = (sum(linear.out for linear in part) + extra, width + extra)
-    whole = torch.empty(shape, dtype=dtype, device=device) if held else WORKSPACE.get(shape, dtype, device)
+    whole = torch.empty(shape, dtype=dtype, device=device) if held else part[0].workspace.get(shape, dtype, device)
     start = 0
     for linear in part:
         state, inner = linear.quant_state, whole[start : start + linear.out, :width]
@@ -155,7 +187,8 @@ def augmented_weight(part: list[LoraLinear], dtype: torch.dtype, extra: int, hel
 
 
 def full_weight(part: list[LoraLinear], dtype: torch.dtype) -> Tensor:
-    """The weights ``[out of all, in]`` in ``dtype``; for 4-bit ones a buffer that the next call overwrites."""
+    """The weights ``[out of all, in]`` in ``dtype``; for 4-bit ones in the workspace, which the next call
+    overwrites."""
     if part[0].quant_state is None:
         (linear,) = part
         return linear.weight if linear.weight.dtype == dtype else linear.weight.to(dtype)

@@ -1,17 +1,32 @@
-"""The MLP of a decoder layer: gate and up as one function with SwiGLU, and the whole in pieces for very long rows."""
+"""The MLP of a decoder layer: gate and up as one function with SwiGLU, and the whole in pieces for very long rows.
+
+With ``h = silu(gate(x)) · up(x)`` ``[tokens, inner]`` and ``y = down(h)``, backward takes dh from the linear ``down``
+(``linear.py``), turns gate and up into their gradients in place (``kernels/swiglu.py``), and ends with the two linears
+of one input: ``dx = d_gate W_gate + d_up W_up + d_xa A``.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen_lit.engine.linear import Group, as_trained, group_linear, group_reference, trained
+from qwen_lit.engine.linear import (
+    Group,
+    as_trained,
+    group_linear,
+    group_linear_op,
+    group_reference,
+    input_saves,
+    input_scratch,
+    trained,
+)
 from qwen_lit.engine.lora_linear import LoraLinear
+from qwen_lit.kernels.footprint import LayerSize, Op, Saved, columns_of, rank_of
 from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_reference
 
 
 def gate_up_reference(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int) -> Tensor:
-    """The plain twin of ``gate_up``."""
+    """The reference of ``gate_up``."""
     return swiglu_reference(*group_reference(x, [gate, up], seed))
 
 
@@ -41,8 +56,8 @@ class _GateUp(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("gate and up have become their gradients; this graph cannot be run backward twice")
         ctx.spent = True
-        both, *image = ctx.saved_tensors
-        augmented, xa = image or (both[:, :0], None)
+        both, *pair = ctx.saved_tensors
+        augmented, xa = pair or (both[:, :0], None)
         (dh,) = grads
         width = dh.shape[1]
         swiglu_backward_(both, dh)
@@ -57,8 +72,8 @@ def gate_up(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int = 0, padded: 
 
     Args:
         x: ``[tokens, in]``.
-        gate: with the same width and dropout rate as ``up``.
-        up: the other.
+        gate: the linear under silu, with the same width and dropout rate as ``up``.
+        up: the linear that it is multiplied with.
         seed: of the dropout mask.
         padded: as for ``group_linear``.
 
@@ -76,9 +91,9 @@ def mlp(
     Args:
         x: ``[tokens, hidden]``.
         linears: ``gate_proj``, ``up_proj`` and ``down_proj``.
-        seed: of the dropout masks; the next one is used too.
+        seed: of the dropout mask of gate and up; ``seed + 1`` is that of down.
         padded: as for ``group_linear``, and ``grad_padded`` too.
-        skip_output: the result is of no use to anyone, and not computed.
+        skip_output: as for ``group_linear``, of down.
     """
     h = gate_up(x, linears["gate_proj"], linears["up_proj"], seed, padded)
     (out,) = group_linear(h, [linears["down_proj"]], seed + 1, grad_padded=padded, skip_output=skip_output)
@@ -129,14 +144,14 @@ def _slices(x: Tensor, size: int) -> list[slice]:
 
 
 def _seeds(seed: int) -> Any:
-    """Another one for each piece, far from those of the layers."""
+    """A seed for each piece, far from the seeds of all layers."""
     return ((seed + 1_000_003 * number) % 2**31 for number in range(2**20))
 
 
 def mlp_in_pieces(
     x: Tensor, linears: dict[str, LoraLinear], seed: int, size: int, padded: bool = False, skip_output: bool = False
 ) -> Tensor:
-    """``mlp`` that holds the inner activations of ``size`` tokens at a time, in both passes.
+    """``mlp`` that holds the inner activations of ``size`` tokens at a time, in forward and backward.
 
     Args:
         x: ``[tokens, hidden]``.
@@ -144,7 +159,47 @@ def mlp_in_pieces(
         seed: of the dropout masks, which differ from those of ``mlp``.
         size: tokens of a piece.
         padded: as for ``mlp``.
-        skip_output: as for ``mlp``: so in a recomputation, which needs the saved input alone.
+        skip_output: as for ``mlp``; set when a recomputed layer runs again, as backward needs the saved input alone.
     """
     mine = {name: linears[name] for name in ("gate_proj", "up_proj", "down_proj")}
     return _Pieces.apply(x, mine, seed, size, padded, skip_output, *trained(list(mine.values())))  # type: ignore[no-any-return]
+
+
+def mlp_ops(layer: LayerSize, size: int) -> tuple[Op, ...]:
+    """What ``mlp`` costs, operation by operation.
+
+    Args:
+        layer: its third group is gate and up, its fourth down.
+        size: bytes of a number.
+    """
+    gate_up_group, down = layer.groups[2:]
+    inner, hidden = down[0].inputs * size, layer.hidden * size
+    saved = (
+        Saved("gate and up, LoRA columns", 2 * inner + columns_of(gate_up_group) * size),
+        *input_saves(gate_up_group, size, padded=True),
+    )
+    scratch, trains = input_scratch(gate_up_group, size), rank_of(gate_up_group) > 0
+    first = Op("gate_up", saved, inner, hidden, scratch, saves_input=trains)
+    return first, group_linear_op("down", down, size)
+
+
+def mlp_in_pieces_op(layer: LayerSize, size: int, piece: int) -> Op:
+    """What ``mlp_in_pieces`` costs: its input, and for one piece at a time all that ``mlp`` does.
+
+    Args:
+        layer: as for ``mlp_ops``.
+        size: bytes of a number.
+        piece: tokens of one.
+    """
+    hidden, columns = layer.hidden * size, columns_of(layer.groups[2]) * size
+    gate_up_op, down = mlp_ops(layer, size)
+    of_all = gate_up_op.saved_bytes + down.saved_bytes
+    # The largest of: forward of down, whose result is not computed but has memory; backward of down, and of gate and
+    # up.
+    most = max(
+        gate_up_op.output * (not down.saved) + hidden,
+        down.grad + down.scratch + hidden,
+        down.grad + gate_up_op.grad + gate_up_op.scratch - down.saved_bytes + hidden,
+    )
+    saved = (Saved("input", hidden + columns),)
+    return Op("mlp_in_pieces", saved, hidden, hidden, fixed=piece * (of_all + most), saves_input=True)

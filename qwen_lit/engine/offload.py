@@ -1,8 +1,9 @@
-"""What layers keep for backward in pinned host memory: copied out beside the computation, and back a layer ahead.
+"""Tensors that layers save for backward, in pinned host memory: copied out beside the computation, and back a layer
+ahead.
 
-Copies run on a stream of their own, one after the other. A layer's memory on the device is given up when the next
-layer begins whose tensors go to the host, and taken again when backward comes near that one. Backward begins with the
-last such layer, which stays where it is.
+Copies run on a stream of their own, one after the other. A layer's memory on the device is given up when the forward
+of the next layer with tensors on the host begins, and taken again when the backward of that next layer begins. The
+last such layer stays on the device, because backward begins with it.
 """
 
 from collections.abc import Iterator
@@ -18,13 +19,37 @@ BLOCK = 2**26
 """Bytes of a pinned block; all are of one size, so that they serve tensors of every size."""
 
 SMALL = 2**20
-"""Bytes of memory that is not worth moving."""
+"""Bytes of an allocation below which it is not worth moving."""
 
 UNPINNED = "the host does not pin"
 """How the error begins where the host refuses memory."""
 
-FREE: list[Tensor] = []
-"""Pinned blocks that are not in use; pinning one takes as long as copying fifty."""
+
+class HostBlocks:
+    """Pinned blocks that are not in use. They are kept, because pinning one takes as long as copying fifty."""
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+
+    def take(self) -> Tensor:
+        """A block of ``BLOCK`` bytes.
+
+        Raises:
+            RuntimeError: beginning with ``UNPINNED``, where the host refuses more memory.
+        """
+        return self.free.pop() if self.free else _pinned()
+
+    def give_back(self, blocks: list[Tensor]) -> None:
+        """Let other tensors be written to the blocks."""
+        self.free.extend(blocks)
+
+    def clear(self) -> None:
+        """Return all blocks that are not in use to the system."""
+        self.free.clear()
+        # torch.accelerator has it from torch 2.12 on.
+        empty = getattr(torch.accelerator, "empty_host_cache", getattr(torch._C, "_host_emptyCache", None))
+        if torch.cuda.is_available() and empty is not None:
+            empty()
 
 
 @cache
@@ -34,7 +59,7 @@ def _side(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
-    """Work beside the current stream, after what that has been given so far; on the CPU just work."""
+    """Run on the side stream, after all that the current stream has been given so far; on the CPU, just run."""
     if device.type != "cuda":
         yield
         return
@@ -54,16 +79,17 @@ def _pinned() -> Tensor:
 class _Tape:
     """Pinned blocks that are written one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: HostBlocks) -> None:
+        self.pool = pool
         self.blocks: list[Tensor] = []
         self.end = BLOCK
 
     def place(self, size: int) -> list[Tensor]:
-        """The next so many bytes, in as many pieces as there are blocks to them."""
+        """The next ``size`` bytes, as one piece of each block that they lie in."""
         pieces = []
         while size:
             if self.end == BLOCK:
-                self.blocks.append(FREE.pop() if FREE else _pinned())
+                self.blocks.append(self.pool.take())
                 self.end = 0
             taken = min(size, BLOCK - self.end)
             pieces.append(self.blocks[-1][self.end : self.end + taken])
@@ -71,8 +97,8 @@ class _Tape:
         return pieces
 
     def give_back(self) -> None:
-        """Let others write to the blocks."""
-        FREE.extend(self.blocks)
+        """Let other tapes write to the blocks."""
+        self.pool.give_back(self.blocks)
         self.blocks, self.end = [], BLOCK
 
 
@@ -99,11 +125,17 @@ class _Layer:
     """The saved tensors of one layer."""
 
     def __init__(
-        self, device: torch.device, stay: set[int], before: "_Layer | None", ahead: bool, moves: bool
+        self,
+        device: torch.device,
+        stay: set[int],
+        pool: HostBlocks,
+        before: "_Layer | None",
+        ahead: bool,
+        moves: bool,
     ) -> None:
         self.device, self.stay, self.before, self.ahead, self.moves = device, stay, before, ahead, moves
         self.memories: dict[int, _Memory] = {}
-        self.tape = _Tape()
+        self.tape = _Tape(pool)
         self.here = True
         self.arrived: torch.cuda.Event | None = None
 
@@ -115,7 +147,7 @@ class _Layer:
         if shared or storage.nbytes() < SMALL or tensor.device != self.device:
             return tensor
         if not self.moves:
-            # Where it is used, the layer before has to come back.
+            # It is wrapped, so that its use is seen here: the layer before has to come back then.
             return (tensor.detach(),)
         if address not in self.memories:
             with _beside(self.device):
@@ -141,7 +173,7 @@ class _Layer:
         with _beside(self.device):
             for memory, here in zip(self.memories.values(), rooms, strict=True):
                 memory.fetch(here)
-            # All copies take their turn, so the next to these blocks come after the ones from them.
+            # Copies of the side stream run in order, so later ones into these blocks come after the ones out of them.
             self.tape.give_back()
             if self.device.type == "cuda":
                 self.arrived = torch.cuda.current_stream(self.device).record_event()
@@ -170,15 +202,19 @@ class _Layer:
 class HostStore:
     """The layers of one batch whose saved tensors wait in host memory; backward may run once."""
 
-    def __init__(self, device: torch.device, stay: list[Tensor], ahead: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, stay: list[Tensor], ahead: bool = True, pool: HostBlocks | None = None
+    ) -> None:
         """Nothing is moved yet.
 
         Args:
             device: from which tensors are moved.
             stay: tensors that layers share, which are not.
             ahead: a layer's tensors come back while the one above it computes, and not only when they are needed.
+            pool: of the pinned memory that they wait in; one of its own where it is not given.
         """
         self.device, self.stay, self.ahead = device, {tensor.untyped_storage().data_ptr() for tensor in stay}, ahead
+        self.pool = HostBlocks() if pool is None else pool
         self.last: _Layer | None = None
         if device.type == "cuda":
             # Where an earlier backward broke off, memory that it gave up may still be written to.
@@ -186,22 +222,13 @@ class HostStore:
 
     @contextmanager
     def layer(self, last: bool = False) -> Iterator[None]:
-        """What is saved for backward within it goes to the host.
+        """A context in which tensors that autograd saves go to the host.
 
         Args:
             last: no other such layer follows in this batch, so this one stays.
         """
         if self.last is not None:
             self.last.leave()
-        self.last = _Layer(self.device, self.stay, self.last, self.ahead, not last)
+        self.last = _Layer(self.device, self.stay, self.pool, self.last, self.ahead, not last)
         with saved_tensors_hooks(self.last.pack, self.last.unpack):
             yield
-
-
-def unpin() -> None:
-    """Return pinned memory that nothing uses any more to the system."""
-    FREE.clear()
-    # Its name before torch 2.12.
-    empty = getattr(torch.accelerator, "empty_host_cache", getattr(torch._C, "_host_emptyCache", None))
-    if torch.cuda.is_available() and empty is not None:
-        empty()

@@ -1,12 +1,18 @@
-"""Queries, keys and values of attention's heads: one product, and the rotation of the first two in place."""
+"""Queries, keys and values of attention's heads: one product, and the rotation of the first two in place.
+
+Backward is that of ``kernels/rope.py`` for q and k, then that of ``linear.py`` for the three linears of one input:
+with ``dy = [dq', dk', dv]`` ``[tokens, q + 2 kv]``, where ``'`` is the inverse rotation (and the norm's backward),
+``dx = dy W + d_xa A``.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen_lit.engine.linear import Group, as_trained, group_reference, trained
+from qwen_lit.engine.linear import Group, as_trained, group_reference, input_saves, input_scratch, trained
 from qwen_lit.engine.lora_linear import LoraLinear
+from qwen_lit.kernels.footprint import LayerSize, Op, Saved, columns_of, rank_of
 from qwen_lit.kernels.rope import rope, rope_backward, rope_reference
 
 Norm = tuple[Tensor | None, float]
@@ -16,14 +22,14 @@ Norm = tuple[Tensor | None, float]
 def qkv_rope_reference(
     x: Tensor, linears: list[LoraLinear], size: int, cos: Tensor, sin: Tensor, norms: list[Norm], seed: int
 ) -> tuple[Tensor, ...]:
-    """The plain twin of ``heads``."""
+    """The reference of ``qkv_rope``."""
     q, k, v = (one.view(x.shape[0], -1, size) for one in group_reference(x, linears, seed))
     turned = [rope_reference(one, cos, sin, *norm) for one, norm in zip((q, k), norms, strict=True)]
     return *turned, v
 
 
-class _Heads(torch.autograd.Function):
-    """Saves the input and its image under A, and with norms what they were taken of."""
+class _QkvRope(torch.autograd.Function):
+    """Saves the input and ``xa``, and where heads have a norm, q and k as they were before it."""
 
     @staticmethod
     def forward(
@@ -55,10 +61,10 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         group = ctx.group
-        cos, sin, q, k, *image = ctx.saved_tensors
-        augmented, xa = image or (grads[0].new_empty(ctx.shape[0], 0), None)
+        cos, sin, q, k, *pair = ctx.saved_tensors
+        augmented, xa = pair or (grads[0].new_empty(ctx.shape[0], 0), None)
         widths = [linear.out for linear in group.linears]
-        # One matrix with room after each row, so that one product more carries the adapters' part.
+        # Free columns after each row take d_xa, so that one product computes the whole gradient of the input.
         whole = augmented.new_empty(ctx.shape[0], sum(widths) + group.extra)
         mine = [one.view(grad.shape) for one, grad in zip(whole.split([*widths, group.extra], 1), grads, strict=False)]
         for out, grad, raw, (weight, eps) in zip(mine, grads, (q, k), ctx.norms, strict=False):
@@ -81,19 +87,41 @@ def qkv_rope(
     seed: int = 0,
     padded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The heads that attention takes.
+    """The queries, keys and values that attention takes.
 
     Args:
         x: ``[tokens, in]``.
         linears: of q, k and v, as for ``group_linear``.
         size: of a head, a power of two.
         cos: float ``[tokens, size / 2]``, of each token's position.
-        sin: the same.
-        norms: of q and of k.
+        sin: float ``[tokens, size / 2]``, of each token's position.
+        norms: weight and epsilon of the norms of q and of k.
         seed: of the dropout mask.
         padded: as for ``group_linear``.
 
     Returns:
         q, k and v, ``[tokens, heads of each, size]``; the rows of tokens may lie apart.
     """
-    return _Heads.apply(x, linears, size, cos, sin, norms, seed, padded, *trained(linears))  # type: ignore[no-any-return]
+    return _QkvRope.apply(x, linears, size, cos, sin, norms, seed, padded, *trained(linears))  # type: ignore[no-any-return]
+
+
+def qkv_rope_op(layer: LayerSize, size: int) -> Op:
+    """What ``qkv_rope`` costs; attention saves its results.
+
+    Args:
+        layer: its first group is q, k and v.
+        size: bytes of a number.
+    """
+    group = layer.groups[0]
+    query, key, value = (linear.outputs for linear in group)
+    saved = input_saves(group, size, padded=True)
+    if layer.head_norm:
+        # One product makes all three where they are in 4 bits, so that v, which attention saves, is in the same
+        # memory.
+        one = all(linear.quantized for linear in group)
+        name = "q, k and v before the norm" if one else "q and k before the norm"
+        saved += (Saved(name, (query + key + value * one) * size),)
+    # The gradients of the three outputs are put side by side.
+    beside = (query + key + value + columns_of(group)) * size
+    scratch = beside + input_scratch(group, size)
+    return Op("qkv_rope", saved, 0, layer.hidden * size, scratch, saves_input=rank_of(group) > 0)

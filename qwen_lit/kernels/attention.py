@@ -1,5 +1,11 @@
 """Causal attention within documents: flash-attn where it is installed, else cuDNN for documents of one length and
-torch's varlen kernels for others; one dense mask elsewhere."""
+torch's varlen kernels for others; one dense mask elsewhere.
+
+Backward is that of these libraries (Dao, 2023, algorithm 2). With ``P = softmax(Q Kᵀ / √size)`` and ``O = P V``, it
+computes ``P`` again from the saved log-sum-exp of each row, and::
+
+    dV = Pᵀ dO,   dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)),   dQ = dS K / √size,   dK = dSᵀ Q / √size
+"""
 
 import inspect
 from collections.abc import Callable
@@ -12,17 +18,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from qwen_lit.kernels.footprint import Op, Saved
+
 FLASH = (("flash_attn.cute", (9, 10)), ("flash_attn_interface", (9,)), ("flash_attn", (8, 9, 10, 11, 12)))
 """flash-attn's packages, 4 to 2, and the major compute capabilities on which each is the one to take."""
 
 WORDS = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal"}
-"""By which all of them are told about the documents."""
+"""Parameters by which each of them is told where documents lie."""
 
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The plain twin of ``attention``: one dense mask that keeps documents apart."""
+    """The reference of ``attention``: one dense mask that keeps documents apart."""
     tokens = q.shape[0]
     place = torch.arange(tokens, device=q.device)
     document = torch.bucketize(place, cu_seqlens[1:].to(q.device), right=True)
@@ -72,7 +80,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     Args:
         q: ``[tokens, heads, size]``.
         k: ``[tokens, kv_heads, size]``; ``heads`` is a multiple of ``kv_heads``.
-        v: as ``k``.
+        v: ``[tokens, kv_heads, size]``.
         cu_seqlens: int32 ``[documents + 1]``, where each document starts; the last entry is ``tokens``.
         max_seqlen: the longest document, as a Python number, so that nothing waits for the device.
 
@@ -114,3 +122,22 @@ def by_flash(
     )
     # Some versions return the log-sum-exp too.
     return out[0] if isinstance(out, tuple) else out
+
+
+def attention_op(query: int, key: int, heads: int, size: int, value_counted: bool = False) -> Op:
+    """What ``attention`` costs by the kernels for CUDA.
+
+    Args:
+        query: width of all query heads together.
+        key: width of all key heads together, which is that of the values too.
+        heads: query heads.
+        size: bytes of a number.
+        value_counted: an earlier operation saves v, and counts it.
+    """
+    saved = (
+        Saved("q and k" if value_counted else "q, k and v", (query + (2 - value_counted) * key) * size),
+        Saved("result", query * size),
+        Saved("log-sum-exp, float32", 4 * heads),
+    )
+    # Backward sums dQ in float32, and makes dK and dV for every query head before those of a group are added.
+    return Op("attention", saved, grad=(query + 2 * key) * size, scratch=query * (4 + 2 * size))

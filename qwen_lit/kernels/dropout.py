@@ -1,4 +1,12 @@
-"""Dropout by a mask that is a function of a seed and the position alone, so that backward draws it again."""
+"""Dropout (Srivastava et al., 2014) by a mask that is a function of a seed and the position alone.
+
+With ``m`` of 0 and 1, drawn by Philox (Salmon et al., 2011) from seed and position, and ``p`` the share of zeros::
+
+    forward   y = x · m / (1 - p)
+    backward  dx = dy · m / (1 - p)
+
+Backward draws ``m`` again from the same seed, so no mask is saved.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +20,7 @@ BLOCK = 512
 
 
 def dropped_reference(x: Tensor, p: float, seed: int) -> Tensor:
-    """The plain twin of ``dropped``; it draws other numbers than the kernel, from the same seed always the same."""
+    """The reference of ``dropped``. Its numbers differ from the kernel's, and are the same for the same seed."""
     generator = torch.Generator(x.device).manual_seed(seed)
     keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
     return x * keep.to(x.dtype) / (1 - p)

@@ -1,4 +1,4 @@
-"""Triton where there is a CUDA device and Triton; the plain twins elsewhere."""
+"""Triton where it is installed and tensors are on CUDA; the PyTorch references elsewhere."""
 
 import os
 from typing import Any

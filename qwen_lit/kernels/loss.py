@@ -1,4 +1,13 @@
-"""Cross-entropy fused with lm_head, a chunk of supervised rows at a time; its gradient is made in the forward pass."""
+"""Cross-entropy fused with lm_head, a chunk of supervised rows at a time; its gradient is made in the forward pass.
+
+For one row with logits ``z = h Wᵀ`` and target ``t``::
+
+    forward   loss = log Σ_j exp(z_j) - z_t
+    gradient  dz_j = exp(z_j) / Σ_k exp(z_k) - [j = t],   dh = dz W
+
+The sum over the vocabulary is taken online (Milakov and Gimelshein, 2018, algorithm 3). As the loss is a sum, backward
+multiplies the saved ``dh`` by its own gradient, a scalar.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from qwen_lit.kernels.footprint import Op, Saved
 from qwen_lit.kernels.launch import jit, launches, tl
 
 
 def head_loss_reference(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """The plain twin of ``head_loss``: all logits at once."""
+    """The reference of ``head_loss``: all logits at once."""
     return cross_entropy((hidden @ head.t()).float(), targets, reduction="sum")
 
 
@@ -58,6 +68,8 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
+    """Saves the gradient of its input ``[n, width]``; backward scales it."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -92,3 +104,16 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = 2048) 
         A float32 scalar, in nats; zero for no row.
     """
     return _HeadLoss.apply(hidden, head, targets, chunk)  # type: ignore[no-any-return]
+
+
+def head_loss_op(width: int, vocabulary: int, chunk: int, size: int) -> Op:
+    """What ``head_loss`` costs; its logits are gone when backward begins.
+
+    Args:
+        width: of the hidden states.
+        vocabulary: rows of lm_head.
+        chunk: as of ``head_loss``.
+        size: bytes of a number.
+    """
+    saved = (Saved("gradient of the hidden states", width * size),)
+    return Op("head_loss", saved, grad=width * size, fixed=chunk * vocabulary * size)

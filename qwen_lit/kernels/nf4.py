@@ -1,4 +1,14 @@
-"""Dequantisation of bitsandbytes' NF4 weights (Dettmers et al., 2023), nested scales included, in one launch."""
+"""Dequantisation of bitsandbytes' NF4 weights (Dettmers et al., 2023), nested scales included, in one launch.
+
+A weight is rows of numbers in blocks of ``blocksize`` (64) consecutive ones. With ``q`` its 4-bit index and ``b`` its
+block::
+
+    w = table[q] · absmax[b]
+    absmax[b] = code[level[b]] · outer[b // 256] + offset,  where scales are nested (section 3, "double quantization")
+
+``table`` is the 16 quantiles of a normal distribution (appendix E); ``level`` is uint8, all scales are float32, the
+result has the dtype of the products. Weights are frozen: there is no backward.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +25,7 @@ ROWS = 64
 
 
 def dequantize_reference(packed: Tensor, state: Any) -> Tensor:
-    """The plain twin of ``dequantize``: bitsandbytes' own."""
+    """The reference of ``dequantize``: bitsandbytes' own."""
     return dequantize_4bit(packed, state)
 
 

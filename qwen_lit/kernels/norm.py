@@ -1,4 +1,14 @@
-"""RMSNorm with the residual addition before it (Zhang and Sennrich, 2019, equation 4)."""
+"""RMSNorm with the residual addition before it (Zhang and Sennrich, 2019, equation 4).
+
+With ``t = residual + delta`` and ``RMS(t) = sqrt(mean(t²) + eps)`` over the ``n`` numbers of a row::
+
+    forward   y_i = w_i t_i / RMS(t)
+    backward  with g_i = w_i dy_i and x̂_i = t_i / RMS(t)
+              dt_i = (g_i - x̂_i · (Σ_j g_j x̂_j) / n) / RMS(t) + dt_i from the residual stream
+
+``dt`` is the gradient of both addends. ``w`` is frozen and has none. Rows are summed in float32; what is stored has
+the dtype of the input.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_lit.kernels.footprint import Op, Saved
 from qwen_lit.kernels.launch import jit, launches, tl, triton
 
 
 def add_norm_reference(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The plain twin of ``add_norm``, as transformers computes it."""
+    """The reference of ``add_norm``: as transformers computes it."""
     total = residual if delta is None else residual + delta
     wide = total.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -75,13 +86,15 @@ def _backward(
 
 
 class _AddNorm(torch.autograd.Function):
+    """Saves the sum ``[tokens, width]`` and 1/RMS, float32 ``[tokens]``; backward states the formula of the module."""
+
     @staticmethod
     def forward(
-        ctx: Any, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, room: int, room_back: int
+        ctx: Any, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, columns: int, columns_back: int
     ) -> tuple[Tensor, Tensor]:
         rows, width = residual.shape
         residual, delta = residual.contiguous(), None if delta is None else delta.contiguous()
-        normed = torch.empty(rows, width + room, dtype=residual.dtype, device=residual.device)[:, :width]
+        normed = torch.empty(rows, width + columns, dtype=residual.dtype, device=residual.device)[:, :width]
         if launches(residual):
             total = residual if delta is None else torch.empty_like(residual)
             rstd = torch.empty(rows, dtype=torch.float32, device=residual.device)
@@ -93,7 +106,7 @@ class _AddNorm(torch.autograd.Function):
                 normed,
                 rstd,
                 width,
-                width + room,
+                width + columns,
                 eps,
                 HAS_DELTA=delta is not None,
                 BLOCK=triton.next_power_of_2(width),
@@ -104,7 +117,7 @@ class _AddNorm(torch.autograd.Function):
             normed.copy_(plain)
             rstd = torch.rsqrt(total.float().pow(2).mean(-1) + eps).flatten()
         ctx.save_for_backward(total, weight, rstd)
-        ctx.has_delta, ctx.room_back = delta is not None, room_back
+        ctx.has_delta, ctx.columns_back = delta is not None, columns_back
         if delta is None:
             # An input that is returned as it came must be marked; a view of it keeps the graph right.
             total = total.view_as(total)
@@ -115,7 +128,7 @@ class _AddNorm(torch.autograd.Function):
         d_total, d_normed = grads
         total, weight, rstd = ctx.saved_tensors
         rows, width = total.shape
-        out = torch.empty(rows, width + ctx.room_back, dtype=total.dtype, device=total.device)[:, :width]
+        out = torch.empty(rows, width + ctx.columns_back, dtype=total.dtype, device=total.device)[:, :width]
         if launches(total):
             if d_total is not None and d_total.stride(1) != 1:
                 d_total = d_total.contiguous()
@@ -143,7 +156,7 @@ class _AddNorm(torch.autograd.Function):
 
 
 def add_norm(
-    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, room: int = 0, room_back: int = 0
+    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, columns: int = 0, columns_back: int = 0
 ) -> tuple[Tensor, Tensor]:
     """``residual + delta`` and its RMSNorm.
 
@@ -152,10 +165,29 @@ def add_norm(
         delta: the same shape, or None.
         weight: ``[width]``, frozen.
         eps: added to the mean square.
-        room: columns that are left free after each row of the normed sum.
-        room_back: the same, of the gradient of both inputs.
+        columns: numbers of free space after each row of the normed sum, for the product with LoRA's A.
+        columns_back: free space after each row of the gradient of both inputs.
 
     Returns:
         The sum and the normed sum, both ``[tokens, width]`` in the dtype of ``residual``.
     """
-    return _AddNorm.apply(residual, delta, weight, eps, room, room_back)  # type: ignore[no-any-return]
+    return _AddNorm.apply(residual, delta, weight, eps, columns, columns_back)  # type: ignore[no-any-return]
+
+
+def add_norm_op(name: str, width: int, size: int, columns: int, columns_back: int) -> Op:
+    """What ``add_norm`` costs; whether its result is saved, the next operation tells.
+
+    Args:
+        name: of the norm.
+        width: of the residual stream.
+        size: bytes of a number.
+        columns: as of ``add_norm``.
+        columns_back: as of ``add_norm``.
+    """
+    return Op(
+        name,
+        (Saved("sum of the residual", width * size), Saved("1 / RMS, float32", 4)),
+        output=(width + columns) * size,
+        grad=(width + columns_back) * size,
+        joins_residual=True,
+    )

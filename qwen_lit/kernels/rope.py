@@ -1,4 +1,13 @@
-"""Rotary position embedding (Su et al., 2021), with Qwen3's RMSNorm of each head before it."""
+"""Rotary position embedding (Su et al., 2021, equation 34), with Qwen3's RMSNorm of each head before it.
+
+A head ``x = [a, b]`` of two halves at a position with angles θ, float ``[size / 2]``::
+
+    forward   [a', b'] = [a cos θ - b sin θ, b cos θ + a sin θ]
+    backward  the rotation by -θ, its inverse:  [da, db] = [da' cos θ + db' sin θ, db' cos θ - da' sin θ]
+
+Where a norm comes before it, ``x̂ = x / RMS(x)`` is rotated after its multiplication with ``w``, and backward goes on
+with ``dx = (g - x̂ · mean(g x̂)) / RMS(x)`` for ``g = w · (the rotated-back gradient)``, as in ``norm.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +18,7 @@ from qwen_lit.kernels.launch import jit, launches, tl, triton
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """The plain twin of ``rope``, as transformers computes it."""
+    """The reference of ``rope``: as transformers computes it."""
     if weight is not None:
         wide = x.float()
         x = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -90,7 +99,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float,
     Args:
         x: ``[tokens, heads, size]``, ``size`` a power of two; the rows of tokens may lie apart.
         cos: float ``[tokens, size / 2]``.
-        sin: the same.
+        sin: float ``[tokens, size / 2]``.
         weight: ``[size]``, frozen; None for models without q/k norm.
         eps: of the norm.
         out: as ``x``, overwritten; it may be ``x`` itself.
@@ -109,10 +118,10 @@ def rope_backward(
     Args:
         grad: ``[tokens, heads, size]``, of its result.
         cos: as ``rope`` took it.
-        sin: the same.
-        x: the same; read only where there is a ``weight``.
-        weight: the same.
-        eps: the same.
+        sin: as ``rope`` took it.
+        x: the input of ``rope``, before its norm; read only where there is a ``weight``.
+        weight: as ``rope`` took it.
+        eps: as ``rope`` took it.
         out: as ``grad``, overwritten; the rows of tokens may lie apart.
     """
     # The inverse of a rotation is the rotation by the opposite angle.

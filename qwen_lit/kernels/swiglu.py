@@ -1,4 +1,13 @@
-"""SwiGLU (Shazeer, 2020): silu(gate) * up, of two halves of one matrix."""
+"""SwiGLU (Shazeer, 2020, equation 5, its products aside): silu(gate) * up, of two halves of one matrix.
+
+With ``s = σ(gate)``::
+
+    forward   y = gate · s · up
+    backward  d_gate = dy · up · s · (1 + gate · (1 - s))
+              d_up   = dy · gate · s
+
+Computed in float32, element by element; stored in the dtype of the matrix.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +21,7 @@ BLOCK = 2048
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """The plain twin of ``swiglu``."""
+    """The reference of ``swiglu``."""
     return silu(gate) * up
 
 
@@ -60,11 +69,11 @@ def swiglu(both: Tensor, width: int) -> Tensor:
 
 
 def swiglu_backward_(both: Tensor, grad: Tensor) -> None:
-    """Put the gradients of gate and up where they stand themselves.
+    """Overwrite gate and up with their gradients, by the formula of the module.
 
     Args:
-        both: as ``swiglu`` took it; overwritten.
-        grad: ``[tokens, width]``, of the result.
+        both: ``[tokens, ≥ 2 width]`` as ``swiglu`` took it; overwritten.
+        grad: ``[tokens, width]``, of the result of ``swiglu``.
     """
     width = grad.shape[1]
     if launches(both):

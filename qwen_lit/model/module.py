@@ -239,7 +239,7 @@ class QwenModule(L.LightningModule):
         before = stored(self.run.checkpoint).get("micro_batches_at_once")
         choice = choose_engine(self, self.trainer, self.data, before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.told
-        if sharded or self.host_embedding:
+        if sharded or self.offload_embedding:
             # DDP reduces the adapter alone: shards differ from rank to rank, and an embedding on the CPU is no part.
             frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
             frozen += [name for name, _ in self.named_buffers()]
@@ -270,7 +270,7 @@ class QwenModule(L.LightningModule):
             "lora_dropout": lora.lora_dropout,
             "target_modules": targets if isinstance(targets, str) else sorted(targets),
             "init_adapter": self.run.config.get("model", {}).get("init_adapter"),
-            "quantization": described(self.held_weights(device), count_linears(self.model), product_dtype(device)),
+            "quantization": described(self.held_weights(device), count_linears(self.config), product_dtype(device)),
             "engine": self.engine_description,
             "learning_rate": self.learning_rate,
             "lr_scheduler": self.schedule_name,
@@ -289,7 +289,7 @@ class QwenModule(L.LightningModule):
     @property
     def recomputed_share(self) -> float:
         """Share of the layers whose activations are computed again in backward."""
-        layers = int(self.config.num_hidden_layers)
+        layers = len(family_of(self.config).layers(self.config))
         again = self.fast.recompute_layers if self.fast is not None else layers * self.gradient_checkpointing
         return again / layers
 
@@ -320,13 +320,13 @@ class QwenModule(L.LightningModule):
         return (len(batch["cu_seqlens"]) - 1) * batch["max_seqlen"] if self.pads else batch["input_ids"].numel()
 
     @property
-    def host_embedding(self) -> bool:
+    def offload_embedding(self) -> bool:
         """Whether the plan has put the embedding on the CPU."""
-        return self.plan is not None and self.plan.host_embedding
+        return self.plan is not None and self.plan.policies.offload_embedding
 
     def to(self, *args: Any, **kwargs: Any) -> "QwenModule":
         """As of any module, but an embedding that the plan has put on the CPU stays there."""
-        if not self.host_embedding:
+        if not self.offload_embedding:
             return super().to(*args, **kwargs)
         embedding = cast(Any, self.model).base_model.model.get_input_embeddings()
         weight, embedding.weight = embedding.weight, None

@@ -2,18 +2,24 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.distributed import least
 from qwen_lit.engine.engine import FastEngine, unsupported_reason
+from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.errors import UserError
 from qwen_lit.families.table import family_of
+from qwen_lit.planner.measure import Gpu
 from qwen_lit.planner.plan import GIB, Plan
-from qwen_lit.planner.planner import planned_engine
+from qwen_lit.planner.planner import Planner, Work, possible_at_once
 
 log = logging.getLogger(__name__)
+FALLBACK = "fast (PyTorch fallback, no CUDA)"
+"""How an engine on the CPU is told."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,20 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule, before: int |
         log.info("the fast engine computes in bfloat16; bnb_4bit_compute_dtype %s is for the reference", given)
     if device.type != "cuda":
         layers = len(family_of(module.config).layers(module.config))
-        engine = FastEngine(module.model, layers if module.gradient_checkpointing else 0)
-        return Choice("fast, by the plain twins of its kernels", engine)
-    engine, plan, peak = planned_engine(trainer, module.model, data, module.memory_budget, module.state_bytes, before)
+        policy = Policy.RECOMPUTE if module.gradient_checkpointing else Policy.KEEP
+        return Choice(FALLBACK, FastEngine(module.model, Policies((policy,) * layers)))
+    planner = Planner(
+        module.model,
+        Gpu(device),
+        partial(least, trainer),
+        trainer.precision_plugin.forward_context,
+        module.state_bytes,
+        module.memory_budget,
+        before,
+        trainer.num_devices,
+    )
+    work = Work(data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens(), data.heaviest)
+    planned = planner.plan(work) if trainer.state.fn == "fit" else planner.plan_unmeasured(work)
+    engine, plan, peak = planned.engine, planned.plan, planned.peak
     measured = "" if peak is None else f", measured {peak / GIB:.2f}"
     return Choice(f"fast, {plan}{measured}", engine, plan)

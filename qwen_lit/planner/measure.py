@@ -1,32 +1,37 @@
 """What a machine does, measured: how fast it computes, launches and copies, and the peak of one micro-batch."""
 
-import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
+from qwen_lit.data.batches import Batch, collate
+from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
 from qwen_lit.planner.flops import measured_flops
-from qwen_lit.planner.plan import GIB, HostProfile, Plan, Shape, limit
+from qwen_lit.planner.memory import ModelMemory
+from qwen_lit.planner.search import HostProfile
 
-log = logging.getLogger(__name__)
 COPIED = 2**26
 """Bytes that are copied to time the link."""
 
 STEPS = 8
-"""The share of the layers is a whole number of such parts, so that two runs on one machine plan alike."""
+"""The share of the layers is rounded down to a multiple of 1/8, so that two runs on one machine plan alike."""
 
-TRIES = 4
-"""Plans that are measured at most."""
+PRODUCT = 4096
+"""Rows and columns of the product that times the device."""
 
-GROUPS = Path("/sys/fs/cgroup")
-MINE = Path("/proc/self/cgroup")
+TIMES = 4
+"""Runs of what is timed, of which the shortest counts; the first one compiles, allocates and wakes the device."""
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+OWN_CONTROL_GROUP = Path("/proc/self/cgroup")
 """Names the control group of this process."""
 
 
@@ -34,12 +39,12 @@ def host_memory() -> int:
     """Bytes of host memory that are free to this process: the machine's, or what its control groups leave."""
     free = int(psutil.virtual_memory().available)
     try:
-        mine = next(line[3:] for line in MINE.read_text().splitlines() if line.startswith("0::"))
+        mine = next(line[3:] for line in OWN_CONTROL_GROUP.read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
         return free
-    group = GROUPS / mine.strip("/")
+    group = CONTROL_GROUPS / mine.strip("/")
     for one in (group, *group.parents):
-        if one.is_relative_to(GROUPS):
+        if one.is_relative_to(CONTROL_GROUPS):
             # A group without a limit says max, and the outermost has no such file.
             with suppress(OSError, ValueError):
                 most, used = ((one / name).read_text().strip() for name in ("memory.max", "memory.current"))
@@ -47,45 +52,46 @@ def host_memory() -> int:
     return max(0, free)
 
 
-def measure_host(engine: Any, shape: Shape, batch: Any, processes: int) -> HostProfile:
+def measure_host(engine: FastEngine, memory: ModelMemory, batch: Batch, processes: int) -> HostProfile:
     """Time a copy to the host, a product, and the launching of a micro-batch, where there is memory for that.
 
     Args:
-        engine: a ``FastEngine`` on a CUDA device that recomputes nothing.
-        shape: of its model.
-        batch: ``qwen_lit.data.batches.Batch`` of few tokens, on that device.
+        engine: on a CUDA device; it recomputes nothing.
+        memory: of its model.
+        batch: of few tokens, on that device.
         processes: on this machine, which share its memory.
     """
     # Half of the memory stays free: the export, the loader's workers and the page cache live there too.
-    memory = host_memory() // 2 // processes
+    pinnable = host_memory() // 2 // processes
     try:
-        share, launch = _share_and_launch(engine, shape, batch)
+        share, launch = _share_and_launch(engine, memory, batch)
     except RuntimeError as error:
         if not is_full(error):
             raise
-        # The plans that fit then send no layer to the host.
+        # No layer is planned to be sent to the host then.
         share = launch = 0.0
-    return HostProfile(share=min(1.0, int(share * STEPS) / STEPS), memory=memory, launch=int(launch))
+    return HostProfile(share=min(1.0, int(share * STEPS) / STEPS), memory=pinnable, launch=int(launch))
 
 
-def _share_and_launch(engine: Any, shape: Shape, batch: Any) -> tuple[float, float]:
-    """As of a ``HostProfile``."""
+def _share_and_launch(engine: FastEngine, memory: ModelMemory, batch: Batch) -> tuple[float, float]:
+    """``share``, not rounded yet, and ``launch`` of a ``HostProfile``."""
     device = batch["input_ids"].device
     there = torch.empty(COPIED, dtype=torch.uint8, device=device)
     here = torch.empty(COPIED, dtype=torch.uint8, device="cpu", pin_memory=True)
     copy = _seconds(lambda: here.copy_(there, non_blocking=True), device)
-    # A layer takes longer than its products, and these longer than in a burst: both are room to spare.
+    # A layer takes longer than its products, and products in a run take longer than in a burst: the share is on the
+    # safe side by both.
     with torch.random.fork_rng([device]):
-        forward = 2 * shape.products / measured_flops(device, 4096)
+        forward = 2 * memory.products / measured_flops(device, PRODUCT)
     launch = _seconds(lambda: measure_peak(engine, batch), device)
     # Backward takes the input's gradient alone, and so as long as forward.
-    return forward / (shape.kept * copy / COPIED), launch / (2 * forward * shape.layers)
+    return forward / (memory.saved * copy / COPIED), launch / (2 * forward * len(memory.layers))
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of a few times; the first ones compile, allocate and wake the device."""
+    """The shortest of a few times."""
     best = float("inf")
-    for _ in range(4):
+    for _ in range(TIMES):
         torch.cuda.synchronize(device)
         started = time.perf_counter()
         work()
@@ -94,14 +100,14 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     return best
 
 
-def measure_peak(engine: Any, batch: Any) -> int:
+def measure_peak(engine: FastEngine, batch: Batch) -> int:
     """Bytes at the peak of a micro-batch's forward and backward, with all gradients there.
 
     Neither gradients nor random numbers are left behind, nor copies under way.
 
     Args:
-        engine: a ``FastEngine`` on a CUDA device.
-        batch: ``qwen_lit.data.batches.Batch`` on that device.
+        engine: on a CUDA device.
+        batch: on that device.
 
     Raises:
         RuntimeError: one for which ``is_full`` holds, where it does not fit.
@@ -115,7 +121,7 @@ def measure_peak(engine: Any, batch: Any) -> int:
                 parameter.grad = torch.zeros_like(parameter)
             engine.loss_sum(batch).backward()
     finally:
-        # Memory that is given up now may still be copied to the host, or from there.
+        # Memory that is given up here may still be copied to the host, or from there.
         torch.cuda.synchronize(device)
         for parameter in trained:
             parameter.grad = None
@@ -124,32 +130,50 @@ def measure_peak(engine: Any, batch: Any) -> int:
 
 def is_full(error: RuntimeError) -> bool:
     """Whether an error says that memory is short, of the device or the host, in the words of any library."""
-    told = ("out of memory", "alloc_failed", UNPINNED)
-    return isinstance(error, torch.OutOfMemoryError) or any(one in str(error).lower() for one in told)
+    words = ("out of memory", "alloc_failed", UNPINNED)
+    return isinstance(error, torch.OutOfMemoryError) or any(one in str(error).lower() for one in words)
 
 
-def settle(plan_with: Callable[[int], Plan], peak_of: Callable[[Plan], int | None]) -> tuple[Plan, int | None]:
-    """The first plan whose measured peak is within its budget.
+FEW = 16
+"""Tokens of the micro-batch that times what the host takes to launch one."""
 
-    Args:
-        plan_with: the plan when so many bytes are taken beside it; the smallest one where none fits beside them.
-        peak_of: its measured peak; None where it did not fit.
 
-    Returns:
-        The plan, which ``fits`` where its peak does, and that peak. Where each of a few took too much it is the
-        smallest plan there is, and the peak None if that did not fit either.
-    """
-    beside = 0
-    for left in reversed(range(TRIES)):
-        plan = plan_with(beside)
-        peak = peak_of(plan)
-        if not plan.fits or not left or (peak is not None and peak <= limit(plan.budget)):
-            break
-        log.warning("%s: %s; planning again", plan, "did not fit" if peak is None else f"took {peak / GIB:.2f} GiB")
-        beside = max(2 * beside, plan.budget // 32) if peak is None else beside + max(peak - plan.estimate, GIB // 16)
-        if left == 1:
-            beside = plan.budget
-    if beside == plan.budget:
-        # Nothing is beside it; all of the budget only kept other plans out.
-        plan = replace(plan, estimate=plan.estimate - beside)
-    return (plan if peak is None else replace(plan, fits=peak <= limit(plan.budget))), peak
+class Gpu:
+    """A CUDA device, as the planner asks it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def free(self) -> int:
+        """Bytes of the device that this process may use, those it holds already included."""
+        return free_memory(self.device)
+
+    def allocated(self) -> int:
+        """Bytes that tensors take."""
+        return torch.cuda.memory_allocated(self.device)
+
+    def empty_cache(self) -> None:
+        """Give unused memory back to the device."""
+        torch.cuda.empty_cache()
+
+    def profile(self, model: Any, memory: ModelMemory, processes: int) -> HostProfile:
+        """As of ``measure_host``, by an engine of its own."""
+        # Lightning makes new tensors on the device while it builds a model.
+        with torch.device("cpu"):
+            few = collate([(np.zeros(FEW), np.array([[0, FEW]]))], 0)
+        engine = FastEngine(model)
+        try:
+            return measure_host(engine, memory, move_data_to_device(few, self.device), processes)
+        finally:
+            engine.arena.workspace.clear()
+
+    def peak(self, engine: FastEngine, batch: Batch) -> int:
+        """As of ``measure_peak``, of a batch on the CPU."""
+        return measure_peak(engine, move_data_to_device(batch, self.device))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of the device that this process may use, those it holds already included."""
+    free, total = torch.cuda.mem_get_info(device)
+    most = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device) * total
+    return int(min(free + torch.cuda.memory_reserved(device), most))

@@ -1,89 +1,197 @@
 """The memory plan of a run: what the machine measures, what the ranks agree on, and what the heaviest rows show."""
 
+import logging
 import math
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 
-from qwen_lit.data.batches import collate
-from qwen_lit.data.datamodule import QwenDataModule
-from qwen_lit.distributed import least
+from qwen_lit.data.batches import Batch
 from qwen_lit.engine.engine import FastEngine
-from qwen_lit.engine.lora_linear import WORKSPACE
 from qwen_lit.engine.offload import UNPINNED
-from qwen_lit.planner.measure import STEPS, is_full, measure_host, measure_peak, settle
-from qwen_lit.planner.plan import HostProfile, Plan, Shape, apply, choose, free_memory
+from qwen_lit.planner.measure import STEPS, is_full
+from qwen_lit.planner.memory import ModelMemory
+from qwen_lit.planner.plan import GIB, Plan
+from qwen_lit.planner.search import HostProfile, choose, limit
 
+log = logging.getLogger(__name__)
 NEVER = 2**62
+"""Bytes that stand for a peak that did not fit, among ranks."""
+
+TRIES = 4
+"""Plans that are measured at most."""
 
 
-def planned_engine(
-    trainer: Any, model: Any, data: QwenDataModule, budget: int | None, state_bytes: int, before: int | None = None
-) -> tuple[FastEngine, Plan, int | None]:
-    """The fast engine of the plan on which all ranks agree.
+class Meter(Protocol):
+    """The device that is planned for: ``measure.Gpu``."""
 
-    Args:
-        trainer: all of its ranks call this.
-        model: a ``PeftModel`` on this rank's CUDA device.
-        data: its rows are prepared.
-        budget: bytes that may be used; None for all that is free.
-        state_bytes: of optimizer state for a trained number.
-        before: micro-batches that the resumed run has computed at once. It goes on so where that fits: masks of
-            dropout and the order of sums depend on it.
+    def free(self) -> int:
+        """Bytes that this process may use, those it holds already included."""
 
-    Returns:
-        The engine, its plan, and the bytes at the peak of the heaviest micro-batch; None where nothing is trained.
+    def allocated(self) -> int:
+        """Bytes that tensors take."""
 
-    Raises:
-        torch.OutOfMemoryError: no plan fits.
-    """
-    device = trainer.strategy.root_device
-    sizes, mean = data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens()
-    free = free_memory(device)
-    budget = least(trainer, min(budget or free, free))
-    shape = Shape.of(model, state_bytes)
-    static = -least(trainer, -torch.cuda.memory_allocated(device))
-    trains = trainer.state.fn == "fit"
-    machine = _machine(trainer, model, shape) if trains else HostProfile()
-    # What the optimizer will hold is not there yet when the peak is measured.
-    states = state_bytes * sum(one.numel() for one in model.parameters() if one.requires_grad)
-    engine: FastEngine | None = None
+    def empty_cache(self) -> None:
+        """Give unused memory back to the device."""
 
-    def plan_with(beside: int) -> Plan:
-        if engine is not None:
-            engine.release()
-        torch.cuda.empty_cache()
-        return choose(shape, static + beside, budget, sizes, machine, before, mean)
+    def profile(self, model: Any, memory: ModelMemory, processes: int) -> HostProfile:
+        """How fast the machine copies and launches."""
 
-    def peak_of(plan: Plan) -> int | None:
-        nonlocal engine, machine
+    def peak(self, engine: FastEngine, batch: Batch) -> int:
+        """Bytes at the peak of a micro-batch.
+
+        Raises:
+            RuntimeError: one for which ``is_full`` holds, where it does not fit.
+        """
+
+
+@dataclass(frozen=True)
+class Work:
+    """The rows that a plan is made for."""
+
+    sizes: Mapping[int, int]
+    """Tokens of the largest micro-batches together, by how many may be computed as one; 1 is among them."""
+    mean: float
+    """Tokens of a micro-batch on average."""
+    heaviest: Callable[[int], Batch]
+    """The largest so many micro-batches as one, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What came of planning."""
+
+    engine: FastEngine
+    plan: Plan
+    peak: int | None = None
+    """Bytes at the peak of the heaviest micro-batch; None where nothing was measured."""
+
+
+class Planner:
+    """Plans for a model on one device, together with the other ranks of the run."""
+
+    def __init__(
+        self,
+        model: Any,
+        meter: Meter,
+        agree: Callable[[int], int],
+        forward_context: Callable[[], AbstractContextManager[None]],
+        state_bytes: int,
+        budget: int | None = None,
+        only: int | None = None,
+        processes: int = 1,
+    ) -> None:
+        """Reads the memory that is there.
+
+        Args:
+            model: a ``PeftModel`` on the device.
+            meter: of the device.
+            agree: the smallest of what all ranks give; every rank calls it as often as the others.
+            forward_context: in which forward runs, such as that of Lightning's precision plugin.
+            state_bytes: of optimizer state for a trained number.
+            budget: bytes that may be used; None for all that is free.
+            only: micro-batches that the resumed run computed as one. It goes on so where that fits, because dropout
+                masks and the order of sums depend on it.
+            processes: on this machine, which share its memory.
+        """
+        self.model, self.meter, self.agree, self.forward_context = model, meter, agree, forward_context
+        self.only, self.processes = only, processes
+        free = meter.free()
+        self.budget = agree(min(budget or free, free))
+        self.memory = ModelMemory.of(model, state_bytes)
+        self.static = -agree(-meter.allocated())
+        self.host = HostProfile()
+        self.engine: FastEngine | None = None
+
+    def plan(self, work: Work) -> Planned:
+        """The engine of the fastest plan whose measured peak is within its budget.
+
+        Raises:
+            torch.OutOfMemoryError: the heaviest micro-batch fits with no plan.
+        """
+        self.host = self._profile()
+        beside = 0
+        for left in reversed(range(TRIES)):
+            plan = self._choose(work, beside)
+            peak = self._measure(plan, work)
+            if not plan.fits or not left or (peak is not None and peak <= limit(plan.budget)):
+                break
+            took = "did not fit" if peak is None else f"took {peak / GIB:.2f} GiB"
+            log.warning("%s: %s; planning again", plan, took)
+            # The last try is the smallest plan: all of the budget is said to be taken.
+            beside = plan.budget if left == 1 else more_beside(beside, plan, peak)
+        if beside == plan.budget:
+            # Nothing is beside it, so its estimate is without what was said to be.
+            plan = replace(plan, estimate=plan.estimate - beside)
+        if peak is None or self.engine is None:
+            raise torch.OutOfMemoryError(f"the heaviest micro-batch does not fit: {plan}")
+        return Planned(self.engine, replace(plan, fits=peak <= limit(plan.budget)), peak)
+
+    def plan_unmeasured(self, work: Work) -> Planned:
+        """The engine of the plan by arithmetic alone, for a command that trains nothing."""
+        plan = self._choose(work, 0)
+        return Planned(apply(plan, self.model), plan)
+
+    def _profile(self) -> HostProfile:
+        """What the slowest rank measures."""
+        found = self.meter.profile(self.model, self.memory, self.processes)
+        share, memory, launch = (self.agree(one) for one in (int(found.share * STEPS), found.memory, found.launch))
+        return HostProfile(share / STEPS, memory, launch)
+
+    def _choose(self, work: Work, beside: int) -> Plan:
+        """The fastest plan by arithmetic when so many bytes are taken beside it."""
+        if self.engine is not None:
+            self.engine.release()
+        self.meter.empty_cache()
+        return choose(self.memory, self.static + beside, self.budget, work.sizes, self.host, self.only, work.mean)
+
+    def _measure(self, plan: Plan, work: Work) -> int | None:
+        """Bytes at the peak of the rank that takes most, optimizer states included; None where one has no room."""
+        # Lightning makes new tensors on the device while it builds a model.
         with torch.device("cpu"):
-            heaviest = data.heaviest(plan.micro_batches_at_once)
-        peak, pins = None, True
+            heaviest = work.heaviest(plan.micro_batches_at_once)
+        peak, pins = NEVER, True
         try:
-            with trainer.precision_plugin.forward_context():
-                engine = apply(plan, model)
-                peak = measure_peak(engine, move_data_to_device(heaviest, device))
+            with self.forward_context():
+                self.engine = apply(plan, self.model)
+                # What the optimizer will hold is not there yet.
+                peak = self.meter.peak(self.engine, heaviest) + self.memory.constants["optimizer states"]
         except RuntimeError as error:
             # A rank on which it does not fit tells the others, which wait for it.
             if not is_full(error):
                 raise
             pins = UNPINNED not in str(error)
-        if not least(trainer, int(pins)):
-            machine = replace(machine, memory=0)
-        most = -least(trainer, -(NEVER if peak is None else peak + states))
+        if not self.agree(int(pins)):
+            self.host = replace(self.host, memory=0)
+        most = -self.agree(-peak)
         return None if most == NEVER else most
 
-    if not trains:
-        plan = plan_with(0)
-        return apply(plan, model), plan, None
-    plan, peak = settle(plan_with, peak_of)
-    if peak is None or engine is None:
-        raise torch.OutOfMemoryError(f"the heaviest micro-batch does not fit: {plan}")
-    return engine, plan, peak
+
+def more_beside(beside: int, plan: Plan, peak: int | None) -> int:
+    """Bytes that the next plan is told are taken beside it, after one that took too much.
+
+    Args:
+        beside: what this plan was told.
+        plan: as it was tried.
+        peak: its measured peak; None where it did not fit.
+    """
+    if peak is None:
+        return max(2 * beside, plan.budget // 32)
+    return beside + max(peak - plan.estimate, GIB // 16)
+
+
+def apply(plan: Plan, model: Any) -> FastEngine:
+    """The engine of a plan; puts the embedding on the CPU or the device, as the plan says."""
+    base = model.base_model.model
+    embedding, device = base.get_input_embeddings(), base.model.norm.weight.device
+    where = torch.device("cpu") if plan.policies.offload_embedding else device
+    if embedding.weight.device != where:
+        embedding.to(where)
+        torch.cuda.empty_cache()
+    return FastEngine(model, plan.policies)
 
 
 def possible_at_once(per_step: int) -> list[int]:
@@ -95,15 +203,3 @@ def possible_at_once(per_step: int) -> list[int]:
         per_step: micro-batches of a step on each rank.
     """
     return sorted({math.ceil(per_step / passes) for passes in range(1, per_step + 1)}, reverse=True)
-
-
-def _machine(trainer: Any, model: Any, shape: Shape) -> HostProfile:
-    """What the slowest rank measures."""
-    # Lightning would make tensors on the device here.
-    with torch.device("cpu"):
-        few = collate([(np.zeros(16), np.array([[0, 16]]))], 0)
-    few = move_data_to_device(few, trainer.strategy.root_device)
-    found = measure_host(FastEngine(model), shape, few, trainer.num_devices)
-    WORKSPACE.buffers.clear()
-    share, memory, launch = (least(trainer, one) for one in (int(found.share * STEPS), found.memory, found.launch))
-    return HostProfile(share / STEPS, memory, launch)

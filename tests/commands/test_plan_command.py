@@ -1,10 +1,19 @@
 """What plan prints where there is no GPU to measure on."""
 
 import json
+import shutil
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
+from qwen_lit.callbacks.checkpoint import RunCheckpoint
+from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.cli import main
+from qwen_lit.commands.plan import arithmetic, trial
+
+SHARDED = ["--model.shard_base", "true", "--model.quantization_config.bnb_4bit_quant_storage", "bfloat16"]
+BIASED = ["--model.lora_config.lora_bias", "true", "--model.lora_config.target_modules", "[q_proj]"]
+SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
 
 
 def test_without_a_gpu_the_plan_is_arithmetic_and_says_so(command, tmp_path, capsys):
@@ -56,3 +65,95 @@ def test_a_limit_in_optimizer_steps_keeps_no_micro_batches_apart(command, tmp_pa
 def test_a_budget_that_nothing_fits_is_said_with_exit_code_1(command, tmp_path, capsys):
     assert main(["plan", *command(tmp_path / "out")[1:], "--memory_budget", "100MiB"]) == 1
     assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (SHARDED, "is sharded"),
+        (["--model.lora_config.trainable_token_indices", "[1, 2]"], "trainable_token_indices is set"),
+        (
+            ["--model.lora_config.lora_bias", "true", "--model.lora_config.target_modules", "[q_proj]"],
+            "lora_bias is set",
+        ),
+    ],
+)
+def test_more_that_only_the_reference_engine_trains(command, tmp_path, capsys, options, reason):
+    assert main(["plan", *command(tmp_path / "out")[1:], *options, "--json", "true"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert reason in result["engine"] and result["plans"] == []
+
+
+@pytest.mark.parametrize(
+    "key", [{"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, {"hidden_act": "gelu"}]
+)
+def test_a_base_that_only_the_reference_engine_trains(key, command, model_folder, tmp_path, capsys):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config | key))
+    base = ["--model.model_name_or_path", str(folder), "--json", "true"]
+    assert main(["plan", *command(tmp_path / "out")[1:], *base]) == 0
+    assert json.loads(capsys.readouterr().out)["engine"].startswith("reference (")
+
+
+def test_an_engine_that_cannot_be_had_is_refused_as_fit_refuses_it(command, tmp_path, capsys):
+    fast = ["--model.engine", "fast", "--model.lora_config.use_dora", "true"]
+    assert main(["plan", *command(tmp_path / "out")[1:], *fast]) == 2
+    assert "model.engine is fast, but lora_config.use_dora is set; set it to auto." in capsys.readouterr().err
+
+
+def explained(capsys, command, out, *options):
+    assert main(["plan", *command(out)[1:], "--memory_budget", "1GiB", "--explain", "true", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_plan_is_explained_by_a_table_that_adds_up(command, tmp_path, capsys):
+    told = json.loads(explained(capsys, command, tmp_path / "out", "--json", "true"))
+    (plan,) = told["plans"]
+    table = plan["explained"]
+    assert round(table["estimate_bytes"] / 2**30, 2) == plan["estimated_peak_gib"]
+    assert sum(table["parts_bytes"].values()) == table["estimate_bytes"]
+    assert [op["name"] for op in table["layers"][0]["ops"]][:3] == ["input_layernorm", "qkv_rope", "attention"]
+    text = explained(capsys, command, tmp_path / "out")
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert f"table       of a micro-batch of {table['tokens']:,} tokens" in text and "  sum " in text
+    assert main(["plan", *command(tmp_path / "out")[1:], "--memory_budget", "1GiB"]) == 0
+    assert "table " not in capsys.readouterr().out
+
+
+def test_modules_that_are_not_quantised_are_planned_for_as_they_are_held(command, tmp_path, capsys):
+    found = {}
+    for name, skipped in (("none", "[lm_head]"), ("up_proj", "[up_proj, lm_head]")):
+        keys = ["--model.quantization_config.llm_int8_skip_modules", skipped, "--json", "true"]
+        found[name] = json.loads(explained(capsys, command, tmp_path / "out", *keys))["plans"][0]
+    parts = {name: one["explained"]["parts_bytes"] for name, one in found.items()}
+    # A matrix in bf16 takes 2 bytes a number instead of about half of one.
+    assert parts["up_proj"]["weights"] > parts["none"]["weights"]
+    # Weights of a layer are held dequantised as a whole or not at all.
+    assert found["none"]["layers_held_in_bf16"] == 2 and found["up_proj"]["layers_held_in_bf16"] == 0
+
+
+def test_a_trial_has_a_trainer_of_its_own_and_takes_the_largest_batches_first(command, tmp_path, capsys, monkeypatch):
+    seen = {}
+
+    class Tokens(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.setdefault("tokens", []).append(batch["tokens"])
+
+    def tried(trainer, module, data, budget, explained):
+        before = dict(callbacks=list(trainer.callbacks), steps=trainer.max_steps, loggers=list(trainer.loggers))
+        checkpoint = RunCheckpoint(10**9, output_dir=str(tmp_path / "trial"))
+        made = trial(trainer, [Tokens(), checkpoint], 2)
+        made.fit(module, data.largest_first())
+        seen["steps"], seen["files"] = made.global_step, step_files(checkpoint.folder)
+        after = dict(callbacks=list(trainer.callbacks), steps=trainer.max_steps, loggers=list(trainer.loggers))
+        assert before == after and trainer.global_step == 0 and not data.heaviest_first and module.trainer is made
+        return arithmetic(trainer, module, data, budget, explained)
+
+    monkeypatch.setattr("qwen_lit.trainer.arithmetic", tried)
+    assert main(["plan", *command(tmp_path / "out")[1:], "--json", "true"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert seen["steps"] == 2 and len(seen["files"]) == 1 and not (tmp_path / "out").exists()
+    assert seen["tokens"] == sorted(seen["tokens"], reverse=True)
+    assert seen["tokens"][0] == told["heaviest_micro_batch_tokens"]

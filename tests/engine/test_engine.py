@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM, Qwen
 from qwen_lit.cli import main
 from qwen_lit.data.batches import collate, padded
 from qwen_lit.engine.engine import FastEngine, linears_of, unsupported_reason
+from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.families.table import family_of
 from qwen_lit.kernels.dropout import dropped
 from qwen_lit.model.load import load_base
@@ -74,18 +75,25 @@ VARIANTS = {
 }
 
 
+KEEP, AGAIN, INPUT, AWAY = Policy.KEEP, Policy.RECOMPUTE, Policy.RECOMPUTE_INPUT_ON_HOST, Policy.OFFLOAD
 WAYS = (
-    (0, False, 0, 0),
-    (1, False, 0, 0),
-    (3, False, 0, 0),
-    (3, True, 0, 0),
-    (3, True, 10, 0),
-    (0, False, 0, 2),
-    (0, False, 0, 3),
-    (1, False, 0, 1),
-    (2, False, 0, 1),
-    (1, True, 0, 2),
+    (KEEP, KEEP, KEEP),
+    (AGAIN, KEEP, KEEP),
+    (AGAIN, AGAIN, AGAIN),
+    (INPUT, INPUT, INPUT),
+    (AWAY, KEEP, AWAY),
+    (AWAY, AWAY, AWAY),
+    (AWAY, AGAIN, KEEP),
+    (AWAY, AGAIN, AGAIN),
+    (AWAY, INPUT, AWAY),
+    (KEEP, INPUT, AGAIN),
 )
+PIECES = 10
+
+
+def engine(model, recompute=0, **more):
+    """Three layers, of which the first ones are recomputed."""
+    return FastEngine(model, Policies.of_counts(len(model.base_model.model.model.layers), recompute, **more))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -100,8 +108,8 @@ def test_loss_and_gradients_equal_pefts_whatever_is_kept_recomputed_or_on_the_ho
     loss = reference(model, one)
     wanted = gradients(model, loss)
     assert wanted
-    for recompute, offload, piece, away in WAYS:
-        found_loss = FastEngine(model, recompute, 5, offload, piece, offload_layers=away).loss_sum(one)
+    for policies in (*(Policies(way, loss_chunk=5) for way in WAYS), Policies(WAYS[3], mlp_piece=PIECES)):
+        found_loss = FastEngine(model, policies).loss_sum(one)
         found = gradients(model, found_loss)
         assert abs(float(found_loss - loss)) < 1e-5 * float(loss)
         assert found.keys() == wanted.keys()
@@ -137,7 +145,7 @@ def test_dropout_is_the_same_in_backward_and_drawn_from_the_hosts_generator():
     runs = []
     for recompute in (0, 3, 0):
         torch.manual_seed(5)
-        loss = FastEngine(model, recompute).loss_sum(one)
+        loss = engine(model, recompute).loss_sum(one)
         runs.append((float(loss.detach()), gradients(model, loss)))
     torch.manual_seed(6)
     assert float(FastEngine(model).loss_sum(one)) != runs[0][0]
@@ -155,7 +163,7 @@ def test_dropout_gradients_are_those_of_the_loss(piece):
 
     def loss():
         torch.manual_seed(5)
-        return FastEngine(model, 3 if piece else 0, piece=piece).loss_sum(one)
+        return engine(model, 3 if piece else 0, mlp_piece=piece).loss_sum(one)
 
     found = gradients(model, loss())
     named = dict(model.named_parameters())
@@ -217,12 +225,12 @@ def fifty_steps(model, batches, fast, rate=1e-3, context=nullcontext):
     draw = (lambda one: None) if fast else with_the_engines_masks(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     torch.manual_seed(2)
-    engine, curve = FastEngine(model), []
+    made, curve = FastEngine(model), []
     for step in range(50):
         one = batches[step % len(batches)]
         draw(one)
         with context():
-            loss = (engine.loss_sum(one) if fast else reference(model, one)) / len(one["targets"])
+            loss = (made.loss_sum(one) if fast else reference(model, one)) / len(one["targets"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -265,8 +273,8 @@ def test_a_4_bit_base_gives_pefts_losses_and_gradients(model_folder, targets):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = reference(model, one)
     wanted = gradients(model, loss)
-    for options in ({}, {"resident_layers": 1}, {"recompute_layers": 2, "piece": 16}):
-        found_loss = FastEngine(model, **options).loss_sum(one)
+    for options in ({}, {"resident": 1}, {"recompute": 2, "mlp_piece": 16}):
+        found_loss = engine(model, **options).loss_sum(one)
         found = gradients(model, found_loss)
         assert abs(float(found_loss - loss)) < 1e-2 * float(loss)
         assert found.keys() == wanted.keys()
@@ -279,7 +287,7 @@ def test_weights_that_are_held_give_the_same_bits(model_folder):
     runs = []
     for held in (0, 1, 2):
         torch.manual_seed(5)
-        loss = FastEngine(model, resident_layers=held).loss_sum(one)
+        loss = engine(model, resident=held).loss_sum(one)
         runs.append((float(loss.detach()), gradients(model, loss)))
     for loss, found in runs[1:]:
         assert loss == runs[0][0]
@@ -289,21 +297,21 @@ def test_weights_that_are_held_give_the_same_bits(model_folder):
 @pytest.mark.parametrize("recompute", [0, 2])
 def test_saved_tensors_that_come_back_without_their_room_give_the_same(model_folder, recompute):
     model, one = four_bit(model_folder), batch(True)
-    engine = FastEngine(model, recompute, piece=10)
-    wanted = gradients(model, engine.loss_sum(one))
+    made = engine(model, recompute, mlp_piece=10)
+    wanted = gradients(model, made.loss_sum(one))
     with saved_tensors_hooks(lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x):
-        found = gradients(model, engine.loss_sum(one))
+        found = gradients(model, made.loss_sum(one))
     assert all(torch.allclose(found[name], gradient, rtol=1e-3) for name, gradient in wanted.items())
 
 
 def test_weights_that_were_held_and_are_released_give_the_same_loss(model_folder):
     model, one = four_bit(model_folder).eval(), batch(True)
-    engine = FastEngine(model, resident_layers=2)
-    held = weakref.ref(next(iter(engine.resident.values())))
-    loss = float(engine.loss_sum(one).detach())
-    engine.release()
-    assert held() is None
-    assert float(engine.loss_sum(one).detach()) == loss
+    made = engine(model, resident=2)
+    held = weakref.ref(next(iter(made.resident.values())))
+    loss = float(made.loss_sum(one).detach())
+    made.release()
+    assert held() is None and not made.arena.workspace.buffers
+    assert float(made.loss_sum(one).detach()) == loss
 
 
 def test_a_second_backward_is_refused_rather_than_wrong():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_lit.engine.offload import HostStore
+from qwen_lit.engine.offload import HostBlocks, HostStore
 
 CPU = torch.device("cpu")
 
@@ -111,14 +111,13 @@ def test_a_second_backward_is_refused_rather_than_wrong():
 
 def test_blocks_of_the_host_serve_batches_of_every_size(monkeypatch):
     monkeypatch.setattr("qwen_lit.engine.offload.BLOCK", 100)
-    monkeypatch.setattr("qwen_lit.engine.offload.FREE", free := [])
-    used = []
+    pool, used = HostBlocks(), []
     for rows in (9, 3, 7, 9, 1):
         x = torch.randn(rows, 8)
         wanted, found = (x.clone().requires_grad_() for _ in range(2))
         run(layers(), wanted)[0].sum().backward()
-        run(layers(), found, HostStore(CPU, []))[0].sum().backward()
+        run(layers(), found, HostStore(CPU, [], pool=pool))[0].sum().backward()
         assert torch.equal(found.grad, wanted.grad)
-        used.append({block.data_ptr() for block in free})
+        used.append({block.data_ptr() for block in pool.free})
     # Each layer but the last had one or more.
     assert len(used[0]) >= 4 and all(one == used[0] for one in used)

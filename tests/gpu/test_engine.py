@@ -12,13 +12,17 @@ from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM, Qwen
 
 from qwen_lit.callbacks.checkpoint_io import to_host
 from qwen_lit.data.batches import collate
+from qwen_lit.engine import offload
 from qwen_lit.engine.engine import FastEngine
-from qwen_lit.engine.lora_linear import WORKSPACE
-from qwen_lit.kernels import attention, offload, plan
+from qwen_lit.engine.policy import Policies
+from qwen_lit.kernels import attention
 from qwen_lit.model.load import add_adapter, load_base
 from qwen_lit.model.optim import OPTIMIZERS
 from qwen_lit.planner.measure import STEPS, is_full, measure_host, measure_peak
-from qwen_lit.planner.plan import GIB, HostProfile, Shape, apply, choose, limit
+from qwen_lit.planner.memory import MEMORY, ModelMemory
+from qwen_lit.planner.plan import GIB
+from qwen_lit.planner.planner import apply
+from qwen_lit.planner.search import HostProfile, choose, limit
 from tests.engine.test_engine import fifty_steps
 
 pytestmark = pytest.mark.gpu
@@ -123,14 +127,14 @@ def test_what_is_kept_recomputed_or_offloaded_gives_the_same_bits(
     runs = []
     for options in (
         {},
-        {"recompute_layers": 6},
-        {"recompute_layers": 6, "offload": True},
-        {"offload_layers": 6},
-        {"offload_layers": 3},
-        {"recompute_layers": 2, "offload_layers": 3},
-        {"offload_layers": 2, "resident_layers": 6},
+        {"recompute": 6},
+        {"recompute": 6, "offload_inputs": True},
+        {"offload_activations": 6},
+        {"offload_activations": 3},
+        {"recompute": 2, "offload_activations": 3},
+        {"offload_activations": 2, "resident": 6},
     ):
-        engine = FastEngine(model, **options)
+        engine = FastEngine(model, Policies.of_counts(6, **options))
         # The second run is where memory is used again while copies are under way.
         for _ in range(2):
             torch.manual_seed(5)
@@ -162,10 +166,10 @@ def test_fifty_steps_have_pefts_losses(folders, kind, dropout, targets, dtype, r
 
 PLANS = {
     "kept": {},
-    "recomputed": {"recompute_layers": 6},
-    "inputs offloaded": {"recompute_layers": 6, "offload": True},
-    "half offloaded": {"offload_layers": 3},
-    "recomputed and offloaded": {"recompute_layers": 3, "offload_layers": 2},
+    "recomputed": {"recompute": 6},
+    "inputs offloaded": {"recompute": 6, "offload_inputs": True},
+    "half offloaded": {"offload_activations": 3},
+    "recomputed and offloaded": {"recompute": 3, "offload_activations": 2},
 }
 
 
@@ -176,17 +180,14 @@ def test_the_estimate_is_within_5_percent_of_the_measured_peak(folders, kind, ta
     model, tokens = loaded(folders[kind], targets, dropout), 16_384
     one, wrong = batch([2048] * 7 + [1000, 1048]), {}
     for how, options in PLANS.items():
-        WORKSPACE.buffers.clear()
         # What waits in a cycle for Python's collector would count as the model's own, and be gone at the peak.
         gc.collect()
         torch.cuda.empty_cache()
         # cuBLAS has its workspace by now.
-        static, shape = torch.cuda.memory_allocated() - plan.CUBLAS, Shape.of(model, 0)
-        given = {"recompute_layers": 0, "offload": False, "offload_layers": 0, **options}
-        estimate = shape.peak(
-            static, tokens, given["recompute_layers"], 2048, off=given["offload"], away=given["offload_layers"]
-        )
-        peak = measure_peak(FastEngine(model, loss_chunk=2048, **options), one)
+        static, memory = torch.cuda.memory_allocated() - MEMORY.cublas, ModelMemory.of(model, 0)
+        policies = Policies.of_counts(6, **options)
+        estimate = memory.peak(static, tokens, policies)
+        peak = measure_peak(FastEngine(model, policies), one)
         if abs(estimate - peak) > 0.05 * peak:
             wrong[how] = (estimate / GIB, peak / GIB)
     assert not wrong
@@ -226,7 +227,7 @@ def test_what_does_not_fit_is_told_and_training_goes_on_after_it(folder):
 
 def test_the_machine_is_measured_alike_twice(folder):
     model = loaded(folder, QKVO)
-    one, two = (measure_host(FastEngine(model), Shape.of(model, 2), batch([16]), 1) for _ in range(2))
+    one, two = (measure_host(FastEngine(model), ModelMemory.of(model, 2), batch([16]), 1) for _ in range(2))
     assert 0 <= one.share <= 1 and one.share * STEPS == int(one.share * STEPS)
     assert abs(one.share - two.share) <= 1 / STEPS and GIB < one.memory < 2**62
     assert 0 < one.launch < 1_000_000 and 0.5 < one.launch / two.launch < 2
@@ -235,10 +236,10 @@ def test_the_machine_is_measured_alike_twice(folder):
 def test_a_plan_with_offloaded_layers_stays_within_its_budget(folder):
     model = loaded(folder, QKVO)
     torch.cuda.empty_cache()
-    static, shape = torch.cuda.memory_allocated() - plan.CUBLAS, Shape.of(model, 2)
+    static, memory = torch.cuda.memory_allocated() - MEMORY.cublas, ModelMemory.of(model, 2)
     budget = static + GIB
-    chosen = choose(shape, static, budget, {n: n * 2048 for n in (8, 4, 2, 1)}, HostProfile(1.0))
-    assert chosen.offload_layers > 0
+    chosen = choose(memory, static, budget, {n: n * 2048 for n in (8, 4, 2, 1)}, HostProfile(1.0))
+    assert chosen.policies.offloaded > 0
     peak = measure_peak(apply(chosen, model), batch([2048] * chosen.micro_batches_at_once))
     assert peak <= limit(budget), (str(chosen), peak / GIB)
 

@@ -8,7 +8,7 @@ import pytest
 from qwen_lit.cli import main
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.planner import planner as planning
-from qwen_lit.planner.plan import choose
+from qwen_lit.planner.search import choose
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,11 @@ def test_an_embedding_that_is_planned_for_the_cpu_is_there_while_the_run_trains(
         seen.append((self.model.get_input_embeddings().weight.device.type, batch["input_ids"].device.type))
         return plain(self, batch)
 
-    monkeypatch.setattr(planning, "choose", lambda *given: replace(choose(*given), host_embedding=True))
+    def on_the_cpu(*given):
+        chosen = choose(*given)
+        return replace(chosen, policies=replace(chosen.policies, offload_embedding=True))
+
+    monkeypatch.setattr(planning, "choose", on_the_cpu)
     monkeypatch.setattr(FastEngine, "loss_sum", loss_sum)
     assert main([*on_the_gpu, "--trainer.max_steps", "3"]) == 0
     # The machine is measured before it is planned for.

@@ -1,4 +1,4 @@
-"""Every kernel beside its plain twin, on the device, or on the CPU in Triton's interpreter."""
+"""Every kernel beside its reference, on the device, or on the CPU in Triton's interpreter."""
 
 import pytest
 import torch
@@ -36,11 +36,11 @@ def close(found, wanted, dtype):
     assert error < LIMIT[dtype], float(error)
 
 
-def compare(function, twin, inputs, dtype, several=False):
-    """Values and gradients against the twin in float64 of the same inputs."""
+def compare(function, reference, inputs, dtype, several=False):
+    """Values and gradients against the reference in float64 of the same inputs."""
     mine = [one.clone().requires_grad_() for one in inputs]
     wide = [one.double().requires_grad_() for one in inputs]
-    found, wanted = function(*mine), twin(*wide)
+    found, wanted = function(*mine), reference(*wide)
     found, wanted = (found, wanted) if several else ((found,), (wanted,))
     grads = [random(*one.shape, dtype=dtype) for one in found]
     torch.autograd.backward(found, grads)
@@ -57,7 +57,7 @@ def dtype(request):
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 64), (37, 896), (15 if FEW else 515, 3584), (3, 5120)])
-def test_add_norm_equals_its_twin(tokens, width, dtype):
+def test_add_norm_equals_its_reference(tokens, width, dtype):
     weight = random(width, dtype=dtype)
     inputs = [random(tokens, width, dtype=dtype) for _ in range(2)]
     compare(lambda x, d: add_norm(x, d, weight, 1e-6), lambda x, d: wide_norm(x, d, weight), inputs, dtype, True)
@@ -68,11 +68,11 @@ def wide_norm(x, delta, weight):
     return total, weight.double() * total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
-@pytest.mark.parametrize("room", [0, 24])
-def test_add_norm_leaves_the_room_it_is_asked_for_in_both_passes(room, dtype):
+@pytest.mark.parametrize("columns", [0, 24])
+def test_add_norm_leaves_the_columns_it_is_asked_for_in_both_passes(columns, dtype):
     x, delta, weight = random(37, 896, dtype=dtype), random(37, 896, dtype=dtype), random(896, dtype=dtype)
     grads = []
-    for asked in (0, room):
+    for asked in (0, columns):
         mine = [one.clone().requires_grad_() for one in (x, delta)]
         total, normed = add_norm(*mine, weight, 1e-6, asked, 2 * asked)
         again, last = add_norm(total, normed, weight, 1e-6, 0, asked)
@@ -83,9 +83,9 @@ def test_add_norm_leaves_the_room_it_is_asked_for_in_both_passes(room, dtype):
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 7), (33, 4864), (9 if FEW else 129, 18944)])
-@pytest.mark.parametrize("room", [0, 16])
-def test_swiglu_equals_its_twin(tokens, width, room, dtype):
-    both = random(tokens, 2 * width + room, dtype=dtype)
+@pytest.mark.parametrize("columns", [0, 16])
+def test_swiglu_equals_its_reference(tokens, width, columns, dtype):
+    both = random(tokens, 2 * width + columns, dtype=dtype)
     gate, up = (both[:, at : at + width].double().requires_grad_() for at in (0, width))
     wanted, grad = swiglu_reference(gate, up), random(tokens, width, dtype=dtype)
     close(swiglu(both, width), wanted, dtype)
@@ -100,7 +100,7 @@ def test_swiglu_equals_its_twin(tokens, width, room, dtype):
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize("count", [1, 2, 5 if FEW else 28])
 @pytest.mark.parametrize("size", [64, 128])
-def test_rope_and_its_gradient_equal_their_twin_whatever_lies_between_rows(count, size, normed, dtype):
+def test_rope_and_its_gradient_equal_their_reference_whatever_lies_between_rows(count, size, normed, dtype):
     angle = torch.rand(TOKENS, size // 2, device=DEVICE) * 6
     cos, sin = angle.cos(), angle.sin()
     weight, eps = (random(size, dtype=dtype), 1e-6) if normed else (None, 0.0)
@@ -127,7 +127,7 @@ def head_norm(x, weight):
 # On a CPU one row times 151,936 columns in float32 strays by 1e-5 in the product itself, before any kernel.
 @pytest.mark.parametrize("rows", [1, 3 if FEW else 300])
 @pytest.mark.parametrize("vocabulary", [1000, 15193 if FEW else 151936])
-def test_head_loss_equals_its_twin(rows, vocabulary, dtype):
+def test_head_loss_equals_its_reference(rows, vocabulary, dtype):
     hidden, head = random(rows, 128, dtype=dtype), random(vocabulary, 128, dtype=dtype) * 0.1
     targets = torch.randint(0, vocabulary, (rows,), device=DEVICE)
     one, other = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
@@ -147,7 +147,7 @@ def test_a_batch_of_only_masked_tokens_has_no_loss_and_no_gradient():
 
 
 @pytest.mark.parametrize("lengths", [[1], [64] * 8, [5, 1, 300, 77], [2048] * 2, [3] * 4000])
-def test_attention_equals_its_twin_and_never_crosses_a_document(lengths):
+def test_attention_equals_its_reference_and_never_crosses_a_document(lengths):
     dtype = LOW
     tokens = sum(lengths)
     q = random(tokens, 8, 128, dtype=dtype)
@@ -198,7 +198,7 @@ def linear(width, out, rank, four_bit, dropout, bias=True):
     return made, full_weight([made], LOW).double().clone()
 
 
-def twin(one, weight):
+def reference(one, weight):
     """The linear in float64, with parameters of its own."""
     a, b = (None if p is None else p.detach().double().requires_grad_() for p in (one.a, one.b))
 
@@ -209,7 +209,7 @@ def twin(one, weight):
     return run, (a, b)
 
 
-def agree(found, wanted, x, wide, linears, twins):
+def agree(found, wanted, x, wide, linears, references):
     """Values and gradients of everything that is trained."""
     grads = [random(*one.shape, dtype=x.dtype) for one in found]
     torch.autograd.backward(found, grads)
@@ -217,14 +217,14 @@ def agree(found, wanted, x, wide, linears, twins):
     for one, other in zip(found, wanted, strict=True):
         close(one, other, x.dtype)
     close(x.grad, wide.grad, x.dtype)
-    for one, (_, (a, b)) in zip(linears, twins, strict=True):
+    for one, (_, (a, b)) in zip(linears, references, strict=True):
         if a is not None:
             close(one.a.grad, a.grad, x.dtype)
             close(one.b.grad, b.grad, x.dtype)
 
 
 def alike(found, plain):
-    """Values of a fast path and its plain twin in the same dtype."""
+    """Values of a fast path and its reference in the same dtype."""
     for one, other in zip(found, plain, strict=True):
         close(one, other, LOW)
 
@@ -238,23 +238,23 @@ def mask_of(tokens, width, dropout, seed):
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "tight"])
 @pytest.mark.parametrize("outs", [((256, 8), (64, 5), (128, 0)), ((64, 5),), ((320, 16), (64, 8))], ids=len)
 @pytest.mark.parametrize("tokens", [1, TOKENS])
-def test_group_linear_equals_its_twin(four_bit, dropout, padded, outs, tokens):
+def test_group_linear_equals_its_reference(four_bit, dropout, padded, outs, tokens):
     linears, weights = zip(*(linear(192, *one, four_bit, dropout) for one in outs), strict=True)
     whole = random(tokens, 192 + lora_columns(list(linears)), dtype=LOW) if padded else None
     x = whole[:, :192] if padded else random(tokens, 192, dtype=LOW)
     x = x.detach().requires_grad_()
     wide = x.detach().double().requires_grad_()
-    twins = [twin(one, weight) for one, weight in zip(linears, weights, strict=True)]
+    references = [reference(one, weight) for one, weight in zip(linears, weights, strict=True)]
     found = group_linear(x, list(linears), 3, padded)
     alike(found, group_reference(x.detach(), list(linears), 3))
     mask = mask_of(tokens, 192, dropout, 3)
-    agree(found, [run(wide, mask) for run, _ in twins], x, wide, linears, twins)
+    agree(found, [run(wide, mask) for run, _ in references], x, wide, linears, references)
 
 
 @pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "plain"])
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("beside", [0, 8, 12])
-def test_a_gradient_with_room_beside_it_gives_the_same_and_only_the_room_is_written(four_bit, rank, beside):
+def test_a_gradient_with_columns_beside_it_gives_the_same_and_only_the_columns_is_written(four_bit, rank, beside):
     one = linear(192, 192, rank, four_bit, 0.0)[0]
     x = random(TOKENS, 192, dtype=LOW)
     whole = random(TOKENS, 192 + beside, dtype=LOW)
@@ -276,13 +276,13 @@ def test_a_gradient_with_room_beside_it_gives_the_same_and_only_the_room_is_writ
 @pytest.mark.parametrize("normed", [False, True], ids=["plain heads", "normed heads"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("ranks", [(8, 5, 0), (0, 0, 0)], ids=str)
-def test_heads_equal_their_twin(four_bit, normed, dropout, ranks):
+def test_heads_equal_their_reference(four_bit, normed, dropout, ranks):
     tokens, size, padded = TOKENS, 64, sum(ranks) > 0
     linears, weights = zip(
         *(linear(192, n, r, four_bit, dropout, bias=n > 64) for n, r in zip((256, 128, 64), ranks, strict=True)),
         strict=True,
     )
-    twins = [twin(one, weight) for one, weight in zip(linears, weights, strict=True)]
+    references = [reference(one, weight) for one, weight in zip(linears, weights, strict=True)]
     angle = torch.rand(tokens, size // 2, device=DEVICE) * 6
     norms = [(random(size, dtype=LOW), 1e-6) if normed else (None, 0.0) for _ in range(2)]
     whole = random(tokens, 192 + lora_columns(list(linears)), dtype=LOW)
@@ -291,33 +291,33 @@ def test_heads_equal_their_twin(four_bit, normed, dropout, ranks):
     found = qkv_rope(x, list(linears), size, angle.cos(), angle.sin(), norms, 3, padded)
     alike(found, qkv_rope_reference(x.detach(), list(linears), size, angle.cos(), angle.sin(), norms, 3))
     mask = mask_of(tokens, 192, dropout, 3)
-    wanted = [run(wide, mask).view(tokens, -1, size) for run, _ in twins]
+    wanted = [run(wide, mask).view(tokens, -1, size) for run, _ in references]
     for at, (weight, _) in enumerate(norms):
         one = wanted[at] if weight is None else head_norm(wanted[at], weight)
         wanted[at] = rope_reference(one, angle.cos(), angle.sin(), None, 0.0)
-    agree(found, wanted, x, wide, linears, twins)
+    agree(found, wanted, x, wide, linears, references)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("ranks", [(8, 8, 8), (5, 0, 3), (0, 0, 0)], ids=str)
-def test_gate_up_and_the_mlp_equal_their_twins(dropout, ranks):
+def test_gate_up_and_the_mlp_equal_their_references(dropout, ranks):
     shapes = ((128, 320, ranks[0]), (128, 320, ranks[1]), (320, 128, ranks[2]))
     linears, weights = zip(*(linear(*one, True, dropout, bias=False) for one in shapes), strict=True)
     named = dict(zip(("gate_proj", "up_proj", "down_proj"), linears, strict=True))
     for whole in (False, True):
-        twins = [twin(one, weight) for one, weight in zip(linears, weights, strict=True)]
+        references = [reference(one, weight) for one, weight in zip(linears, weights, strict=True)]
         x = random(TOKENS, 128, dtype=LOW).requires_grad_()
         wide = x.detach().double().requires_grad_()
         mask = mask_of(TOKENS, 128, dropout, 3)
-        h = swiglu_reference(twins[0][0](wide, mask), twins[1][0](wide, mask))
-        wanted = twins[2][0](h, mask_of(TOKENS, 320, dropout, 4)) if whole else h
+        h = swiglu_reference(references[0][0](wide, mask), references[1][0](wide, mask))
+        wanted = references[2][0](h, mask_of(TOKENS, 320, dropout, 4)) if whole else h
         found = mlp(x, named, 3) if whole else gate_up(x, linears[0], linears[1], 3)
         if not whole:
             alike([found], [gate_up_reference(x.detach(), linears[0], linears[1], 3)])
         for one in linears:
             if one.a is not None:
                 one.a.grad = one.b.grad = None
-        agree([found], [wanted], x, wide, linears[: 3 if whole else 2], twins[: 3 if whole else 2])
+        agree([found], [wanted], x, wide, linears[: 3 if whole else 2], references[: 3 if whole else 2])
 
 
 def test_the_mlp_in_pieces_is_the_mlp():

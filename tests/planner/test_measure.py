@@ -1,19 +1,19 @@
-"""What is measured: the host's memory, and a plan whose peak is within its budget."""
+"""What is measured of a machine: the host's memory, and what a device that is too full leaves unknown."""
 
 import psutil
 import pytest
 import torch
 
 from qwen_lit.planner import measure as probe
-from qwen_lit.planner.measure import TRIES, host_memory, is_full, measure_host, settle
-from qwen_lit.planner.plan import GIB, HostProfile, Plan, limit
+from qwen_lit.planner.measure import host_memory, is_full, measure_host
+from qwen_lit.planner.search import HostProfile
 
 
 @pytest.fixture
 def group(monkeypatch, tmp_path):
     """A process in a control group of another, on a machine with 5,000 bytes free; ``limit`` gives one a limit."""
-    monkeypatch.setattr(probe, "GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(probe, "MINE", tmp_path / "mine")
+    monkeypatch.setattr(probe, "CONTROL_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(probe, "OWN_CONTROL_GROUP", tmp_path / "mine")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5000})())
     inner = tmp_path / "groups" / "job" / "step"
     inner.mkdir(parents=True)
@@ -39,7 +39,7 @@ def test_host_memory_is_what_the_machine_and_every_control_group_leave(group):
 
 
 def test_host_memory_is_the_machines_where_there_is_no_control_group(monkeypatch, tmp_path):
-    monkeypatch.setattr(probe, "MINE", tmp_path / "none")
+    monkeypatch.setattr(probe, "OWN_CONTROL_GROUP", tmp_path / "none")
     assert 0 < host_memory() <= psutil.virtual_memory().total
 
 
@@ -65,45 +65,3 @@ def test_a_device_too_full_to_be_measured_is_planned_for_as_any(monkeypatch, gro
     assert measure_host(None, None, None, 2) == HostProfile(0.0, 1250, 0)
     monkeypatch.setattr(probe, "_share_and_launch", lambda *_: (0.3, 900.7))
     assert measure_host(None, None, None, 1) == HostProfile(0.25, 2500, 900)
-
-
-BUDGET = 8 * GIB
-
-
-def planner(asked, smallest=4 * GIB):
-    """Plans that take all they may, down to the smallest."""
-
-    def plan_with(beside):
-        asked.append(beside)
-        estimate = limit(BUDGET) - beside
-        fits = estimate >= smallest
-        return Plan(1, 0, 128, estimate if fits else smallest + beside, BUDGET, fits=fits)
-
-    return plan_with
-
-
-def test_a_plan_that_is_within_its_budget_is_taken_at_once():
-    asked = []
-    plan, peak = settle(planner(asked), lambda plan: plan.estimate)
-    assert asked == [0] and peak == plan.estimate
-
-
-def test_what_a_plan_took_beyond_its_estimate_is_planned_for():
-    asked = []
-    plan, peak = settle(planner(asked), lambda plan: plan.estimate + GIB // 2)
-    assert asked == [0, GIB // 2] and peak == limit(BUDGET)
-
-
-def test_what_did_not_fit_is_planned_smaller_and_smaller():
-    asked = []
-    plan, peak = settle(planner(asked), lambda plan: None if plan.estimate > 7 * GIB else plan.estimate)
-    assert asked == [0, BUDGET // 32, BUDGET // 16] and peak == plan.estimate
-
-
-def test_the_last_plan_that_is_tried_is_the_smallest_and_its_failure_is_told():
-    asked = []
-    plan, peak = settle(planner(asked), lambda plan: None if plan.fits else 4 * GIB)
-    assert len(asked) == TRIES and plan.fits and peak == plan.estimate == 4 * GIB
-    for too_much in (lambda plan: None, lambda plan: 2 * BUDGET):
-        plan, peak = settle(planner(asked), too_much)
-        assert not plan.fits and peak == too_much(plan)

@@ -4,94 +4,116 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from qwen_lit.distributed import least
+from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
-from qwen_lit.planner import planner as planning
-from qwen_lit.planner.plan import GIB, HostProfile, limit
-from qwen_lit.planner.planner import planned_engine, possible_at_once
+from qwen_lit.planner.plan import GIB, Plan
+from qwen_lit.planner.planner import TRIES, Planner, Work, more_beside, possible_at_once
+from qwen_lit.planner.search import HostProfile, limit
 from tests.engine.test_engine import adapted, batch
 
 BUDGET = 2 * GIB
-MACHINE = HostProfile(1.0, 2**40, 100)
+HOST = HostProfile(1.0, 2**40, 100)
+COUNTS = tuple(possible_at_once(8))
 
 
-@pytest.fixture
-def asked():
-    return []
+@dataclass
+class FakeGpu:
+    """A device whose peaks are what ``peak_of`` says of an engine."""
+
+    peak_of: object
+    host: HostProfile = HOST
+    free_bytes: int = BUDGET
+    tried: list[FastEngine] = field(default_factory=list)
+
+    def free(self):
+        return self.free_bytes
+
+    def allocated(self):
+        return 0
+
+    def empty_cache(self):
+        pass
+
+    def profile(self, model, memory, processes):
+        return self.host
+
+    def peak(self, engine, one):
+        self.tried.append(engine)
+        return self.peak_of(engine)
 
 
-@pytest.fixture
-def plan(monkeypatch, asked):
-    """A run with micro-batches of so many tokens; its peaks are what ``peak_of`` says."""
-
-    mine = threading.local()
-
-    def measured(engine, batch):
-        asked.append(engine)
-        return mine.peak_of(engine)
-
-    monkeypatch.setattr(planning, "free_memory", lambda device: BUDGET)
-    monkeypatch.setattr(planning, "measure_host", lambda *_: mine.machine)
-    monkeypatch.setattr(planning, "measure_peak", measured)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    monkeypatch.setattr(planning, "least", lambda trainer, value: mine.least(trainer, value))
-
-    def make(peak_of, fn="fit", before=None, tokens=50_000, least=least, machine=MACHINE):
-        mine.peak_of, mine.least, mine.machine = peak_of, least, machine
-        data = SimpleNamespace(
-            most_tokens=lambda counts: {count: count * tokens for count in counts},
-            mean_tokens=lambda: tokens,
-            heaviest=lambda merge: merges.append(merge) or batch(True),
-        )
-        merges = data.merges = []
-        trainer = SimpleNamespace(
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-            world_size=1,
-            num_devices=1,
-            micro_batches_per_step=8,
-            state=SimpleNamespace(fn=fn),
-            precision_plugin=SimpleNamespace(forward_context=nullcontext),
-        )
-        return *planned_engine(trainer, adapted("qwen2"), data, None, 2, before), merges
-
-    return make
+def work_of(tokens=50_000, asked=None):
+    """Micro-batches of so many tokens each; which heaviest ones are asked for is written down."""
+    asked = [] if asked is None else asked
+    return Work({count: count * tokens for count in COUNTS}, tokens, lambda count: asked.append(count) or batch(True))
 
 
-def test_a_plan_that_is_within_the_budget_is_the_one_that_is_trained(plan, asked):
-    engine, chosen, peak, merges = plan(lambda engine: BUDGET // 2)
-    assert asked == [engine] and merges == [chosen.micro_batches_at_once] and BUDGET // 2 < peak < BUDGET // 2 + 2**20
-    assert engine.recompute_layers == chosen.recompute_layers and len(engine.away) == chosen.offload_layers
+def planner(gpu, agree=int, only=None, budget=None):
+    return Planner(adapted("qwen2"), gpu, agree, nullcontext, 2, budget, only)
 
 
-def test_a_plan_that_takes_too_much_is_made_anew(plan, asked):
-    def peak_of(engine):
-        return limit(BUDGET) + GIB // 2 if len(asked) == 1 else limit(BUDGET) // 2
-
-    engine, chosen, peak, merges = plan(peak_of)
-    assert len(asked) == 2 and engine is asked[1] and peak < limit(BUDGET)
-    assert merges[1] < merges[0] or engine.recompute_layers > asked[0].recompute_layers
+def full(engine):
+    raise torch.OutOfMemoryError("full")
 
 
-def test_one_that_does_not_fit_is_made_anew_and_the_last_failure_is_told(plan, asked):
-    def full(engine):
-        raise torch.OutOfMemoryError("full")
+def test_a_plan_that_is_within_the_budget_is_the_one_that_is_trained():
+    gpu, asked = FakeGpu(lambda engine: BUDGET // 2), []
+    found = planner(gpu).plan(work_of(asked=asked))
+    assert gpu.tried == [found.engine] and asked == [found.plan.micro_batches_at_once] and found.plan.fits
+    # What the optimizer will hold is added to the measured peak.
+    assert BUDGET // 2 < found.peak < BUDGET // 2 + 2**20
+    assert found.engine.policies == found.plan.policies
 
+
+def test_a_plan_that_takes_too_much_is_made_anew():
+    gpu, asked = FakeGpu(None), []
+    gpu.peak_of = lambda engine: limit(BUDGET) + GIB // 2 if len(gpu.tried) == 1 else limit(BUDGET) // 2
+    found = planner(gpu).plan(work_of(asked=asked))
+    assert len(gpu.tried) == 2 and found.engine is gpu.tried[1] and found.peak < limit(BUDGET)
+    assert asked[1] < asked[0] or found.plan.policies.recomputed > gpu.tried[0].policies.recomputed
+    assert found.plan.estimate < limit(BUDGET)
+
+
+def test_what_a_plan_took_beyond_its_estimate_is_beside_the_next_and_what_did_not_fit_doubles():
+    plan = Plan(1, adapted_policies(), GIB, 8 * GIB)
+    assert more_beside(0, plan, GIB + GIB // 2) == GIB // 2
+    assert more_beside(GIB, plan, GIB + 1) == GIB + GIB // 16
+    assert more_beside(0, plan, None) == 8 * GIB // 32 and more_beside(GIB, plan, None) == 2 * GIB
+
+
+def adapted_policies():
+    return FastEngine(adapted("qwen2")).policies
+
+
+def test_one_that_does_not_fit_is_made_anew_and_the_last_failure_is_told():
+    gpu = FakeGpu(full)
     with pytest.raises(torch.OutOfMemoryError, match="heaviest micro-batch does not fit: 1 micro-batch at once"):
-        plan(full)
-    assert len(asked) > 1
+        planner(gpu).plan(work_of())
+    assert 1 < len(gpu.tried) <= TRIES
+
+
+def test_the_last_plan_that_is_tried_is_the_smallest_and_fits_where_its_peak_does():
+    everything = lambda engine: engine.policies.recomputed == 3 and engine.policies.mlp_piece  # noqa: E731
+    gpu = FakeGpu(lambda engine: GIB if everything(engine) and len(gpu.tried) == TRIES else full(engine))
+    found = planner(gpu).plan(work_of(20_000))
+    assert len(gpu.tried) == TRIES and found.plan.fits and GIB < found.peak < GIB + 2**20
+    # Its estimate is that of the plan alone, although all of the budget was said to be taken beside it.
+    assert 0 < found.plan.estimate < BUDGET
+    gpu = FakeGpu(lambda engine: 2 * BUDGET)
+    assert not planner(gpu).plan(work_of(20_000)).plan.fits and len(gpu.tried) <= TRIES
 
 
 @pytest.mark.parametrize("failure", ["device", "host", "slow link"])
-def test_ranks_that_measure_differently_train_the_same_plan(plan, monkeypatch, failure):
+def test_ranks_that_measure_differently_train_the_same_plan(failure):
     """Two ranks as two threads; a rank that asks the other more or less often than it is asked waits in vain."""
     meet, told = threading.Barrier(2, timeout=20), {}
 
-    def least(trainer, value):
+    def least(value):
         told[threading.get_ident()] = value
         meet.wait()
         found = min(told.values())
@@ -99,60 +121,59 @@ def test_ranks_that_measure_differently_train_the_same_plan(plan, monkeypatch, f
         return found
 
     def rank(number):
-        tried = []
-
         def peak_of(engine):
-            tried.append(engine)
-            if number == 1 and failure == "device" and len(tried) == 1:
-                raise torch.OutOfMemoryError("full")
-            if number == 1 and failure == "host" and engine.away:
+            if number == 1 and failure == "device" and len(gpu.tried) == 1:
+                full(engine)
+            if number == 1 and failure == "host" and engine.policies.offloaded:
                 raise RuntimeError(f"{UNPINNED} 64 MiB more of its memory")
             return 0
 
         share = 0.0 if number == 1 and failure == "slow link" else 1.0
-        return plan(peak_of, tokens=150_000, least=least, machine=HostProfile(share, 2**40, 100)), len(tried)
+        gpu = FakeGpu(peak_of, HostProfile(share, 2**40, 100))
+        return planner(gpu, least).plan(work_of(150_000)), len(gpu.tried)
 
     with ThreadPoolExecutor(2) as pool:
         (one, tries), (other, more) = pool.map(rank, range(2))
-    assert one[1] == other[1] and tries == more == (1 if failure == "slow link" else 2)
-    assert bool(one[1].offload_layers) == (failure == "device")
+    assert one.plan == other.plan and tries == more == (1 if failure == "slow link" else 2)
+    assert bool(one.plan.policies.offloaded) == (failure == "device")
 
 
-def test_nothing_is_measured_where_nothing_is_trained(plan, asked):
-    engine, _, peak, merges = plan(lambda engine: 0, fn="validate")
-    assert engine is not None and peak is None and not asked and not merges
+def test_nothing_is_measured_where_nothing_is_trained():
+    gpu, asked = FakeGpu(full), []
+    found = planner(gpu).plan_unmeasured(work_of(asked=asked))
+    assert found.engine.policies == found.plan.policies and found.peak is None and not gpu.tried and not asked
 
 
-def test_a_resumed_run_computes_as_many_micro_batches_at_once_as_before_where_that_fits(plan):
-    chosen = plan(lambda engine: 0)[1]
-    assert chosen.micro_batches_at_once == 2
-    *_, merged = plan(lambda engine: 0, before=1)
-    assert merged == [1]
-    assert [plan(lambda engine: 0, before=one)[1].micro_batches_at_once for one in (None, 3, 4, 5, 8)] == [
-        2,
-        3,
-        4,
-        2,
-        2,
+def test_a_budget_below_what_is_free_is_the_budget():
+    budgets = [planner(FakeGpu(int), budget=given).budget for given in (None, GIB, 4 * GIB)]
+    assert budgets == [BUDGET, GIB, BUDGET]
+
+
+def test_a_resumed_run_computes_as_many_micro_batches_at_once_as_before_where_that_fits():
+    chosen = [
+        planner(FakeGpu(lambda engine: 0), only=only).plan(work_of()).plan.micro_batches_at_once
+        for only in (None, 1, 3, 4, 8)
     ]
+    assert chosen == [2, 1, 3, 4, 2]
 
 
-def test_a_host_that_does_not_pin_is_not_asked_again(plan, asked):
+def test_a_host_that_does_not_pin_is_not_asked_again():
     def unpinned(engine):
-        if engine.away or engine.offload:
+        if engine.policies.on_host:
             raise RuntimeError(f"{UNPINNED} 64 MiB more of its memory")
         return 0
 
-    engine, chosen, *_ = plan(unpinned, tokens=150_000)
-    assert len(asked) == 2 and asked[0].away and not chosen.offload_layers and not chosen.offload
+    gpu = FakeGpu(unpinned)
+    found = planner(gpu).plan(work_of(150_000))
+    assert len(gpu.tried) == 2 and gpu.tried[0].policies.on_host and not found.plan.policies.on_host
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(plan):
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
     def broken(engine):
         raise RuntimeError("an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal"):
-        plan(broken)
+        planner(FakeGpu(broken)).plan(work_of())
 
 
 def test_any_number_of_micro_batches_may_be_computed_at_once_but_those_that_save_no_pass():

@@ -1,0 +1,93 @@
+"""What would make a run faster or smaller, told by plan."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qwen_lit.planner.memory import ModelMemory
+from qwen_lit.planner.plan import GIB, Plan
+from qwen_lit.planner.search import choose
+from qwen_lit.planner.speed import relative_time, time_of
+from qwen_lit.quantization import Held
+
+MOST = 192 * GIB
+"""Bytes of a card up to which more memory is advised."""
+
+STEP = GIB // 4
+"""Bytes between two sizes of a card that are tried."""
+
+WORTH = 0.02
+"""Share of time from which a gain is told."""
+
+WORTH_BYTES = GIB // 8
+"""Bytes from which a saving by shorter rows is told."""
+
+
+def advice(
+    memory: ModelMemory,
+    static: int,
+    plan: Plan,
+    sizes: dict[int, int],
+    mean: float,
+    module: Any,
+    data: Any,
+    model: Any,
+    weights: Callable[[Any, Mapping[str, Held]], int],
+) -> list[str]:
+    """What would make it faster or smaller, with the gain of each by the planner's own arithmetic.
+
+    Args:
+        memory: of the model.
+        static: bytes of its weights.
+        plan: that was chosen.
+        sizes: as of ``choose``.
+        mean: tokens of a micro-batch on average.
+        module: with the settings.
+        data: with its rows.
+        model: of ``arithmetic_model``.
+        weights: bytes of the model's weights, by how they are held.
+    """
+    policies, layers = plan.policies, len(plan.policies.layers)
+    found = []
+    own, held = time_of(plan, mean), len(policies.resident) / layers
+    if policies.recomputed:
+        budgets = range(plan.budget, MOST, STEP)
+        larger = (choose(memory, static, budget, sizes, mean=mean) for budget in budgets)
+        kept = next((one for one in larger if not one.policies.recomputed), plan)
+        gain, size = own / time_of(kept, mean) - 1, kept.budget / GIB
+        if gain > WORTH:
+            found.append(f"faster: with {size:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
+    if not data.packing:
+        full = data.batch_size * data.max_length
+        now, then = (relative_time(0.0, max(1, int(one * plan.micro_batches_at_once)), held) for one in (mean, full))
+        gain = now / then - 1
+        if gain > WORTH:
+            found.append(
+                f"faster: data.packing: true fills micro-batches of {mean:,.0f} tokens up to {full:,}: about "
+                f"{gain:.0%} faster (lower trainer.accumulate_grad_batches to keep the rows of a step)"
+            )
+    tokens = sizes[plan.micro_batches_at_once]
+    whole, half = (memory.peak(static, share, policies) for share in (tokens, tokens // 2))
+    if whole - half > WORTH_BYTES:
+        shorter = max(8, sizes[1] // 2)
+        lengths, text = (data.train_rows.column(name) for name in ("length", "text"))
+        longer = int(((lengths > shorter) & (text == 0)).sum())
+        told = f"{longer:,} of {len(lengths):,} rows are longer and would be shortened or dropped"
+        found.append(
+            f"smaller: data.max_length {shorter} takes {(whole - half) / GIB:.1f} GiB less; "
+            f"{told if longer else 'no row is longer'}"
+        )
+    lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved = lora // 2 * (8 + module.state_bytes)
+    found.append(f"smaller: lora_config.r {module.lora_config.r // 2} takes {saved / GIB:.2f} GiB less")
+    config = module.quantization_config
+    if config is None or not config.load_in_4bit:
+        found.append("smaller: quantization_config nf4 takes about a quarter of the weights' memory")
+    elif not config.bnb_4bit_use_double_quant:
+        held = module.held_weights(torch.device("cpu"))
+        double = {name: replace(one, double=True) for name, one in held.items()}
+        less = weights(model, held) - weights(model, double)
+        found.append(f"smaller: bnb_4bit_use_double_quant: true takes {less / GIB:.2f} GiB less")
+    return found

@@ -1,0 +1,77 @@
+"""What plan has found, in lines of at most 80 columns."""
+
+import textwrap
+from datetime import timedelta
+from typing import Any
+
+from qwen_lit.lines import plural
+from qwen_lit.planner.explain import table_lines
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The answer in lines of at most 80 columns."""
+    out = [
+        f"data        {plural(result['rows'], 'row')}, {result['tokens_per_epoch']:,} tokens an epoch, "
+        f"{result['supervised_share']:.0%} supervised",
+        *(f"not trained {line}" for line in result["lost"]),
+        f"run         {_steps(result)}, about {result['tokens_per_step']:,} tokens each",
+    ]
+    if result["measured"]:
+        out.append(f"card        {result['device']}, {result['card_tflops']} TFLOP/s in a large product")
+        out.append(f"engine      {result['engine']}")
+        if "budget_gib" in result:
+            out.append(
+                f"memory      estimated {result['estimated_peak_gib']:.2f} GiB, measured "
+                f"{result['measured_peak_gib']:.2f}, of {result['budget_gib']:.2f} GiB"
+            )
+        else:
+            out.append(f"memory      measured {result['measured_peak_gib']:.2f} GiB")
+        out += [
+            f"speed       {result['tokens_per_second']:,} tokens/s, {result['share_of_limit']:.0%} of the "
+            f"{result['limit_tokens_per_second']:,} this card can do",
+            f"time        an epoch {_time(result['epoch_seconds'])}, the run {_time(result['run_seconds'])}, "
+            f"a validation {_time(result['validation_seconds'])}",
+            f"checkpoint  {result['checkpoint_mb']} MB, training waits {result['checkpoint_stall_seconds']:.3f} s",
+        ]
+    else:
+        out.append("no GPU is seen: this is arithmetic from the shapes, not a measurement")
+        out.append(f"engine      on a GPU {result['engine']}")
+        if not result["plans"]:
+            out.append(
+                f"memory      weights {result['weights_gib']:.2f} GiB{', which do not fit' * (not result['fits'])}; "
+                "what this engine needs beside them has no arithmetic: run plan on the GPU"
+            )
+        for plan in result["plans"]:
+            how = f"{plan['micro_batches_at_once']} at once, {plan['recomputed_layers']} layers recomputed"
+            how += ", embedding on the CPU" * plan["embedding_on_cpu"]
+            how += ", inputs offloaded" * plan["inputs_offloaded"]
+            how += f", {plan['layers_offloaded']} layers offloaded" * (plan["layers_offloaded"] > 0)
+            how += f", MLP in pieces of {plan['mlp_piece_tokens']}" * (plan["mlp_piece_tokens"] > 0)
+            fits = how if plan["fits"] else "does not fit"
+            out.append(f"{plan['budget_gib']:>7.2f} GiB  peak {plan['estimated_peak_gib']:>6.2f}  {fits}")
+        if result["plans"]:
+            out.append(
+                "            at once: micro-batches of a step computed together; recomputed: layers whose forward "
+                "runs twice, to save memory; offloaded: kept in host memory until backward"
+            )
+    gguf = f", {result['gguf_gb']} GB to make the GGUF file" if result["gguf_gb"] else ""
+    download = f", {result['download_gb']} GB to download the base" if result["download_gb"] else ""
+    disk = f"{result['disk_gb']} GB for checkpoints and export, of it {result['export_gb']} GB merged"
+    out.append(f"disk        {disk}{gguf}{download}")
+    out.append(f"export      about {result['export_ram_gib']} GiB of RAM")
+    out += result["advice"]
+    tables = [one["explained"] for one in (result, *result.get("plans", [])) if "explained" in one]
+    wrapped = [part for line in out for part in textwrap.wrap(line, 80, subsequent_indent=" " * 12)]
+    return wrapped + [line for table in tables for line in table_lines(table)]
+
+
+def _steps(result: dict[str, Any]) -> str:
+    if result["steps"] is None:
+        return f"no known end, {result['steps_per_epoch']:,} optimizer steps an epoch"
+    return plural(result["steps"], "optimizer step")
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "as long as trainer.max_time"
+    return str(timedelta(seconds=round(seconds))) if seconds >= 1 else f"{seconds:.2f} s"

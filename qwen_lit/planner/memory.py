@@ -1,0 +1,222 @@
+"""The memory of a plan: sums over the layers of a model, and the largest moment of a walk through them.
+
+The peak of a step is the largest ``Moment`` on the way forward to the loss and back through the layers, each of which
+has a policy of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from qwen_lit.engine.engine import fetches_ahead
+from qwen_lit.engine.footprint import layer_sizes, loss_ops
+from qwen_lit.engine.policy import Policies, Policy
+from qwen_lit.kernels.footprint import LayerSize, columns_of, rank_of
+from qwen_lit.planner.layer_memory import LayerMemory, Moment, augmented_bytes, layer_memory
+
+
+@dataclass(frozen=True)
+class MemoryConstants:
+    """Bytes and shares that no table of tensors gives. They are set so that each row of benchmarks/README.md that has
+    a limit (H100 80 GB, shape of Qwen2.5-7B) stays within it."""
+
+    libraries: int = 2**28
+    """Bytes left free of a budget for what libraries take beside torch's allocator: the row "limited to 8 GiB"."""
+    margin: float = 0.04
+    """Share of a budget that is left free for the rounding of the allocator's blocks: the rows "limited to" 40 GiB and
+    less."""
+    cublas: int = 2**26
+    """Bytes of cuBLAS's workspaces: on Hopper torch gives 32 MiB to each of the threads of forward and backward."""
+    fragments: float = 0.06
+    """Share of the activations that lies unused between them and is lost to weights held dequantised: the rows
+    "limited to 40 GiB" and "limited to 24 GiB", which hold some."""
+    long_fragments: float = 0.35
+    """Share that lies unused where large blocks of long rows fit ill into the gaps that earlier ones leave: the rows
+    "one row of" 32,000, 120,000 and 343,000 tokens."""
+
+
+MEMORY = MemoryConstants()
+
+
+@dataclass(frozen=True, eq=False)
+class ModelMemory:
+    """What a model takes while it trains, beside its weights."""
+
+    layers: tuple[LayerSize, ...]
+    vocabulary: int
+    """Rows of lm_head."""
+    trained: int
+    """Numbers of the adapter."""
+    state_bytes: int
+    """Of optimizer state for each of them."""
+    size: int = 2
+    """Bytes of a number in activations and products."""
+    embedding: int = 0
+    """Bytes that moving the embedding to the CPU frees; 0 when lm_head shares it."""
+    head_size: int = 0
+    """Width of a head; cos and sin take as much for each token."""
+
+    @staticmethod
+    def of(model: Any, state_bytes: int, quantized: Callable[[str], bool] | None = None) -> "ModelMemory":
+        """Read from a PEFT model.
+
+        Args:
+            model: as for ``FastEngine``.
+            state_bytes: of optimizer state for a trained number.
+            quantized: as of ``layer_sizes``.
+        """
+        base = model.base_model.model
+        config, size = base.config, base.get_input_embeddings().weight.element_size()
+        return ModelMemory(
+            layers=layer_sizes(model, quantized),
+            vocabulary=config.vocab_size,
+            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            state_bytes=state_bytes,
+            size=size,
+            embedding=0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * size,
+            head_size=base.model.layers[0].self_attn.head_dim,
+        )
+
+    def layer(self, number: int, piece: int = 0) -> LayerMemory:
+        """The memory of one layer."""
+        return self.table(piece)[number]
+
+    @lru_cache(8)  # noqa: B019
+    def table(self, piece: int = 0) -> tuple[LayerMemory, ...]:
+        """The memory of every layer.
+
+        Args:
+            piece: as of ``Policies.mlp_piece``.
+        """
+        found, columns_back, reached = [], 0, False
+        for number, layer in enumerate(self.layers):
+            last = number == len(self.layers) - 1
+            found.append(layer_memory(layer, self.size, columns_back, reached, last, piece))
+            columns_back = columns_of(layer.groups[3])
+            reached = reached or any(rank_of(group) for group in layer.groups)
+        return tuple(found)
+
+    @cached_property
+    def saved(self) -> int:
+        """Bytes a token that a layer saves, on average."""
+        return sum(self.layer(number).saved for number in range(len(self.layers))) // len(self.layers)
+
+    @cached_property
+    def products(self) -> int:
+        """Multiplications a token of a layer's forward, on average."""
+        every = (linear for layer in self.layers for group in layer.groups for linear in group)
+        return sum(linear.inputs * linear.outputs for linear in every) // len(self.layers)
+
+    @cached_property
+    def resident(self) -> tuple[int, ...]:
+        """Bytes of each layer's weights when they are held dequantised; 0 where not all of them are in 4 bits."""
+        return tuple(
+            sum(augmented_bytes(layer, self.size))
+            * all(linear.quantized for group in layer.groups for linear in group)
+            for layer in self.layers
+        )
+
+    @cached_property
+    def constants(self) -> dict[str, int]:
+        """Bytes that a step takes however many tokens it has, by name."""
+        return {
+            "gradients of the adapter, float32": 4 * self.trained,
+            "adapter in the dtype of the products": self.size * self.trained,
+            "optimizer states": self.state_bytes * self.trained,
+            "buffer for a dequantised weight": max(
+                one for layer in self.layers for one in augmented_bytes(layer, self.size)
+            ),
+            "workspaces of cuBLAS": MEMORY.cublas,
+        }
+
+    def peak(self, static: int, tokens: int, policies: Policies) -> int:
+        """Bytes at the peak of a step.
+
+        Args:
+            static: bytes allocated before the first step.
+            tokens: of a micro-batch.
+            policies: of the engine.
+        """
+        piece = policies.mlp_piece if policies.mlp_piece < tokens else 0
+        at_loss, others = self.heights(policies.layers, fetches_ahead(tokens, policies.layers), piece)
+        loss = tokens * at_loss + min(policies.loss_chunk, tokens) * self.vocabulary * self.size
+        return self.beside(static, policies) + max(loss, *(moment.bytes(tokens) for moment in others))
+
+    def beside(self, static: int, policies: Policies) -> int:
+        """The part of ``peak`` that does not depend on the tokens."""
+        static -= self.embedding * policies.offload_embedding
+        held = sum(self.resident[number] for number in policies.resident)
+        return static + held + sum(self.constants.values())
+
+    def moments(self, tokens: int, policies: Policies) -> list[Moment]:
+        """The moments of a step that may be its peak: at the loss, and within the backward of each layer."""
+        piece = policies.mlp_piece if policies.mlp_piece < tokens else 0
+        logits = min(policies.loss_chunk, tokens) * self.vocabulary * self.size
+        found = []
+        for number, kept, moments in self._walk(policies.layers, fetches_ahead(tokens, policies.layers), piece):
+            where = "" if number is None else f"layer {number}: "
+            found += [
+                Moment(
+                    where + one.name,
+                    kept + one.per_token,
+                    one.fixed + logits * (one is moments[0] and number is None),
+                    kept,
+                )
+                for one in moments
+            ]
+        return found
+
+    @lru_cache(2**14)  # noqa: B019
+    def heights(self, policies: tuple[Policy, ...], ahead: bool, piece: int = 0) -> tuple[int, tuple[Moment, ...]]:
+        """Bytes a token at the loss, logits aside; and of all other moments those that may be the largest.
+
+        Args:
+            policies: one for each layer.
+            ahead: as of ``fetches_ahead``.
+            piece: as of ``Policies.mlp_piece``.
+        """
+        (_, kept, (loss, *more)), *layers = self._walk(policies, ahead, piece)
+        at_loss, most = kept + loss.per_token, {0: kept + max((one.per_token for one in more), default=0)}
+        for (_, kept, _), number in zip(layers, reversed(range(len(policies))), strict=True):
+            table = self.layer(number, piece)
+            for one in table.highest_recompute if policies[number].recomputes else table.highest_backward:
+                most[one.fixed] = max(most.get(one.fixed, 0), kept + one.per_token)
+        return at_loss, tuple(Moment("backward", per_token, fixed) for fixed, per_token in most.items())
+
+    def _walk(
+        self, policies: tuple[Policy, ...], ahead: bool, piece: int
+    ) -> Iterator[tuple[int | None, int, tuple[Moment, ...]]]:
+        """The loss, then each layer's backward from the last to the first: its number (None for the loss), bytes a
+        token that the layers keep beside it, and its own moments.
+
+        What a layer keeps on the device is there from its forward until its backward. What it keeps on the host is on
+        the device from the time at which the backward of the next such layer begins (or its own, without ``ahead``);
+        that of the last such layer always.
+        """
+        layers = self.table(piece)
+        held = [one.input if policy.recomputes else one.saved for one, policy in zip(layers, policies, strict=True)]
+        on_host = [number for number, policy in enumerate(policies) if policy.uses_host]
+        live = self.head_size * self.size + sum(held) - sum(held[number] for number in on_host[:-1])
+        hidden = self.layers[0].hidden
+        norm, loss = loss_ops(hidden, self.vocabulary, 0, 0, self.size)
+        # The last layer's input and result are alive in the frame of the engine's forward, though nothing saves them.
+        two = 2 * hidden * self.size
+        # Logits are added by ``moments``, as they do not grow with the tokens.
+        ends = [Moment("loss", norm.saved_bytes + norm.output + loss.saved_bytes + two)]
+        if not policies[-1].recomputes:
+            # A recomputed layer takes more in its backward than in its first forward.
+            ends.append(Moment("forward of the last layer", layers[-1].forward - layers[-1].saved + two // 2))
+        yield None, live, tuple(ends)
+        for number in reversed(range(len(policies))):
+            if policies[number].uses_host:
+                place = on_host.index(number)
+                if ahead and place:
+                    live += held[on_host[place - 1]]
+                elif not ahead and number != on_host[-1]:
+                    live += held[number]
+            live -= held[number]
+            if policies[number].recomputes:
+                yield number, live + held[number], layers[number].recompute
+            else:
+                yield number, live, layers[number].backward

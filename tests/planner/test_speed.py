@@ -1,0 +1,52 @@
+"""Time by named costs gives the speeds that were measured."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qwen_lit.engine.policy import Policies
+from qwen_lit.planner.plan import Plan
+from qwen_lit.planner.speed import relative_time, time_of
+
+TABLE = Path("benchmarks/README.md").read_text(encoding="utf-8")
+AS_MEASURED = {
+    "q,k,v,o, dropout 0": (8, {"resident": 28}),
+    "the same, limited to 40 GiB": (4, {"offload_activations": 7, "resident": 25}),
+    "limited to 24 GiB": (2, {"offload_activations": 7, "resident": 14}),
+    "limited to 16 GiB": (2, {"recompute": 2, "offload_activations": 7}),
+    "limited to 8 GiB": (2, {"recompute": 20, "offload_activations": 7}),
+    "least memory, 2,048 tokens": (1, {"recompute": 28, "offload_inputs": True, "offload_embedding": True}),
+}
+"""Rows of the table, with the plans that were chosen for them."""
+
+WITHIN = {"limited to 8 GiB": 0.05, "least memory, 2,048 tokens": 0.1}
+"""Where one cost for all shapes fits least."""
+
+
+def measured(row):
+    """Tokens a second."""
+    return int(re.search(rf"^\| {re.escape(row)} \| ([\d,]+) \|", TABLE, re.MULTILINE)[1].replace(",", ""))
+
+
+def planned(row):
+    count, options = AS_MEASURED[row]
+    return time_of(Plan(count, Policies.of_counts(28, **options), 0, 0), 2048)
+
+
+@pytest.mark.parametrize("row", AS_MEASURED)
+def test_the_times_of_plans_are_in_the_ratio_of_the_measured_speeds(row):
+    first = next(iter(AS_MEASURED))
+    wanted, found = measured(first) / measured(row), planned(row) / planned(first)
+    assert found == pytest.approx(wanted, rel=WITHIN.get(row, 0.015))
+
+
+def test_a_host_that_launches_slowly_sets_the_time_of_a_small_micro_batch():
+    assert relative_time(0.0, 1000, launch=3000) == 3.0 and relative_time(1.0, 1000, launch=3000) == 4.5
+    assert relative_time(0.0, 100_000, launch=3000) == relative_time(0.0, 100_000)
+
+
+def test_what_saves_memory_takes_time_and_what_takes_memory_saves_it():
+    plain = relative_time(0.0, 4096)
+    assert relative_time(0.5, 4096) > relative_time(0.0, 4096, offloaded=0.5) > plain
+    assert relative_time(0.0, 4096, resident=1.0) < plain and relative_time(0.0, 8192) < plain
