@@ -31,6 +31,7 @@ from qwen_lit.data.chatml import Encoder
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.faults import RowError
 from qwen_lit.data.row_kinds import read_content, read_row
+from qwen_lit.data.settings import DataSettings
 from qwen_lit.data.sources import read_rows
 
 
@@ -110,7 +111,7 @@ def bare(tokenizer_path: str, path: str) -> tuple[Cost, int]:
 def cold(tokenizer_path: str, path: str, cache: str, processes: int | None = None) -> Cost:
     """The whole preparation."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    data = QwenDataModule(path, val_size=0.01, cache_dir=cache, num_proc=processes, tokenizer=tokenizer)
+    data = QwenDataModule(DataSettings(path, val_size=0.01, cache_dir=cache, num_proc=processes), tokenizer)
     with measured() as cost:
         data.prepare_data()
     return cost[0]
@@ -119,7 +120,7 @@ def cold(tokenizer_path: str, path: str, cache: str, processes: int | None = Non
 def warm(tokenizer_path: str, path: str, cache: str) -> Cost:
     """Until a prepared dataset is open, split and ready."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    data = QwenDataModule(path, val_size=0.01, cache_dir=cache, tokenizer=tokenizer)
+    data = QwenDataModule(DataSettings(path, val_size=0.01, cache_dir=cache), tokenizer)
     with measured() as cost:
         data.setup()
     return cost[0]

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+from collections.abc import Collection
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
@@ -22,6 +23,7 @@ from qwen_lit.callbacks.resumed import Resumed
 from qwen_lit.callbacks.samples import Samples
 from qwen_lit.callbacks.trackers import guard
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.settings import DataSettings
 from qwen_lit.distributed import watch_parent
 from qwen_lit.errors import UserError
 from qwen_lit.failures import exit_code
@@ -33,6 +35,7 @@ from qwen_lit.model.base import fingerprint
 from qwen_lit.model.load import check_packing, count_parameters, load_tokenizer
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import compare, stored
+from qwen_lit.model.settings import ModelSettings
 from qwen_lit.model.trained import check_shapes
 from qwen_lit.parsing import Parser, split_command
 from qwen_lit.signals import handle_signals
@@ -88,8 +91,8 @@ class QwenCLI(LightningCLI):
         """The sections of Lightning's own three classes, without what ``instantiate_classes`` gives them."""
         parser.add_lightning_class_args(QwenTrainer, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
-        add_section(parser, QwenModule, "model", {"run"})
-        add_section(parser, QwenDataModule, "data", {"tokenizer"})
+        add_section(parser, ModelSettings, "model")
+        add_section(parser, DataSettings, "data")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The top-level keys, the sections of our own callbacks, and the options of the command."""
@@ -142,15 +145,13 @@ class QwenCLI(LightningCLI):
         """Build the sections; what a library refuses of its own keys is the user's to change."""
         try:
             sections = self.config_init = self.parser.instantiate(self.config)
-            settings = vars(sections.model)
+            model, data = ModelSettings(**vars(sections.model)), DataSettings(**vars(sections.data))
             self.before = stored(self.run.checkpoint) if self.command == "fit" else {}
             if self.before:
                 # The run has its own weights by now.
-                settings = {**settings, "init_adapter": None}
-            self.model = QwenModule(**settings, run=self.run)
-            self.datamodule = QwenDataModule(
-                **vars(sections.data), tokenizer=load_tokenizer(self.model.folder, self.model.name)
-            )
+                model.init_adapter = None
+            self.model = QwenModule(model, self.run)
+            self.datamodule = QwenDataModule(data, load_tokenizer(self.model.folder, self.model.name))
             self.saver = RunCheckpoint(self.run, **vars(sections.checkpoint))
             self.exporter = Export(self.run, self.saver, **vars(sections.export))
             self.samples = Samples(self.run, **vars(sections.samples))
@@ -198,10 +199,10 @@ class QwenCLI(LightningCLI):
             check_size(count_parameters(model.config), device, self.config.trainer.accelerator)
         if command in LOADING or (command == "plan" and device.type == "cuda"):
             model.fetch_weights()
-        check_packing(model.config, self.datamodule.packing)
+        check_packing(model.config, self.datamodule.settings.packing)
         compute_in_float32(self.trainer)
         if self.before:
-            compare(self.before, self.run.config, fingerprint(model.name, model.hub))
+            compare(self.before, self.run.config, fingerprint(model.name, model.settings.hub))
         if model.init_adapter is not None:
             check_shapes(model.config, model.lora_config, model.init_adapter)
 
@@ -222,7 +223,7 @@ class QwenCLI(LightningCLI):
         return self.trainer.state.fn == "fit" and last_checkpoint(self.run.checkpoints) is not None
 
 
-def add_section(parser: LightningArgumentParser, kind: type, name: str, skip: set[str]) -> None:
+def add_section(parser: LightningArgumentParser, kind: type, name: str, skip: Collection[str] = ()) -> None:
     """A section whose keys are the arguments of a class; its values stay values, and the class is built from them.
 
     Args:
@@ -231,7 +232,7 @@ def add_section(parser: LightningArgumentParser, kind: type, name: str, skip: se
         name: of the section.
         skip: arguments that are no keys.
     """
-    parser.add_class_arguments(kind, name, skip=skip, fail_untyped=False, instantiate=False)
+    parser.add_class_arguments(kind, name, skip=set(skip), fail_untyped=False, instantiate=False)
 
 
 def add_option(parser: LightningArgumentParser, name: str, text: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from qwen_lit.cli import main
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.settings import DataSettings
 from qwen_lit.errors import UserError
 from qwen_lit.model.resume import compare
 
@@ -99,7 +100,8 @@ def test_a_resume_is_refused_with_the_way_out_where_an_answer_would_be_cut(token
 
     def data(overlong):
         cache = str(tmp_path / "cache")
-        one = QwenDataModule(str(path), max_length=128, overlong=overlong, cache_dir=cache, tokenizer=tokenizer)
+        given = DataSettings(str(path), max_length=128, overlong=overlong, cache_dir=cache)
+        one = QwenDataModule(given, tokenizer)
         one.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), micro_batches_per_step=1, world_size=1)
         one.setup()
         return one

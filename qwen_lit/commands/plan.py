@@ -199,7 +199,7 @@ def arithmetic(
     sizes, mean = data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens()
     result = common(trainer, module, data, model, sizes[1], exporter)
     reason = reference_because(module, model, held)
-    if reason and module.engine_name == "fast":
+    if reason and module.settings.engine == "fast":
         raise UserError(f"model.engine is fast, but {reason}; set it to auto.")
     engine = f"reference ({reason})" if reason else "fast"
     result |= {"measured": False, "engine": engine, "weights_gib": round(static / GIB, 2)}
@@ -236,9 +236,9 @@ def reference_because(module: Any, model: Any, held: Mapping[str, Held]) -> str 
         model: of ``arithmetic_model``.
         held: how the base's weights will be held.
     """
-    if module.engine_name == "reference":
+    if module.settings.engine == "reference":
         return "as model.engine says"
-    if module.shard_base:
+    if module.settings.shard_base:
         return "the base is sharded"
     for name, one in held.items():
         if one.kind == "int8" or name.startswith(family_of(module.config).head):

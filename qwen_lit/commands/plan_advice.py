@@ -59,8 +59,8 @@ def advice(
         gain, size = own / time_of(kept, mean) - 1, kept.budget / GIB
         if gain > WORTH:
             found.append(f"faster: with {size:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
-    if not data.packing:
-        full = data.batch_size * data.max_length
+    if not data.settings.packing:
+        full = data.settings.batch_size * data.settings.max_length
         now, then = (relative_time(0.0, max(1, int(one * plan.micro_batches_at_once)), held) for one in (mean, full))
         gain = now / then - 1
         if gain > WORTH:

@@ -87,12 +87,14 @@ def questions(path: Path, data: QwenDataModule) -> Iterator[tuple[dict[str, Any]
     Raises:
         UserError: the file cannot be read, or a row asks nothing.
     """
-    control, policy = control_names(data.tokenizer), data.encoder_options["control_tokens"]
+    control, policy = control_names(data.tokenizer), data.settings.control_tokens
     try:
-        for raw in read_rows(path, data.fields.values()):
+        for raw in read_rows(path, (data.settings.fields or {}).values()):
             try:
                 content = read_content(raw)
-                row = read_row(content, raw.source, data.fields, data.odd_turns, answered=False)
+                row = read_row(
+                    content, raw.source, data.settings.fields or {}, data.settings.odd_turns, answered=False
+                )
                 if isinstance(row, Conversation):
                     guard(row, control, policy)
                 yield content, row.prompt(data.tokenizer)

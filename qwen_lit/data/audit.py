@@ -73,8 +73,8 @@ def audit(data: QwenDataModule, accumulate: int) -> Audit:
     lengths = rows.column("length")
     batches = data.batches(data.train_rows)
     trained = data.train_rows.column("length")
-    if data.packing:
-        share = fill(batches, trained.tolist(), data.batch_size * data.max_length)
+    if data.settings.packing:
+        share = fill(batches, trained.tolist(), data.settings.batch_size * data.settings.max_length)
     else:
         share = trained.sum() / max(1, sum(len(batch) * int(trained[batch].max()) for batch in batches))
     report = data.report

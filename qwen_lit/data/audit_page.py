@@ -40,7 +40,7 @@ def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: An
         "audit.html.jinja",
         title=f"{names}: dataset audit, {now:%Y-%m-%d}",
         heading=f"{names}: dataset audit",
-        about=f"{now:%Y-%m-%d %H:%M} · {model} · at most {data.max_length:,} tokens a row",
+        about=f"{now:%Y-%m-%d %H:%M} · {model} · at most {data.settings.max_length:,} tokens a row",
         problems=result.problems,
         verdict=result.verdict,
         figures={
@@ -54,7 +54,7 @@ def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: An
         audited={
             "files": ", ".join(files),
             "model": model,
-            "data.max_length": f"{data.max_length:,} tokens",
+            "data.max_length": f"{data.settings.max_length:,} tokens",
             **{name: words for name, words in audited.items() if words != [""]},
         },
         bars=[

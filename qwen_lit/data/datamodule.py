@@ -7,27 +7,27 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from qwen_lit.checks import check_ranges, check_writable
+from qwen_lit.checks import check_writable
 from qwen_lit.data.batches import Batch, EpochOrder, MicroBatches, ResumableLoader, collate, group
 from qwen_lit.data.columns import tell_unread
 from qwen_lit.data.encoding import Task
 from qwen_lit.data.examples import RAW_TEXT
 from qwen_lit.data.faults import DataError
+from qwen_lit.data.given import checked_sources
 from qwen_lit.data.held_out import chosen, limit
-from qwen_lit.data.kinds import is_hub_name, passed_over
-from qwen_lit.data.layouts import check_fields
 from qwen_lit.data.overlong import CUT
 from qwen_lit.data.prepare import prepare, raise_if_too_many_faults, read_report
 from qwen_lit.data.report import LOSSES, Report
 from qwen_lit.data.rows import Rows
-from qwen_lit.data.sources import Source, Value, as_sources, expand
+from qwen_lit.data.settings import DataSettings
+from qwen_lit.data.sources import Source
 from qwen_lit.errors import UserError, refuse_changes
 from qwen_lit.lines import plural
 from qwen_lit.names import expanded
@@ -39,93 +39,27 @@ log = logging.getLogger(__name__)
 class QwenDataModule(L.LightningDataModule):
     """Instruction rows and raw text as batches of token ids."""
 
-    def __init__(
-        self,
-        dataset_path: str | list[str | dict[str, Value]],
-        val_dataset_path: str | list[str | dict[str, Value]] | None = None,
-        val_size: float = 0.0,
-        batch_size: int = 1,
-        max_length: int = 2048,
-        packing: bool = False,
-        overlong: Literal["shorten", "truncate", "drop", "error"] = "shorten",
-        train_on: Literal["all", "last"] = "all",
-        expand_turns: Literal["auto", "off"] = "auto",
-        control_tokens: Literal["error", "escape"] = "error",
-        odd_turns: Literal["error", "merge"] = "error",
-        on_bad_row: Literal["error", "skip"] = "error",
-        max_bad_share: float = 0.1,
-        fields: dict[str, str] | None = None,
-        cache_dir: str | None = None,
-        num_proc: int | None = None,
-        num_workers: int = 0,
-        seed: int = 42,
-        tokenizer: Any = None,
-    ) -> None:
+    def __init__(self, settings: DataSettings, tokenizer: Any = None) -> None:
         """Checks that the files are there; rows are read in ``prepare_data``.
 
         Args:
-            dataset_path: file, folder, glob or name of a dataset of the hub, or a list of them or of {path, weight,
-                max_rows, columns, name, split}: JSONL, a JSON array, CSV, TSV, Parquet, or raw text (.txt, .md, rows
-                of {"text": …}), which is trained as it is.
-            val_dataset_path: rows for validation; null takes val_size of the training rows.
-            val_size: rows held out, chosen by content, each of which keeps its side when the files grow: a share below
-                1, of ten rows or more one at least; or a count of distinct rows, which the same share of later rows
-                joins. Of a text of more than 20,000 characters, blocks are held out; a shorter one is on one side.
-            batch_size: rows in a micro-batch; with packing, it holds batch_size x max_length tokens.
-            max_length: longest row, in tokens; longer raw text is cut into blocks, and none of it is lost.
-            packing: fill micro-batches with whole rows end to end instead of padding; none sees another.
-            overlong: what becomes of a longer row: shorten leaves out its oldest turns, then the middle of the longest
-                user text, and drops it where the answer does not fit; truncate cuts the end off that answer instead;
-                drop, or error.
-            train_on: all assistant turns, or the last one alone.
-            expand_turns: auto trains each turn with the history it will really see; off takes a row as one.
-            control_tokens: text like <|im_start|> inside a message: error, or escape it.
-            odd_turns: turns in an order that chat templates do not expect: error, or merge, which joins turns of one
-                role in a row with an empty line, and keeps a greeting, a later system prompt, or a question after a
-                tool's result.
-            on_bad_row: error stops with the faults named; skip counts them, writes them down and goes on.
-            max_bad_share: with skip, the share of faulty rows above which it stops all the same.
-            fields: our field name to the file's, where they differ, as {instruction: question, output: answer}.
-            cache_dir: folder of tokenised rows; null is ~/.cache/qwen_lit.
-            num_proc: processes that tokenise; null takes one per core for large files.
-            num_workers: processes that build batches; 0 is enough for tokenised rows.
-            seed: of the order of rows; set by seed_everything.
+            settings: the section ``data``.
             tokenizer: of the model, from transformers; rows cannot be read without it.
 
         Raises:
-            UserError: a file is missing or a number is out of range.
+            UserError: a file is missing, or the cache cannot be written.
         """
-        check_ranges("data", locals())
         super().__init__()
-        if val_size > 1 and val_size != int(val_size):
-            raise UserError(f"data.val_size is {val_size}; give a share below 1, or a whole count of rows.")
-        if max_bad_share > 1:
-            raise UserError(f"data.max_bad_share is {max_bad_share}; it must be a share from 0 to 1.")
+        self.settings, self.tokenizer = settings, tokenizer
         cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.cache = Path(expanded(cache_dir or f"{cache_home}/qwen_lit"))
+        self.cache = Path(expanded(settings.cache_dir or f"{cache_home}/qwen_lit"))
         check_writable("data.cache_dir", self.cache)
-        self.sources = _checked("dataset_path", dataset_path, self.cache)
-        given = val_dataset_path
-        self.val_sources = _checked("val_dataset_path", given, self.cache) if given is not None else []
-        self.val_size, self.batch_size, self.max_length, self.packing = val_size, batch_size, max_length, packing
-        self.encoder_options: dict[str, Any] = {
-            "max_length": max_length,
-            "overlong": overlong,
-            "train_on": train_on,
-            "expand_turns": expand_turns,
-            "control_tokens": control_tokens,
-        }
-        self.on_bad_row, self.max_bad_share, self.fields = on_bad_row, max_bad_share, fields or {}
-        self.odd_turns = odd_turns
-        try:
-            check_fields(self.fields)
-        except DataError as error:
-            raise UserError(f"data.fields: {error}") from error
-        self.num_proc, self.num_workers, self.seed = num_proc, num_workers, seed
+        self.sources = checked_sources("dataset_path", settings.dataset_path, self.cache)
+        given = settings.val_dataset_path
+        self.val_sources = checked_sources("val_dataset_path", given, self.cache) if given is not None else []
         self.heaviest_first = False
         self.waited = 0.0
         """Seconds that training has waited for batches."""
-        self.tokenizer = tokenizer
         self.folders: dict[int, Path] = {}
         """Folders of the prepared rows, so that files are read for their key once in a process."""
         self.train_rows: Rows | None = None
@@ -146,12 +80,12 @@ class QwenDataModule(L.LightningDataModule):
                 self._prepare(sources, judge)
 
     def _prepare(self, sources: list[Source], judge: bool) -> Path:
-        task = Task(sources, self.encoder_options, self.fields, self.odd_turns)
+        task = Task(sources, self.settings.encoder_options, self.settings.fields or {}, self.settings.odd_turns)
         try:
-            folder = self.folders.get(id(sources)) or prepare(task, self.tokenizer, self.cache, self.num_proc)
+            folder = self.folders.get(id(sources)) or prepare(task, self.tokenizer, self.cache, self.settings.num_proc)
             self.folders[id(sources)] = folder
             if judge:
-                raise_if_too_many_faults(read_report(folder), self.on_bad_row, self.max_bad_share)
+                raise_if_too_many_faults(read_report(folder), self.settings.on_bad_row, self.settings.max_bad_share)
             return folder
         except DataError as error:
             raise UserError(str(error)) from error
@@ -183,18 +117,18 @@ class QwenDataModule(L.LightningDataModule):
             val = Rows(val_folder, chosen(Rows(val_folder), self.val_sources))
             held_out = np.isin(hashes, val.column("hash"))
         else:
-            held_out = hashes < limit(hashes, self.val_size, self.sources, self.cache)
+            held_out = hashes < limit(hashes, self.settings.val_size, self.sources, self.cache)
             val = Rows(folder, np.unique(train.chosen[held_out]))
         if self.val_sources and held_out.any():
             log.warning("%d training rows are left out: they are validation rows too", held_out.sum())
         self.train_rows, self.val_rows = Rows(folder, train.chosen[~held_out]), val
         if not len(self.train_rows):
             raise UserError(self._nothing_left(folder))
-        if self.val_size and not self.val_sources and not len(val):
+        if self.settings.val_size and not self.val_sources and not len(val):
             log.warning(
                 "data.val_size is %s, which holds out none of %d distinct rows; give a larger share, or a count, such "
                 "as data.val_size: %d",
-                self.val_size,
+                self.settings.val_size,
                 len(np.unique(hashes)),
                 min(8, max(1, len(hashes) // 10)),
             )
@@ -229,14 +163,16 @@ class QwenDataModule(L.LightningDataModule):
 
     def losses(self) -> list[str]:
         """What of the rows will not be trained as it stands in them, and the key that changes it."""
-        overlong = self.encoder_options["overlong"]
-        found = self.report.losses(self.max_length, overlong)
-        return found + [f"validation: {one}" for one in self.val_report.losses(self.max_length, overlong)]
+        overlong = self.settings.encoder_options["overlong"]
+        found = self.report.losses(self.settings.max_length, overlong)
+        return found + [f"validation: {one}" for one in self.val_report.losses(self.settings.max_length, overlong)]
 
     def batches(self, rows: Rows) -> list[list[int]]:
         """Row numbers of each micro-batch of an epoch, over all ranks."""
-        budget = self.batch_size * self.max_length
-        return group(rows.column("length"), self.batch_size, budget, self.packing, self.seed)
+        budget = self.settings.batch_size * self.settings.max_length
+        return group(
+            rows.column("length"), self.settings.batch_size, budget, self.settings.packing, self.settings.seed
+        )
 
     def facts(self) -> dict[str, Any]:
         """What a reader wants to know of the data."""
@@ -264,10 +200,10 @@ class QwenDataModule(L.LightningDataModule):
             return {}
         return {
             "data.dataset_path": self._rows_digest(),
-            "seed_everything": self.seed,
-            "data.batch_size": self.batch_size,
-            "data.max_length": self.max_length,
-            "data.packing": self.packing,
+            "seed_everything": self.settings.seed,
+            "data.batch_size": self.settings.batch_size,
+            "data.max_length": self.settings.max_length,
+            "data.packing": self.settings.packing,
             "trainer.accumulate_grad_batches": self.per_step,
             "trainer.devices x trainer.num_nodes": self.trainer.world_size,
         }
@@ -340,7 +276,7 @@ class QwenDataModule(L.LightningDataModule):
         batches = self._heaviest_first(rows) if self.heaviest_first else self.batches(rows)
         # Overfitting is to see the same batches in every epoch.
         shuffled = shuffled and not self.heaviest_first and not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
-        return EpochOrder(batches, self.seed, rank, ranks, shuffled, self.per_step)
+        return EpochOrder(batches, self.settings.seed, rank, ranks, shuffled, self.per_step)
 
     @property
     def per_step(self) -> int:
@@ -357,7 +293,7 @@ class QwenDataModule(L.LightningDataModule):
         options: dict[str, Any] = {
             "dataset": MicroBatches(rows, self.pad_id),
             "collate_fn": list,
-            "num_workers": self.num_workers,
+            "num_workers": self.settings.num_workers,
             "worker_init_fn": leave_to_parent,
             "pin_memory": torch.cuda.is_available(),
         }
@@ -380,23 +316,3 @@ class QwenDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """Lists of as many micro-batches of the validation rows, in their own order; nothing where there are none."""
         return self._loader(self.val_rows, shuffled=False) if self.val_rows is not None and len(self.val_rows) else []
-
-
-def _checked(key: str, given: Any, cache: Path) -> list[Source]:
-    try:
-        sources = as_sources(given)
-        for source in sources:
-            check_fields(source.columns or {})
-            if is_hub_name(source.path):
-                from qwen_lit.data.hub import fetch
-
-                source.copy = str(fetch(source, cache / "hub"))
-            expand(source)
-            folder = Path(expanded(source.path))
-            if folder.is_dir() and (others := passed_over(folder)):
-                log.warning("%s: not read: %s", source.path, ", ".join(others))
-            if not 0 < source.weight < math.inf or (source.max_rows is not None and source.max_rows < 1):
-                raise DataError(f"{source.path}: weight and max_rows must be above 0.")
-    except DataError as error:
-        raise UserError(f"data.{key}: {error}") from error
-    return sources

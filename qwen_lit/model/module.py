@@ -5,19 +5,15 @@ import math
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import GradClipAlgorithmType
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from qwen_lit.checks import check_ranges
-from qwen_lit.config import LoraSection, QuantizationSection
 from qwen_lit.data.batches import Batch, join, padded
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import agree, watch_children
@@ -27,22 +23,16 @@ from qwen_lit.export.adapter import saved_name
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, is_folder
-from qwen_lit.hub_libraries import Hub
 from qwen_lit.model.duration import check_limits, total_steps, warmup_steps
 from qwen_lit.model.load import add_adapter, check_targets, check_weights, load_base, load_config, shard_layers
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.neftune import add_noise
-from qwen_lit.model.optim import (
-    OptimizerClass,
-    OptimizerName,
-    configure_groups,
-    optimizer_of,
-    parameter_groups,
-    repage,
-)
+from qwen_lit.model.optim import configure_groups, optimizer_of, parameter_groups, repage
 from qwen_lit.model.precision import full_precision
 from qwen_lit.model.resume import go_on, settings, shared, stored
-from qwen_lit.model.schedules import WITHOUT_WARMUP, ScheduleName, schedule
+from qwen_lit.model.schedules import WITHOUT_WARMUP, schedule
+from qwen_lit.model.settings import ModelSettings
+from qwen_lit.model.step import StepSums, clip_gradients, first_of
 from qwen_lit.model.trained import find_adapter, tell_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
@@ -62,129 +52,49 @@ from qwen_lit.run import Run
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class StepSums:
-    """What the forward passes of an optimizer step have found on this rank, kept on the device so that none waits."""
-
-    number: int
-    """Of the step in its epoch, counted from 0."""
-    losses: list[Tensor]
-    """Summed loss of each forward pass, float32 scalars in nats."""
-    at_once: int
-    """Micro-batches of each forward pass; of the last one, those that are left."""
-    tokens: Tensor
-    """Supervised tokens of the step over all ranks, a float32 scalar."""
-
-
 class QwenModule(L.LightningModule):
     """A frozen Qwen base with a trained LoRA adapter."""
 
-    def __init__(
-        self,
-        model_name_or_path: str,
-        lora_config: LoraSection,
-        quantization_config: QuantizationSection | None = None,
-        learning_rate: float = 2e-4,
-        optimizer: OptimizerName | OptimizerClass = "paged_adamw_8bit",
-        lr_scheduler: ScheduleName = "cosine",
-        lr_scheduler_kwargs: dict[str, float | str | bool] | None = None,
-        warmup_ratio: float = 0.03,
-        weight_decay: float = 0.0,
-        adam_beta1: float = 0.9,
-        adam_beta2: float = 0.999,
-        lora_plus_ratio: float = 1.0,
-        neftune_noise_alpha: float = 0.0,
-        gradient_checkpointing: bool = True,
-        engine: Literal["auto", "fast", "reference"] = "auto",
-        memory_budget: str | None = None,
-        max_skipped_steps: int = 10,
-        shard_base: bool = False,
-        init_adapter: str | None = None,
-        hub: Hub = "huggingface",
-        run: Run | None = None,
-    ) -> None:
-        """Checks the settings; weights are read in ``configure_model``.
+    def __init__(self, settings: ModelSettings, run: Run | None = None) -> None:
+        """Finds the base and checks that the settings suit it; weights are read in ``configure_model``.
 
         Args:
-            model_name_or_path: a local folder with the model's files, or a hub name.
-            lora_config: PEFT's LoraConfig.
-            quantization_config: transformers' BitsAndBytesConfig; null, or one with neither load_in_4bit nor
-                load_in_8bit, trains LoRA on a bf16 base.
-            learning_rate: peak learning rate.
-            optimizer: one of these names, or any torch optimizer as {class_path: torch.optim.Muon, init_args:
-                {momentum: 0.95}}; its learning rate and weight decay are the keys below.
-            lr_scheduler: schedule of the learning rate, by transformers' name; all but constant begin with the warmup.
-            lr_scheduler_kwargs: arguments of the schedule, as transformers takes them, such as {min_lr_rate: 0.1} of
-                cosine_with_min_lr, or {num_decay_steps: 100} of warmup_stable_decay.
-            warmup_ratio: share of all optimizer steps over which the learning rate rises.
-            weight_decay: decoupled decay of matrices; never of biases and norms.
-            adam_beta1: decay of the first moment, for optimizers given by name.
-            adam_beta2: decay of the second moment, likewise.
-            lora_plus_ratio: learning rate of LoRA's B over that of A; 1 is plain LoRA.
-            neftune_noise_alpha: NEFTune noise on the embeddings while training; 0 is off.
-            gradient_checkpointing: recompute activations in backward: less memory, about a third slower. The fast
-                engine does so only for as many layers as the memory asks for.
-            engine: fast runs fused kernels and plans memory; reference runs PEFT's own path; auto is fast on CUDA
-                where the model allows it.
-            memory_budget: GPU memory the fast engine may use, as 8GiB; null is all that is free.
-            max_skipped_steps: optimizer steps in a row whose loss or gradient is not finite, each skipped and its
-                rows named, after which the run stops.
-            shard_base: shard the frozen layers over the ranks, for a base that does not fit one card; needs
-                trainer.strategy ddp and bnb_4bit_quant_storage bfloat16.
-            init_adapter: an adapter folder or a checkpoint whose weights the new run starts from, with a fresh
-                optimizer and schedule; its LoRA settings are taken over.
-            hub: where a model that is not on this machine is fetched from: huggingface, or modelscope, which needs
-                the extra of that name. A mirror is the environment's HF_ENDPOINT or MODELSCOPE_ENDPOINT.
+            settings: the section ``model``.
             run: whose configuration is kept in checkpoints; None where no command is run.
 
         Raises:
             UserError: the model or a setting cannot work.
         """
-        check_ranges("model", locals())
         super().__init__()
-        check_ranges("model.lora_config", vars(lora_config))
-        if shard_base and quantization_config and quantization_config.bnb_4bit_quant_storage != torch.bfloat16:
-            raise UserError(
-                "model.shard_base needs weights that shard; set "
-                "model.quantization_config.bnb_4bit_quant_storage to bfloat16."
-            )
-        self.shard_base = shard_base
-        self.name = expanded(model_name_or_path) if is_folder(model_name_or_path) else model_name_or_path
-        self.hub = hub
-        self.lora_config = lora_config
-        self.learning_rate = learning_rate
-        self.optimizer_name, self.optimizer = optimizer_of(optimizer, learning_rate, weight_decay)
-        self.schedule_name: ScheduleName = lr_scheduler
-        self.schedule_options = lr_scheduler_kwargs
-        schedule(lr_scheduler, 1, 100, learning_rate, lr_scheduler_kwargs)
-        self.warmup_ratio = 0.0 if lr_scheduler in WITHOUT_WARMUP else warmup_ratio
-        self.weight_decay = weight_decay
-        self.betas = (adam_beta1, adam_beta2)
-        self.lora_plus_ratio = lora_plus_ratio
-        self.neftune_noise_alpha = neftune_noise_alpha
-        self.gradient_checkpointing = gradient_checkpointing
-        self.engine_name, self.fast, self.engine_description = engine, cast("FastEngine | None", None), ""
-        self.plan: Plan | None = None
-        self.memory_budget = parse_bytes(memory_budget) if memory_budget else None
-        self.model: PeftModel | None = None
+        self.settings, self.lora_config, self.run = settings, settings.lora_config, run or Run(Path("output"))
+        given = settings.model_name_or_path
+        self.name = expanded(given) if is_folder(given) else given
+        self.optimizer_name, self.optimizer = optimizer_of(
+            settings.optimizer, settings.learning_rate, settings.weight_decay
+        )
+        self.warmup_ratio = 0.0 if settings.lr_scheduler in WITHOUT_WARMUP else settings.warmup_ratio
+        self.memory_budget = parse_bytes(settings.memory_budget) if settings.memory_budget else None
         # A run that goes on needs it no more.
-        there = init_adapter and Path(expanded(init_adapter)).exists()
-        self.init_adapter = find_adapter(init_adapter) if init_adapter and there else None
-        self.run = run or Run(Path("output"))
-        self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
-        self.folder = fetch(self.name, hub)
+        there = settings.init_adapter and Path(expanded(settings.init_adapter)).exists()
+        self.init_adapter = find_adapter(settings.init_adapter) if settings.init_adapter and there else None
+        self.folder = fetch(self.name, settings.hub)
         """That holds the base's files: its config and tokenizer, and its weights once they are needed."""
         self.config = load_config(self.folder, self.name)
-        self.quantization_config = usable(quantization_config, self.config)
+        self.quantization_config = usable(settings.quantization_config, self.config)
         self.quantized: dict[str, Held] | None = None
-        check_targets(self.config, lora_config)
-        if lora_config.modules_to_save:
-            check_trained_whole(self.held_weights(torch.device("cpu")), lora_config.modules_to_save)
-        self.max_skipped_steps, self.skipped_steps, self.skipped_in_a_row = max_skipped_steps, 0, 0
+        check_targets(self.config, self.lora_config)
+        if self.lora_config.modules_to_save:
+            check_trained_whole(self.held_weights(torch.device("cpu")), self.lora_config.modules_to_save)
+        self.model: PeftModel | None = None
+        self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
+        self.fast: FastEngine | None = None
+        self.plan: Plan | None = None
+        self.engine_description = ""
         # A batch is an optimizer step: ``training_step`` computes all of it.
         self.automatic_optimization = False
         self.sums: StepSums | None = None
         """Of the step that is being made."""
+        self.skipped_steps, self.skipped_in_a_row = 0, 0
         self.total_steps: int | None = 0
         """Optimizer steps of the run; None where it has no known end."""
         self.resumed_total: int | None = 0
@@ -213,7 +123,7 @@ class QwenModule(L.LightningModule):
         Raises:
             UserError: they cannot be fetched, or are damaged.
         """
-        self.folder = fetch(self.name, self.hub, weights=True)
+        self.folder = fetch(self.name, self.settings.hub, weights=True)
         check_weights(self.folder)
 
     def configure_model(self) -> None:
@@ -221,11 +131,11 @@ class QwenModule(L.LightningModule):
         if self.model is not None:
             return
         device = self.trainer.strategy.root_device
-        sharded = self.shard_base and self.trainer.world_size > 1
+        sharded = self.settings.shard_base and self.trainer.world_size > 1
         # Shards are moved to the device one layer at a time.
         base = load_base(self.folder, self.quantization_config, device, torch.device("cpu") if sharded else device)
         self.quantized = loaded_weights(base)
-        self.model = add_adapter(base, self.lora_config, self.gradient_checkpointing)
+        self.model = add_adapter(base, self.lora_config, self.settings.gradient_checkpointing)
         if self.init_adapter is not None:
             self._put(weights(self.init_adapter))
         if sharded:
@@ -234,8 +144,8 @@ class QwenModule(L.LightningModule):
             # These change the base; the exported adapter is the difference from where it started.
             self.initial_adapter = tempfile.TemporaryDirectory(prefix="qwen_lit_")
             self.model.save_pretrained(self.initial_adapter.name, save_embedding_layers=False)
-        if self.neftune_noise_alpha > 0:
-            add_noise(base.get_input_embeddings(), self.neftune_noise_alpha)  # type: ignore[operator]
+        if self.settings.neftune_noise_alpha > 0:
+            add_noise(base.get_input_embeddings(), self.settings.neftune_noise_alpha)  # type: ignore[operator]
         before = stored(self.run.checkpoint).get("micro_batches_at_once")
         choice = choose_engine(self, self.trainer, self.data, before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.told
@@ -272,8 +182,8 @@ class QwenModule(L.LightningModule):
             "init_adapter": self.run.config.get("model", {}).get("init_adapter"),
             "quantization": described(self.held_weights(device), count_linears(self.config), product_dtype(device)),
             "engine": self.engine_description,
-            "learning_rate": self.learning_rate,
-            "lr_scheduler": self.schedule_name,
+            "learning_rate": self.settings.learning_rate,
+            "lr_scheduler": self.settings.lr_scheduler,
             "optimizer": self.optimizer_name,
         }
 
@@ -290,7 +200,7 @@ class QwenModule(L.LightningModule):
     def recomputed_share(self) -> float:
         """Share of the layers whose activations are computed again in backward."""
         layers = len(family_of(self.config).layers(self.config))
-        again = self.fast.recompute_layers if self.fast is not None else layers * self.gradient_checkpointing
+        again = self.fast.recompute_layers if self.fast is not None else layers * self.settings.gradient_checkpointing
         return again / layers
 
     def release_memory(self) -> None:
@@ -313,7 +223,7 @@ class QwenModule(L.LightningModule):
     @property
     def pads(self) -> bool:
         """Whether each document is computed in a padded row of its own: on PEFT's path, where they are not packed."""
-        return self.fast is None and not self.data.packing
+        return self.fast is None and not self.data.settings.packing
 
     def computed_tokens(self, batch: Batch) -> int:
         """Tokens that are computed for a micro-batch, those of its padding included."""
@@ -444,20 +354,10 @@ class QwenModule(L.LightningModule):
             # Later the schedule has moved on to the next step's.
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             self.log("train/supervised_tokens", tokens)
-            self._clip(parameters, norm)
+            clip_gradients(parameters, norm, self.trainer.clip_value, self.trainer.gradient_clip_algorithm)  # type: ignore[attr-defined]
         else:
             self._skip_step(optimizer, loss, sums)
         self.log("train/skipped_steps", float(self.skipped_steps))
-
-    def _clip(self, parameters: list[torch.nn.Parameter], norm: Tensor) -> None:
-        """Shorten the gradients to ``trainer.gradient_clip_val``, by their norm together or by each value."""
-        limit, algorithm = self.trainer.clip_value, self.trainer.gradient_clip_algorithm  # type: ignore[attr-defined]
-        if not limit or limit < 0:
-            return
-        if algorithm == GradClipAlgorithmType.VALUE:
-            torch.nn.utils.clip_grad_value_(parameters, limit)
-        else:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
     def _skip_step(self, optimizer: torch.optim.Optimizer, loss: float, sums: StepSums) -> None:
         """Leave the parameters as they are, and say which rows were to blame.
@@ -476,19 +376,14 @@ class QwenModule(L.LightningModule):
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         places = self.data.places(self.trainer.current_epoch, sums.number)
-        finite = torch.stack(sums.losses).isfinite().tolist()
-        # A rank whose own losses are good has nothing to blame.
-        every = all(finite) and (self.trainer.world_size == 1 or math.isfinite(loss))
-        guilty = [rows for number, rows in enumerate(places) if every or not finite[number // sums.at_once]]
-        blamed = [row for rows in guilty for row in rows]
-        shown = ", ".join(blamed[:8]) + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "")
-        what = "gradient" if math.isfinite(loss) else "loss"
+        alone = self.trainer.world_size == 1 or math.isfinite(loss)
+        shown, what = first_of(sums.blamed(places, alone)), "gradient" if math.isfinite(loss) else "loss"
         log.warning("step %d: the %s is not finite; the step is skipped (%s)", self.trainer.global_step, what, shown)
-        if self.skipped_in_a_row >= self.max_skipped_steps:
+        if self.skipped_in_a_row >= self.settings.max_skipped_steps:
             raise RunError(
                 f"{self.skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite, the "
-                f"last with {shown}; look at these rows, or lower model.learning_rate {self.learning_rate}. The "
-                "checkpoints hold the last good state."
+                f"last with {shown}; look at these rows, or lower model.learning_rate {self.settings.learning_rate}. "
+                "The checkpoints hold the last good state."
             )
 
     def on_validation_epoch_start(self) -> None:
@@ -512,9 +407,11 @@ class QwenModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The named optimizer over the adapter's parameters, and its schedule, which ``training_step`` steps."""
-        groups = parameter_groups(self, self.learning_rate, self.weight_decay, self.lora_plus_ratio)
+        groups = parameter_groups(
+            self, self.settings.learning_rate, self.settings.weight_decay, self.settings.lora_plus_ratio
+        )
         try:
-            optimizer = self.optimizer.build(groups, self.betas)
+            optimizer = self.optimizer.build(groups, self.settings.betas)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"model.optimizer: {self.optimizer_name} cannot train this adapter ({error}); give another."
@@ -527,7 +424,13 @@ class QwenModule(L.LightningModule):
         """Over the steps that the run has by the limits of now."""
         self.total_steps = total_steps(self.trainer, self.data)
         warmup = warmup_steps(self.warmup_ratio, self.trainer, self.data)
-        return schedule(self.schedule_name, warmup, self.total_steps, self.learning_rate, self.schedule_options)
+        return schedule(
+            self.settings.lr_scheduler,
+            warmup,
+            self.total_steps,
+            self.settings.learning_rate,
+            self.settings.lr_scheduler_kwargs,
+        )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained parameters alone: the frozen base is read again from its own folder."""

@@ -116,7 +116,7 @@ def settings(module: Any) -> dict[str, Any]:
         "frozen": frozen,
         "micro_batches_at_once": module.micro_batches_at_once,
         "config": module.run.config,
-        "base": fingerprint(module.name, module.hub),
+        "base": fingerprint(module.name, module.settings.hub),
     }
 
 

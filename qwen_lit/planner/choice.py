@@ -47,8 +47,8 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule, before: int |
         UserError: ``engine`` is fast, and the model or the device does not allow it.
         torch.OutOfMemoryError: no plan fits.
     """
-    asked, device = module.engine_name, trainer.strategy.root_device
-    reason = "the base is sharded" if module.shard_base else unsupported_reason(module.model, device)
+    asked, device = module.settings.engine, trainer.strategy.root_device
+    reason = "the base is sharded" if module.settings.shard_base else unsupported_reason(module.model, device)
     if asked == "auto" and device.type != "cuda":
         reason = reason or "there is no CUDA device"
     if asked == "fast" and reason:
@@ -61,7 +61,7 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule, before: int |
         log.info("the fast engine computes in bfloat16; bnb_4bit_compute_dtype %s is for the reference", given)
     if device.type != "cuda":
         layers = len(family_of(module.config).layers(module.config))
-        policy = Policy.RECOMPUTE if module.gradient_checkpointing else Policy.KEEP
+        policy = Policy.RECOMPUTE if module.settings.gradient_checkpointing else Policy.KEEP
         return Choice(FALLBACK, FastEngine(module.model, Policies((policy,) * layers)))
     planner = Planner(
         module.model,

@@ -13,6 +13,7 @@ from peft import PeftModel
 from qwen_lit.cli import main
 from qwen_lit.commands.predict import questions
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.settings import DataSettings
 from qwen_lit.errors import UserError
 
 ASKED = [{"role": "user", "content": "What is 1 plus 2?"}]
@@ -23,9 +24,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 @pytest.fixture
 def read(tokenizer, dataset):
     def asked(path, **options):
-        data = QwenDataModule(str(dataset), **options)
-        data.tokenizer = tokenizer
-        return list(questions(path, data))
+        return list(questions(path, QwenDataModule(DataSettings(str(dataset), **options), tokenizer)))
 
     return asked
 

@@ -9,6 +9,7 @@ import torch
 
 from qwen_lit.data.batches import EpochOrder, group, join
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.settings import DataSettings
 from qwen_lit.errors import UserError
 
 
@@ -23,7 +24,7 @@ def module(tokenizer, tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         cache = str(tmp_path / "cache")
         given = options.pop("dataset_path", str(path))
-        data = QwenDataModule(given, cache_dir=cache, tokenizer=tokenizer, **options)
+        data = QwenDataModule(DataSettings(given, cache_dir=cache, **options), tokenizer)
         data.prepare_data()
         data.setup()
         return data
@@ -45,12 +46,13 @@ def test_no_row_changes_side_when_the_file_grows(module, tokenizer):
 
 def test_what_a_count_has_held_out_stays_held_out_when_the_file_grows(tokenizer, tmp_path):
     from qwen_lit.data.datamodule import QwenDataModule
+    from qwen_lit.data.settings import DataSettings
 
     path, sides = tmp_path / "rows.jsonl", []
     for count in (200, 300, 100):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(count)))
         cache = str(tmp_path / "cache")
-        data = QwenDataModule(str(path), val_size=20, max_length=256, cache_dir=cache, tokenizer=tokenizer)
+        data = QwenDataModule(DataSettings(str(path), val_size=20, max_length=256, cache_dir=cache), tokenizer)
         data.setup()
         sides.append((set(texts(tokenizer, data.train_rows)), set(texts(tokenizer, data.val_rows))))
     assert len(sides[0][1]) == 20

@@ -8,6 +8,7 @@ from qwen_lit.cli import main
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.faults import RowError
 from qwen_lit.data.records import parse_line, parse_row
+from qwen_lit.data.settings import DataSettings
 
 S, U = {"role": "system", "content": "S"}, {"role": "user", "content": "Q"}
 A, B = {"role": "assistant", "content": "A"}, {"role": "assistant", "content": "B"}
@@ -374,7 +375,7 @@ def test_a_large_share_of_dropped_rows_is_told(tokenizer, tmp_path, caplog):
     path = tmp_path / "a.jsonl"
     rows = [{"question": "Q", "answer": "A" * (1 if n % 5 == 0 else 900)} for n in range(10)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = QwenDataModule([str(path)], max_length=64, cache_dir=str(tmp_path / "cache"), tokenizer=tokenizer)
+    data = QwenDataModule(DataSettings([str(path)], max_length=64, cache_dir=str(tmp_path / "cache")), tokenizer)
     data.setup()
     assert "not all is trained: 8 of 10 rows (80%) dropped: question and answer do not fit into" in caplog.text
 

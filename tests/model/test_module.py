@@ -6,13 +6,14 @@ from qwen_lit.config import LoraSection
 from qwen_lit.engine.policy import Policies
 from qwen_lit.model.load import add_adapter, load_base
 from qwen_lit.model.module import QwenModule
+from qwen_lit.model.settings import ModelSettings
 from qwen_lit.planner.plan import Plan
 
 
 def test_an_embedding_that_is_planned_for_the_cpu_stays_there_when_all_else_is_moved(model_folder):
     lora = LoraSection(r=4, target_modules=["q_proj"])
     for host in (False, True):
-        module = QwenModule(str(model_folder), lora)
+        module = QwenModule(ModelSettings(str(model_folder), lora))
         module.model = add_adapter(load_base(str(model_folder), None, torch.device("cpu")), lora, False)
         module.plan = Plan(1, Policies.of_counts(2, 2, offload_embedding=host), 0, 0)
         weight = module.model.get_input_embeddings().weight.clone()

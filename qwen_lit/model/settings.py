@@ -1,0 +1,91 @@
+"""The section ``model`` of the configuration."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qwen_lit.checks import check_ranges
+from qwen_lit.config import LoraSection, QuantizationSection
+from qwen_lit.errors import UserError
+from qwen_lit.hub_libraries import Hub
+from qwen_lit.model.optim import OptimizerClass, OptimizerName
+from qwen_lit.model.schedules import ScheduleName, schedule
+
+EngineName = Literal["auto", "fast", "reference"]
+
+
+@dataclass
+class ModelSettings:
+    """What is trained, from which weights, and how."""
+
+    model_name_or_path: str
+    """the base model: a local folder with its files, or a name on the hub."""
+    lora_config: LoraSection
+    """PEFT's LoraConfig."""
+    quantization_config: QuantizationSection | None = None
+    """transformers' BitsAndBytesConfig; null, or one with neither load_in_4bit nor load_in_8bit, trains LoRA on a bf16
+    base."""
+    learning_rate: float = 2e-4
+    """peak learning rate."""
+    optimizer: OptimizerName | OptimizerClass = "paged_adamw_8bit"
+    """one of these names, or any torch optimizer as {class_path: torch.optim.Muon, init_args: {momentum: 0.95}}; its
+    learning rate and weight decay are the keys of this section."""
+    lr_scheduler: ScheduleName = "cosine"
+    """schedule of the learning rate, by transformers' name; all but constant begin with the warmup."""
+    lr_scheduler_kwargs: dict[str, float | str | bool] | None = None
+    """arguments of the schedule, as transformers takes them, such as {min_lr_rate: 0.1} for cosine_with_min_lr, or
+    {num_decay_steps: 100} for warmup_stable_decay."""
+    warmup_ratio: float = 0.03
+    """share of all optimizer steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """decoupled weight decay of matrices; biases and norms are never decayed."""
+    adam_beta1: float = 0.9
+    """decay of Adam's first moment, for optimizers given by name."""
+    adam_beta2: float = 0.999
+    """decay of Adam's second moment, for optimizers given by name."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: learning rate of the B matrices over that of the A matrices; 1 is plain LoRA."""
+    neftune_noise_alpha: float = 0.0
+    """NEFTune: magnitude of the noise that is added to the embeddings while training; 0 is off."""
+    gradient_checkpointing: bool = True
+    """recompute activations in the backward pass: less memory, about a third slower. The fast engine does so only for
+    as many layers as the memory asks for."""
+    engine: EngineName = "auto"
+    """fast runs fused kernels and plans the memory; reference runs PEFT's own modules; auto is fast on CUDA where the
+    model allows it."""
+    memory_budget: str | None = None
+    """GPU memory that the fast engine may use, such as 8GiB; null is all that is free."""
+    max_skipped_steps: int = 10
+    """optimizer steps in a row whose loss or gradient is not finite after which the run stops; each is skipped and its
+    rows are named."""
+    shard_base: bool = False
+    """shard the frozen layers over the GPUs, for a base that does not fit one of them; needs trainer.strategy ddp and
+    bnb_4bit_quant_storage bfloat16."""
+    init_adapter: str | None = None
+    """an adapter folder or a checkpoint from whose weights the new run starts, with a fresh optimizer and schedule;
+    its LoRA settings are taken over."""
+    hub: Hub = "huggingface"
+    """where a model that is not on this machine is downloaded from: huggingface, or modelscope, which needs the extra
+    of that name. A mirror is the environment's HF_ENDPOINT or MODELSCOPE_ENDPOINT."""
+
+    def __post_init__(self) -> None:
+        """Check what can be known without the model.
+
+        Raises:
+            UserError: a number is out of range, or two keys do not go together.
+        """
+        check_ranges("model", vars(self))
+        check_ranges("model.lora_config", vars(self.lora_config))
+        held = self.quantization_config
+        if self.shard_base and held and held.bnb_4bit_quant_storage != torch.bfloat16:
+            raise UserError(
+                "model.shard_base needs weights that shard; set "
+                "model.quantization_config.bnb_4bit_quant_storage to bfloat16."
+            )
+        schedule(self.lr_scheduler, 1, 100, self.learning_rate, self.lr_scheduler_kwargs)
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Decays of Adam's moments."""
+        return self.adam_beta1, self.adam_beta2
