@@ -132,7 +132,7 @@ def test_a_gpu_that_torch_has_no_code_for_is_refused_and_one_that_emulates_bf16_
 def test_a_large_model_is_trained_on_the_cpu_only_where_that_is_asked_for(machine, arguments, monkeypatch, capsys):
     machine([DRIVER, NODE])
     monkeypatch.setattr("qwen_lit.cli.count_parameters", lambda config: 7_600_000_000)
-    monkeypatch.setattr("qwen_lit.cli.load_tokenizer", lambda *names: pytest.fail("it goes on"))
+    monkeypatch.setattr("qwen_lit.model.module.QwenModule.fetch_weights", lambda module: pytest.fail("it goes on"))
     at = arguments.index("--trainer.accelerator")
     auto = [*arguments[:at], *arguments[at + 2 :]]
     for command in (auto, ["verify-resume", *auto[1:]]):

@@ -134,7 +134,7 @@ def test_the_commands_of_a_readme_train_a_model_one_after_the_other(path, model_
 @pytest.mark.parametrize("path", [DOCS / "chat.md", DOCS / "chat.zh.md"], ids=lambda path: path.name)
 def test_what_is_told_of_chat_is_what_it_knows(path):
     text = path.read_text(encoding="utf-8")
-    known = [re.search(r'^HELP = """(.*?)"""', one.read_text(), re.M | re.S) for one in Path("qwen_lit").glob("*.py")]
+    known = [re.search(r'^HELP = """(.*?)"""', one.read_text(), re.M | re.S) for one in Path("qwen_lit").rglob("*.py")]
     (listed,) = [found[1] for found in known if found]
     for name in re.findall(r"/[a-z]+", listed):
         assert f"`{name}" in text, name

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from qwen_lit.data.examples import RAW_TEXT
+from qwen_lit.families.table import family_of
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.search import choose
@@ -59,7 +61,7 @@ def advice(
         gain, size = own / time_of(kept, mean) - 1, kept.budget / GIB
         if gain > WORTH:
             found.append(f"faster: with {size:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
-    if not data.settings.packing:
+    if not data.settings.packing and family_of(module.config).packs:
         full = data.settings.batch_size * data.settings.max_length
         now, then = (relative_time(0.0, max(1, int(one * plan.micro_batches_at_once)), held) for one in (mean, full))
         gain = now / then - 1
@@ -72,8 +74,8 @@ def advice(
     whole, half = (memory.peak(static, share, policies) for share in (tokens, tokens // 2))
     if whole - half > WORTH_BYTES:
         shorter = max(8, sizes[1] // 2)
-        lengths, text = (data.train_rows.column(name) for name in ("length", "text"))
-        longer = int(((lengths > shorter) & (text == 0)).sum())
+        lengths, text = data.train_rows.column("length"), data.train_rows.of_kind(RAW_TEXT)
+        longer = int(((lengths > shorter) & ~text).sum())
         told = f"{longer:,} of {len(lengths):,} rows are longer and would be shortened or dropped"
         found.append(
             f"smaller: data.max_length {shorter} takes {(whole - half) / GIB:.1f} GiB less; "

@@ -10,6 +10,7 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.cli import main
 from qwen_lit.commands.plan import arithmetic, trial
+from qwen_lit.run import Run
 
 SHARDED = ["--model.shard_base", "true", "--model.quantization_config.bnb_4bit_quant_storage", "bfloat16"]
 BIASED = ["--model.lora_config.lora_bias", "true", "--model.lora_config.target_modules", "[q_proj]"]
@@ -139,21 +140,22 @@ def test_a_trial_has_a_trainer_of_its_own_and_takes_the_largest_batches_first(co
 
     class Tokens(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            seen.setdefault("tokens", []).append(batch["tokens"])
+            seen.setdefault("tokens", []).append([one["tokens"] for one in batch])
 
-    def tried(trainer, module, data, budget, explained):
+    def tried(trainer, module, data, exporter, explained):
         before = dict(callbacks=list(trainer.callbacks), steps=trainer.max_steps, loggers=list(trainer.loggers))
-        checkpoint = RunCheckpoint(10**9, output_dir=str(tmp_path / "trial"))
+        checkpoint = RunCheckpoint(Run(tmp_path / "trial"), 10**9)
         made = trial(trainer, [Tokens(), checkpoint], 2)
         made.fit(module, data.largest_first())
-        seen["steps"], seen["files"] = made.global_step, step_files(checkpoint.folder)
+        seen["steps"], seen["files"] = made.global_step, step_files(checkpoint.run.checkpoints)
         after = dict(callbacks=list(trainer.callbacks), steps=trainer.max_steps, loggers=list(trainer.loggers))
         assert before == after and trainer.global_step == 0 and not data.heaviest_first and module.trainer is made
-        return arithmetic(trainer, module, data, budget, explained)
+        return arithmetic(trainer, module, data, exporter, explained)
 
-    monkeypatch.setattr("qwen_lit.trainer.arithmetic", tried)
+    monkeypatch.setattr("qwen_lit.commands.plan.arithmetic", tried)
     assert main(["plan", *command(tmp_path / "out")[1:], "--json", "true"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert seen["steps"] == 2 and len(seen["files"]) == 1 and not (tmp_path / "out").exists()
-    assert seen["tokens"] == sorted(seen["tokens"], reverse=True)
-    assert seen["tokens"][0] == told["heaviest_micro_batch_tokens"]
+    tokens = [one for step in seen["tokens"] for one in step]
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[0] == told["heaviest_micro_batch_tokens"]

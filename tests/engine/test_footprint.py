@@ -60,7 +60,7 @@ class Recorder:
 
 def batch_of(lengths):
     draw = np.random.default_rng(0)
-    return collate([(draw.integers(0, 301, n), np.array([[0, n]])) for n in lengths], 0, True)
+    return collate([(draw.integers(0, 301, n), np.array([[0, n]])) for n in lengths], 0)
 
 
 def told(memory, tokens, rows, piece=0):
