@@ -129,7 +129,7 @@ def test_a_package_that_is_absent_is_named_with_the_command_that_brings_it(
     arguments, key, name, package, capsys, monkeypatch, unloaded
 ):
     monkeypatch.setattr(accepted, "find_spec", lambda name: None)
-    given = callback(name) if key == "callbacks" else [f"--trainer.logger={name}"]
+    given = callback(name) if key == "callbacks" else [f"--trainer.logger=lightning.pytorch.loggers.{name}"]
     assert main([*arguments, *given]) == 2
     told = f"error: trainer.{key}: {name} needs the package {package}; pip install {package}\n"
     assert capsys.readouterr().err == told
@@ -208,7 +208,7 @@ def test_a_model_checkpoint_saves_the_steps_it_is_asked_for_and_warns_of_nothing
 
 
 def test_a_monitor_of_the_learning_rate_logs_that_of_every_step(command, tmp_path):
-    logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'log'}"]
+    logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'log'}"]
     monitor = callback("LearningRateMonitor", logging_interval="step")
     assert main(command(tmp_path / "out", *logger, *monitor, "--trainer.max_steps", "4")) == 0
     with next((tmp_path / "log").rglob("metrics.csv")).open() as file:
@@ -248,7 +248,7 @@ INSTALLED = [name for name, package in LOGGERS.items() if package is None or imp
 @pytest.mark.parametrize("name", INSTALLED)
 def test_a_logger_gets_the_last_step_wherever_the_interval_falls(command, tmp_path, name, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    logger = [f"--trainer.logger={name}", f"--trainer.logger.save_dir={tmp_path / 'log'}"]
+    logger = [f"--trainer.logger=lightning.pytorch.loggers.{name}", f"--trainer.logger.save_dir={tmp_path / 'log'}"]
     options = ["--trainer.max_steps", "2", "--trainer.log_every_n_steps", "10"]
     assert main(command(tmp_path / "out", *logger, *options)) == 0
     if name == "CSVLogger":

@@ -61,7 +61,7 @@ def test_a_guarded_logger_is_still_of_its_kind_and_does_its_work(tmp_path):
 
 
 def test_a_logger_gets_the_configuration_as_numbers_and_words(command, tmp_path):
-    logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'log'}"]
+    logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'log'}"]
     assert main(command(tmp_path / "out", *QUICK, *logger, "--model.learning_rate", "3e-5")) == 0
     (file,) = (tmp_path / "log").rglob("hparams.yaml")
     found = yaml.safe_load(file.read_text())

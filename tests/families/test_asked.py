@@ -9,8 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_lit.cli import main
 from qwen_lit.commands.plan import reference_because
+from qwen_lit.config import LoraSection
 from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.families.table import FAMILIES
+from qwen_lit.model.settings import ModelSettings
 from qwen_lit.quantization import Held
 
 CPU = torch.device("cpu")
@@ -51,7 +53,7 @@ def test_experts_are_left_to_the_reference_engine(adapted, monkeypatch):
 
 def test_a_head_in_four_bits_is_found_by_the_place_of_the_table(adapted, monkeypatch):
     config = adapted.base_model.model.config
-    module = type("Module", (), {"engine_name": "auto", "shard_base": False, "config": config})()
+    module = type("Module", (), {"settings": ModelSettings("", LoraSection()), "config": config})()
     head = {"lm_head.weight": Held("nf4", 64)}
     assert reference_because(module, adapted, head) == "lm_head is held in nf4"
     assert reference_because(module, adapted, {"model.layers.0.mlp.up_proj.weight": Held("nf4", 64)}) is None
