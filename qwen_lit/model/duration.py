@@ -43,6 +43,11 @@ def check_duration(config: Any, command: str) -> None:
         )
     if trainer.limit_train_batches == 0:
         raise UserError("trainer.limit_train_batches is 0, so nothing would be trained; leave it out.")
+    if isinstance(trainer.val_check_interval, int) and trainer.val_check_interval == 0:
+        raise UserError(
+            "trainer.val_check_interval is 0, but it counts the optimizer steps between two validations; give a "
+            "number above 0, or trainer.limit_val_batches: 0 for no validation."
+        )
     epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
     if trainer.min_epochs and 0 < epochs < trainer.min_epochs:
         raise UserError(f"trainer.min_epochs is {trainer.min_epochs}, above trainer.max_epochs {epochs}; lower it.")
