@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from yaml import YAMLError
 
 from qwen_lit.callbacks.accepted import explained
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
@@ -125,7 +126,14 @@ class QwenCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """What can be known to be wrong before any class is built; and the run."""
         self.start = start(self.command, self.config)
-        self.run = dataclasses.replace(self.start.run, config=self._plain(), yaml=self._yaml())
+        try:
+            config, yaml = self._plain(), self._yaml()
+        except (TypeError, ValueError, YAMLError) as error:
+            raise UserError(
+                f"configuration: config.yaml cannot hold it ({explained(error)}); give such an argument of a class "
+                "as a number, a text or a list."
+            ) from error
+        self.run = dataclasses.replace(self.start.run, config=config, yaml=yaml)
 
     def _plain(self) -> dict[str, Any]:
         """The configuration as plain values; of an adapter that is used, the one it was trained with."""

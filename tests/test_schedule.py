@@ -37,10 +37,19 @@ def cosine(total: int, warmup: int, peak: float = 2e-4) -> list[float]:
         (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches is 0"),
         (["--trainer.limit_train_batches", "0.0"], "trainer.limit_train_batches is 0"),
         (["--trainer.limit_train_batches", "0.1"], "0.1 of 3 optimizer steps, which is none"),
+        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval is 0, but it counts the optimizer steps"),
         (["--trainer.val_check_interval", "10"], "an epoch has 3 optimizer steps"),
         (["--trainer.min_steps", "7"], "trainer.min_steps is 7, but the run has 6 optimizer steps"),
         (["--trainer.min_epochs", "3"], "trainer.min_epochs is 3, above trainer.max_epochs 2"),
         (["--trainer.accumulate_grad_batches", "0"], "it must be at least 1"),
+        (
+            ["--trainer.limit_val_batches", "0.4", "--data.val_size", "5"],
+            "trainer.limit_val_batches is 0.4 of 1 validation batch, each of up to 3 micro-batches, which is none",
+        ),
+        (
+            ["--trainer.overfit_batches", "0.4", "--data.val_size", "5"],
+            "trainer.overfit_batches is 0.4 of 1 validation batch",
+        ),
     ],
 )
 def test_a_run_that_could_not_end_or_would_train_nothing_is_refused_before_the_model_is_loaded(

@@ -1,9 +1,11 @@
 """Wrong keys are told all at once, each in a line with its place and the key that was meant."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 from qwen_lit import front, help
 from qwen_lit.cli import QwenCLI, main
@@ -115,3 +117,16 @@ def test_a_new_key_of_such_a_library_is_taken(monkeypatch, capsys):
     keys = [key for key in KEYS if key not in ("trainer.max_epochs", "model.lora_config.r")]
     monkeypatch.setattr(help, "keys_of", lambda *_: keys)
     assert told(["--trainer.max_epochs", "3", "--model.lora_config.r", "3"], capsys) == ["error: parsed"]
+
+
+class Signalled(Callback):
+    """Its default is no plain value."""
+
+    def __init__(self, step: int = 1, signum: int = signal.SIGTERM) -> None: ...
+
+
+def test_an_argument_that_no_configuration_file_can_hold_is_the_user_s_to_change(arguments, capsys):
+    assert main([*arguments, f"--trainer.callbacks+={__name__}.Signalled", "--trainer.callbacks.step=2"]) == 2
+    error = capsys.readouterr().err
+    assert "error: configuration: config.yaml cannot hold it" in error and "<Signals.SIGTERM: 15>" in error
+    assert "Traceback" not in error

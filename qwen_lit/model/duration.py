@@ -43,6 +43,11 @@ def check_duration(config: Any, command: str) -> None:
         )
     if trainer.limit_train_batches == 0:
         raise UserError("trainer.limit_train_batches is 0, so nothing would be trained; leave it out.")
+    if isinstance(trainer.val_check_interval, int) and trainer.val_check_interval == 0:
+        raise UserError(
+            "trainer.val_check_interval is 0, but it counts the optimizer steps between two validations; give a "
+            "number above 0, or trainer.limit_val_batches: 0 for no validation."
+        )
     epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
     if trainer.min_epochs and 0 < epochs < trainer.min_epochs:
         raise UserError(f"trainer.min_epochs is {trainer.min_epochs}, above trainer.max_epochs {epochs}; lower it.")
@@ -81,6 +86,7 @@ def check_limits(trainer: Any, data: Any) -> None:
             f"trainer.limit_train_batches is {limit} of {plural(batches, 'optimizer step')}, which is none; give a "
             "larger share, or their number."
         )
+    check_validation_share(trainer, data)
     batches, every = epoch_steps(trainer, data), trainer.val_check_interval
     validates = trainer.limit_val_batches and trainer.check_val_every_n_epoch is not None
     if isinstance(every, int) and not isinstance(every, bool) and every > batches and validates:
@@ -93,6 +99,26 @@ def check_limits(trainer: Any, data: Any) -> None:
         raise UserError(
             f"trainer.min_steps is {least}, but the run has {total} optimizer steps; raise trainer.max_epochs, or "
             "lower it."
+        )
+
+
+def check_validation_share(trainer: Any, data: Any) -> None:
+    """Refuse a share of the validation that is no whole batch, once its rows are counted.
+
+    Raises:
+        UserError: it is.
+    """
+    limit = trainer.limit_val_batches
+    if not isinstance(limit, float) or not 0 < limit < 1 or not len(data.val_rows):
+        return
+    micro_batches = math.ceil(len(data.batches(data.val_rows)) / trainer.world_size)
+    batches = math.ceil(micro_batches / trainer.micro_batches_per_step)
+    if not int(batches * limit):
+        # Lightning takes the share that is overfitted for that of the validation too.
+        key = "overfit_batches" if trainer.overfit_batches else "limit_val_batches"
+        raise UserError(
+            f"trainer.{key} is {limit} of {plural(batches, 'validation batch')}, each of up to "
+            f"{trainer.micro_batches_per_step} micro-batches, which is none; give a larger share, or their number."
         )
 
 

@@ -23,7 +23,7 @@ from qwen_lit.export.adapter import saved_name
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, is_folder
-from qwen_lit.model.duration import check_limits, total_steps, warmup_steps
+from qwen_lit.model.duration import check_limits, check_validation_share, total_steps, warmup_steps
 from qwen_lit.model.load import add_adapter, check_targets, check_weights, load_base, load_config, shard_layers
 from qwen_lit.model.loss import summed_loss
 from qwen_lit.model.neftune import add_noise
@@ -116,6 +116,7 @@ class QwenModule(L.LightningModule):
             watch_children(self.trainer)
         if stage == "validate":
             tell_measured(self, self.trainer, data)
+            check_validation_share(self.trainer, data)
 
     def fetch_weights(self) -> None:
         """See that the base's weights are on this machine and can be read.
