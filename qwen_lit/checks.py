@@ -118,7 +118,7 @@ def check_paths(command: str, config: Any) -> None:
         UserError: with the key, the path and the remedy.
     """
     if command == "predict" and not Path(config.source).is_file():
-        raise UserError(f"source: no such file: {config.source}; give a JSONL of questions.")
+        raise UserError(f"source: no such file: {config.source}; give a file of questions.")
     for key in ("html", "target"):
         if config.get(key):
             path = Path(config[key])
