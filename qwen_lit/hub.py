@@ -19,7 +19,7 @@ from qwen_lit.errors import UserError, shortened
 from qwen_lit.hub_failure import unreached
 from qwen_lit.hub_libraries import TIMEOUT, Hub, HuggingFace, ModelScope, library
 from qwen_lit.names import HUB_NAME, expanded
-from qwen_lit.progress import Progress, meanwhile, told
+from qwen_lit.progress import Progress, meanwhile, timed
 from qwen_lit.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def _alone(source: HuggingFace | ModelScope, name: str) -> Iterator[bool]:
             lock.acquire(timeout=0)
             waited = False
         except Timeout:
-            with told(f"waiting for another process to fetch {name}"):
+            with timed(f"waiting for another process to fetch {name}"):
                 lock.acquire()
             waited = True
     except (OSError, NotImplementedError) as error:

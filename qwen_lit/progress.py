@@ -93,7 +93,7 @@ def through(items: Collection[T], what: str, unit: str) -> Iterator[T]:
 
 
 @contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
+def timed(what: str) -> Iterator[None]:
     """For work in one piece that shows a bar of its own on a terminal: in a log file, how long it has taken."""
     if on_screen():
         yield

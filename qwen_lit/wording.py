@@ -1,4 +1,4 @@
-"""What is told of commands, and of keys of other libraries whose own words say too little here."""
+"""The help of commands, and of keys of other libraries whose own help says too little here."""
 
 COMMANDS = {
     "convert": ("Turn a configuration of another trainer into one of ours.", "qwen-lit convert llama_factory.yaml"),

@@ -224,8 +224,8 @@ class RunCheckpoint(Checkpoint):
 
 def _manifest(trainer: Any) -> dict[str, Any]:
     config = settings(trainer.lightning_module)
-    told = {"data": trainer.datamodule.state_dict(), "config": {**config["frozen"], **config["config"]}}
-    return {"step": trainer.global_step, "epoch": trainer.current_epoch, **told}
+    compared = {"data": trainer.datamodule.state_dict(), "config": {**config["frozen"], **config["config"]}}
+    return {"step": trainer.global_step, "epoch": trainer.current_epoch, **compared}
 
 
 def _gather(trainer: L.Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ class Export(Callback):
         self.run, self.saver = run, saver
         self.merge, self.checkpoint, self.merge_base, self.gguf = merge, checkpoint, merge_base, gguf
         self.verdict_rows, self.smoke_rows = verdict_rows, smoke_rows
-        self.told: ModelCardFacts | None = None
+        self.facts: ModelCardFacts | None = None
         self.missing: dict[str, str] = {}
         self.made: dict[str, Any] = {}
         """Of which checkpoint the adapter is: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
@@ -202,7 +202,7 @@ class Export(Callback):
             base_dir=module.folder,
             out_dir=self.run.merged,
             tokenizer=data.tokenizer,
-            told=ModelCardFacts(
+            facts=ModelCardFacts(
                 config=self.run.config, data=data.facts(), losses=losses, missing=self.missing, made=self.made
             ),
             held=module.held_weights(device),
@@ -213,7 +213,7 @@ class Export(Callback):
             taught=spread(data.train_rows.that_end(), self.smoke_rows),
             device=device,
         )
-        self.told = job.told
+        self.facts = job.facts
         step = self.made.get("step") or 0
         run_job(job, lambda verdict: log_verdict(list(loggers), verdict.as_dict(), step))
 

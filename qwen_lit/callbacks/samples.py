@@ -94,9 +94,9 @@ class Samples(Callback):
                 }
             )
         module.model.train(training)
-        self._tell(trainer, lines)
+        self._write(trainer, lines)
 
-    def _tell(self, trainer: Any, lines: list[dict[str, Any]]) -> None:
+    def _write(self, trainer: Any, lines: list[dict[str, Any]]) -> None:
         # A step that is made again after a resume is answered again.
         earlier = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         kept = [one for one in earlier if one.endswith("\n") and json.loads(one)["step"] < lines[0]["step"]]

@@ -1,4 +1,4 @@
-"""What would make a run faster or smaller, told by plan."""
+"""What would make a run faster or smaller: the advice of ``plan``."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,10 +21,10 @@ STEP = GIB // 4
 """Bytes between two sizes of a card that are tried."""
 
 WORTH = 0.02
-"""Share of time from which a gain is told."""
+"""Share of time from which a gain is worth a line."""
 
 WORTH_BYTES = GIB // 8
-"""Bytes from which a saving by shorter rows is told."""
+"""Bytes from which a saving by shorter rows is worth a line."""
 
 
 def advice(
@@ -76,10 +76,10 @@ def advice(
         shorter = max(8, sizes[1] // 2)
         lengths, text = data.train_rows.column("length"), data.train_rows.of_kind(RAW_TEXT)
         longer = int(((lengths > shorter) & ~text).sum())
-        told = f"{longer:,} of {len(lengths):,} rows are longer and would be shortened or dropped"
+        counted = f"{longer:,} of {len(lengths):,} rows are longer and would be shortened or dropped"
         found.append(
             f"smaller: data.max_length {shorter} takes {(whole - half) / GIB:.1f} GiB less; "
-            f"{told if longer else 'no row is longer'}"
+            f"{counted if longer else 'no row is longer'}"
         )
     lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved = lora // 2 * (8 + module.state_bytes)

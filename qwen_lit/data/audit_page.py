@@ -21,7 +21,7 @@ def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: An
         model: whose tokenizer it is.
         data: the DataModule that was audited.
     """
-    told = {f"  {fault.source}: {fault.message}" for fault in result.report.first}
+    reported = {f"  {fault.source}: {fault.message}" for fault in result.report.first}
     audited: dict[str, list[str]] = {}
     for line in text_report(result):
         if line.startswith("verdict"):
@@ -31,7 +31,7 @@ def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: An
             # Validation files have lines of the same names.
             name = f"{name}, validation" if name in audited else name
             audited[name] = [words]
-        elif not line.startswith("  ≤") and line not in told:
+        elif not line.startswith("  ≤") and line not in reported:
             audited[name].append(line.strip())
     now, files = datetime.now(), [source.path for source in (*data.sources, *data.val_sources)]
     most = max(count for _, count in result.histogram)

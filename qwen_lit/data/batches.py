@@ -204,7 +204,7 @@ class ResumableLoader(DataLoader[Batch]):
         Args:
             order: the steps.
             epoch: asked when the steps of an epoch begin to be handed out: which one it is.
-            waited: told of each step, how many seconds it took to come.
+            waited: called with the seconds that each step took to come.
             options: of a ``DataLoader``.
         """
         # Its own generator: the workers' seed must not move the generator that dropout draws from.

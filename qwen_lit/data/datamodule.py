@@ -66,25 +66,25 @@ class QwenDataModule(L.LightningDataModule):
         self.val_rows: Rows | None = None
         self.report, self.val_report = Report(), Report()
 
-    def prepare_data(self, judge: bool = True) -> None:
+    def prepare_data(self, refuse_faulty: bool = True) -> None:
         """Tokenise all rows into the cache, once per machine.
 
         Args:
-            judge: whether faulty rows are refused as ``on_bad_row`` says; an audit only counts them.
+            refuse_faulty: whether faulty rows are refused as ``on_bad_row`` says; an audit only counts them.
 
         Raises:
             UserError: faulty rows, named by path and line; or the files or the tokenizer cannot be used.
         """
         for sources in (self.sources, self.val_sources):
             if sources:
-                self._prepare(sources, judge)
+                self._prepare(sources, refuse_faulty)
 
-    def _prepare(self, sources: list[Source], judge: bool) -> Path:
+    def _prepare(self, sources: list[Source], refuse_faulty: bool) -> Path:
         task = Task(sources, self.settings.encoder_options, self.settings.fields or {}, self.settings.odd_turns)
         try:
             folder = self.folders.get(id(sources)) or prepare(task, self.tokenizer, self.cache, self.settings.num_proc)
             self.folders[id(sources)] = folder
-            if judge:
+            if refuse_faulty:
                 raise_if_too_many_faults(read_report(folder), self.settings.on_bad_row, self.settings.max_bad_share)
             return folder
         except DataError as error:
@@ -93,26 +93,26 @@ class QwenDataModule(L.LightningDataModule):
             reason = f"{self.cache} cannot be used ({error})"
             raise UserError(f"data.cache_dir: {reason}; set it to a folder that you can write to.") from error
 
-    def setup(self, stage: str | None = None, judge: bool = True) -> None:
+    def setup(self, stage: str | None = None, refuse_faulty: bool = True) -> None:
         """Open the prepared rows and split them.
 
         Args:
             stage: of Lightning; the rows are the same in each.
-            judge: as of ``prepare_data``.
+            refuse_faulty: as of ``prepare_data``.
 
         Raises:
             UserError: no row is left to train on.
         """
         if self.train_rows is not None:
             return
-        folder = self._prepare(self.sources, judge)
+        folder = self._prepare(self.sources, refuse_faulty)
         self.report = read_report(folder)
         if not len(Rows(folder)):
             raise UserError(self._nothing_left(folder))
         train = Rows(folder, chosen(Rows(folder), self.sources))
         hashes = train.column("hash")
         if self.val_sources:
-            val_folder = self._prepare(self.val_sources, judge)
+            val_folder = self._prepare(self.val_sources, refuse_faulty)
             self.val_report = read_report(val_folder)
             val = Rows(val_folder, chosen(Rows(val_folder), self.val_sources))
             held_out = np.isin(hashes, val.column("hash"))
@@ -132,9 +132,9 @@ class QwenDataModule(L.LightningDataModule):
                 len(np.unique(hashes)),
                 min(8, max(1, len(hashes) // 10)),
             )
-        self._tell(folder)
+        self._log_report(folder)
 
-    def _tell(self, folder: Path) -> None:
+    def _log_report(self, folder: Path) -> None:
         assert self.train_rows is not None and self.val_rows is not None
         if lost := self.losses():
             log.warning("not all is trained: %s (each is named in %s)", "; ".join(lost), folder / "rows.log")
@@ -143,8 +143,8 @@ class QwenDataModule(L.LightningDataModule):
                 log.warning("%s changed: %s (named in %s)", plural(count, "row"), kind, folder / "rows.log")
         if blocks := self.report.examples_of.get(RAW_TEXT):
             log.info("raw text, trained as it is: %s", plural(blocks, "block"))
-        if told := self.report.expanded():
-            log.info("%s", told)
+        if expanded := self.report.expanded():
+            log.info("%s", expanded)
         tell_unread(self.report.unread)
         if absent := self.report.absent():
             log.warning("%s", absent)

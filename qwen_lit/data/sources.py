@@ -267,7 +267,7 @@ def _array(path: str, raw: bytes) -> Iterator[tuple[RawRow, float]]:
         try:
             row, position = decoder.raw_decode(text, position)
         except RowError:
-            # As a line of its own it is told as one.
+            # As a line of its own it is reported as one.
             end = plain.raw_decode(text, position)[1]
             row, position = text[position:end].encode(), end
         except (ValueError, RecursionError) as error:

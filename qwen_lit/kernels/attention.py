@@ -89,8 +89,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     """
     tokens, heads, size = q.shape
     documents = cu_seqlens.numel() - 1
-    low = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    ahead = flash(torch.cuda.get_device_capability(q.device)[0]) if low and size in (64, 128) else None
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    ahead = flash(torch.cuda.get_device_capability(q.device)[0]) if half and size in (64, 128) else None
     equal = documents * max_seqlen == tokens
     if ahead is not None and (ahead[1] or not equal):
         return by_flash(ahead[0], q, k, v, cu_seqlens, max_seqlen)
@@ -99,7 +99,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         with sdpa_kernel(BACKENDS, set_priority=True):
             out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).reshape(tokens, heads, size)
-    varlen = _varlen() if low else None
+    varlen = _varlen() if half else None
     if varlen is None:
         return attention_reference(q, k, v, cu_seqlens)
     function, options = varlen

@@ -1,4 +1,4 @@
-"""What an operation of the engine costs in memory: the words in which each one tells it, beside its kernel."""
+"""What an operation of the engine costs in memory: the classes in which each one states it, beside its kernel."""
 
 from dataclasses import dataclass
 

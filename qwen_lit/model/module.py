@@ -33,7 +33,7 @@ from qwen_lit.model.resume import go_on, settings, shared, stored
 from qwen_lit.model.schedules import WITHOUT_WARMUP, schedule
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.model.step import StepSums, clip_gradients, first_of
-from qwen_lit.model.trained import find_adapter, tell_measured, weights
+from qwen_lit.model.trained import find_adapter, log_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.flops import token_flops
@@ -110,12 +110,12 @@ class QwenModule(L.LightningModule):
         data = self.data
         if stage == "fit":
             check_limits(self.trainer, data)
-            told = settings(self)
-            alike = {**shared(self.run.config), "the files of model.model_name_or_path": told["base"]}
-            agree(self.trainer, {**data.state_dict(), **told["frozen"], **alike})
+            own = settings(self)
+            alike = {**shared(self.run.config), "the files of model.model_name_or_path": own["base"]}
+            agree(self.trainer, {**data.state_dict(), **own["frozen"], **alike})
             watch_children(self.trainer)
         if stage == "validate":
-            tell_measured(self, self.trainer, data)
+            log_measured(self, self.trainer, data)
 
     def fetch_weights(self) -> None:
         """See that the base's weights are on this machine and can be read.
@@ -148,7 +148,7 @@ class QwenModule(L.LightningModule):
             add_noise(base.get_input_embeddings(), self.settings.neftune_noise_alpha)  # type: ignore[operator]
         before = stored(self.run.checkpoint).get("micro_batches_at_once")
         choice = choose_engine(self, self.trainer, self.data, before)
-        self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.told
+        self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
         if sharded or self.offload_embedding:
             # DDP reduces the adapter alone: shards differ from rank to rank, and an embedding on the CPU is no part.
             frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
@@ -200,8 +200,9 @@ class QwenModule(L.LightningModule):
     def recomputed_share(self) -> float:
         """Share of the layers whose activations are computed again in backward."""
         layers = len(family_of(self.config).layers(self.config))
-        again = self.fast.recompute_layers if self.fast is not None else layers * self.settings.gradient_checkpointing
-        return again / layers
+        if self.fast is None:
+            return float(self.settings.gradient_checkpointing)
+        return self.fast.recompute_layers / layers
 
     def release_memory(self) -> None:
         """Free what only training needs, for what comes after it."""

@@ -12,12 +12,12 @@ from qwen_lit.errors import UserError, refuse_changes
 from qwen_lit.model.base import fingerprint
 
 log = logging.getLogger(__name__)
-REFUSE, TELL, FREE = "refuse", "tell", "free"
+REFUSE, WARN, FREE = "refuse", "warn", "free"
 KEYS = {
     "seed_everything": REFUSE,
     # What the adapter is made by, and what its weights were trained against.
     "model.lora_config": REFUSE,
-    "model.lora_config.lora_dropout": TELL,
+    "model.lora_config.lora_dropout": WARN,
     **dict.fromkeys(
         [
             f"model.lora_config.{key}"
@@ -40,7 +40,7 @@ KEYS = {
         FREE,
     ),
     "model.quantization_config": REFUSE,
-    "model.quantization_config.bnb_4bit_quant_storage": TELL,
+    "model.quantization_config.bnb_4bit_quant_storage": WARN,
     "trainer.precision": REFUSE,
     # The optimizer's state, which a checkpoint holds with its betas and its groups.
     "model.optimizer": REFUSE,
@@ -48,18 +48,18 @@ KEYS = {
     "model.adam_beta2": REFUSE,
     "model.lora_plus_ratio": REFUSE,
     # The base is compared by what is in its files.
-    "model.model_name_or_path": TELL,
+    "model.model_name_or_path": WARN,
     "model.hub": FREE,
     "model.max_skipped_steps": FREE,
     "model.memory_budget": FREE,
-    "model": TELL,
+    "model": WARN,
     # The rows of a step; the data's own digest is compared as well.
     "data.batch_size": REFUSE,
     "data.max_length": REFUSE,
     "data.packing": REFUSE,
-    **dict.fromkeys([f"data.{key}" for key in ("dataset_path", "val_dataset_path")], TELL),
+    **dict.fromkeys([f"data.{key}" for key in ("dataset_path", "val_dataset_path")], WARN),
     **dict.fromkeys([f"data.{key}" for key in ("cache_dir", "num_proc", "num_workers", "seed")], FREE),
-    "data": TELL,
+    "data": WARN,
     "trainer.accumulate_grad_batches": REFUSE,
     "trainer.limit_train_batches": REFUSE,
     "trainer.overfit_batches": REFUSE,
@@ -83,7 +83,7 @@ KEYS = {
                 "sync_batchnorm",
             )
         ],
-        TELL,
+        WARN,
     ),
     "trainer": FREE,
     "checkpoint": FREE,
@@ -94,8 +94,8 @@ KEYS = {
 }
 """What a change on resume means, by key or by the section that holds it; the longest name counts.
 
-``refuse``: it would be another run. ``tell``: it is taken and logged. ``free``: it changes nothing that is trained.
-Devices and nodes are compared by the data, as the number of processes.
+``refuse``: it would be another run. ``warn``: it is taken, with a warning. ``free``: it changes nothing that is
+trained. Devices and nodes are compared by the data, as the number of processes.
 """
 LORA = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "init_lora_weights")
 
@@ -123,7 +123,7 @@ def settings(module: Any) -> dict[str, Any]:
 def stored(checkpoint: Path | None) -> dict[str, Any]:
     """The settings that a checkpoint remembers; empty where it does not say.
 
-    What is wrong with a file is told where it is restored.
+    A damaged file is reported where it is restored.
     """
     if checkpoint is None or not checkpoint.is_file():
         return {}
@@ -137,7 +137,7 @@ def meaning(key: str) -> str:
     while key not in KEYS:
         key, dot, _ = key.rpartition(".")
         if not dot:
-            return TELL
+            return WARN
     return KEYS[key]
 
 
@@ -213,7 +213,7 @@ def compare(then: dict[str, Any], config: dict[str, Any], base: str | None) -> N
         refused["the files of " + name] = (then["base"][:8], base[:8])
     refuse_changes(refused)
     for key, (before, after) in changes.items():
-        if meaning(key) == TELL:
+        if meaning(key) == WARN:
             log.warning("%s was %s until here, and is %s from here on", key, before, after)
 
 

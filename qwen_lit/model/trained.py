@@ -89,7 +89,7 @@ def find_adapter(given: str) -> Path:
 
 
 def take_over(model: Any, trained: Trained) -> None:
-    """Let a configuration's section ``model`` be what an adapter was trained with; each difference is told.
+    """Let a configuration's section ``model`` be what an adapter was trained with; each difference is logged.
 
     Args:
         model: the section; changed in place.
@@ -245,7 +245,7 @@ def _shape(shape: Any) -> str:
     return "not" if shape is None else "x".join(map(str, shape))
 
 
-def tell_measured(module: Any, trainer: Any, data: Any) -> None:
+def log_measured(module: Any, trainer: Any, data: Any) -> None:
     """Say what ``validate`` measures, before the model is loaded.
 
     Raises:

@@ -19,14 +19,14 @@ from qwen_lit.planner.planner import Planner, Work, possible_at_once
 
 log = logging.getLogger(__name__)
 FALLBACK = "fast (PyTorch fallback, no CUDA)"
-"""How an engine on the CPU is told."""
+"""How an engine on the CPU is described."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """What computes the loss."""
 
-    told: str
+    description: str
     """As the start of a run says it."""
     fast: FastEngine | None = None
     """None for PEFT's own path."""

@@ -65,8 +65,8 @@ class LayerMemory:
         alias = self.input if self.ops[0].saved else 0
         above = self.ops[last + 1].grad if last + 1 < len(self.ops) else 0
         before = [moment for moment in self._moments(0, len(self.ops) - 1, "backward")][: len(self.ops) - 1 - last]
-        again = Moment("forward again", self.saved - alias + self._unsaved(last) + self.grad + above)
-        return (*before, again, *self._moments(self.saved - alias, last, "backward", above))
+        rerun = Moment("forward again", self.saved - alias + self._unsaved(last) + self.grad + above)
+        return (*before, rerun, *self._moments(self.saved - alias, last, "backward", above))
 
     @cached_property
     def highest_backward(self) -> tuple[Moment, ...]:

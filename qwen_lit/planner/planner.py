@@ -171,10 +171,10 @@ class Planner:
 
 
 def more_beside(beside: int, plan: Plan, peak: int | None) -> int:
-    """Bytes that the next plan is told are taken beside it, after one that took too much.
+    """Bytes that the next plan counts as taken by others, after a plan that took too much.
 
     Args:
-        beside: what this plan was told.
+        beside: what this plan counted so.
         plan: as it was tried.
         peak: its measured peak; None where it did not fit.
     """
