@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, clear_partial, remove, step_files, step_of
 from qwen_lit.callbacks.resumed import has_ended
 from qwen_lit.checks import check_ranges
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.errors import RunError
 from qwen_lit.lightning_internals import (
     begin_next_epoch,
@@ -22,8 +23,10 @@ from qwen_lit.lightning_internals import (
     validation_follows,
 )
 from qwen_lit.mixing import set_newer_aside
+from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import settings
 from qwen_lit.run import Run
+from qwen_lit.seams import options_of
 from qwen_lit.signals import INTERRUPTS
 
 log = logging.getLogger(__name__)
@@ -71,9 +74,9 @@ class RunCheckpoint(Checkpoint):
             _set_rng(self.rng[trainer.global_rank])
             self.rng = []
 
-    def _own_folder(self, trainer: Any) -> None:
+    def _own_folder(self, trainer: L.Trainer) -> None:
         """Leave no checkpoint of steps to come in the folder, and no best loss whose checkpoint is elsewhere."""
-        if trainer.fast_dev_run:
+        if options_of(trainer).fast_dev_run:
             return
         if trainer.is_global_zero:
             set_newer_aside(self.run, trainer.global_step)
@@ -131,7 +134,7 @@ class RunCheckpoint(Checkpoint):
             return
         if float(loss) < self.best:
             self.best, self.best_step = float(loss), trainer.global_step
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if not options_of(trainer).fast_dev_run:
                 trainer.save_checkpoint(self.run.best, storage_options={"manifest": _manifest(trainer)})
             if trainer.is_global_zero:
                 log.info("best validation loss %.4f at step %d", self.best, trainer.global_step)
@@ -139,7 +142,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end of the run, wherever it falls between two periodic saves."""
         # What early stopping has counted at the end of the epoch belongs to it: the run stays ended.
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = options_of(trainer).callbacks
         stopped = any(has_ended(one) and stops_at_epoch_end(one) for one in callbacks)
         if trainer.global_step != self.saved_step or self._io(trainer).failure is not None or stopped:
             self._save(trainer, pl_module)
@@ -166,12 +169,11 @@ class RunCheckpoint(Checkpoint):
         self._io(trainer).wait()
 
     @staticmethod
-    def _io(trainer: Any) -> AtomicCheckpointIO:
-        io: AtomicCheckpointIO = trainer.strategy.checkpoint_io
-        return io
+    def _io(trainer: L.Trainer) -> AtomicCheckpointIO:
+        return cast(AtomicCheckpointIO, trainer.strategy.checkpoint_io)
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if options_of(trainer).fast_dev_run:
             return
         started = time.perf_counter()
         trained = [p for p in pl_module.parameters() if p.requires_grad]
@@ -222,9 +224,9 @@ class RunCheckpoint(Checkpoint):
         self.best_step = state_dict["best_step"] if "best_step" in state_dict else step_of(self.run.best)
 
 
-def _manifest(trainer: Any) -> dict[str, Any]:
-    config = settings(trainer.lightning_module)
-    compared = {"data": trainer.datamodule.state_dict(), "config": {**config["frozen"], **config["config"]}}
+def _manifest(trainer: L.Trainer) -> dict[str, Any]:
+    config = settings(cast(QwenModule, trainer.lightning_module))
+    compared = {"data": data_of(trainer).state_dict(), "config": {**config["frozen"], **config["config"]}}
     return {"step": trainer.global_step, "epoch": trainer.current_epoch, **compared}
 
 

@@ -20,7 +20,7 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import is_whole, step_of
 from qwen_lit.callbacks.trackers import log_verdict
 from qwen_lit.checkpoints import trained_at
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import QwenDataModule, data_of
 from qwen_lit.data.rows import Rows
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import RESIDUAL_INITS
@@ -33,6 +33,7 @@ from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_check
 from qwen_lit.export.pipeline import run as run_job
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import PARTIAL, Run
+from qwen_lit.seams import options_of
 
 log = logging.getLogger(__name__)
 NO_BEST = "the best checkpoint"
@@ -80,14 +81,14 @@ class Export(Callback):
         Raises:
             UserError: the adapter cannot be merged, GGUF cannot be written, or there will be no best checkpoint.
         """
-        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        data = data_of(trainer)
         assert data.val_rows is not None
         if stage == "fit" and self.checkpoint == "best" and not len(data.val_rows):
             raise UserError(
                 "export.checkpoint is best, but data.val_size holds out no row; give a larger share, or a count such "
                 "as data.val_size: 8, or export.checkpoint: last."
             )
-        if stage != "fit" or not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage != "fit" or not self.merge or options_of(trainer).fast_dev_run:
             return
         module = cast(QwenModule, pl_module)
         check_mergeable(module.lora_config, module.config)
@@ -107,11 +108,11 @@ class Export(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export once training is complete; an interrupted run leaves its checkpoints alone."""
-        if trainer.fast_dev_run or trainer.interrupted or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if options_of(trainer).fast_dev_run or options_of(trainer).interrupted or not trainer.is_global_zero:
             return
         module = cast(QwenModule, pl_module)
         assert module.model is not None
-        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        data = data_of(trainer)
         adapter, saver = self.run.adapter, self.saver
         partial = adapter.with_name(adapter.name + PARTIAL)
         self.made = {"checkpoint": "last", "step": trainer.global_step}
@@ -262,11 +263,11 @@ def best_weights(saver: RunCheckpoint) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def holding(module: Any, weights: dict[str, torch.Tensor] | None) -> Iterator[None]:
+def holding(module: QwenModule, weights: dict[str, torch.Tensor] | None) -> Iterator[None]:
     """Let a module have other trained weights for a while; its own are put back bit for bit.
 
     Args:
-        module: ``QwenModule``.
+        module: to which they are lent.
         weights: all of its trained ones, by its names; None changes nothing.
     """
     if weights is None:

@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import Callback
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.data.batches import Batch
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.flops import peak_flops
+from qwen_lit.seams import options_of
 
 
 @dataclass
@@ -48,12 +49,12 @@ class Counts:
         return Counts(**{name: value if name in own else value / trainer.world_size for name, value in summed.items()})
 
 
-def is_logged(trainer: Any, step: int) -> bool:
+def is_logged(trainer: L.Trainer, step: int) -> bool:
     """Whether an optimizer step is one of those at ``trainer.log_every_n_steps``; 0 logs none."""
-    return bool(trainer.log_every_n_steps) and step % trainer.log_every_n_steps == 0
+    return bool(options_of(trainer).log_every_n_steps) and step % options_of(trainer).log_every_n_steps == 0
 
 
-def memory(trainer: Any) -> dict[str, float]:
+def memory(trainer: L.Trainer) -> dict[str, float]:
     """GPU memory in GiB of the rank that has most of it: now, and at most so far."""
     if trainer.strategy.root_device.type != "cuda":
         return {}
@@ -87,7 +88,7 @@ class Throughput(Callback):
         self.started, self.first = time.perf_counter(), trainer.global_step
         self.counts, self.last = Counts(), Counts()
         module = cast(QwenModule, pl_module)
-        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        data = data_of(trainer)
         assert data.train_rows is not None
         lengths, supervised = data.train_rows.column("length"), data.train_rows.column("supervised")
         # The mean of a token, not of a document: long documents hold more of them.
@@ -111,7 +112,7 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: list[Batch], batch_idx: int
     ) -> None:
         """Count the micro-batches of the step; log at the trainer's interval."""
-        module: Any = pl_module
+        module = cast(QwenModule, pl_module)
         for one in batch:
             self.counts.tokens += one["tokens"]
             self.counts.supervised += one["targets"].numel()
@@ -122,18 +123,18 @@ class Throughput(Callback):
             for name, value in self.latest(trainer).items():
                 pl_module.log(f"train/{name}", value)
 
-    def _now(self, trainer: Any) -> Counts:
+    def _now(self, trainer: L.Trainer) -> Counts:
         saved = self.saver.stalled if self.saver is not None else 0.0
-        seconds, waited = time.perf_counter() - self.started, trainer.datamodule.waited
+        seconds, waited = time.perf_counter() - self.started, data_of(trainer).waited
         return Counts(**{**vars(self.counts), "waiting": waited, "saving": saved, "seconds": seconds})
 
-    def latest(self, trainer: Any) -> dict[str, float]:
+    def latest(self, trainer: L.Trainer) -> dict[str, float]:
         """The panel since it was asked for last; empty without a step. All ranks call this."""
         now = self._now(trainer)
         since, self.last = now.minus(self.last), now
         return self.panel(since.over_ranks(trainer)) | memory(trainer) if since.steps else {}
 
-    def whole(self, trainer: Any) -> dict[str, float]:
+    def whole(self, trainer: L.Trainer) -> dict[str, float]:
         """The panel of the run so far. All ranks call this."""
         return self.panel(self._now(trainer).over_ranks(trainer)) | memory(trainer)
 

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
 from qwen_lit.callbacks.metrics import is_logged
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.model.duration import total_steps
 from qwen_lit.progress import Progress
 from qwen_lit.screen import Bar, drawn, on_screen, printing_above
@@ -53,7 +54,7 @@ class RunProgress(ProgressBar):
         """Time is counted from here; a run that goes on begins at its step."""
         self.began = self.last = time.perf_counter()
         self.first = self.step = trainer.global_step
-        self.total = total_steps(trainer, trainer.datamodule)  # type: ignore[attr-defined]
+        self.total = total_steps(trainer, data_of(trainer))
         if self.screen and self.enabled:
             self.printing.enter_context(printing_above())
             self.bar = Bar(self._line)
@@ -121,7 +122,7 @@ class RunProgress(ProgressBar):
         self.bar = self.validation = None
         self.printing.close()
 
-    def _read(self, trainer: Any, module: Any) -> None:
+    def _read(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         found = trainer.callback_metrics
         values = {short: float(found[name]) for name, short in SHOWN.items() if name in found}
         self.metrics = {name: f"{one:,.0f}" if name == "tok/s" else _number(one) for name, one in values.items()}

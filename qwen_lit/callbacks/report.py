@@ -19,12 +19,13 @@ from qwen_lit.callbacks.facts import flat, run_facts
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput, is_logged
 from qwen_lit.callbacks.trackers import log_config
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.environment import git, hardware, versions
 from qwen_lit.lines import end_lines, loss_lines, panel_lines, start_lines
 from qwen_lit.model.module import QwenModule
 from qwen_lit.report import page
 from qwen_lit.run import PARTIAL, Run
+from qwen_lit.seams import options_of
 from qwen_lit.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class RunReport(Callback):
             for name, text in start_lines(self.facts, self.run.output_dir).items():
                 for line in textwrap.wrap(f"{name:<10} {text}", LINE, subsequent_indent=" " * 11):
                     log.info(line)
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if not options_of(trainer).fast_dev_run:
                 log_config(trainer.loggers, flat({**self.run.config, "run": self.facts}))
 
     def on_train_batch_end(
@@ -144,7 +145,7 @@ class RunReport(Callback):
         if ends and is_logged(trainer, self.step) and not getattr(pl_module, "skipped_in_a_row", 0):
             log_to_all(trainer, _training_metrics(trainer), trainer.global_step)
 
-    def _log_last(self, trainer: Any, latest: dict[str, float], skipped: bool) -> None:
+    def _log_last(self, trainer: L.Trainer, latest: dict[str, float], skipped: bool) -> None:
         step = trainer.global_step
         if step == self.first or is_logged(trainer, step) or skipped:
             return
@@ -156,7 +157,7 @@ class RunReport(Callback):
         """Write the summary and the page, after the export."""
         if trainer.is_global_zero and self.first in (None, trainer.global_step):
             log.warning("nothing was trained: %s", nothing_left(trainer))
-        if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or options_of(trainer).fast_dev_run or options_of(trainer).interrupted:
             return
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
@@ -172,10 +173,10 @@ class RunReport(Callback):
         for line in end_lines(summary):
             log.info(line)
 
-    def summary(self, trainer: Any, module: QwenModule) -> dict[str, Any]:
+    def summary(self, trainer: L.Trainer, module: QwenModule) -> dict[str, Any]:
         """All of it as plain values; docs/configuration.md tells of each."""
         run, export, ended = self.run, self.exporter, datetime.now().astimezone()
-        data = cast(QwenDataModule, trainer.datamodule)
+        data = data_of(trainer)
         lines = run.samples.read_text(encoding="utf-8").splitlines() if run.samples.is_file() else []
         exported = run.adapter.is_dir() and run.adapter.name not in export.missing
         project, last = git(Path.cwd()), {name: curve[-1][1] for name, curve in self.history.items() if curve}
@@ -242,11 +243,11 @@ def write(run: Run, summary: dict[str, Any]) -> None:
     log.info("report written to %s", run.report)
 
 
-def _training_metrics(trainer: Any) -> dict[str, float]:
+def _training_metrics(trainer: L.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
 
 
-def log_to_all(trainer: Any, metrics: dict[str, float], step: int) -> None:
+def log_to_all(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
     """Beside what Lightning logs by itself.
 
     Args:
@@ -258,7 +259,7 @@ def log_to_all(trainer: Any, metrics: dict[str, float], step: int) -> None:
         logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step - 1)
 
 
-def nothing_left(trainer: Any) -> str:
+def nothing_left(trainer: L.Trainer) -> str:
     """Why a run has made no step."""
     step, epochs = trainer.global_step, trainer.max_epochs
     if trainer.should_stop:

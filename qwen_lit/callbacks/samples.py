@@ -10,11 +10,12 @@ from lightning.pytorch.callbacks import Callback
 from tqdm.utils import disp_len, disp_trim
 
 from qwen_lit.callbacks.trackers import log_samples
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.generate import generate
 from qwen_lit.lines import question
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import Run
+from qwen_lit.seams import options_of
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ class Samples(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._answer(trainer, cast(QwenModule, pl_module))
 
-    def _questions(self, trainer: Any) -> list[tuple[list[int], str | None]]:
-        data = cast(QwenDataModule, trainer.datamodule)
+    def _questions(self, trainer: L.Trainer) -> list[tuple[list[int], str | None]]:
+        data = data_of(trainer)
         assert data.val_rows is not None
         if self.prompts is not None:
             chats = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
@@ -68,16 +69,21 @@ class Samples(Callback):
             found.append((prompt.tolist(), wanted))
         return found
 
-    def _answer(self, trainer: Any, module: QwenModule) -> None:
+    def _answer(self, trainer: L.Trainer, module: QwenModule) -> None:
         assert module.model is not None
-        if not self.asked or not trainer.is_global_zero or trainer.fast_dev_run or module.settings.shard_base:
+        if (
+            not self.asked
+            or not trainer.is_global_zero
+            or options_of(trainer).fast_dev_run
+            or module.settings.shard_base
+        ):
             return
         embedding = module.model.get_input_embeddings().weight
         if embedding.device != trainer.strategy.root_device:
             log.info("no samples: the embedding stands on the CPU, to save GPU memory")
             self.asked = []
             return
-        tokenizer = trainer.datamodule.tokenizer
+        tokenizer = data_of(trainer).tokenizer
         training = module.model.training
         module.model.eval()
         lines = []
@@ -96,7 +102,7 @@ class Samples(Callback):
         module.model.train(training)
         self._write(trainer, lines)
 
-    def _write(self, trainer: Any, lines: list[dict[str, Any]]) -> None:
+    def _write(self, trainer: L.Trainer, lines: list[dict[str, Any]]) -> None:
         # A step that is made again after a resume is answered again.
         earlier = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         kept = [one for one in earlier if one.endswith("\n") and json.loads(one)["step"] < lines[0]["step"]]

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen_lit.data.audit import Audit, pieces, text_report
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
 from qwen_lit.page import render
 
 
-def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: Any, model: str, data: Any) -> str:
+def html_report(
+    result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: Any, model: str, data: QwenDataModule
+) -> str:
     """The audit and some rows as a page.
 
     Args:

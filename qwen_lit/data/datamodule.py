@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -31,6 +31,7 @@ from qwen_lit.data.sources import Source
 from qwen_lit.errors import UserError, refuse_changes
 from qwen_lit.lines import plural
 from qwen_lit.names import expanded
+from qwen_lit.seams import options_of
 from qwen_lit.signals import leave_to_parent
 
 log = logging.getLogger(__name__)
@@ -275,13 +276,15 @@ class QwenDataModule(L.LightningDataModule):
         ranks = self.trainer.world_size if self.trainer else 1
         batches = self._heaviest_first(rows) if self.heaviest_first else self.batches(rows)
         # Overfitting is to see the same batches in every epoch.
-        shuffled = shuffled and not self.heaviest_first and not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        shuffled = (
+            shuffled and not self.heaviest_first and not (self.trainer and options_of(self.trainer).overfit_batches)
+        )
         return EpochOrder(batches, self.settings.seed, rank, ranks, shuffled, self.per_step)
 
     @property
     def per_step(self) -> int:
         """Micro-batches of an optimizer step on each rank, which a loader hands out together."""
-        return self.trainer.micro_batches_per_step if self.trainer else 1  # type: ignore[attr-defined]
+        return options_of(self.trainer).micro_batches_per_step if self.trainer else 1
 
     @property
     def pad_id(self) -> int:
@@ -316,3 +319,8 @@ class QwenDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """Lists of as many micro-batches of the validation rows, in their own order; nothing where there are none."""
         return self._loader(self.val_rows, shuffled=False) if self.val_rows is not None and len(self.val_rows) else []
+
+
+def data_of(trainer: L.Trainer) -> QwenDataModule:
+    """The rows of a run, which its trainer has been given."""
+    return cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]

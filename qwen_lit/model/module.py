@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qwen_lit.data.batches import Batch, join, padded
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import QwenDataModule, data_of
 from qwen_lit.distributed import agree, watch_children
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError, UserError
@@ -48,6 +48,7 @@ from qwen_lit.quantization import (
     usable,
 )
 from qwen_lit.run import Run
+from qwen_lit.seams import options_of
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class QwenModule(L.LightningModule):
             agree(self.trainer, {**data.state_dict(), **own["frozen"], **alike})
             watch_children(self.trainer)
         if stage == "validate":
-            log_measured(self, self.trainer, data)
+            log_measured(self.name, self.run.checkpoint or self.init_adapter, data)
 
     def fetch_weights(self) -> None:
         """See that the base's weights are on this machine and can be read.
@@ -214,7 +215,7 @@ class QwenModule(L.LightningModule):
     @property
     def data(self) -> QwenDataModule:
         """The rows that are trained."""
-        return cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        return data_of(self.trainer)
 
     @property
     def micro_batches_at_once(self) -> int:
@@ -355,7 +356,8 @@ class QwenModule(L.LightningModule):
             # Later the schedule has moved on to the next step's.
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             self.log("train/supervised_tokens", tokens)
-            clip_gradients(parameters, norm, self.trainer.clip_value, self.trainer.gradient_clip_algorithm)  # type: ignore[attr-defined]
+            options = options_of(self.trainer)
+            clip_gradients(parameters, norm, options.clip_value, options.gradient_clip_algorithm)
         else:
             self._skip_step(optimizer, loss, sums)
         self.log("train/skipped_steps", float(self.skipped_steps))

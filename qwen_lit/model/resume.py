@@ -4,12 +4,16 @@ import logging
 import pickle
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import lightning as L
 import torch
+from peft import LoraConfig
 
 from qwen_lit.errors import UserError, refuse_changes
 from qwen_lit.model.base import fingerprint
+from qwen_lit.model.settings import ModelSettings
+from qwen_lit.run import Run
 
 log = logging.getLogger(__name__)
 REFUSE, WARN, FREE = "refuse", "warn", "free"
@@ -100,8 +104,25 @@ trained. Devices and nodes are compared by the data, as the number of processes.
 LORA = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "init_lora_weights")
 
 
-def settings(module: Any) -> dict[str, Any]:
-    """The configuration of a ``QwenModule`` as plain values.
+class Configured(Protocol):
+    """What is asked of a ``QwenModule`` here."""
+
+    name: str
+    settings: ModelSettings
+    optimizer_name: str
+    run: Run
+
+    @property
+    def lora_config(self) -> LoraConfig:
+        """The adapter's settings."""
+
+    @property
+    def micro_batches_at_once(self) -> int:
+        """Micro-batches of an optimizer step that are computed in one forward and backward pass."""
+
+
+def settings(module: Configured) -> dict[str, Any]:
+    """The configuration of a module as plain values.
 
     ``frozen`` is what the adapter and the optimizer are made by, ``micro_batches_at_once`` how many of a step are
     computed together, ``config`` the whole configuration, ``base`` the fingerprint of the base's files.
@@ -217,7 +238,7 @@ def compare(then: dict[str, Any], config: dict[str, Any], base: str | None) -> N
             log.warning("%s was %s until here, and is %s from here on", key, before, after)
 
 
-def check_end(checkpoint: dict[str, Any], trainer: Any) -> None:
+def check_end(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     """Refuse limits that lie before the checkpoint: nothing would be trained, and what is there be exported.
 
     Raises:
@@ -259,11 +280,11 @@ def _refuse_earlier(then: dict[str, Any]) -> None:
         )
 
 
-def go_on(module: Any, trainer: Any, checkpoint: dict[str, Any]) -> tuple[int, int | None]:
+def go_on(module: Configured, trainer: L.Trainer, checkpoint: dict[str, Any]) -> tuple[int, int | None]:
     """Compare the run of a checkpoint with this one.
 
     Args:
-        module: ``QwenModule`` with the settings of now.
+        module: with the settings of now.
         trainer: Lightning's, in ``fit``.
         checkpoint: as Lightning has read it.
 

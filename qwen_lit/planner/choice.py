@@ -3,9 +3,12 @@
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol
 
+import lightning as L
 import torch
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import least
@@ -13,9 +16,11 @@ from qwen_lit.engine.engine import FastEngine, unsupported_reason
 from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.errors import UserError
 from qwen_lit.families.table import family_of
+from qwen_lit.model.settings import ModelSettings
 from qwen_lit.planner.measure import Gpu
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.planner import Planner, Work, possible_at_once
+from qwen_lit.seams import options_of
 
 log = logging.getLogger(__name__)
 FALLBACK = "fast (PyTorch fallback, no CUDA)"
@@ -34,11 +39,25 @@ class Choice:
     """Of the fast engine on a GPU."""
 
 
-def choose_engine(module: Any, trainer: Any, data: QwenDataModule, before: int | None) -> Choice:
+class Trainable(Protocol):
+    """What is asked of a ``QwenModule`` here."""
+
+    settings: ModelSettings
+    config: PretrainedConfig
+    model: PeftModel | None
+    quantization_config: BitsAndBytesConfig | None
+    memory_budget: int | None
+
+    @property
+    def state_bytes(self) -> float:
+        """Of optimizer state for a trained number."""
+
+
+def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, before: int | None) -> Choice:
     """The engine that ``model.engine`` allows.
 
     Args:
-        module: ``QwenModule`` with its model on this rank's device.
+        module: with its model on this rank's device.
         trainer: all of its ranks call this.
         data: its rows are prepared.
         before: micro-batches that the resumed run has computed at once; None for a new run.
@@ -73,7 +92,11 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule, before: int |
         before,
         trainer.num_devices,
     )
-    work = Work(data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens(), data.heaviest)
+    work = Work(
+        data.most_tokens(possible_at_once(options_of(trainer).micro_batches_per_step)),
+        data.mean_tokens(),
+        data.heaviest,
+    )
     planned = planner.plan(work) if trainer.state.fn == "fit" else planner.plan_unmeasured(work)
     engine, plan, peak = planned.engine, planned.plan, planned.peak
     measured = "" if peak is None else f", measured {peak / GIB:.2f}"

@@ -48,7 +48,7 @@ class ModelMemory:
     """Rows of lm_head."""
     trained: int
     """Numbers of the adapter."""
-    state_bytes: int
+    state_bytes: float
     """Of optimizer state for each of them."""
     size: int = 2
     """Bytes of a number in activations and products."""
@@ -58,7 +58,7 @@ class ModelMemory:
     """Width of a head; cos and sin take as much for each token."""
 
     @staticmethod
-    def of(model: Any, state_bytes: int, quantized: Callable[[str], bool] | None = None) -> "ModelMemory":
+    def of(model: Any, state_bytes: float, quantized: Callable[[str], bool] | None = None) -> "ModelMemory":
         """Read from a PEFT model.
 
         Args:
@@ -123,7 +123,7 @@ class ModelMemory:
         return {
             "gradients of the adapter, float32": 4 * self.trained,
             "adapter in the dtype of the products": self.size * self.trained,
-            "optimizer states": self.state_bytes * self.trained,
+            "optimizer states": int(self.state_bytes * self.trained),
             "buffer for a dequantised weight": max(
                 one for layer in self.layers for one in augmented_bytes(layer, self.size)
             ),

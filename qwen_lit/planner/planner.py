@@ -79,7 +79,7 @@ class Planner:
         meter: Meter,
         agree: Callable[[int], int],
         forward_context: Callable[[], AbstractContextManager[None]],
-        state_bytes: int,
+        state_bytes: float,
         budget: int | None = None,
         only: int | None = None,
         processes: int = 1,
