@@ -305,7 +305,7 @@ def within(seconds: float | None, work: Callable[[], T]) -> T:
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk on which a folder is, or will be."""
+    """Free bytes of the disk on which a folder is, or will be."""
     path = Path(expanded(str(folder))).absolute()
     return shutil.disk_usage(next(one for one in (path, *path.parents) if one.exists())).free
 

@@ -56,11 +56,11 @@ class Parser(LightningArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As jsonargparse's, but part of a key is no key."""
+        """Find options as jsonargparse does, but take no part of a key for the key."""
         super().__init__(*args, **{"allow_abbrev": False, "prog": "qwen-lit", **kwargs})
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """As jsonargparse's, but a value that names a file is its name."""
+        """Parse a value as jsonargparse does, but keep one that names a file as that name."""
         added = super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
         for action in self._actions:
             if type(action) is _ActionConfigLoad:
@@ -68,7 +68,7 @@ class Parser(LightningArgumentParser):
         return added
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's; errors name the file.
+        """Parse a configuration file as jsonargparse does, with errors that name it.
 
         Raises:
             UserError: the file is no configuration.

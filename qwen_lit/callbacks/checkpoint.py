@@ -63,7 +63,10 @@ class RunCheckpoint(Checkpoint):
             clear_partial(self.run.checkpoints)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Run the validation that the checkpoint's run did not come to; restore the random generators last."""
+        """Run the validation that is still due where the run stopped between a save and its validation.
+
+        The random generators are restored last, because validation draws from them.
+        """
         self._own_folder(trainer)
         INTERRUPTS.defer()
         begin_next_epoch(trainer)
@@ -111,7 +114,7 @@ class RunCheckpoint(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """A signal ends a validation at once: its step is saved already."""
+        """Stop at once on a signal: the step before the validation is saved already."""
         if trainer.state.fn == "fit" and trainer.strategy.reduce_boolean_decision(
             INTERRUPTS.received is not None, all=False
         ):
@@ -151,7 +154,7 @@ class RunCheckpoint(Checkpoint):
         INTERRUPTS.check()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Runs after the export, which needs no checkpoint.
+        """Report a last checkpoint that could not be written, after the export, which needs none.
 
         Raises:
             RunError: the last checkpoint could not be written.
@@ -164,7 +167,7 @@ class RunCheckpoint(Checkpoint):
             )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Let a write under way end."""
+        """Wait for a write that is under way."""
         INTERRUPTS.release()
         self._io(trainer).wait()
 
@@ -201,7 +204,10 @@ class RunCheckpoint(Checkpoint):
         self.rng = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only, so that reading never runs code."""
+        """The counters, the best loss and the random generators.
+
+        They are tensors and plain values, so that reading them runs no code.
+        """
         return {
             "saved_step": self.saved_step,
             "best": self.best,
@@ -211,7 +217,7 @@ class RunCheckpoint(Checkpoint):
         }
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A file that Lightning's own callback saves holds the generators of every rank too."""
+        """Add the random generators of every rank to a file that Lightning's own ModelCheckpoint saves."""
         mine = checkpoint.get("callbacks", {}).get(self.state_key)
         if mine is not None and not self.rng:
             mine["rng"] = _gather(trainer, _get_rng())
@@ -231,7 +237,7 @@ def _manifest(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def _gather(trainer: L.Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of every rank, in order."""
+    """The states of all ranks, in the order of the ranks; all ranks call this."""
     if trainer.world_size == 1:
         return [mine]
     found: list[Any] = [None] * trainer.world_size

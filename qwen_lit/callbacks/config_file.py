@@ -16,7 +16,7 @@ class ConfigFile(Callback):
     """
 
     def __init__(self, run: Run) -> None:
-        """Writes nothing yet.
+        """Keeps the run whose configuration is written.
 
         Args:
             run: has the configuration, and names the file.

@@ -53,7 +53,7 @@ class Export(Callback):
         verdict_rows: int = 32,
         smoke_rows: int = 3,
     ) -> None:
-        """Nothing is read or written before fit ends.
+        """Keeps the settings; the export is made in ``on_fit_end``.
 
         Args:
             run: names the folders, and has the configuration that is written beside the weights.
@@ -73,10 +73,10 @@ class Export(Callback):
         self.facts: ModelCardFacts | None = None
         self.missing: dict[str, str] = {}
         self.made: dict[str, Any] = {}
-        """Of which checkpoint the adapter is: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
+        """The checkpoint that the adapter is from: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """What cannot be exported is known before anything is trained.
+        """Refuse, before anything is trained, what could not be exported.
 
         Raises:
             UserError: the adapter cannot be merged, GGUF cannot be written, or there will be no best checkpoint.
@@ -96,7 +96,7 @@ class Export(Callback):
         check_form(self.gguf, module.config)
 
     def check_gguf(self) -> None:
-        """What a GGUF file is written with is known before hours of work.
+        """Refuse, before hours of work, a GGUF file for which a package or the quantiser is missing.
 
         Raises:
             UserError: a package is missing.
@@ -141,7 +141,7 @@ class Export(Callback):
         if saver.best_step is not None:
             metrics[f"validation, best (step {saver.best_step})"] = saver.best
         if adapter.name in self.missing:
-            # What there is of it takes the room that the report needs.
+            # A half-written adapter takes disk space that the report needs.
             shutil.rmtree(partial, ignore_errors=True)
         elif NO_BEST not in self.missing:
             with part(self.run.merged.name, self.missing):
@@ -157,7 +157,7 @@ class Export(Callback):
         device: torch.device,
         loggers: Sequence[Logger],
     ) -> None:
-        """The same without training: from a checkpoint of ``fit``, or from an adapter folder.
+        """Export without training: from a checkpoint of ``fit``, or from an adapter folder.
 
         Args:
             path: of the checkpoint or the folder.
@@ -282,7 +282,7 @@ def holding(module: QwenModule, weights: dict[str, torch.Tensor] | None) -> Iter
 
 
 def spread(rows: Rows, count: int) -> list[Example]:
-    """Examples from all over the rows, each but once."""
+    """At most ``count`` examples at equal distances over the rows, none of them twice."""
     if not len(rows) or not count:
         return []
     return [rows[number] for number in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)).tolist()]

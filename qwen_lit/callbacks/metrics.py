@@ -21,12 +21,12 @@ from qwen_lit.seams import options_of
 
 @dataclass
 class Counts:
-    """What has been done since some moment."""
+    """Tokens, steps and seconds that were counted since some moment."""
 
     tokens: int = 0
     supervised: int = 0
     computed: int = 0
-    """Tokens with the padding."""
+    """Tokens that were computed, padding included."""
     steps: int = 0
     waiting: float = 0.0
     """Seconds in the data loader."""
@@ -67,7 +67,7 @@ def memory(trainer: L.Trainer) -> dict[str, float]:
 
 @dataclass(eq=False)
 class Throughput(Callback):
-    """Logs the panel at the trainer's own interval, and keeps the whole run's for its summary."""
+    """Logs throughput, time and memory at ``trainer.log_every_n_steps``, and keeps those of the whole run."""
 
     saver: RunCheckpoint | None = None
     """Knows how long training has waited for saving."""
@@ -100,11 +100,11 @@ class Throughput(Callback):
         self.peak = self.peak and self.peak * trainer.world_size
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validation is timed apart."""
+        """Start the clock of the validation, which is timed apart."""
         self.validation_began = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Samples belong to it."""
+        """Stop the clock of the validation, which the samples belong to."""
         if not trainer.sanity_checking:
             self.counts.validating += time.perf_counter() - self.validation_began
 
@@ -129,13 +129,13 @@ class Throughput(Callback):
         return Counts(**{**vars(self.counts), "waiting": waited, "saving": saved, "seconds": seconds})
 
     def latest(self, trainer: L.Trainer) -> dict[str, float]:
-        """The panel since it was asked for last; empty without a step. All ranks call this."""
+        """The metrics since the last call; empty where no step was made. All ranks call this."""
         now = self._now(trainer)
         since, self.last = now.minus(self.last), now
         return self.panel(since.over_ranks(trainer)) | memory(trainer) if since.steps else {}
 
     def whole(self, trainer: L.Trainer) -> dict[str, float]:
-        """The panel of the run so far. All ranks call this."""
+        """The metrics of the run so far. All ranks call this."""
         return self.panel(self._now(trainer).over_ranks(trainer)) | memory(trainer)
 
     def panel(self, counts: Counts) -> dict[str, float]:

@@ -46,13 +46,13 @@ class RunReport(Callback):
     """Prints the start and writes the end of a run; its curves are part of the checkpoint."""
 
     def __init__(self, run: Run, saver: RunCheckpoint, exporter: Export, throughput: Throughput) -> None:
-        """Writes nothing yet.
+        """Keeps what the report is made of; the files are written in ``on_fit_end``.
 
         Args:
             run: names the files, and has the configuration and the time when it all began.
             saver: knows the best checkpoint.
             exporter: knows what was exported.
-            throughput: has the panel.
+            throughput: measures speed, time and memory.
         """
         self.run, self.saver, self.exporter, self.throughput = run, saver, exporter, throughput
         self.unwritten: OSError | None = None
@@ -60,7 +60,7 @@ class RunReport(Callback):
         self.history: dict[str, list[list[float]]] = {}
         self.step = -1
         self.first: int | None = None
-        """Where this command began to train; None until it does."""
+        """The optimizer step at which this command began to train; None until it does."""
         self.resumed: list[int] = []
         self.facts: dict[str, Any] = {}
         self.panel: dict[str, float] = {}
@@ -68,7 +68,7 @@ class RunReport(Callback):
         """Seconds of training of earlier attempts, up to where this one goes on."""
         self.began: float | None = None
         self.done: float | None = None
-        """Of this attempt's training, on the clock."""
+        """Seconds of ``time.perf_counter`` at which this attempt's training ended; None until it has."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what will be trained."""
@@ -87,14 +87,14 @@ class RunReport(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep what is logged."""
+        """Append the logged metrics of the step to the curves."""
         step = self.step = trainer.global_step
-        # A step that is skipped has no loss; what stands there is the one's before.
+        # A skipped step logs no loss; ``callback_metrics`` still holds the loss of the step before.
         if (is_logged(trainer, step) or step <= 1) and not getattr(pl_module, "skipped_in_a_row", 0):
             self._keep_all(step, trainer.callback_metrics)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the validation loss."""
+        """Append the validation loss to its curve."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
             self._keep("val/loss", trainer.global_step, float(trainer.callback_metrics["val/loss"]))
 
@@ -111,7 +111,7 @@ class RunReport(Callback):
             del curve[1:-1:2]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
+        """The curves, the steps at which the run was resumed, and the seconds of training."""
         return {"history": self.history, "resumed": self.resumed, "trained_seconds": self._trained()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -124,7 +124,8 @@ class RunReport(Callback):
         return self.trained if self.began is None else self.trained + (self.done or time.perf_counter()) - self.began
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last step, wherever the interval falls, and the panel of the whole run, while the device still knows."""
+        """Log the last step, wherever the interval falls, and the throughput of the whole run, while the device still
+        knows its peak memory."""
         latest = {f"train/{name}": value for name, value in self.throughput.latest(trainer).items()}
         self.panel = self.throughput.whole(trainer)
         self.done = time.perf_counter()
@@ -174,7 +175,7 @@ class RunReport(Callback):
             log.info(line)
 
     def summary(self, trainer: L.Trainer, module: QwenModule) -> dict[str, Any]:
-        """All of it as plain values; docs/configuration.md tells of each."""
+        """What ``summary.json`` holds, as plain values; docs/summary.md explains each."""
         run, export, ended = self.run, self.exporter, datetime.now().astimezone()
         data = data_of(trainer)
         lines = run.samples.read_text(encoding="utf-8").splitlines() if run.samples.is_file() else []

@@ -30,7 +30,7 @@ class Resumed(Callback):
     """Looks after the callbacks that the configuration names."""
 
     def __init__(self, run: Run) -> None:
-        """Looks at nothing yet.
+        """Keeps what it is given; the callbacks are read in ``setup``.
 
         Args:
             run: that trains or is measured.
@@ -68,7 +68,7 @@ class Resumed(Callback):
                 states[one.state_key]["patience"] = one.patience
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that early stopping has ended stays ended."""
+        """Stop at once where early stopping has ended the run before."""
         for one in options_of(trainer).callbacks:
             if has_ended(one):
                 log.warning(
@@ -78,7 +78,7 @@ class Resumed(Callback):
                 trainer.should_stop = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What is done when the run goes on is saved already; a file must not fall into the next optimizer step."""
+        """Tell each ModelCheckpoint that a resumed run's step is saved, so that it does not save within the next one."""
         for one in options_of(trainer).callbacks:
             if isinstance(one, ModelCheckpoint):
                 mark_saved(one, trainer.global_step)

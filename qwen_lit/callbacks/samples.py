@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Samples(Callback):
-    """Answers to the log, to the loggers and to ``output_dir/samples.jsonl``."""
+    """Writes the model's answers to the log, to the loggers and to ``output_dir/samples.jsonl``."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Samples(Callback):
         rows: int = 2,
         max_new_tokens: int = 64,
     ) -> None:
-        """Asks nothing yet.
+        """Keeps the questions' source; they are read when training begins.
 
         Args:
             run: names the file.
@@ -44,13 +44,13 @@ class Samples(Callback):
         """Prompt ids and the answer of the row, where it is known."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the first step: what the base says."""
+        """Read the questions; before the first step, answer them with the weights that the run begins with."""
         self.asked = self._questions(trainer)
         if trainer.global_step == 0:
             self._answer(trainer, cast(QwenModule, pl_module))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What it says by now."""
+        """Answer the prompts with the weights of this step."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._answer(trainer, cast(QwenModule, pl_module))
 
@@ -64,7 +64,7 @@ class Samples(Callback):
         found: list[tuple[list[int], str | None]] = []
         for number in range(min(self.rows, len(data.val_rows))):
             prompt, following = data.val_rows.prompt(number, self.max_new_tokens)
-            # What is no whole answer may end within a character.
+            # The tokens may be cut off within a character.
             wanted = data.tokenizer.decode(following, skip_special_tokens=True).rstrip("\ufffd")
             found.append((prompt.tolist(), wanted))
         return found
@@ -103,7 +103,7 @@ class Samples(Callback):
         self._write(trainer, lines)
 
     def _write(self, trainer: L.Trainer, lines: list[dict[str, Any]]) -> None:
-        # A step that is made again after a resume is answered again.
+        # A resumed run makes the steps after its checkpoint once more, and answers them once more.
         earlier = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         kept = [one for one in earlier if one.endswith("\n") and json.loads(one)["step"] < lines[0]["step"]]
         partial = self.path.with_suffix(".tmp")
@@ -118,6 +118,6 @@ class Samples(Callback):
 
 
 def _short(text: str, most: int = 60) -> str:
-    """The text in so many columns of a terminal."""
+    """The text on one line, cut to ``most`` columns of a terminal."""
     flat = " ".join(text.split())
     return flat if disp_len(flat) <= most else disp_trim(flat, most - 1) + "…"

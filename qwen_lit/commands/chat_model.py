@@ -41,7 +41,7 @@ class Choice:
     """The model's folder, or the adapter's base: a folder or a hub name."""
     quantization: BitsAndBytesConfig | None = None
     hub: Hub = "huggingface"
-    """Where a base of a hub name is fetched from."""
+    """The hub that a base without a folder of its own is fetched from."""
 
     @property
     def adapter(self) -> bool:

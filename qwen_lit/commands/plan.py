@@ -89,20 +89,20 @@ class StepTimer(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: list[Batch], batch_idx: int
     ) -> None:
-        """A step begins."""
+        """Start the clock of an optimizer step."""
         torch.cuda.synchronize()
         self.began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: list[Batch], batch_idx: int
     ) -> None:
-        """It ends with the update."""
+        """Stop the clock of an optimizer step, after its update."""
         torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
         self.tokens.append(sum(one["tokens"] for one in batch))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The heaviest validation micro-batches, without gradients."""
+        """Time the first validation batch, which is the heaviest, and read the peak of memory."""
         module = cast(QwenModule, pl_module)
         loader = data_of(trainer).val_dataloader()
         for step in loader:

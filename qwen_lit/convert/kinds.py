@@ -29,7 +29,7 @@ def kind_of(config: str | os.PathLike[str] | dict[str, Any]) -> str | None:
 
 
 def config_of(config: str | os.PathLike[str] | dict[str, Any]) -> tuple[Peer, dict[str, Any]] | None:
-    """Likewise, with its keys."""
+    """The trainer whose configuration this is, with its keys; None for ours, and for what is none."""
     if isinstance(config, dict):
         given, named = config, None
     else:

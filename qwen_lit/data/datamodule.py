@@ -163,7 +163,7 @@ class QwenDataModule(L.LightningDataModule):
         return f"no row of {names} is left to train on{': ' * bool(lost)}{lost}; see {folder / 'rows.log'}."
 
     def losses(self) -> list[str]:
-        """What of the rows will not be trained as it stands in them, and the key that changes it."""
+        """Lines on what will not be trained as it stands in the rows, each with the key that changes it."""
         overlong = self.settings.encoder_options["overlong"]
         found = self.report.losses(self.settings.max_length, overlong)
         return found + [f"validation: {one}" for one in self.val_report.losses(self.settings.max_length, overlong)]
@@ -176,7 +176,7 @@ class QwenDataModule(L.LightningDataModule):
         )
 
     def facts(self) -> dict[str, Any]:
-        """What a reader wants to know of the data."""
+        """Facts on the data for the model card and ``summary.json``, as plain values."""
         assert self.train_rows is not None and self.val_rows is not None
         tokens, supervised = self.train_rows.column("length").sum(), self.train_rows.column("supervised").sum()
         blocks = int(self.train_rows.of_kind(RAW_TEXT).sum())
@@ -196,7 +196,7 @@ class QwenDataModule(L.LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What the order of rows depends on; a run is resumed only where all of it is the same."""
+        """All that the order of rows depends on; a run is resumed only where none of it has changed."""
         if self.train_rows is None or self.trainer is None:
             return {}
         return {
@@ -251,13 +251,13 @@ class QwenDataModule(L.LightningDataModule):
         return float(self.train_rows.column("length").sum()) / self.micro_batches(1)
 
     def heaviest(self, count: int) -> Batch:
-        """The largest so many micro-batches as one."""
+        """The ``count`` largest micro-batches of an epoch joined to one, on the CPU."""
         rows = self.train_rows
         assert rows is not None
         return collate([rows[row] for batch in self._heaviest_first(rows)[:count] for row in batch], self.pad_id)
 
     def largest_first(self) -> "QwenDataModule":
-        """The same rows, with the largest micro-batches first; this one keeps its order."""
+        """A copy of this DataModule that hands out the largest micro-batches first."""
         made = copy.copy(self)
         made.heaviest_first = True
         return made
@@ -288,7 +288,7 @@ class QwenDataModule(L.LightningDataModule):
 
     @property
     def pad_id(self) -> int:
-        """The token that fills up what is shorter."""
+        """Id of the token that pads shorter rows."""
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.tokenizer.eos_token_id)
 

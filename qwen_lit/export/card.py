@@ -75,13 +75,13 @@ class ModelCardFacts:
     """Prompts that ended by themselves, of so many."""
     adapter: AdapterFacts | None = None
     adapter_path: str = f"../{ADAPTER}"
-    """Of the adapter, seen from the model folder, or absolute."""
+    """Path of the adapter, relative to the model folder, or absolute."""
     gguf: str | None = None
-    """Of the GGUF file in the model folder, its name."""
+    """Name of the GGUF file in the model folder."""
     missing: dict[str, str] = field(default_factory=dict)
     """What could not be exported, and why."""
     made: dict[str, Any] = field(default_factory=dict)
-    """Of which checkpoint the adapter is: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
+    """The checkpoint that the adapter is from: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
 
 
 def model_card(facts: ModelCardFacts) -> str:

@@ -283,7 +283,7 @@ def _keep_own(tmp: Path, out_dir: Path) -> None:
 
 
 def _link(source: Any, target: Any) -> None:
-    """The same file under another name; a copy where the disk has no links."""
+    """Hard-link a file under another name, or copy it where the disk has no links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:

@@ -24,7 +24,7 @@ FLASH = (("flash_attn.cute", (9, 10)), ("flash_attn_interface", (9,)), ("flash_a
 """flash-attn's packages, 4 to 2, and the major compute capabilities on which each is the one to take."""
 
 WORDS = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal"}
-"""Parameters by which each of them is told where documents lie."""
+"""Parameters by which each of them takes the borders of documents."""
 
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -62,7 +62,7 @@ def flash(major: int) -> tuple[Callable[..., Any], bool] | None:
 
 @cache
 def _varlen() -> tuple[Callable[..., Any], dict[str, Any]] | None:
-    """torch's varlen attention and how this version of it is told to be causal and grouped."""
+    """torch's varlen attention, with the options that make this version of it causal and grouped."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

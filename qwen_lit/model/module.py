@@ -75,11 +75,11 @@ class QwenModule(L.LightningModule):
         )
         self.warmup_ratio = 0.0 if settings.lr_scheduler in WITHOUT_WARMUP else settings.warmup_ratio
         self.memory_budget = parse_bytes(settings.memory_budget) if settings.memory_budget else None
-        # A run that goes on needs it no more.
+        # A run that is resumed needs the adapter it once began from no more, so the folder may be gone.
         there = settings.init_adapter and Path(expanded(settings.init_adapter)).exists()
         self.init_adapter = find_adapter(settings.init_adapter) if settings.init_adapter and there else None
         self.folder = fetch(self.name, settings.hub)
-        """That holds the base's files: its config and tokenizer, and its weights once they are needed."""
+        """The folder with the base's files: its config and tokenizer, and its weights once they are needed."""
         self.config = load_config(self.folder, self.name)
         self.quantization_config = usable(settings.quantization_config, self.config)
         self.quantized: dict[str, Held] | None = None
@@ -94,12 +94,13 @@ class QwenModule(L.LightningModule):
         # A batch is an optimizer step: ``training_step`` computes all of it.
         self.automatic_optimization = False
         self.sums: StepSums | None = None
-        """Of the step that is being made."""
+        """What the forward passes of the optimizer step under way have found; None between two steps."""
         self.skipped_steps, self.skipped_in_a_row = 0, 0
         self.total_steps: int | None = 0
         """Optimizer steps of the run; None where it has no known end."""
         self.resumed_total: int | None = 0
-        """As many as it had when the checkpoint was written; 0 where it does not say."""
+        """``total_steps`` of the run when its checkpoint was written: None for no known end, 0 where the file does not
+        say."""
         self.validated = torch.zeros(2)
 
     def setup(self, stage: str) -> None:
@@ -189,7 +190,8 @@ class QwenModule(L.LightningModule):
         }
 
     def token_flops(self, length: float, supervised: float) -> tuple[float, float]:
-        """Operations of a token: of a training step without recomputation, and of a forward pass of the layers.
+        """Floating-point operations per token: of a training step without recomputation, and of a forward pass of the
+        layers.
 
         Args:
             length: tokens of a document.
@@ -214,7 +216,7 @@ class QwenModule(L.LightningModule):
 
     @property
     def data(self) -> QwenDataModule:
-        """The rows that are trained."""
+        """The run's DataModule."""
         return data_of(self.trainer)
 
     @property
@@ -237,7 +239,7 @@ class QwenModule(L.LightningModule):
         return self.plan is not None and self.plan.policies.offload_embedding
 
     def to(self, *args: Any, **kwargs: Any) -> "QwenModule":
-        """As of any module, but an embedding that the plan has put on the CPU stays there."""
+        """Move or cast as ``nn.Module.to`` does, but leave an embedding on the CPU that the plan has put there."""
         if not self.offload_embedding:
             return super().to(*args, **kwargs)
         embedding = cast(Any, self.model).base_model.model.get_input_embeddings()
@@ -252,11 +254,11 @@ class QwenModule(L.LightningModule):
 
     @property
     def state_bytes(self) -> float:
-        """Of optimizer state for a trained number."""
+        """Bytes of optimizer state for each trained parameter."""
         return self.optimizer.state_bytes
 
     def on_train_start(self) -> None:
-        """What a resumed optimizer needs: paged memory, and the settings of this configuration, which may differ.
+        """Give a resumed optimizer its paged memory and the settings of this configuration, which may differ.
 
         Lightning has put its states on the device by now, and its learning rates back to those of the checkpoint.
         """
@@ -277,7 +279,7 @@ class QwenModule(L.LightningModule):
             configure_groups(optimizer, scheduler, self.group_settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the configuration."""
+        """Store the settings and the step counts, which a resumed run is compared with."""
         counts = {"skipped_steps": self.skipped_steps, "total_steps": self.total_steps}
         checkpoint["settings"] = settings(self) | counts
 
@@ -390,7 +392,7 @@ class QwenModule(L.LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums over."""
+        """Reset the summed validation loss and the counted tokens."""
         self.validated = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, step: list[Batch], number: int) -> None:
@@ -424,7 +426,7 @@ class QwenModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
     def _schedule(self) -> Callable[[int], float]:
-        """Over the steps that the run has by the limits of now."""
+        """The factor on the learning rate at each step, over the steps that the limits of this configuration allow."""
         self.total_steps = total_steps(self.trainer, self.data)
         warmup = warmup_steps(self.warmup_ratio, self.trainer, self.data)
         return schedule(

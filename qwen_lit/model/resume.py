@@ -195,7 +195,7 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def shared(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that every rank of a run must have."""
+    """The settings that must be equal on every rank of a run."""
     return {key: value for key, value in canonical(config).items() if meaning(key) == REFUSE}
 
 
@@ -258,7 +258,7 @@ def check_end(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
 
 
 def compare_module(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """The same for a checkpoint that holds no configuration but the adapter's shape and the optimizer's name.
+    """Refuse to resume with another adapter or optimizer, where a checkpoint holds no other configuration.
 
     Raises:
         UserError: one of these has changed.

@@ -36,7 +36,7 @@ class Trained:
     base: str | None
     """The base's folder or hub name."""
     fingerprint: str | None
-    """Of the base's files."""
+    """Digest of the base's files, as of ``model.base.fingerprint``; None where it is not known."""
     config: dict[str, Any]
     """The whole configuration of its run; empty where it is not known."""
 

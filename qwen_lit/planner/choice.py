@@ -32,11 +32,11 @@ class Choice:
     """What computes the loss."""
 
     description: str
-    """As the start of a run says it."""
+    """The engine and its plan in words, as the start of a run logs them."""
     fast: FastEngine | None = None
     """None for PEFT's own path."""
     plan: Plan | None = None
-    """Of the fast engine on a GPU."""
+    """The memory plan of the fast engine on a GPU; None otherwise."""
 
 
 class Trainable(Protocol):
@@ -50,7 +50,7 @@ class Trainable(Protocol):
 
     @property
     def state_bytes(self) -> float:
-        """Of optimizer state for a trained number."""
+        """Bytes of optimizer state for each trained parameter."""
 
 
 def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, before: int | None) -> Choice:

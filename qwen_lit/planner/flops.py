@@ -1,4 +1,4 @@
-"""Work a token asks for, and what a card can do."""
+"""Floating-point operations that a token takes, and that a card can do."""
 
 import time
 from typing import Any
@@ -52,10 +52,10 @@ def token_flops(model: Any, length: float, supervised: float) -> tuple[float, fl
     Args:
         model: a PEFT model; its weights may stand on the meta device.
         length: mean tokens of a document.
-        supervised: share of the tokens.
+        supervised: share of the tokens that have a loss.
 
     Returns:
-        Of a token, and of a token's forward pass through the decoder, which recomputing adds.
+        The operations of a trained token, and those of its forward pass through the decoder, which recomputing adds.
     """
     config = model.base_model.model.config
     layers = family_of(config).layers(config)
@@ -68,7 +68,7 @@ def token_flops(model: Any, length: float, supervised: float) -> tuple[float, fl
 
 
 def measured_flops(device: torch.device, size: int = 8192) -> float:
-    """What a large bf16 product really reaches on a device, in operations a second."""
+    """Operations a second that a large bf16 matrix product reaches on a device."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     best = 0.0
     for _ in range(6):

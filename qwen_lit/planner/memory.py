@@ -41,15 +41,15 @@ MEMORY = MemoryConstants()
 
 @dataclass(frozen=True, eq=False)
 class ModelMemory:
-    """What a model takes while it trains, beside its weights."""
+    """The memory that a model takes while it trains, beside its weights."""
 
     layers: tuple[LayerSize, ...]
     vocabulary: int
     """Rows of lm_head."""
     trained: int
-    """Numbers of the adapter."""
+    """Trained parameters: those of the adapter."""
     state_bytes: float
-    """Of optimizer state for each of them."""
+    """Bytes of optimizer state for each trained parameter."""
     size: int = 2
     """Bytes of a number in activations and products."""
     embedding: int = 0
@@ -63,7 +63,7 @@ class ModelMemory:
 
         Args:
             model: as for ``FastEngine``.
-            state_bytes: of optimizer state for a trained number.
+            state_bytes: bytes of optimizer state for each trained parameter.
             quantized: as of ``layer_sizes``.
         """
         base = model.base_model.model

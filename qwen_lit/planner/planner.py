@@ -62,7 +62,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Planned:
-    """What came of planning."""
+    """A plan and the engine that runs it."""
 
     engine: FastEngine
     plan: Plan
@@ -91,7 +91,7 @@ class Planner:
             meter: of the device.
             agree: the smallest of what all ranks give; every rank calls it as often as the others.
             forward_context: in which forward runs, such as that of Lightning's precision plugin.
-            state_bytes: of optimizer state for a trained number.
+            state_bytes: bytes of optimizer state for each trained parameter.
             budget: bytes that may be used; None for all that is free.
             only: micro-batches that the resumed run computed as one. It goes on so where that fits, because dropout
                 masks and the order of sums depend on it.
@@ -136,7 +136,7 @@ class Planner:
         return Planned(apply(plan, self.model), plan)
 
     def _profile(self) -> HostProfile:
-        """What the slowest rank measures."""
+        """The profile of the slowest rank."""
         found = self.meter.profile(self.model, self.memory, self.processes)
         share, memory, launch = (self.agree(one) for one in (int(found.share * STEPS), found.memory, found.launch))
         return HostProfile(share / STEPS, memory, launch)
@@ -157,7 +157,7 @@ class Planner:
         try:
             with self.forward_context():
                 self.engine = apply(plan, self.model)
-                # What the optimizer will hold is not there yet.
+                # The optimizer's states are made at the first step, so they are not measured here.
                 peak = self.meter.peak(self.engine, heaviest) + self.memory.constants["optimizer states"]
         except RuntimeError as error:
             # A rank on which it does not fit tells the others, which wait for it.
