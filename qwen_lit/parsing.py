@@ -56,11 +56,11 @@ class Parser(LightningArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Find options as jsonargparse does, but take no part of a key for the key."""
+        """Make a parser as jsonargparse does, one that takes no part of a key for the key."""
         super().__init__(*args, **{"allow_abbrev": False, "prog": "qwen-lit", **kwargs})
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Parse a value as jsonargparse does, but keep one that names a file as that name."""
+        """Add a class's arguments as jsonargparse does; a value that names a file stays that name."""
         added = super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
         for action in self._actions:
             if type(action) is _ActionConfigLoad:

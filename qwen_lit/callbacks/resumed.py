@@ -78,7 +78,10 @@ class Resumed(Callback):
                 trainer.should_stop = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell each ModelCheckpoint that a resumed run's step is saved, so that it does not save within the next one."""
+        """Tell each ModelCheckpoint that a resumed run's step is saved already.
+
+        It would save that step within the next one.
+        """
         for one in options_of(trainer).callbacks:
             if isinstance(one, ModelCheckpoint):
                 mark_saved(one, trainer.global_step)
