@@ -41,7 +41,7 @@ class RunCheckpoint(Checkpoint):
         Args:
             run: names the files.
             every_n_train_steps: optimizer steps between two checkpoints; one is also saved before each validation.
-            keep: newest checkpoints that stay; at least 2, as the newest can be in the making.
+            keep: number of newest checkpoints that are kept; at least 2, as the newest may be incomplete yet.
 
         Raises:
             UserError: a number is out of range.

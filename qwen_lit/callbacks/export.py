@@ -64,8 +64,10 @@ class Export(Callback):
                 measures both on held-out rows and keeps the one with the lower loss, or else the nearer one.
             gguf: also write the merged model as GGUF, with its matrices in q8_0, f16 or bf16, or, by llama.cpp's own
                 quantiser, in k-quants such as q4_k_m; null writes none.
-            verdict_rows: rows on which the merges are compared with the adapter; 0 compares nothing.
-            smoke_rows: trained prompts that the merged model answers, to see that it stops; 0 tries none.
+            verdict_rows: number of held-out rows, or trained ones where none are held out, on which the merged weights
+                are compared with the adapter on its base; 0 compares nothing.
+            smoke_rows: number of trained prompts that the merged model answers, to check that its answers end by
+                themselves; 0 tries none.
         """
         self.run, self.saver = run, saver
         self.merge, self.checkpoint, self.merge_base, self.gguf = merge, checkpoint, merge_base, gguf

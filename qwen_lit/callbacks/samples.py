@@ -34,8 +34,9 @@ class Samples(Callback):
 
         Args:
             run: names the file.
-            prompts: questions to ask; null takes those of the first validation rows, of raw text its beginning.
-            rows: validation rows to take them from; 0 asks nothing.
+            prompts: questions that are answered before the first step and at each validation; null takes those of
+                the first validation rows, or the beginning of raw text.
+            rows: number of validation rows whose questions are taken where prompts is null; 0 takes none.
             max_new_tokens: most tokens of an answer.
         """
         self.prompts, self.rows, self.max_new_tokens = prompts, rows, max_new_tokens
