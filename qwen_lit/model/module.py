@@ -197,6 +197,7 @@ class QwenModule(L.LightningModule):
             length: tokens of a document.
             supervised: share of the tokens that have a loss.
         """
+        assert self.model is not None
         return token_flops(self.model, length, supervised)
 
     @property

@@ -66,6 +66,7 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
         UserError: ``engine`` is fast, and the model or the device does not allow it.
         torch.OutOfMemoryError: no plan fits.
     """
+    assert module.model is not None
     asked, device = module.settings.engine, trainer.strategy.root_device
     reason = "the base is sharded" if module.settings.shard_base else unsupported_reason(module.model, device)
     if asked == "auto" and device.type != "cuda":

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from qwen_lit.families.table import family_of
 
@@ -43,7 +44,7 @@ def peak_flops(name: str) -> float | None:
     return PEAKS[max(found, key=len)] if found else None
 
 
-def token_flops(model: Any, length: float, supervised: float) -> tuple[float, float]:
+def token_flops(model: PeftModel, length: float, supervised: float) -> tuple[float, float]:
     """Floating-point operations of a trained token on frozen weights.
 
     A frozen weight costs 4 a parameter: forward, and the gradient of its input; its own gradient is not computed. A
@@ -57,7 +58,8 @@ def token_flops(model: Any, length: float, supervised: float) -> tuple[float, fl
     Returns:
         The operations of a trained token, and those of its forward pass through the decoder, which recomputing adds.
     """
-    config = model.base_model.model.config
+    base: Any = model.base_model.model
+    config = base.config
     layers = family_of(config).layers(config)
     linear = sum(one.numbers * one.tokens for layer in layers for one in layer.linears)
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.ndim == 2)

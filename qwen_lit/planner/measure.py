@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from peft import PeftModel
 
 from qwen_lit.data.batches import Batch, collate
 from qwen_lit.engine.engine import FastEngine
@@ -156,7 +157,7 @@ class Gpu:
         """Give unused memory back to the device."""
         torch.cuda.empty_cache()
 
-    def profile(self, model: Any, memory: ModelMemory, processes: int) -> HostProfile:
+    def profile(self, model: PeftModel, memory: ModelMemory, processes: int) -> HostProfile:
         """Measure the machine as ``measure_host`` does, with an engine of its own."""
         # Lightning makes new tensors on the device while it builds a model.
         with torch.device("cpu"):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from peft import PeftModel
+
 from qwen_lit.engine.engine import fetches_ahead
 from qwen_lit.engine.footprint import layer_sizes, loss_ops
 from qwen_lit.engine.policy import Policies, Policy
@@ -58,7 +60,7 @@ class ModelMemory:
     """Width of a head; cos and sin take as much for each token."""
 
     @staticmethod
-    def of(model: Any, state_bytes: float, quantized: Callable[[str], bool] | None = None) -> "ModelMemory":
+    def of(model: PeftModel, state_bytes: float, quantized: Callable[[str], bool] | None = None) -> "ModelMemory":
         """Read from a PEFT model.
 
         Args:
@@ -66,7 +68,7 @@ class ModelMemory:
             state_bytes: bytes of optimizer state for each trained parameter.
             quantized: as of ``layer_sizes``.
         """
-        base = model.base_model.model
+        base: Any = model.base_model.model
         config, size = base.config, base.get_input_embeddings().weight.element_size()
         return ModelMemory(
             layers=layer_sizes(model, quantized),

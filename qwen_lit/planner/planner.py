@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from peft import PeftModel
 
 from qwen_lit.data.batches import Batch
 from qwen_lit.engine.engine import FastEngine
@@ -37,7 +38,7 @@ class Meter(Protocol):
     def empty_cache(self) -> None:
         """Give unused memory back to the device."""
 
-    def profile(self, model: Any, memory: ModelMemory, processes: int) -> HostProfile:
+    def profile(self, model: PeftModel, memory: ModelMemory, processes: int) -> HostProfile:
         """How fast the machine copies and launches."""
 
     def peak(self, engine: FastEngine, batch: Batch) -> int:
@@ -75,7 +76,7 @@ class Planner:
 
     def __init__(
         self,
-        model: Any,
+        model: PeftModel,
         meter: Meter,
         agree: Callable[[int], int],
         forward_context: Callable[[], AbstractContextManager[None]],
@@ -183,9 +184,9 @@ def more_beside(beside: int, plan: Plan, peak: int | None) -> int:
     return beside + max(peak - plan.estimate, GIB // 16)
 
 
-def apply(plan: Plan, model: Any) -> FastEngine:
+def apply(plan: Plan, model: PeftModel) -> FastEngine:
     """The engine of a plan; puts the embedding on the CPU or the device, as the plan says."""
-    base = model.base_model.model
+    base: Any = model.base_model.model
     embedding, device = base.get_input_embeddings(), base.model.norm.weight.device
     where = torch.device("cpu") if plan.policies.offload_embedding else device
     if embedding.weight.device != where:
