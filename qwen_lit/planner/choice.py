@@ -29,7 +29,7 @@ FALLBACK = "fast (PyTorch fallback, no CUDA)"
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes the loss."""
+    """The engine that computes the loss, with its plan."""
 
     description: str
     """The engine and its plan in words, as the start of a run logs them."""
