@@ -78,8 +78,8 @@ def exported_from(run: Run, checkpoint: str) -> Path:
 
 
 def trained_at(source: Path) -> dict[str, Any]:
-    """Of which checkpoint an adapter is, as ``checkpoint`` (``last``, ``best`` or a file's name), ``step`` and, where
-    it is known, ``val_loss``; empty where nothing says.
+    """The checkpoint that an adapter is from, as ``checkpoint`` (``last``, ``best`` or a file's name), ``step`` and,
+    where it is known, ``val_loss``; empty where nothing says.
 
     Args:
         source: an adapter folder, or a whole checkpoint of ours.

@@ -117,7 +117,7 @@ class QwenCLI(LightningCLI):
             self.options.append(add_option(parser, "ckpt_path", "not used; the config.yaml of a run has it."))
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """As Lightning's, but wrong keys of the libraries that are installed are told all at once."""
+        """As Lightning's, but wrong keys of the libraries that are installed are reported all at once."""
         known = {action.dest for action in parser._actions if not action.dest.endswith(".help")}
         if lines := wrong_keys(args, known, known):
             raise UserError("\nerror: ".join(lines))

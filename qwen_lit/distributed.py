@@ -56,7 +56,7 @@ def least(trainer: L.Trainer, value: int) -> int:
     return int(number)
 
 
-def watch_children(trainer: Any) -> None:
+def watch_children(trainer: L.Trainer) -> None:
     """End this process soon after a rank that Lightning has started from it is lost.
 
     A collective waits for a dead rank up to its timeout of half an hour.

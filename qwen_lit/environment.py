@@ -20,7 +20,8 @@ PATIENCE = 10
 
 
 def versions() -> dict[str, str | None]:
-    """Of this package, of Python, of torch's CUDA (None for a build without), and of the libraries that compute."""
+    """Versions of this package, of Python, of torch's CUDA (None for a build without), and of the libraries that
+    compute."""
     found: dict[str, str | None] = {"qwen_lit": __version__, "python": platform.python_version()}
     return found | {name: version(name) for name in LIBRARIES} | {"cuda": torch.version.cuda}
 

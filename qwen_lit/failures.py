@@ -31,16 +31,16 @@ def exit_code(
         error: that ended it.
         command: as the user calls it.
         saved: tells whether ``fit`` was under way, and a checkpoint is there to go on from.
-        config: of the command, where its classes were built; the levers are told from it when memory runs out.
+        config: of the command, where its classes were built; when memory runs out, ``levers`` reads it.
 
     Returns:
         2 for what the user can change, 1 for work that failed, 130 and 143 for signals.
     """
     if isinstance(error, UserError):
         log.debug("where it was found", exc_info=error)
-        return _told(error, 2)
+        return _report(error, 2)
     if isinstance(error, ExportError | RunError):
-        return _told(error, 1)
+        return _report(error, 1)
     if isinstance(error, Interrupted):
         return error.exit_code
     if isinstance(error, SystemExit):
@@ -48,12 +48,12 @@ def exit_code(
     if not isinstance(error, Exception):
         raise error
     if isinstance(error, torch.OutOfMemoryError) and config is not None:
-        return _told(levers(config), 1)
+        return _report(levers(config), 1)
     traceback.print_exception(error)
     reason = f"{type(error).__name__}: {shortened(' '.join(str(error).split()))}"
     if saved():
-        return _told(f"the run failed ({reason}); its checkpoints are whole, resume it with --ckpt_path last", 1)
-    return _told(f"{command} failed: {reason}", 1)
+        return _report(f"the run failed ({reason}); its checkpoints are whole, resume it with --ckpt_path last", 1)
+    return _report(f"{command} failed: {reason}", 1)
 
 
 def levers(config: Any) -> str:
@@ -72,6 +72,6 @@ def levers(config: Any) -> str:
     )
 
 
-def _told(text: object, code: int) -> int:
+def _report(text: object, code: int) -> int:
     print(f"error: {text}", file=sys.stderr)
     return code

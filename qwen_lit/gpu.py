@@ -45,7 +45,7 @@ def smi() -> tuple[str, str]:
     if command is None:
         return "", ""
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             [command, "--query-gpu=driver_version", "--format=csv,noheader"],
             capture_output=True,
             text=True,
@@ -54,10 +54,10 @@ def smi() -> tuple[str, str]:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", f"nvidia-smi: {type(error).__name__}"
-    version = re.match(r"\d+(\.\d+)+", told.stdout.strip())
+    version = re.match(r"\d+(\.\d+)+", answer.stdout.strip())
     if version:
         return version[0], ""
-    complaint = " ".join((told.stdout + told.stderr).split())
+    complaint = " ".join((answer.stdout + answer.stderr).split())
     return "", f"nvidia-smi: {complaint[:100]}" if complaint else ""
 
 
@@ -113,12 +113,12 @@ def gpu_problem() -> str | None:
     return f"{there} {this} cannot use it{said}; see that nvidia-smi works, and restart after a change of drivers"
 
 
-def check_gpu(accelerator: object, tell: bool) -> None:
+def check_gpu(accelerator: object, warn: bool) -> None:
     """Refuse ``trainer.accelerator: gpu`` where torch has none, and warn where a GPU that is there goes unused.
 
     Args:
         accelerator: as configured.
-        tell: whether to warn.
+        warn: whether to warn.
 
     Raises:
         UserError: there is none that torch can use.
@@ -126,7 +126,7 @@ def check_gpu(accelerator: object, tell: bool) -> None:
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         nothing = "no CUDA device is seen (no driver, no /dev/nvidia0, no card on the PCI bus); set it to auto"
         raise UserError(f"trainer.accelerator is {accelerator}, but {gpu_problem() or nothing}.")
-    if tell and accelerator == "auto" and (problem := gpu_problem()):
+    if warn and accelerator == "auto" and (problem := gpu_problem()):
         log.warning("no GPU is used: %s", problem)
 
 

@@ -73,14 +73,14 @@ def overview(reference: dict[str, Any]) -> str:
 
 def command(reference: dict[str, Any], name: str) -> str:
     """The options of a command, and the keys of its configuration: ours, then those of the libraries."""
-    told = reference["commands"][name]
-    positional = [one for one in told["options"] if one.get("positional")]
-    options = [one for one in told["options"] if not one.get("positional")]
+    command = reference["commands"][name]
+    positional = [one for one in command["options"] if one.get("positional")]
+    options = [one for one in command["options"] if not one.get("positional")]
     configured = any(one["key"] == "config" for one in options)
     usage = [one["key"].upper() if one["default"] is None else f"[{one['key'].upper()}]" for one in positional]
     usage += ["--config FILE.yaml", "[--SECTION.KEY VALUE ...]"] if configured else ["[--OPTION ...]"] * bool(options)
-    lines = [*_wrapped(f"qwen-lit {name}: {told['help']}", ""), "", f"Usage:   qwen-lit {name} {' '.join(usage)}"]
-    lines += [f"Example: {told['example']}"]
+    lines = [*_wrapped(f"qwen-lit {name}: {command['help']}", ""), "", f"Usage:   qwen-lit {name} {' '.join(usage)}"]
+    lines += [f"Example: {command['example']}"]
     for title, items in (("Arguments", positional), ("Options", options)):
         if items:
             lines += ["", f"{title}:", *(line for one in items for line in _entry(one))]

@@ -19,7 +19,7 @@ from qwen_lit.errors import UserError, shortened
 from qwen_lit.hub_failure import unreached
 from qwen_lit.hub_libraries import TIMEOUT, Hub, HuggingFace, ModelScope, library
 from qwen_lit.names import HUB_NAME, expanded
-from qwen_lit.progress import Progress, meanwhile, told
+from qwen_lit.progress import Progress, meanwhile, timed
 from qwen_lit.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def _alone(source: HuggingFace | ModelScope, name: str) -> Iterator[bool]:
             lock.acquire(timeout=0)
             waited = False
         except Timeout:
-            with told(f"waiting for another process to fetch {name}"):
+            with timed(f"waiting for another process to fetch {name}"):
                 lock.acquire()
             waited = True
     except (OSError, NotImplementedError) as error:
@@ -305,7 +305,7 @@ def within(seconds: float | None, work: Callable[[], T]) -> T:
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk on which a folder is, or will be."""
+    """Free bytes of the disk on which a folder is, or will be."""
     path = Path(expanded(str(folder))).absolute()
     return shutil.disk_usage(next(one for one in (path, *path.parents) if one.exists())).free
 

@@ -33,8 +33,8 @@ def unreached(source: HuggingFace | ModelScope, name: str, error: BaseException,
         # Without the user and the password that it may hold.
         reason += f", through the proxy {urlsplit(proxy).hostname or proxy}"
     if begun:
-        again = "files that are whole stay: run the command again"
-        return f"fetching {name} from {where} was interrupted ({reason}); {again}, or {_remedies(source, name)}"
+        retry = "files that are whole stay: run the command again"
+        return f"fetching {name} from {where} was interrupted ({reason}); {retry}, or {_remedies(source, name)}"
     return f"{name} cannot be fetched from {where} ({reason}); {_remedies(source, name)}"
 
 

@@ -1,6 +1,6 @@
 """Wrong keys of a command line and of its YAML files, all at once, each with the key that was meant.
 
-Needs no parser, so that a slip of the pen is told before torch is loaded.
+Needs no parser, so that a misspelt key is reported before torch is loaded.
 """
 
 import difflib
@@ -90,8 +90,8 @@ def wrong_keys(args: list[str], known: Collection[str], all_keys: Collection[str
         known: its keys and options; what lies below one of them, such as ``init_args``, is its class's to judge.
         all_keys: what can have been meant.
     """
-    if told := list(filter(None, map(hint, configurations(args)))):
-        return told
+    if hints := list(filter(None, map(hint, configurations(args)))):
+        return hints
     lines = []
     for place, key in _given(args, known):
         text = f"there is no key {key}{meant(key, all_keys)}"

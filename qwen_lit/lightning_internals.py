@@ -5,20 +5,21 @@ A new version of Lightning is read here first.
 
 from typing import Any, cast
 
+import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
 
-def validation_follows(trainer: Any) -> bool:
+def validation_follows(trainer: L.Trainer) -> bool:
     """Whether Lightning validates once the callbacks of this batch are done.
 
     It decides by val_check_interval, check_val_every_n_epoch, the last batch of an epoch, the clock and a stop that is
     asked for. The checkpoint that is saved before the validation has to say that it is still due.
     """
     loop = trainer.fit_loop
-    return bool(trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+    return bool(trainer.enable_validation and loop.epoch_loop._should_check_val_fx(cast(Any, loop._data_fetcher)))
 
 
-def may_stop(trainer: Any) -> bool:
+def may_stop(trainer: L.Trainer) -> bool:
     """Whether ``trainer.should_stop`` ends the run by now: min_epochs and min_steps are reached.
 
     Once the loops have ended, Lightning counts an epoch that was cut short as done; what is saved has to be of before.
@@ -26,7 +27,7 @@ def may_stop(trainer: Any) -> bool:
     return bool(trainer.fit_loop._can_stop_early)
 
 
-def begin_next_epoch(trainer: Any) -> None:
+def begin_next_epoch(trainer: L.Trainer) -> None:
     """Count the next epoch as begun where the checkpoint was saved after the last step of one.
 
     Lightning closes that epoch when it resumes, but takes the next one for the one that it was in the middle of, and
@@ -34,12 +35,12 @@ def begin_next_epoch(trainer: Any) -> None:
     be trained twice.
     """
     loop = trainer.fit_loop
-    progress = loop.epoch_progress.current
+    progress: Any = loop.epoch_progress.current
     if loop.restarted_mid_epoch and progress.processed == progress.ready:
         loop.reset_restart_stage()
 
 
-def validate_now(trainer: Any) -> None:
+def validate_now(trainer: L.Trainer) -> None:
     """Run the validation of the step that is done, before the next one.
 
     Lightning runs a validation of its own accord only after a batch. What it logs belongs to the step before the
@@ -66,7 +67,7 @@ class _Automatic:
 
     automatic_optimization = True
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: L.LightningModule) -> None:
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
@@ -81,7 +82,7 @@ def save_between_steps(callback: ModelCheckpoint) -> None:
     """
     after_batch = callback.on_train_batch_end
 
-    def on_train_batch_end(trainer: Any, module: Any, *rest: Any, **more: Any) -> None:
+    def on_train_batch_end(trainer: L.Trainer, module: L.LightningModule, *rest: Any, **more: Any) -> None:
         after_batch(trainer, cast(Any, _Automatic(module)), *rest, **more)
 
     setattr(callback, "on_train_batch_end", on_train_batch_end)  # noqa: B010

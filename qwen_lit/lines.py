@@ -66,12 +66,12 @@ def _count(number: int) -> str:
 def loss_lines(history: dict[str, list[list[float]]], best: dict[str, Any] | None) -> list[str]:
     """The last losses that are known, with their steps, and the best."""
     names = {"loss": "training", "val_loss": "validation"}
-    told = [
+    losses = [
         f"{text} {history[name][-1][1]:.4f} at step {history[name][-1][0]:,}"
         for name, text in names.items()
         if history.get(name)
     ]
-    lines = [f"loss         {', '.join(told)}"] if told else []
+    lines = [f"loss         {', '.join(losses)}"] if losses else []
     if best:
         lines.append(f"best         validation {best['val_loss']:.4f} at step {best['step']:,}")
     return lines

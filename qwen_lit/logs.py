@@ -35,12 +35,12 @@ def set_up_logging() -> None:
         warnings.filterwarnings("ignore", message="CUDA initialization")
         # Of Lightning, which wraps the model for several ranks on a stream of its own, of PEFT's own use of names, and
         # of bitsandbytes, which pages on GPUs alone.
-        for told in (
+        for message in (
             "The AccumulateGrad node.s stream does not match",
             ".is_gradient_checkpointing. is deprecated",
             "Paged optimizers are not supported on CPU",
         ):
-            warnings.filterwarnings("ignore", message=told)
+            warnings.filterwarnings("ignore", message=message)
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*(instantiate_classes|add_instantiator).*")
         for name in ("lightning.pytorch", "lightning.fabric"):

@@ -56,11 +56,11 @@ class Parser(LightningArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As jsonargparse's, but part of a key is no key."""
+        """Make a parser as jsonargparse does, one that takes no part of a key for the key."""
         super().__init__(*args, **{"allow_abbrev": False, "prog": "qwen-lit", **kwargs})
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """As jsonargparse's, but a value that names a file is its name."""
+        """Add a class's arguments as jsonargparse does; a value that names a file stays that name."""
         added = super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
         for action in self._actions:
             if type(action) is _ActionConfigLoad:
@@ -68,7 +68,7 @@ class Parser(LightningArgumentParser):
         return added
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's; what is wrong in the file is told with its name.
+        """Parse a configuration file as jsonargparse does, with errors that name it.
 
         Raises:
             UserError: the file is no configuration.
@@ -168,8 +168,8 @@ def one_line(message: str) -> str:
         r"Subtypes: \[([^\n]*)\]\n(.*)\n\s*Given value type: <class '([\w.]+)'>\n\s*Given value: (.*)", text, re.S
     )
     single = re.search(r"Expected an? ([^\n]*?)()()\. Got value: (.*)", text, re.S)
-    if told := re.search(r"Option '(.*?)' is not accepted|does not accept option '(.*?)'", text):
-        key, text = "", f"there is no key {'.'.join(filter(None, (key, told[1] or told[2])))}; --help lists all"
+    if unknown := re.search(r"Option '(.*?)' is not accepted|does not accept option '(.*?)'", text):
+        key, text = "", f"there is no key {'.'.join(filter(None, (key, unknown[1] or unknown[2])))}; --help lists all"
     elif missing := re.search(r"No module named '([\w.]+)'", text):
         text = f"there is no module {missing[1]}; pip install {missing[1].split('.')[0]}, or correct its name"
     elif found := union or single:
@@ -180,7 +180,7 @@ def one_line(message: str) -> str:
 
 
 def _causes(errors: str) -> str:
-    """What is told of a class beside the kind of value."""
+    """The help of a class beside the kind of its value."""
     lines = [line.strip(" -") for line in errors.splitlines()]
     plain = ("Expected", "Errors:", "Subtypes:", "Given", "Does not validate", "Problem with", "Not a valid subclass")
     causes = [line for line in lines if line and not line.startswith(plain) and not line.startswith("a ")]

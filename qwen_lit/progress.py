@@ -17,7 +17,7 @@ PATIENCE, EVERY = 2.0, 10.0
 
 
 class Progress:
-    """Use as a context; ``advance`` tells it of each piece that is done."""
+    """Shows how far work is that is done in pieces. Use as a context, and call ``advance`` after each piece."""
 
     def __init__(self, what: str, total: float | None = None, unit: str = "") -> None:
         """Begins to count time.
@@ -45,7 +45,7 @@ class Progress:
             self.bar.close()
 
     def advance(self, done: float, **counts: int) -> None:
-        """So much more is done.
+        """Count work that is done.
 
         Args:
             done: in the unit of ``total``.
@@ -93,8 +93,8 @@ def through(items: Collection[T], what: str, unit: str) -> Iterator[T]:
 
 
 @contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-    """For work in one piece that shows a bar of its own on a terminal: in a log file, how long it has taken."""
+def timed(what: str) -> Iterator[None]:
+    """Log now and then how long a piece of work has taken, where it cannot show its own bar: in a log file."""
     if on_screen():
         yield
         return

@@ -138,7 +138,7 @@ def loaded_weights(model: nn.Module) -> dict[str, Held]:
 
 
 def planned_weights(config: Any, quantization: BitsAndBytesConfig | None, device: torch.device) -> dict[str, Held]:
-    """The same before a weight is read: transformers' own quantizer on a model without weights.
+    """How a model's weights will be held, before one is read: by transformers' own quantizer, without weights.
 
     Args:
         config: of the base model.

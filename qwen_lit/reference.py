@@ -33,7 +33,7 @@ SECTIONS = ("", "model", "data", "checkpoint", "export", "samples", *LIBRARIES)
 TOP = ("seed_everything", "output_dir")
 """Keys that stand in no section."""
 PACKAGES = ("jsonargparse", "lightning", "peft", "transformers")
-"""Their versions decide which keys there are, and what is told of them."""
+"""Their versions decide which keys there are, and their help."""
 
 
 def build() -> dict[str, Any]:
@@ -43,13 +43,13 @@ def build() -> dict[str, Any]:
     keys = _keys(parsers["fit"])
     known = {one["key"] for one in keys}
     commands: dict[str, Any] = {}
-    for name, (told, example) in COMMANDS.items():
+    for name, (description, example) in COMMANDS.items():
         shown = name.replace("_", "-")
         if name in BESIDE:
-            commands |= _beside(shown, asked(import_module(BESIDE[name]).main), told, example)
+            commands |= _beside(shown, asked(import_module(BESIDE[name]).main), description, example)
         else:
             options = [one for one in _actions(parsers[name], name) if one["key"] not in known]
-            commands[shown] = {"help": told, "example": example, "options": options}
+            commands[shown] = {"help": description, "example": example, "options": options}
     return {"versions": {name: version(name) for name in PACKAGES}, "commands": commands, "keys": keys}
 
 
@@ -69,7 +69,7 @@ def _keys(parser: Any) -> list[dict[str, Any]]:
 
 def _actions(parser: Any, command: str) -> list[dict[str, Any]]:
     """Every option of a parser of jsonargparse that takes a value."""
-    told = {f"model.lora_config.{one.name}": one.metadata.get("help") for one in fields(LoraSection)}
+    peft_help = {f"model.lora_config.{one.name}": one.metadata.get("help") for one in fields(LoraSection)}
     found = []
     for action in parser._actions:
         hint = Path_fr if action.dest == "config" else getattr(action, "_typehint", None)
@@ -79,7 +79,7 @@ def _actions(parser: Any, command: str) -> list[dict[str, Any]]:
         one = {"key": action.dest, "type": type_name(hint), "default": default}
         if action.required or action.dest in parser._extra_required_keys:
             one["required"] = True
-        found.append({**one, "help": _help(action.dest, told.get(action.dest) or action.help, command)})
+        found.append({**one, "help": _help(action.dest, peft_help.get(action.dest) or action.help, command)})
     return found
 
 
@@ -136,7 +136,7 @@ def _kind(default: Any) -> str:
     return "str or null" if default is None else type(default).__name__
 
 
-def _beside(name: str, parser: argparse.ArgumentParser, told: str, example: str) -> dict[str, Any]:
+def _beside(name: str, parser: argparse.ArgumentParser, description: str, example: str) -> dict[str, Any]:
     """A command that has a parser of its own, and the commands below it."""
     options: list[dict[str, Any]] = []
     below: dict[str, Any] = {}
@@ -155,7 +155,7 @@ def _beside(name: str, parser: argparse.ArgumentParser, told: str, example: str)
         option = {"key": key, "type": kind or getattr(action.type, "__name__", "str").lstrip("_"), "default": default}
         option["help"] = " ".join((action.help or "").split())
         options.append({**option, **({"positional": True} if positional else {})})
-    return {name: {"help": told, "example": example, "options": options}, **below}
+    return {name: {"help": description, "example": example, "options": options}, **below}
 
 
 def asked(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:

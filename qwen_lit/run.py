@@ -83,7 +83,7 @@ class Run:
 
     @property
     def report(self) -> Path:
-        """The same as a page."""
+        """The report of the run as an HTML page."""
         return self.output_dir / "report.html"
 
     @property

@@ -56,15 +56,15 @@ def drawn(width: int, head: str, share: float | None, parts: Mapping[str, str], 
     shown = dict(parts)
     for name in (None, *spare):
         shown.pop(name, None)  # type: ignore[arg-type]
-        told = "  ".join(shown.values())
-        room = width - disp_len(head) - disp_len(told) - (5 if share is not None else 2)
+        details = "  ".join(shown.values())
+        room = width - disp_len(head) - disp_len(details) - (5 if share is not None else 2)
         if room >= (SHORTEST if share is not None else 0):
             break
     if share is None or room < 3:
-        return disp_trim(f"{head}  {told}", width)
+        return disp_trim(f"{head}  {details}", width)
     room = min(room, LONGEST)
     filled = round(room * min(max(share, 0.0), 1.0))
-    return f"{head} |{'█' * filled}{' ' * (room - filled)}|  {told}"
+    return f"{head} |{'█' * filled}{' ' * (room - filled)}|  {details}"
 
 
 class Bar(tqdm):  # type: ignore[type-arg]

@@ -41,16 +41,16 @@ class Interrupts:
                 return
             raise Interrupted(signum)
         if first:
-            again = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
-            log.warning("%s: finishing the optimizer step, then saving%s", signal.Signals(signum).name, again)
+            second = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
+            log.warning("%s: finishing the optimizer step, then saving%s", signal.Signals(signum).name, second)
 
     def defer(self) -> None:
-        """From here on signals wait for ``check``; takes the handlers back from whoever has set them."""
+        """Let signals wait for ``check``; takes the handlers back from whoever has set them."""
         self.deferred = True
         _set(self.handle)
 
     def release(self) -> None:
-        """From here on signals stop at once again."""
+        """Let signals stop the process at once again."""
         self.deferred = False
 
     def note(self, signum: int) -> None:

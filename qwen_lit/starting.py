@@ -57,7 +57,7 @@ def start(command: str, config: Any) -> Start:
     check_duration(config, command)
     check_trainer(config, command, run)
     first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
-    check_gpu(config.trainer.accelerator, tell=first and command != "inspect")
+    check_gpu(config.trainer.accelerator, warn=first and command != "inspect")
     writes = command in ("fit", "export") and not config.trainer.fast_dev_run
     lock = run.lock() if writes and first else None
     given = config.get("ckpt_path") if command in FROM_CHECKPOINT else None

@@ -105,10 +105,10 @@ def test_asking_for_a_gpu_that_cannot_be_used_says_why(machine, arguments, capsy
 
 def test_a_gpu_that_goes_unused_is_told_once_and_not_to_inspect(machine, arguments, caplog):
     machine([DRIVER, NODE])
-    gpu.check_gpu("auto", tell=False)
-    gpu.check_gpu("cpu", tell=True)
+    gpu.check_gpu("auto", warn=False)
+    gpu.check_gpu("cpu", warn=True)
     assert not caplog.messages
-    gpu.check_gpu("auto", tell=True)
+    gpu.check_gpu("auto", warn=True)
     assert caplog.messages == [f"no GPU is used: {gpu.gpu_problem()}"]
 
 

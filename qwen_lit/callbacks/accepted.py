@@ -1,4 +1,4 @@
-"""Which of Lightning's callbacks, loggers and strategies work here, told before anything is loaded."""
+"""Which of Lightning's callbacks, loggers and strategies work here, checked before anything is loaded."""
 
 from collections.abc import Iterable
 from importlib import import_module

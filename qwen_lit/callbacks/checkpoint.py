@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, clear_partial, remove, step_files, step_of
 from qwen_lit.callbacks.resumed import has_ended
 from qwen_lit.checks import check_ranges
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.errors import RunError
 from qwen_lit.lightning_internals import (
     begin_next_epoch,
@@ -22,8 +23,10 @@ from qwen_lit.lightning_internals import (
     validation_follows,
 )
 from qwen_lit.mixing import set_newer_aside
+from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import settings
 from qwen_lit.run import Run
+from qwen_lit.seams import options_of
 from qwen_lit.signals import INTERRUPTS
 
 log = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ class RunCheckpoint(Checkpoint):
         Args:
             run: names the files.
             every_n_train_steps: optimizer steps between two checkpoints; one is also saved before each validation.
-            keep: newest checkpoints that stay; at least 2, as the newest can be in the making.
+            keep: number of newest checkpoints that are kept; at least 2, as the newest may be incomplete yet.
 
         Raises:
             UserError: a number is out of range.
@@ -60,7 +63,10 @@ class RunCheckpoint(Checkpoint):
             clear_partial(self.run.checkpoints)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Run the validation that the checkpoint's run did not come to; restore the random generators last."""
+        """Run the validation that is still due where the run stopped between a save and its validation.
+
+        The random generators are restored last, because validation draws from them.
+        """
         self._own_folder(trainer)
         INTERRUPTS.defer()
         begin_next_epoch(trainer)
@@ -71,9 +77,9 @@ class RunCheckpoint(Checkpoint):
             _set_rng(self.rng[trainer.global_rank])
             self.rng = []
 
-    def _own_folder(self, trainer: Any) -> None:
+    def _own_folder(self, trainer: L.Trainer) -> None:
         """Leave no checkpoint of steps to come in the folder, and no best loss whose checkpoint is elsewhere."""
-        if trainer.fast_dev_run:
+        if options_of(trainer).fast_dev_run:
             return
         if trainer.is_global_zero:
             set_newer_aside(self.run, trainer.global_step)
@@ -108,7 +114,7 @@ class RunCheckpoint(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """A signal ends a validation at once: its step is saved already."""
+        """Stop at once on a signal: the step before the validation is saved already."""
         if trainer.state.fn == "fit" and trainer.strategy.reduce_boolean_decision(
             INTERRUPTS.received is not None, all=False
         ):
@@ -131,7 +137,7 @@ class RunCheckpoint(Checkpoint):
             return
         if float(loss) < self.best:
             self.best, self.best_step = float(loss), trainer.global_step
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if not options_of(trainer).fast_dev_run:
                 trainer.save_checkpoint(self.run.best, storage_options={"manifest": _manifest(trainer)})
             if trainer.is_global_zero:
                 log.info("best validation loss %.4f at step %d", self.best, trainer.global_step)
@@ -139,7 +145,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end of the run, wherever it falls between two periodic saves."""
         # What early stopping has counted at the end of the epoch belongs to it: the run stays ended.
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = options_of(trainer).callbacks
         stopped = any(has_ended(one) and stops_at_epoch_end(one) for one in callbacks)
         if trainer.global_step != self.saved_step or self._io(trainer).failure is not None or stopped:
             self._save(trainer, pl_module)
@@ -148,7 +154,7 @@ class RunCheckpoint(Checkpoint):
         INTERRUPTS.check()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Runs after the export, which needs no checkpoint.
+        """Report a last checkpoint that could not be written, after the export, which needs none.
 
         Raises:
             RunError: the last checkpoint could not be written.
@@ -161,17 +167,16 @@ class RunCheckpoint(Checkpoint):
             )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Let a write under way end."""
+        """Wait for a write that is under way."""
         INTERRUPTS.release()
         self._io(trainer).wait()
 
     @staticmethod
-    def _io(trainer: Any) -> AtomicCheckpointIO:
-        io: AtomicCheckpointIO = trainer.strategy.checkpoint_io
-        return io
+    def _io(trainer: L.Trainer) -> AtomicCheckpointIO:
+        return cast(AtomicCheckpointIO, trainer.strategy.checkpoint_io)
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if options_of(trainer).fast_dev_run:
             return
         started = time.perf_counter()
         trained = [p for p in pl_module.parameters() if p.requires_grad]
@@ -199,7 +204,10 @@ class RunCheckpoint(Checkpoint):
         self.rng = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only, so that reading never runs code."""
+        """The counters, the best loss and the random generators.
+
+        They are tensors and plain values, so that reading them runs no code.
+        """
         return {
             "saved_step": self.saved_step,
             "best": self.best,
@@ -209,7 +217,7 @@ class RunCheckpoint(Checkpoint):
         }
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A file that Lightning's own callback saves holds the generators of every rank too."""
+        """Add the random generators of every rank to a file that Lightning's own ModelCheckpoint saves."""
         mine = checkpoint.get("callbacks", {}).get(self.state_key)
         if mine is not None and not self.rng:
             mine["rng"] = _gather(trainer, _get_rng())
@@ -222,14 +230,14 @@ class RunCheckpoint(Checkpoint):
         self.best_step = state_dict["best_step"] if "best_step" in state_dict else step_of(self.run.best)
 
 
-def _manifest(trainer: Any) -> dict[str, Any]:
-    config = settings(trainer.lightning_module)
-    told = {"data": trainer.datamodule.state_dict(), "config": {**config["frozen"], **config["config"]}}
-    return {"step": trainer.global_step, "epoch": trainer.current_epoch, **told}
+def _manifest(trainer: L.Trainer) -> dict[str, Any]:
+    config = settings(cast(QwenModule, trainer.lightning_module))
+    compared = {"data": data_of(trainer).state_dict(), "config": {**config["frozen"], **config["config"]}}
+    return {"step": trainer.global_step, "epoch": trainer.current_epoch, **compared}
 
 
 def _gather(trainer: L.Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of every rank, in order."""
+    """The states of all ranks, in the order of the ranks; all ranks call this."""
     if trainer.world_size == 1:
         return [mine]
     found: list[Any] = [None] * trainer.world_size

@@ -53,8 +53,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         self.wait()
         if storage_options is None:
-            told = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
-            write_checkpoint(to_host(checkpoint), Path(path), told)
+            manifest = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
+            write_checkpoint(to_host(checkpoint), Path(path), manifest)
             return
         options = storage_options
         task = (to_host(checkpoint), Path(path), options.get("manifest", {}), options.get("then"))
@@ -180,9 +180,9 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, manifest: dict[str,
         digest, size = digested.sha256.hexdigest(), partial.stat().st_size
         if file_digest(partial) != digest:
             raise OSError(f"{partial}: the disk returned other bytes than were written")
-        told = {**manifest, "sha256": digest, "bytes": size, "written": datetime.now(UTC).isoformat()}
+        written = {**manifest, "sha256": digest, "bytes": size, "written": datetime.now(UTC).isoformat()}
         with partial_manifest.open("w", encoding="utf-8") as text:
-            json.dump(told, text, indent=1, ensure_ascii=False)
+            json.dump(written, text, indent=1, ensure_ascii=False)
             text.flush()
             os.fsync(text.fileno())
         os.replace(partial_manifest, manifest_of(path))
@@ -202,7 +202,7 @@ def step_of(path: Path) -> int | None:
     """Optimizer steps done at a checkpoint; None where neither its manifest nor the file tells."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return int(json.loads(manifest_of(path).read_text(encoding="utf-8"))["step"])
-    # What is wrong with a file is told where it is restored.
+    # A damaged file is reported where it is restored.
     with contextlib.suppress(OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
     return None

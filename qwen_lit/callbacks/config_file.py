@@ -5,6 +5,7 @@ from lightning.pytorch.callbacks import Callback
 
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.run import Run
+from qwen_lit.seams import options_of
 
 
 class ConfigFile(Callback):
@@ -15,7 +16,7 @@ class ConfigFile(Callback):
     """
 
     def __init__(self, run: Run) -> None:
-        """Writes nothing yet.
+        """Keeps the run whose configuration is written.
 
         Args:
             run: has the configuration, and names the file.
@@ -24,7 +25,7 @@ class ConfigFile(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write it."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or options_of(trainer).fast_dev_run:
             return
         path, step = self.run.config_file, trainer.global_step
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import is_whole, step_of
 from qwen_lit.callbacks.trackers import log_verdict
 from qwen_lit.checkpoints import trained_at
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import QwenDataModule, data_of
 from qwen_lit.data.rows import Rows
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import RESIDUAL_INITS
@@ -33,6 +33,7 @@ from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_check
 from qwen_lit.export.pipeline import run as run_job
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import PARTIAL, Run
+from qwen_lit.seams import options_of
 
 log = logging.getLogger(__name__)
 NO_BEST = "the best checkpoint"
@@ -52,7 +53,7 @@ class Export(Callback):
         verdict_rows: int = 32,
         smoke_rows: int = 3,
     ) -> None:
-        """Nothing is read or written before fit ends.
+        """Keeps the settings; the export is made in ``on_fit_end``.
 
         Args:
             run: names the folders, and has the configuration that is written beside the weights.
@@ -63,31 +64,33 @@ class Export(Callback):
                 measures both on held-out rows and keeps the one with the lower loss, or else the nearer one.
             gguf: also write the merged model as GGUF, with its matrices in q8_0, f16 or bf16, or, by llama.cpp's own
                 quantiser, in k-quants such as q4_k_m; null writes none.
-            verdict_rows: rows on which the merges are compared with the adapter; 0 compares nothing.
-            smoke_rows: trained prompts that the merged model answers, to see that it stops; 0 tries none.
+            verdict_rows: number of held-out rows, or trained ones where none are held out, on which the merged weights
+                are compared with the adapter on its base; 0 compares nothing.
+            smoke_rows: number of trained prompts that the merged model answers, to check that its answers end by
+                themselves; 0 tries none.
         """
         self.run, self.saver = run, saver
         self.merge, self.checkpoint, self.merge_base, self.gguf = merge, checkpoint, merge_base, gguf
         self.verdict_rows, self.smoke_rows = verdict_rows, smoke_rows
-        self.told: ModelCardFacts | None = None
+        self.facts: ModelCardFacts | None = None
         self.missing: dict[str, str] = {}
         self.made: dict[str, Any] = {}
-        """Of which checkpoint the adapter is: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
+        """The checkpoint that the adapter is from: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """What cannot be exported is known before anything is trained.
+        """Refuse, before anything is trained, what could not be exported.
 
         Raises:
             UserError: the adapter cannot be merged, GGUF cannot be written, or there will be no best checkpoint.
         """
-        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        data = data_of(trainer)
         assert data.val_rows is not None
         if stage == "fit" and self.checkpoint == "best" and not len(data.val_rows):
             raise UserError(
                 "export.checkpoint is best, but data.val_size holds out no row; give a larger share, or a count such "
                 "as data.val_size: 8, or export.checkpoint: last."
             )
-        if stage != "fit" or not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage != "fit" or not self.merge or options_of(trainer).fast_dev_run:
             return
         module = cast(QwenModule, pl_module)
         check_mergeable(module.lora_config, module.config)
@@ -95,7 +98,7 @@ class Export(Callback):
         check_form(self.gguf, module.config)
 
     def check_gguf(self) -> None:
-        """What a GGUF file is written with is known before hours of work.
+        """Refuse, before hours of work, a GGUF file for which a package or the quantiser is missing.
 
         Raises:
             UserError: a package is missing.
@@ -107,11 +110,11 @@ class Export(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export once training is complete; an interrupted run leaves its checkpoints alone."""
-        if trainer.fast_dev_run or trainer.interrupted or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if options_of(trainer).fast_dev_run or options_of(trainer).interrupted or not trainer.is_global_zero:
             return
         module = cast(QwenModule, pl_module)
         assert module.model is not None
-        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        data = data_of(trainer)
         adapter, saver = self.run.adapter, self.saver
         partial = adapter.with_name(adapter.name + PARTIAL)
         self.made = {"checkpoint": "last", "step": trainer.global_step}
@@ -140,7 +143,7 @@ class Export(Callback):
         if saver.best_step is not None:
             metrics[f"validation, best (step {saver.best_step})"] = saver.best
         if adapter.name in self.missing:
-            # What there is of it takes the room that the report needs.
+            # A half-written adapter takes disk space that the report needs.
             shutil.rmtree(partial, ignore_errors=True)
         elif NO_BEST not in self.missing:
             with part(self.run.merged.name, self.missing):
@@ -156,7 +159,7 @@ class Export(Callback):
         device: torch.device,
         loggers: Sequence[Logger],
     ) -> None:
-        """The same without training: from a checkpoint of ``fit``, or from an adapter folder.
+        """Export without training: from a checkpoint of ``fit``, or from an adapter folder.
 
         Args:
             path: of the checkpoint or the folder.
@@ -202,7 +205,7 @@ class Export(Callback):
             base_dir=module.folder,
             out_dir=self.run.merged,
             tokenizer=data.tokenizer,
-            told=ModelCardFacts(
+            facts=ModelCardFacts(
                 config=self.run.config, data=data.facts(), losses=losses, missing=self.missing, made=self.made
             ),
             held=module.held_weights(device),
@@ -213,7 +216,7 @@ class Export(Callback):
             taught=spread(data.train_rows.that_end(), self.smoke_rows),
             device=device,
         )
-        self.told = job.told
+        self.facts = job.facts
         step = self.made.get("step") or 0
         run_job(job, lambda verdict: log_verdict(list(loggers), verdict.as_dict(), step))
 
@@ -262,11 +265,11 @@ def best_weights(saver: RunCheckpoint) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def holding(module: Any, weights: dict[str, torch.Tensor] | None) -> Iterator[None]:
+def holding(module: QwenModule, weights: dict[str, torch.Tensor] | None) -> Iterator[None]:
     """Let a module have other trained weights for a while; its own are put back bit for bit.
 
     Args:
-        module: ``QwenModule``.
+        module: to which they are lent.
         weights: all of its trained ones, by its names; None changes nothing.
     """
     if weights is None:
@@ -281,7 +284,7 @@ def holding(module: Any, weights: dict[str, torch.Tensor] | None) -> Iterator[No
 
 
 def spread(rows: Rows, count: int) -> list[Example]:
-    """Examples from all over the rows, each but once."""
+    """At most ``count`` examples at equal distances over the rows, none of them twice."""
     if not len(rows) or not count:
         return []
     return [rows[number] for number in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)).tolist()]

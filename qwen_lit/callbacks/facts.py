@@ -1,14 +1,16 @@
 """What a run is, as plain values: what its start says, what ``summary.json`` holds and what trackers compare."""
 
-from typing import Any, cast
+from typing import Any
 
+import lightning as L
 from lightning.pytorch.callbacks import Timer
 
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.lightning_internals import seconds_of
 from qwen_lit.model.duration import epoch_share, epoch_steps, total_steps, warmup_steps
 from qwen_lit.model.module import QwenModule
+from qwen_lit.seams import options_of
 
 COMPARED = {
     "model": "model.model_name_or_path",
@@ -39,15 +41,15 @@ COMPARED = {
 """What a table of runs shows of each, by the name of its column."""
 
 
-def run_facts(trainer: Any, module: QwenModule) -> dict[str, Any]:
+def run_facts(trainer: L.Trainer, module: QwenModule) -> dict[str, Any]:
     """What is trained, on what, and for how long. None is what is not known or not set.
 
     Args:
         trainer: in ``fit``, its data set up.
         module: with its model.
     """
-    data, device = cast(QwenDataModule, trainer.datamodule), trainer.strategy.root_device
-    rows = data.train_rows
+    data, device = data_of(trainer), trainer.strategy.root_device
+    options, rows = options_of(trainer), data.train_rows
     assert rows is not None and data.val_rows is not None
     tokens, supervised = int(rows.column("length").sum()), int(rows.column("supervised").sum())
     of_epoch = epoch_steps(trainer, data)
@@ -62,13 +64,13 @@ def run_facts(trainer: Any, module: QwenModule) -> dict[str, Any]:
         "batch_size": data.settings.batch_size,
         "max_length": data.settings.max_length,
         "packing": data.settings.packing,
-        "micro_batches_per_step": min(trainer.micro_batches_per_step, data.micro_batches(trainer.world_size))
+        "micro_batches_per_step": min(options.micro_batches_per_step, data.micro_batches(trainer.world_size))
         * trainer.world_size,
         "tokens_per_step": round(tokens * epoch_share(trainer, data) / max(1, of_epoch)),
         "steps": steps,
         "steps_per_epoch": of_epoch,
         "epochs": None if steps is None else round(steps / of_epoch, 4) if cut else epochs,
-        "max_seconds": next((seconds_of(one) for one in trainer.callbacks if isinstance(one, Timer)), None),
+        "max_seconds": next((seconds_of(one) for one in options.callbacks if isinstance(one, Timer)), None),
         "warmup_steps": warmup_steps(module.warmup_ratio, trainer, data),
         "seed": data.settings.seed,
         "device": device.type,

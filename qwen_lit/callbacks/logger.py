@@ -30,7 +30,7 @@ class RunLogger(TensorBoardLogger):
     """Lightning's logger into ``output_dir/logs``, which goes on without a disk."""
 
     def __init__(self, run: Run, resumed_step: int | None = None) -> None:
-        """Nothing is written before the first line.
+        """Keeps the folder; the files are made with the first line.
 
         Args:
             run: names the folder.

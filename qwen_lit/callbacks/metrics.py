@@ -13,19 +13,20 @@ from lightning.pytorch.callbacks import Callback
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.data.batches import Batch
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.flops import peak_flops
+from qwen_lit.seams import options_of
 
 
 @dataclass
 class Counts:
-    """What has been done since some moment."""
+    """Tokens, steps and seconds that were counted since some moment."""
 
     tokens: int = 0
     supervised: int = 0
     computed: int = 0
-    """Tokens with the padding."""
+    """Tokens that were computed, padding included."""
     steps: int = 0
     waiting: float = 0.0
     """Seconds in the data loader."""
@@ -48,12 +49,12 @@ class Counts:
         return Counts(**{name: value if name in own else value / trainer.world_size for name, value in summed.items()})
 
 
-def is_logged(trainer: Any, step: int) -> bool:
+def is_logged(trainer: L.Trainer, step: int) -> bool:
     """Whether an optimizer step is one of those at ``trainer.log_every_n_steps``; 0 logs none."""
-    return bool(trainer.log_every_n_steps) and step % trainer.log_every_n_steps == 0
+    return bool(options_of(trainer).log_every_n_steps) and step % options_of(trainer).log_every_n_steps == 0
 
 
-def memory(trainer: Any) -> dict[str, float]:
+def memory(trainer: L.Trainer) -> dict[str, float]:
     """GPU memory in GiB of the rank that has most of it: now, and at most so far."""
     if trainer.strategy.root_device.type != "cuda":
         return {}
@@ -66,7 +67,7 @@ def memory(trainer: Any) -> dict[str, float]:
 
 @dataclass(eq=False)
 class Throughput(Callback):
-    """Logs the panel at the trainer's own interval, and keeps the whole run's for its summary."""
+    """Logs throughput, time and memory at ``trainer.log_every_n_steps``, and keeps those of the whole run."""
 
     saver: RunCheckpoint | None = None
     """Knows how long training has waited for saving."""
@@ -87,7 +88,7 @@ class Throughput(Callback):
         self.started, self.first = time.perf_counter(), trainer.global_step
         self.counts, self.last = Counts(), Counts()
         module = cast(QwenModule, pl_module)
-        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        data = data_of(trainer)
         assert data.train_rows is not None
         lengths, supervised = data.train_rows.column("length"), data.train_rows.column("supervised")
         # The mean of a token, not of a document: long documents hold more of them.
@@ -99,11 +100,11 @@ class Throughput(Callback):
         self.peak = self.peak and self.peak * trainer.world_size
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validation is timed apart."""
+        """Start the clock of the validation, which is timed apart."""
         self.validation_began = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Samples belong to it."""
+        """Stop the clock of the validation, which the samples belong to."""
         if not trainer.sanity_checking:
             self.counts.validating += time.perf_counter() - self.validation_began
 
@@ -111,7 +112,7 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: list[Batch], batch_idx: int
     ) -> None:
         """Count the micro-batches of the step; log at the trainer's interval."""
-        module: Any = pl_module
+        module = cast(QwenModule, pl_module)
         for one in batch:
             self.counts.tokens += one["tokens"]
             self.counts.supervised += one["targets"].numel()
@@ -122,19 +123,19 @@ class Throughput(Callback):
             for name, value in self.latest(trainer).items():
                 pl_module.log(f"train/{name}", value)
 
-    def _now(self, trainer: Any) -> Counts:
+    def _now(self, trainer: L.Trainer) -> Counts:
         saved = self.saver.stalled if self.saver is not None else 0.0
-        seconds, waited = time.perf_counter() - self.started, trainer.datamodule.waited
+        seconds, waited = time.perf_counter() - self.started, data_of(trainer).waited
         return Counts(**{**vars(self.counts), "waiting": waited, "saving": saved, "seconds": seconds})
 
-    def latest(self, trainer: Any) -> dict[str, float]:
-        """The panel since it was asked for last; empty without a step. All ranks call this."""
+    def latest(self, trainer: L.Trainer) -> dict[str, float]:
+        """The metrics since the last call; empty where no step was made. All ranks call this."""
         now = self._now(trainer)
         since, self.last = now.minus(self.last), now
         return self.panel(since.over_ranks(trainer)) | memory(trainer) if since.steps else {}
 
-    def whole(self, trainer: Any) -> dict[str, float]:
-        """The panel of the run so far. All ranks call this."""
+    def whole(self, trainer: L.Trainer) -> dict[str, float]:
+        """The metrics of the run so far. All ranks call this."""
         return self.panel(self._now(trainer).over_ranks(trainer)) | memory(trainer)
 
     def panel(self, counts: Counts) -> dict[str, float]:

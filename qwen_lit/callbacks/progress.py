@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
 from qwen_lit.callbacks.metrics import is_logged
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.model.duration import total_steps
 from qwen_lit.progress import Progress
 from qwen_lit.screen import Bar, drawn, on_screen, printing_above
@@ -38,22 +39,22 @@ class RunProgress(ProgressBar):
         self.printing = contextlib.ExitStack()
 
     def disable(self) -> None:
-        """Lightning asks for it on every rank but the first."""
+        """Show nothing; Lightning calls this on every rank but the first."""
         self.enabled = False
 
     def enable(self) -> None:
-        """Lightning's counterpart of ``disable``."""
+        """Show the progress; Lightning's counterpart of ``disable``."""
         self.enabled = True
 
     def print(self, *items: Any, sep: str = " ", **options: Any) -> None:
-        """What a module or a callback has to say stands above the bar."""
+        """Write to the log, above the bar, what a module or a callback prints."""
         log.info("%s", sep.join(map(str, items)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time is counted from here; a run that goes on begins at its step."""
+        """Start the clock; a resumed run counts from the step of its checkpoint."""
         self.began = self.last = time.perf_counter()
         self.first = self.step = trainer.global_step
-        self.total = total_steps(trainer, trainer.datamodule)  # type: ignore[attr-defined]
+        self.total = total_steps(trainer, data_of(trainer))
         if self.screen and self.enabled:
             self.printing.enter_context(printing_above())
             self.bar = Bar(self._line)
@@ -67,7 +68,7 @@ class RunProgress(ProgressBar):
         step, self.last = trainer.global_step, time.perf_counter()
         self.step = step
         logged = is_logged(trainer, step) or step == self.total
-        # To read a number waits for the GPU.
+        # Reading a metric waits for the GPU.
         if logged or step == self.first + 1:
             self._read(trainer, pl_module)
         if self.bar is not None:
@@ -85,7 +86,7 @@ class RunProgress(ProgressBar):
             self.validation = Progress("validating", self.validated[1], "batches")
 
     def on_validation_batch_end(self, *arguments: Any, **options: Any) -> None:
-        """One more."""
+        """Count a validation batch and draw the bar."""
         if self.validated is not None:
             self.validated = self.validated[0] + 1, self.validated[1]
         if self.bar is not None:
@@ -94,7 +95,7 @@ class RunProgress(ProgressBar):
             self.validation.advance(1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show what it has found."""
+        """Show the validation loss."""
         self.validated = None
         if self.validation is not None:
             self.validation.close()
@@ -103,15 +104,15 @@ class RunProgress(ProgressBar):
             self.bar.refresh()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The bar goes; what the run has come to is in its report."""
+        """Take the bar off the screen; the report says what the run has come to."""
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Nothing stays below the message."""
+        """Take the bar off the screen before the error is printed."""
         self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nor after any other end."""
+        """Take the bar off the screen however the run has ended."""
         self._close()
 
     def _close(self) -> None:
@@ -121,7 +122,7 @@ class RunProgress(ProgressBar):
         self.bar = self.validation = None
         self.printing.close()
 
-    def _read(self, trainer: Any, module: Any) -> None:
+    def _read(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         found = trainer.callback_metrics
         values = {short: float(found[name]) for name, short in SHOWN.items() if name in found}
         self.metrics = {name: f"{one:,.0f}" if name == "tok/s" else _number(one) for name, one in values.items()}

@@ -19,12 +19,13 @@ from qwen_lit.callbacks.facts import flat, run_facts
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput, is_logged
 from qwen_lit.callbacks.trackers import log_config
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.environment import git, hardware, versions
 from qwen_lit.lines import end_lines, loss_lines, panel_lines, start_lines
 from qwen_lit.model.module import QwenModule
 from qwen_lit.report import page
 from qwen_lit.run import PARTIAL, Run
+from qwen_lit.seams import options_of
 from qwen_lit.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -45,13 +46,13 @@ class RunReport(Callback):
     """Prints the start and writes the end of a run; its curves are part of the checkpoint."""
 
     def __init__(self, run: Run, saver: RunCheckpoint, exporter: Export, throughput: Throughput) -> None:
-        """Writes nothing yet.
+        """Keeps what the report is made of; the files are written in ``on_fit_end``.
 
         Args:
             run: names the files, and has the configuration and the time when it all began.
             saver: knows the best checkpoint.
             exporter: knows what was exported.
-            throughput: has the panel.
+            throughput: measures speed, time and memory.
         """
         self.run, self.saver, self.exporter, self.throughput = run, saver, exporter, throughput
         self.unwritten: OSError | None = None
@@ -59,7 +60,7 @@ class RunReport(Callback):
         self.history: dict[str, list[list[float]]] = {}
         self.step = -1
         self.first: int | None = None
-        """Where this command began to train; None until it does."""
+        """The optimizer step at which this command began to train; None until it does."""
         self.resumed: list[int] = []
         self.facts: dict[str, Any] = {}
         self.panel: dict[str, float] = {}
@@ -67,7 +68,7 @@ class RunReport(Callback):
         """Seconds of training of earlier attempts, up to where this one goes on."""
         self.began: float | None = None
         self.done: float | None = None
-        """Of this attempt's training, on the clock."""
+        """Seconds of ``time.perf_counter`` at which this attempt's training ended; None until it has."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what will be trained."""
@@ -80,20 +81,20 @@ class RunReport(Callback):
             for name, text in start_lines(self.facts, self.run.output_dir).items():
                 for line in textwrap.wrap(f"{name:<10} {text}", LINE, subsequent_indent=" " * 11):
                     log.info(line)
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if not options_of(trainer).fast_dev_run:
                 log_config(trainer.loggers, flat({**self.run.config, "run": self.facts}))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep what is logged."""
+        """Append the logged metrics of the step to the curves."""
         step = self.step = trainer.global_step
-        # A step that is skipped has no loss; what stands there is the one's before.
+        # A skipped step logs no loss; ``callback_metrics`` still holds the loss of the step before.
         if (is_logged(trainer, step) or step <= 1) and not getattr(pl_module, "skipped_in_a_row", 0):
             self._keep_all(step, trainer.callback_metrics)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the validation loss."""
+        """Append the validation loss to its curve."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
             self._keep("val/loss", trainer.global_step, float(trainer.callback_metrics["val/loss"]))
 
@@ -110,7 +111,7 @@ class RunReport(Callback):
             del curve[1:-1:2]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
+        """The curves, the steps at which the run was resumed, and the seconds of training."""
         return {"history": self.history, "resumed": self.resumed, "trained_seconds": self._trained()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -123,7 +124,8 @@ class RunReport(Callback):
         return self.trained if self.began is None else self.trained + (self.done or time.perf_counter()) - self.began
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last step, wherever the interval falls, and the panel of the whole run, while the device still knows."""
+        """Log the last step, wherever the interval falls, and the throughput of the whole run, while the device still
+        knows its peak memory."""
         latest = {f"train/{name}": value for name, value in self.throughput.latest(trainer).items()}
         self.panel = self.throughput.whole(trainer)
         self.done = time.perf_counter()
@@ -144,7 +146,7 @@ class RunReport(Callback):
         if ends and is_logged(trainer, self.step) and not getattr(pl_module, "skipped_in_a_row", 0):
             log_to_all(trainer, _training_metrics(trainer), trainer.global_step)
 
-    def _log_last(self, trainer: Any, latest: dict[str, float], skipped: bool) -> None:
+    def _log_last(self, trainer: L.Trainer, latest: dict[str, float], skipped: bool) -> None:
         step = trainer.global_step
         if step == self.first or is_logged(trainer, step) or skipped:
             return
@@ -156,7 +158,7 @@ class RunReport(Callback):
         """Write the summary and the page, after the export."""
         if trainer.is_global_zero and self.first in (None, trainer.global_step):
             log.warning("nothing was trained: %s", nothing_left(trainer))
-        if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or options_of(trainer).fast_dev_run or options_of(trainer).interrupted:
             return
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
@@ -172,10 +174,10 @@ class RunReport(Callback):
         for line in end_lines(summary):
             log.info(line)
 
-    def summary(self, trainer: Any, module: QwenModule) -> dict[str, Any]:
-        """All of it as plain values; docs/configuration.md tells of each."""
+    def summary(self, trainer: L.Trainer, module: QwenModule) -> dict[str, Any]:
+        """What ``summary.json`` holds, as plain values; docs/summary.md explains each."""
         run, export, ended = self.run, self.exporter, datetime.now().astimezone()
-        data = cast(QwenDataModule, trainer.datamodule)
+        data = data_of(trainer)
         lines = run.samples.read_text(encoding="utf-8").splitlines() if run.samples.is_file() else []
         exported = run.adapter.is_dir() and run.adapter.name not in export.missing
         project, last = git(Path.cwd()), {name: curve[-1][1] for name, curve in self.history.items() if curve}
@@ -198,8 +200,8 @@ class RunReport(Callback):
             "best": best_of(self.saver),
             "throughput": {name: float(f"{value:.6g}") for name, value in self.panel.items()},
             "data": data.facts(),
-            "verdict": export.told.verdict if export.told else None,
-            "stopped": export.told.stopped if export.told else None,
+            "verdict": export.facts.verdict if export.facts else None,
+            "stopped": export.facts.stopped if export.facts else None,
             "exported": export.made if exported else {},
             "export": {"missing": export.missing, "again": export.again()} if export.missing else {},
             "files": _files(run, trainer.loggers),
@@ -242,11 +244,11 @@ def write(run: Run, summary: dict[str, Any]) -> None:
     log.info("report written to %s", run.report)
 
 
-def _training_metrics(trainer: Any) -> dict[str, float]:
+def _training_metrics(trainer: L.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
 
 
-def log_to_all(trainer: Any, metrics: dict[str, float], step: int) -> None:
+def log_to_all(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
     """Beside what Lightning logs by itself.
 
     Args:
@@ -258,7 +260,7 @@ def log_to_all(trainer: Any, metrics: dict[str, float], step: int) -> None:
         logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step - 1)
 
 
-def nothing_left(trainer: Any) -> str:
+def nothing_left(trainer: L.Trainer) -> str:
     """Why a run has made no step."""
     step, epochs = trainer.global_step, trainer.max_epochs
     if trainer.should_stop:

@@ -1,22 +1,23 @@
 """Lightning's own callbacks across a resume: what they restore must not end or spoil the run that goes on."""
 
 import logging
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from qwen_lit.callbacks.accepted import check_held_out
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.errors import UserError
 from qwen_lit.lightning_internals import mark_saved, save_between_steps
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import Run
+from qwen_lit.seams import options_of
 
 log = logging.getLogger(__name__)
 
 
-def has_ended(callback: Any) -> bool:
+def has_ended(callback: object) -> TypeGuard[EarlyStopping]:
     """Whether a callback is an EarlyStopping that has stopped its run."""
     if not isinstance(callback, EarlyStopping):
         return False
@@ -29,7 +30,7 @@ class Resumed(Callback):
     """Looks after the callbacks that the configuration names."""
 
     def __init__(self, run: Run) -> None:
-        """Looks at nothing yet.
+        """Keeps what it is given; the callbacks are read in ``setup``.
 
         Args:
             run: that trains or is measured.
@@ -42,13 +43,13 @@ class Resumed(Callback):
         Raises:
             UserError: a callback monitors a validation that has no rows, or ``validate`` has none.
         """
-        data = cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        data = data_of(trainer)
         assert data.val_rows is not None
         if stage == "fit":
-            for one in trainer.callbacks:  # type: ignore[attr-defined]
+            for one in options_of(trainer).callbacks:
                 if isinstance(one, ModelCheckpoint):
                     save_between_steps(one)
-            check_held_out(trainer.callbacks, len(data.val_rows))  # type: ignore[attr-defined]
+            check_held_out(options_of(trainer).callbacks, len(data.val_rows))
         if stage == "validate":
             if not len(data.val_rows):
                 raise UserError("validate: no row is held out; set data.val_size or data.val_dataset_path.")
@@ -62,13 +63,13 @@ class Resumed(Callback):
         """
         states = checkpoint.get("callbacks", {})
         states.pop("Timer", None)
-        for one in trainer.callbacks:  # type: ignore[attr-defined]
+        for one in options_of(trainer).callbacks:
             if isinstance(one, EarlyStopping) and one.state_key in states:
                 states[one.state_key]["patience"] = one.patience
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that early stopping has ended stays ended."""
-        for one in trainer.callbacks:  # type: ignore[attr-defined]
+        """Stop at once where early stopping has ended the run before."""
+        for one in options_of(trainer).callbacks:
             if has_ended(one):
                 log.warning(
                     "early stopping by %s has ended this run already; to go on, raise its patience, or leave it out",
@@ -77,7 +78,10 @@ class Resumed(Callback):
                 trainer.should_stop = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What is done when the run goes on is saved already; a file must not fall into the next optimizer step."""
-        for one in trainer.callbacks:  # type: ignore[attr-defined]
+        """Tell each ModelCheckpoint that a resumed run's step is saved already.
+
+        It would save that step within the next one.
+        """
+        for one in options_of(trainer).callbacks:
             if isinstance(one, ModelCheckpoint):
                 mark_saved(one, trainer.global_step)

@@ -10,17 +10,18 @@ from lightning.pytorch.callbacks import Callback
 from tqdm.utils import disp_len, disp_trim
 
 from qwen_lit.callbacks.trackers import log_samples
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import data_of
 from qwen_lit.generate import generate
 from qwen_lit.lines import question
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import Run
+from qwen_lit.seams import options_of
 
 log = logging.getLogger(__name__)
 
 
 class Samples(Callback):
-    """Answers to the log, to the loggers and to ``output_dir/samples.jsonl``."""
+    """Writes the model's answers to the log, to the loggers and to ``output_dir/samples.jsonl``."""
 
     def __init__(
         self,
@@ -29,12 +30,13 @@ class Samples(Callback):
         rows: int = 2,
         max_new_tokens: int = 64,
     ) -> None:
-        """Asks nothing yet.
+        """Keeps the questions' source; they are read when training begins.
 
         Args:
             run: names the file.
-            prompts: questions to ask; null takes those of the first validation rows, of raw text its beginning.
-            rows: validation rows to take them from; 0 asks nothing.
+            prompts: questions that are answered before the first step and at each validation; null takes those of
+                the first validation rows, or the beginning of raw text.
+            rows: number of validation rows whose questions are taken where prompts is null; 0 takes none.
             max_new_tokens: most tokens of an answer.
         """
         self.prompts, self.rows, self.max_new_tokens = prompts, rows, max_new_tokens
@@ -43,18 +45,18 @@ class Samples(Callback):
         """Prompt ids and the answer of the row, where it is known."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the first step: what the base says."""
+        """Read the questions; before the first step, answer them with the weights that the run begins with."""
         self.asked = self._questions(trainer)
         if trainer.global_step == 0:
             self._answer(trainer, cast(QwenModule, pl_module))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What it says by now."""
+        """Answer the prompts with the weights of this step."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._answer(trainer, cast(QwenModule, pl_module))
 
-    def _questions(self, trainer: Any) -> list[tuple[list[int], str | None]]:
-        data = cast(QwenDataModule, trainer.datamodule)
+    def _questions(self, trainer: L.Trainer) -> list[tuple[list[int], str | None]]:
+        data = data_of(trainer)
         assert data.val_rows is not None
         if self.prompts is not None:
             chats = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
@@ -63,21 +65,26 @@ class Samples(Callback):
         found: list[tuple[list[int], str | None]] = []
         for number in range(min(self.rows, len(data.val_rows))):
             prompt, following = data.val_rows.prompt(number, self.max_new_tokens)
-            # What is no whole answer may end within a character.
+            # The tokens may be cut off within a character.
             wanted = data.tokenizer.decode(following, skip_special_tokens=True).rstrip("\ufffd")
             found.append((prompt.tolist(), wanted))
         return found
 
-    def _answer(self, trainer: Any, module: QwenModule) -> None:
+    def _answer(self, trainer: L.Trainer, module: QwenModule) -> None:
         assert module.model is not None
-        if not self.asked or not trainer.is_global_zero or trainer.fast_dev_run or module.settings.shard_base:
+        if (
+            not self.asked
+            or not trainer.is_global_zero
+            or options_of(trainer).fast_dev_run
+            or module.settings.shard_base
+        ):
             return
         embedding = module.model.get_input_embeddings().weight
         if embedding.device != trainer.strategy.root_device:
             log.info("no samples: the embedding stands on the CPU, to save GPU memory")
             self.asked = []
             return
-        tokenizer = trainer.datamodule.tokenizer
+        tokenizer = data_of(trainer).tokenizer
         training = module.model.training
         module.model.eval()
         lines = []
@@ -94,10 +101,10 @@ class Samples(Callback):
                 }
             )
         module.model.train(training)
-        self._tell(trainer, lines)
+        self._write(trainer, lines)
 
-    def _tell(self, trainer: Any, lines: list[dict[str, Any]]) -> None:
-        # A step that is made again after a resume is answered again.
+    def _write(self, trainer: L.Trainer, lines: list[dict[str, Any]]) -> None:
+        # A resumed run makes the steps after its checkpoint once more, and answers them once more.
         earlier = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         kept = [one for one in earlier if one.endswith("\n") and json.loads(one)["step"] < lines[0]["step"]]
         partial = self.path.with_suffix(".tmp")
@@ -112,6 +119,6 @@ class Samples(Callback):
 
 
 def _short(text: str, most: int = 60) -> str:
-    """The text in so many columns of a terminal."""
+    """The text on one line, cut to ``most`` columns of a terminal."""
     flat = " ".join(text.split())
     return flat if disp_len(flat) <= most else disp_trim(flat, most - 1) + "…"

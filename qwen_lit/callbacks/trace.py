@@ -16,7 +16,7 @@ class Trace(Callback):
     """Appends ``{"step", "epoch", "loss", "rows"}`` to a file after every optimizer step."""
 
     def __init__(self, path: str) -> None:
-        """Opens nothing yet.
+        """Keeps the path; the file is opened at the first step.
 
         Args:
             path: the JSONL file; a resumed run appends to it. Ranks but the first add their number to its name.
@@ -24,7 +24,7 @@ class Trace(Callback):
         self.path = Path(expanded(path))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Each rank has a file of its own."""
+        """Add the rank's number to the file name on all ranks but the first."""
         if trainer.global_rank:
             self.path = self.path.with_name(f"{self.path.name}.{trainer.global_rank}")
 
@@ -37,7 +37,7 @@ class Trace(Callback):
             ids, starts = one["input_ids"].flatten().cpu().numpy(), one["cu_seqlens"].tolist()
             for begin, end in zip(starts, starts[1:], strict=False):
                 rows.append(hashlib.blake2b(ids[begin:end].tobytes(), digest_size=8).hexdigest())
-        # A step that is skipped logs no loss; what stands there is that of the step before.
+        # A skipped step logs no loss; ``logged_metrics`` still holds the loss of the step before.
         loss = None if getattr(pl_module, "skipped_in_a_row", 0) else trainer.logged_metrics.get("train/loss")
         value = float(loss) if loss is not None else None
         line = {"step": trainer.global_step, "epoch": trainer.current_epoch, "loss": value, "rows": rows}

@@ -51,7 +51,7 @@ def _begun(logger: Any, own: property) -> Any:
 
 
 def attempt(logger: Any, do: Callable[[], Any]) -> None:
-    """Do something with a logger; the first failure is a warning, the others are not told."""
+    """Do something with a logger; its first failure is a warning, and later ones are silent."""
     try:
         do()
     except Exception as error:
@@ -122,7 +122,7 @@ def log_verdict(loggers: list[Any], verdict: dict[str, Any], step: int) -> None:
     rows = [["adapter", verdict["adapter_loss"], None, None]]
     rows += [[f"merge, {name}", one["loss"], one["kl"], one["same_top"]] for name, one in verdict["merges"].items()]
 
-    def tell(logger: Any) -> None:
+    def send(logger: Any) -> None:
         logger.log_metrics(values, max(0, step - 1))
         if hasattr(logger, "log_table"):
             columns = ["model", "loss", "kl", "same_top"]
@@ -132,4 +132,4 @@ def log_verdict(loggers: list[Any], verdict: dict[str, Any], step: int) -> None:
         logger.save()
 
     for logger in loggers:
-        attempt(logger, lambda logger=logger: tell(logger))  # type: ignore[misc]
+        attempt(logger, lambda logger=logger: send(logger))  # type: ignore[misc]

@@ -110,7 +110,7 @@ def started(given: argparse.Namespace) -> tuple[Chat, str]:
     from qwen_lit.logs import set_up_logging
 
     set_up_logging()
-    check_gpu("auto", tell=True)
+    check_gpu("auto", warn=True)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     choice, passed = choose(given.path, given.load_in_4bit, device)
     if passed:

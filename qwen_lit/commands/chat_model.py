@@ -20,7 +20,7 @@ from qwen_lit.hub import fetch, find
 from qwen_lit.hub_libraries import Hub
 from qwen_lit.model.load import check_weights, load_config, load_tokenizer, read_adapted, read_model
 from qwen_lit.names import HUB_NAME, expanded
-from qwen_lit.progress import told
+from qwen_lit.progress import timed
 from qwen_lit.quantization import on_disk, planned_weights, usable
 from qwen_lit.run import Run, is_adapter, is_model, training_config
 
@@ -41,7 +41,7 @@ class Choice:
     """The model's folder, or the adapter's base: a folder or a hub name."""
     quantization: BitsAndBytesConfig | None = None
     hub: Hub = "huggingface"
-    """Where a base of a hub name is fetched from."""
+    """The hub that a base without a folder of its own is fetched from."""
 
     @property
     def adapter(self) -> bool:
@@ -207,7 +207,7 @@ def load(choice: Choice, device: torch.device) -> tuple[Any, Any]:
     """
     base = fetch(choice.base, choice.hub, weights=True)
     try:
-        with told(f"loading {choice}"):
+        with timed(f"loading {choice}"):
             model = read_model(base, device, choice.quantization)
             tokenizer = load_tokenizer(base, choice.base)
             if choice.adapter:

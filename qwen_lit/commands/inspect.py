@@ -30,9 +30,9 @@ def inspect(
     Raises:
         UserError: there is no such row, or the page cannot be written.
     """
-    data.prepare_data(judge=False)
+    data.prepare_data(refuse_faulty=False)
     try:
-        data.setup(judge=False)
+        data.setup(refuse_faulty=False)
     except UserError as error:
         # Nothing is left to train on; why, is what the audit is for.
         print("\n".join([*report_lines(data.report), f"verdict         {error}"]))
@@ -62,11 +62,11 @@ def found(row: str, folders: list[Path]) -> tuple[Rows, list[int]]:
     Raises:
         UserError: there is no such row.
     """
-    told = [line for folder in folders for line in row_outcome(folder, row)]
+    lines = [line for folder in folders for line in row_outcome(folder, row)]
     holding = [folder for folder in folders if find_rows(Rows(folder), row)]
-    if not told and not holding:
+    if not lines and not holding:
         raise UserError(f"--row: there is no row {row}; give path:line as the audit names it.")
-    print("\n" + "\n".join(told) if told else "", end="")
+    print("\n" + "\n".join(lines) if lines else "", end="")
     rows = Rows(holding[0] if holding else folders[0])
     return rows, find_rows(rows, row)
 

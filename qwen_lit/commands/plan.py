@@ -5,14 +5,14 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, step_files
@@ -20,7 +20,7 @@ from qwen_lit.callbacks.export import Export
 from qwen_lit.commands.plan_advice import advice
 from qwen_lit.commands.plan_text import lines
 from qwen_lit.data.batches import Batch
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import QwenDataModule, data_of
 from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS
@@ -39,6 +39,7 @@ from qwen_lit.planner.search import choose
 from qwen_lit.planner.speed import time_of
 from qwen_lit.quantization import Held, base_name
 from qwen_lit.run import Run
+from qwen_lit.seams import options_of
 
 STEPS = 4
 """Optimizer steps that are measured; the first one warms up and is left out."""
@@ -85,23 +86,25 @@ class StepTimer(Callback):
         self.validation = 0.0
         self.peak = 0
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: list[Batch], batch_idx: int) -> None:
-        """A step begins."""
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: list[Batch], batch_idx: int
+    ) -> None:
+        """Start the clock of an optimizer step."""
         torch.cuda.synchronize()
         self.began = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: list[Batch], batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: list[Batch], batch_idx: int
     ) -> None:
-        """It ends with the update."""
+        """Stop the clock of an optimizer step, after its update."""
         torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
         self.tokens.append(sum(one["tokens"] for one in batch))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The heaviest validation micro-batches, without gradients."""
-        module: Any = pl_module
-        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        """Time the first validation batch, which is the heaviest, and read the peak of memory."""
+        module = cast(QwenModule, pl_module)
+        loader = data_of(trainer).val_dataloader()
         for step in loader:
             moved = move_data_to_device(step, module.device)
             module.eval()
@@ -115,14 +118,14 @@ class StepTimer(Callback):
         self.peak = torch.cuda.max_memory_allocated()
 
 
-def arithmetic_model(module: Any) -> Any:
+def arithmetic_model(module: QwenModule) -> PeftModel:
     """The PEFT model without weights, on the meta device."""
     base = empty_model(module.config, torch.bfloat16)
     with torch.device("meta"):
-        return get_peft_model(base, module.lora_config)
+        return cast(PeftModel, get_peft_model(base, module.lora_config))
 
 
-def static_bytes(model: Any, held: Mapping[str, Held]) -> int:
+def static_bytes(model: PeftModel, held: Mapping[str, Held]) -> int:
     """Bytes of the weights as they will stand on the device.
 
     Args:
@@ -141,9 +144,17 @@ def static_bytes(model: Any, held: Mapping[str, Held]) -> int:
     return total
 
 
-def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int, exporter: Export) -> dict[str, Any]:
+def common(
+    trainer: L.Trainer,
+    module: QwenModule,
+    data: QwenDataModule,
+    model: PeftModel,
+    largest_batch: int,
+    exporter: Export,
+) -> dict[str, Any]:
     """What is known without a GPU: steps, tokens, disk and memory for the export."""
     rows = data.train_rows
+    assert rows is not None
     lengths, supervised = rows.column("length"), rows.column("supervised")
     tokens, of_epoch = int(lengths.sum()), epoch_steps(trainer, data)
     steps = total_steps(trainer, data)
@@ -179,7 +190,7 @@ def common(trainer: Any, module: Any, data: Any, model: Any, largest_batch: int,
 
 
 def arithmetic(
-    trainer: Any, module: QwenModule, data: QwenDataModule, exporter: Export, explained: bool = False
+    trainer: L.Trainer, module: QwenModule, data: QwenDataModule, exporter: Export, explained: bool = False
 ) -> dict[str, Any]:
     """Plans from the shapes alone, for one budget or for usual cards.
 
@@ -196,7 +207,7 @@ def arithmetic(
     model, budget = arithmetic_model(module), module.memory_budget
     held = module.held_weights(trainer.strategy.root_device)
     static = static_bytes(model, held)
-    sizes, mean = data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens()
+    sizes, mean = data.most_tokens(possible_at_once(options_of(trainer).micro_batches_per_step)), data.mean_tokens()
     result = common(trainer, module, data, model, sizes[1], exporter)
     reason = reference_because(module, model, held)
     if reason and module.settings.engine == "fast":
@@ -217,7 +228,7 @@ def arithmetic(
     return result | {"advice": advice(memory, static, plan, sizes, mean, module, data, model, static_bytes)}
 
 
-def planned_memory(module: Any, model: Any, held: Mapping[str, Held]) -> ModelMemory:
+def planned_memory(module: QwenModule, model: PeftModel, held: Mapping[str, Held]) -> ModelMemory:
     """What the model takes while it trains, by how its weights will be held.
 
     Args:
@@ -228,7 +239,7 @@ def planned_memory(module: Any, model: Any, held: Mapping[str, Held]) -> ModelMe
     return ModelMemory.of(model, module.state_bytes, lambda name: f"{name}.weight" in held)
 
 
-def reference_because(module: Any, model: Any, held: Mapping[str, Held]) -> str | None:
+def reference_because(module: QwenModule, model: PeftModel, held: Mapping[str, Held]) -> str | None:
     """Why ``fit`` will run PEFT's own path on a GPU; None where the fast engine will run.
 
     Args:
@@ -246,7 +257,7 @@ def reference_because(module: Any, model: Any, held: Mapping[str, Held]) -> str 
     return unsupported_reason(model, torch.device("meta"))
 
 
-def trial(trainer: Any, callbacks: list[Callback], steps: int) -> L.Trainer:
+def trial(trainer: L.Trainer, callbacks: list[Callback], steps: int) -> L.Trainer:
     """A Trainer of its own for a few steps, on the same devices and in the same precision.
 
     Args:
@@ -262,8 +273,8 @@ def trial(trainer: Any, callbacks: list[Callback], steps: int) -> L.Trainer:
         strategy="auto" if isinstance(strategy, SingleDeviceStrategy) else "ddp",
         plugins=[strategy.precision_plugin, AtomicCheckpointIO()],
         max_steps=steps,
-        accumulate_grad_batches=trainer.micro_batches_per_step,
-        gradient_clip_val=trainer.clip_value,
+        accumulate_grad_batches=options_of(trainer).micro_batches_per_step,
+        gradient_clip_val=options_of(trainer).clip_value,
         limit_train_batches=trainer.limit_train_batches,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -276,7 +287,7 @@ def trial(trainer: Any, callbacks: list[Callback], steps: int) -> L.Trainer:
 
 
 def measure(
-    trainer: Any, module: QwenModule, data: QwenDataModule, exporter: Export, explained: bool = False
+    trainer: L.Trainer, module: QwenModule, data: QwenDataModule, exporter: Export, explained: bool = False
 ) -> dict[str, Any]:
     """Forward, backward, update, validation and a checkpoint on the heaviest real batches, on the GPU.
 
@@ -292,7 +303,7 @@ def measure(
     """
     device = trainer.strategy.root_device
     model = arithmetic_model(module)
-    sizes, mean = data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens()
+    sizes, mean = data.most_tokens(possible_at_once(options_of(trainer).micro_batches_per_step)), data.mean_tokens()
     result = common(trainer, module, data, model, sizes[1], exporter)
     limit = measured_flops(device)
     timer = StepTimer()

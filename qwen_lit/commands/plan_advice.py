@@ -1,13 +1,15 @@
-"""What would make a run faster or smaller, told by plan."""
+"""What would make a run faster or smaller: the advice of ``plan``."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
+from peft import PeftModel
 
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.examples import RAW_TEXT
 from qwen_lit.families.table import family_of
+from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.search import choose
@@ -21,10 +23,10 @@ STEP = GIB // 4
 """Bytes between two sizes of a card that are tried."""
 
 WORTH = 0.02
-"""Share of time from which a gain is told."""
+"""Share of time from which a gain is worth a line."""
 
 WORTH_BYTES = GIB // 8
-"""Bytes from which a saving by shorter rows is told."""
+"""Bytes from which a saving by shorter rows is worth a line."""
 
 
 def advice(
@@ -33,10 +35,10 @@ def advice(
     plan: Plan,
     sizes: dict[int, int],
     mean: float,
-    module: Any,
-    data: Any,
-    model: Any,
-    weights: Callable[[Any, Mapping[str, Held]], int],
+    module: QwenModule,
+    data: QwenDataModule,
+    model: PeftModel,
+    weights: Callable[[PeftModel, Mapping[str, Held]], int],
 ) -> list[str]:
     """What would make it faster or smaller, with the gain of each by the planner's own arithmetic.
 
@@ -74,12 +76,13 @@ def advice(
     whole, half = (memory.peak(static, share, policies) for share in (tokens, tokens // 2))
     if whole - half > WORTH_BYTES:
         shorter = max(8, sizes[1] // 2)
+        assert data.train_rows is not None
         lengths, text = data.train_rows.column("length"), data.train_rows.of_kind(RAW_TEXT)
         longer = int(((lengths > shorter) & ~text).sum())
-        told = f"{longer:,} of {len(lengths):,} rows are longer and would be shortened or dropped"
+        counted = f"{longer:,} of {len(lengths):,} rows are longer and would be shortened or dropped"
         found.append(
             f"smaller: data.max_length {shorter} takes {(whole - half) / GIB:.1f} GiB less; "
-            f"{told if longer else 'no row is longer'}"
+            f"{counted if longer else 'no row is longer'}"
         )
     lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved = lora // 2 * (8 + module.state_bytes)
@@ -88,8 +91,8 @@ def advice(
     if config is None or not config.load_in_4bit:
         found.append("smaller: quantization_config nf4 takes about a quarter of the weights' memory")
     elif not config.bnb_4bit_use_double_quant:
-        held = module.held_weights(torch.device("cpu"))
-        double = {name: replace(one, double=True) for name, one in held.items()}
-        less = weights(model, held) - weights(model, double)
+        as_held = module.held_weights(torch.device("cpu"))
+        double = {name: replace(one, double=True) for name, one in as_held.items()}
+        less = weights(model, as_held) - weights(model, double)
         found.append(f"smaller: bnb_4bit_use_double_quant: true takes {less / GIB:.2f} GiB less")
     return found

@@ -42,7 +42,7 @@ KNOWN = (
     "context_qa",
     "pretrain",
 )
-"""How the names of its types begin that are told by their columns here."""
+"""Beginnings of axolotl's dataset types whose rows are recognised by their columns here."""
 INNER = frozenset(
     {
         *FIELDS,

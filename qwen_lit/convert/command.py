@@ -42,12 +42,12 @@ def converted(path: Path) -> tuple[str, list[str]]:
     if draft.refused:
         raise UserError(f"{path}: " + f"\n{path}: ".join(draft.refused))
     head = [f"Converted from {path.name}, {article(peer.name)} {peer.name} configuration"]
-    told = [line if line.startswith(LEFT_OUT) else f"different: {line}" for line in draft.notes]
-    return as_yaml(draft.ours, draft.comments, head), sorted(told, key=lambda line: line.startswith(LEFT_OUT))
+    notes = [line if line.startswith(LEFT_OUT) else f"different: {line}" for line in draft.notes]
+    return as_yaml(draft.ours, draft.comments, head), sorted(notes, key=lambda line: line.startswith(LEFT_OUT))
 
 
 def drafted(peer: Peer, given: dict[str, Any], path: Path) -> Draft:
-    """A file's keys as common words, with what is told of the others.
+    """A file's keys as common words, with a note on each of the others.
 
     Raises:
         UserError: a value is of another kind than its key takes.

@@ -79,8 +79,8 @@ class Draft:
             comment: stands behind it: what the file says, less the value where that is the same.
         """
         self.ours[key] = value
-        name, _, told = comment.partition(": ")
-        shown = name if told and told == spelled(value) else comment
+        name, _, given = comment.partition(": ")
+        shown = name if given and given == spelled(value) else comment
         if shown and shown != key.rpartition(".")[2]:
             self.comments[key] = shown
 

@@ -1,4 +1,4 @@
-"""Whose configuration a file is, told by its keys."""
+"""Recognises by its keys which trainer a configuration file is for."""
 
 import os
 import shlex
@@ -29,20 +29,20 @@ def kind_of(config: str | os.PathLike[str] | dict[str, Any]) -> str | None:
 
 
 def config_of(config: str | os.PathLike[str] | dict[str, Any]) -> tuple[Peer, dict[str, Any]] | None:
-    """Likewise, with its keys."""
+    """The trainer whose configuration this is, with its keys; None for ours, and for what is none."""
     if isinstance(config, dict):
-        given, told = config, None
+        given, named = config, None
     else:
         try:
-            found, told = load(Path(config))
+            found, named = load(Path(config))
         except UserError:
             return None
         if found is None:
             return None
         given = found
-    if told is not None:
-        return next(peer for peer in PEERS if peer.name == told), given
-    peer = _told(given)
+    if named is not None:
+        return next(peer for peer in PEERS if peer.name == named), given
+    peer = _recognised(given)
     return (peer, given) if peer else None
 
 
@@ -57,7 +57,7 @@ def is_ours(given: dict[str, Any]) -> bool:
     }
 
 
-def _told(given: dict[str, Any]) -> Peer | None:
+def _recognised(given: dict[str, Any]) -> Peer | None:
     sectioned = any(key in sections.SECTIONS and isinstance(value, dict) for key, value in given.items())
     ours = any(isinstance(given.get(key), dict) for key in ("trainer", "model", "data"))
     flat = sections.flattened(given)

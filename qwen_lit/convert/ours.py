@@ -201,15 +201,15 @@ def duration(draft: Draft) -> None:
         return
     if epochs is None:
         return
-    name, told = draft.name("num_train_epochs"), draft.origin("num_train_epochs")
+    name, origin = draft.name("num_train_epochs"), draft.origin("num_train_epochs")
     epochs = number(name, epochs)
     if 0 < epochs < 1:
-        draft.write("trainer.max_epochs", 1, told)
-        draft.write("trainer.limit_train_batches", float(epochs), told)
+        draft.write("trainer.max_epochs", 1, origin)
+        draft.write("trainer.limit_train_batches", float(epochs), origin)
         return
-    draft.write("trainer.max_epochs", round(epochs), told)
+    draft.write("trainer.max_epochs", round(epochs), origin)
     if epochs != round(epochs):
-        draft.note(f"{told}: epochs are whole; it is trained for {round(epochs)}, or set trainer.max_steps")
+        draft.note(f"{origin}: epochs are whole; it is trained for {round(epochs)}, or set trainer.max_steps")
 
 
 def optimizer(draft: Draft) -> None:
@@ -220,28 +220,30 @@ def optimizer(draft: Draft) -> None:
     given = draft.use("optim")
     if given is None:
         return
-    name, told = str(given).rpartition(".")[2].lower(), draft.origin("optim")
+    name, origin = str(given).rpartition(".")[2].lower(), draft.origin("optim")
     found = next((ours for ours, theirs in OPTIMIZERS.items() if name in theirs), None)
     if found is None:
-        draft.note(f"{told}: AdamW is the optimizer here (paged_adamw_8bit is written); choose a learning rate for it")
-    draft.write("model.optimizer", found or "paged_adamw_8bit", told)
+        draft.note(
+            f"{origin}: AdamW is the optimizer here (paged_adamw_8bit is written); choose a learning rate for it"
+        )
+    draft.write("model.optimizer", found or "paged_adamw_8bit", origin)
 
 
 def schedule(draft: Draft) -> None:
     """The learning rate's course and its warmup, which is a share of the run here."""
-    given, told = draft.use("lr_scheduler_type"), draft.origin("lr_scheduler_type")
+    given, origin = draft.use("lr_scheduler_type"), draft.origin("lr_scheduler_type")
     if given is not None:
         name = str(given).rpartition(".")[2].lower()
         if name not in SCHEDULES:
-            draft.note(f"{told}: cosine comes nearest to it here")
-        draft.write("model.lr_scheduler", name if name in SCHEDULES else "cosine", told)
-    extra, told = draft.use("lr_scheduler_kwargs"), draft.origin("lr_scheduler_kwargs")
+            draft.note(f"{origin}: cosine comes nearest to it here")
+        draft.write("model.lr_scheduler", name if name in SCHEDULES else "cosine", origin)
+    extra, origin = draft.use("lr_scheduler_kwargs"), draft.origin("lr_scheduler_kwargs")
     if isinstance(extra, str) and extra.startswith("{"):
         extra = json.loads(extra)
     if isinstance(extra, dict) and extra:
-        draft.write("model.lr_scheduler_kwargs", extra, told)
+        draft.write("model.lr_scheduler_kwargs", extra, origin)
     elif extra:
-        draft.note(f"no counterpart: {told}; give the schedule's arguments as model.lr_scheduler_kwargs")
+        draft.note(f"no counterpart: {origin}; give the schedule's arguments as model.lr_scheduler_kwargs")
     steps, ratio = draft.use("warmup_steps"), draft.use("warmup_ratio")
     steps = number(draft.name("warmup_steps"), steps) if steps is not None else None
     ratio = number(draft.name("warmup_ratio"), ratio) if ratio is not None else None
@@ -250,13 +252,13 @@ def schedule(draft: Draft) -> None:
     elif steps is not None and (0 < steps < 1 or (steps == 0 and ratio is None)):
         draft.write("model.warmup_ratio", float(steps), draft.origin("warmup_steps"))
     elif steps:
-        total, told = draft.ours.get("trainer.max_steps"), draft.origin("warmup_steps")
+        total, origin = draft.ours.get("trainer.max_steps"), draft.origin("warmup_steps")
         if total:
-            draft.write("model.warmup_ratio", round(min(steps / total, 0.99), 4), f"{told} of {total}")
+            draft.write("model.warmup_ratio", round(min(steps / total, 0.99), 4), f"{origin} of {total}")
         else:
-            draft.write("model.warmup_ratio", 0.03, told)
+            draft.write("model.warmup_ratio", 0.03, origin)
             draft.note(
-                f"{told}: the warmup is a share of all steps here; `qwen-lit plan` shows their number, and "
+                f"{origin}: the warmup is a share of all steps here; `qwen-lit plan` shows their number, and "
                 f"model.warmup_ratio is {spelled(steps)} divided by it (0.03 is written)"
             )
     elif ratio is not None:
@@ -279,13 +281,13 @@ def precision(draft: Draft) -> None:
 def saving(draft: Draft) -> None:
     """How often the run is logged and saved."""
     if (every := draft.use("logging_steps")) is not None:
-        steps, told = number(draft.name("logging_steps"), every), draft.origin("logging_steps")
+        steps, origin = number(draft.name("logging_steps"), every), draft.origin("logging_steps")
         if steps >= 1:
-            draft.write("trainer.log_every_n_steps", int(steps), told)
+            draft.write("trainer.log_every_n_steps", int(steps), origin)
         else:
-            draft.note(f"no counterpart: {told} is a share of the run; trainer.log_every_n_steps counts steps")
+            draft.note(f"no counterpart: {origin} is a share of the run; trainer.log_every_n_steps counts steps")
     strategy, every, keep = draft.use("save_strategy"), draft.use("save_steps"), draft.use("save_total_limit")
-    told = draft.origin("save_steps")
+    origin = draft.origin("save_steps")
     if strategy is not None and str(strategy).lower() != "steps":
         known = "a run always saves what it goes on from" if is_off(strategy) else "each validation saves as well"
         draft.note(
@@ -295,9 +297,11 @@ def saving(draft: Draft) -> None:
         steps, total = number(draft.name("save_steps"), every), draft.ours.get("trainer.max_steps", 0)
         count = int(steps if steps >= 1 else steps * total)
         if count:
-            draft.write("checkpoint.every_n_train_steps", count, told)
+            draft.write("checkpoint.every_n_train_steps", count, origin)
         else:
-            draft.note(f"{told}: is a share of the run; checkpoint.every_n_train_steps counts steps, and stays at 100")
+            draft.note(
+                f"{origin}: is a share of the run; checkpoint.every_n_train_steps counts steps, and stays at 100"
+            )
     if keep is not None and (count := whole(draft.name("save_total_limit"), keep)) > 0:
         draft.write("checkpoint.keep", max(count, 2), draft.origin("save_total_limit"))
 

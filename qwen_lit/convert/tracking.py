@@ -28,14 +28,14 @@ PLAIN = ("tensorboard", "none", "all", "false", "no")
 def trackers(draft: Draft) -> None:
     """One logger for each tracker that Lightning has one for; TensorBoard alone is what is there by itself."""
     given = [str(name).lower() for name in listed("report_to", draft.use("report_to", []))]
-    told = {
+    options = {
         word: draft.use(word)
         for word in ("project", "run_name", "entity", "workspace", "run_id", "mode", "tracking_uri", "log_model")
     }
     made = []
     for name in dict.fromkeys(given):
         if name in CLASSES:
-            made.append(logger(draft, name, told))
+            made.append(logger(draft, name, options))
         elif name not in PLAIN:
             draft.note(f"no counterpart: report_to: {name}; a logger of Lightning can be given as trainer.logger")
     if given and given[0] in ("none", "false", "no"):
@@ -52,15 +52,15 @@ def trackers(draft: Draft) -> None:
         draft.note("report_to: swanlab needs its package: pip install swanlab")
 
 
-def logger(draft: Draft, name: str, told: dict[str, Any]) -> dict[str, Any]:
+def logger(draft: Draft, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The section of one logger."""
-    arguments = {ours: told[word] for word, ours in ARGUMENTS[name].items() if told[word] is not None}
+    arguments = {ours: options[word] for word, ours in ARGUMENTS[name].items() if options[word] is not None}
     if name == "wandb":
         arguments.setdefault("project", "huggingface")
-        if str(told["mode"]).lower() in ("offline", "dryrun"):
+        if str(options["mode"]).lower() in ("offline", "dryrun"):
             arguments["offline"] = True
-        if told["log_model"] is not None:
-            value = str(told["log_model"]).lower()
+        if options["log_model"] is not None:
+            value = str(options["log_model"]).lower()
             arguments["log_model"] = False if is_off(value) else "all" if value == "checkpoint" else True
     if name in SAVES and "tracking_uri" not in arguments:
         folder = draft.ours.get("output_dir", "output")

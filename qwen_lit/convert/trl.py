@@ -33,8 +33,8 @@ def read(draft: Draft) -> None:
         draft.move(f"load_in_{bits}bit", f"quantization_config.load_in_{bits}bit")
     nested = draft.take("use_bnb_nested_quant")
     if four:
-        told = f"use_bnb_nested_quant: {spelled(nested or False)}"
-        draft.put("quantization_config.bnb_4bit_use_double_quant", not is_off(nested), told)
+        origin = f"use_bnb_nested_quant: {spelled(nested or False)}"
+        draft.put("quantization_config.bnb_4bit_use_double_quant", not is_off(nested), origin)
     for key in ("bnb_4bit_quant_type", "bnb_4bit_quant_storage"):
         draft.move(key, f"quantization_config.{key}")
     given = [key for key in ("max_length", "max_seq_length") if key in draft.given]

@@ -80,7 +80,7 @@ def listed(key: str, value: Any) -> list[Any]:
 def spelled(value: Any) -> str:
     """A value as a YAML file would write it on one line, shortened."""
     if isinstance(value, bool) or value is None:
-        told = {True: "true", False: "false", None: "null"}[value]
+        text = {True: "true", False: "false", None: "null"}[value]
     else:
-        told = " ".join(str(value).split())
-    return told if len(told) <= 60 else told[:57] + "..."
+        text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

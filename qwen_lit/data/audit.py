@@ -27,7 +27,7 @@ class Audit:
 
     report: Report
     val_report: Report | None
-    """Of validation rows that have files of their own."""
+    """The report of validation rows that have files of their own; None where they have none."""
     train: int
     val: int
     tokens: int

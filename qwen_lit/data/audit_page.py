@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen_lit.data.audit import Audit, pieces, text_report
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
 from qwen_lit.page import render
 
 
-def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: Any, model: str, data: Any) -> str:
+def html_report(
+    result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: Any, model: str, data: QwenDataModule
+) -> str:
     """The audit and some rows as a page.
 
     Args:
@@ -21,7 +24,7 @@ def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: An
         model: whose tokenizer it is.
         data: the DataModule that was audited.
     """
-    told = {f"  {fault.source}: {fault.message}" for fault in result.report.first}
+    reported = {f"  {fault.source}: {fault.message}" for fault in result.report.first}
     audited: dict[str, list[str]] = {}
     for line in text_report(result):
         if line.startswith("verdict"):
@@ -31,7 +34,7 @@ def html_report(result: Audit, rows: Rows, numbers: Iterable[int], tokenizer: An
             # Validation files have lines of the same names.
             name = f"{name}, validation" if name in audited else name
             audited[name] = [words]
-        elif not line.startswith("  ≤") and line not in told:
+        elif not line.startswith("  ≤") and line not in reported:
             audited[name].append(line.strip())
     now, files = datetime.now(), [source.path for source in (*data.sources, *data.val_sources)]
     most = max(count for _, count in result.histogram)

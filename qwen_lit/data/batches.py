@@ -160,7 +160,7 @@ class EpochOrder(Sampler[list[list[int]]]):
         shuffled: bool = True,
         per_step: int = 1,
     ) -> None:
-        """Nothing is drawn before the first step.
+        """Keeps the micro-batches; an epoch's order is drawn when it is iterated.
 
         Args:
             batches: row numbers of each micro-batch of an epoch, over all ranks.
@@ -199,12 +199,12 @@ class ResumableLoader(DataLoader[Batch]):
     def __init__(
         self, order: EpochOrder, epoch: Callable[[], int], waited: Callable[[float], None], **options: Any
     ) -> None:
-        """Nothing is read before the first step.
+        """Makes the loader; rows are read when it is iterated.
 
         Args:
             order: the steps.
             epoch: asked when the steps of an epoch begin to be handed out: which one it is.
-            waited: told of each step, how many seconds it took to come.
+            waited: called with the seconds that each step took to come.
             options: of a ``DataLoader``.
         """
         # Its own generator: the workers' seed must not move the generator that dropout draws from.

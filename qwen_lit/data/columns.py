@@ -1,4 +1,4 @@
-"""Columns and keys that are no text of a conversation: known to be harmless, refused, or told as not read."""
+"""Columns and keys that are no text of a conversation: known to be harmless, refused, or reported as not read."""
 
 import logging
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ PREFERENCE = frozenset(
 
 @dataclass(slots=True)
 class Seen:
-    """What is told of one row beside its conversation."""
+    """What is reported of one row beside its conversation."""
 
     notes: dict[str, None] = field(default_factory=dict)
     """What was changed or is odd, in order."""

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -31,6 +31,7 @@ from qwen_lit.data.sources import Source
 from qwen_lit.errors import UserError, refuse_changes
 from qwen_lit.lines import plural
 from qwen_lit.names import expanded
+from qwen_lit.seams import options_of
 from qwen_lit.signals import leave_to_parent
 
 log = logging.getLogger(__name__)
@@ -66,25 +67,25 @@ class QwenDataModule(L.LightningDataModule):
         self.val_rows: Rows | None = None
         self.report, self.val_report = Report(), Report()
 
-    def prepare_data(self, judge: bool = True) -> None:
+    def prepare_data(self, refuse_faulty: bool = True) -> None:
         """Tokenise all rows into the cache, once per machine.
 
         Args:
-            judge: whether faulty rows are refused as ``on_bad_row`` says; an audit only counts them.
+            refuse_faulty: whether faulty rows are refused as ``on_bad_row`` says; an audit only counts them.
 
         Raises:
             UserError: faulty rows, named by path and line; or the files or the tokenizer cannot be used.
         """
         for sources in (self.sources, self.val_sources):
             if sources:
-                self._prepare(sources, judge)
+                self._prepare(sources, refuse_faulty)
 
-    def _prepare(self, sources: list[Source], judge: bool) -> Path:
+    def _prepare(self, sources: list[Source], refuse_faulty: bool) -> Path:
         task = Task(sources, self.settings.encoder_options, self.settings.fields or {}, self.settings.odd_turns)
         try:
             folder = self.folders.get(id(sources)) or prepare(task, self.tokenizer, self.cache, self.settings.num_proc)
             self.folders[id(sources)] = folder
-            if judge:
+            if refuse_faulty:
                 raise_if_too_many_faults(read_report(folder), self.settings.on_bad_row, self.settings.max_bad_share)
             return folder
         except DataError as error:
@@ -93,26 +94,26 @@ class QwenDataModule(L.LightningDataModule):
             reason = f"{self.cache} cannot be used ({error})"
             raise UserError(f"data.cache_dir: {reason}; set it to a folder that you can write to.") from error
 
-    def setup(self, stage: str | None = None, judge: bool = True) -> None:
+    def setup(self, stage: str | None = None, refuse_faulty: bool = True) -> None:
         """Open the prepared rows and split them.
 
         Args:
             stage: of Lightning; the rows are the same in each.
-            judge: as of ``prepare_data``.
+            refuse_faulty: as of ``prepare_data``.
 
         Raises:
             UserError: no row is left to train on.
         """
         if self.train_rows is not None:
             return
-        folder = self._prepare(self.sources, judge)
+        folder = self._prepare(self.sources, refuse_faulty)
         self.report = read_report(folder)
         if not len(Rows(folder)):
             raise UserError(self._nothing_left(folder))
         train = Rows(folder, chosen(Rows(folder), self.sources))
         hashes = train.column("hash")
         if self.val_sources:
-            val_folder = self._prepare(self.val_sources, judge)
+            val_folder = self._prepare(self.val_sources, refuse_faulty)
             self.val_report = read_report(val_folder)
             val = Rows(val_folder, chosen(Rows(val_folder), self.val_sources))
             held_out = np.isin(hashes, val.column("hash"))
@@ -132,9 +133,9 @@ class QwenDataModule(L.LightningDataModule):
                 len(np.unique(hashes)),
                 min(8, max(1, len(hashes) // 10)),
             )
-        self._tell(folder)
+        self._log_report(folder)
 
-    def _tell(self, folder: Path) -> None:
+    def _log_report(self, folder: Path) -> None:
         assert self.train_rows is not None and self.val_rows is not None
         if lost := self.losses():
             log.warning("not all is trained: %s (each is named in %s)", "; ".join(lost), folder / "rows.log")
@@ -143,8 +144,8 @@ class QwenDataModule(L.LightningDataModule):
                 log.warning("%s changed: %s (named in %s)", plural(count, "row"), kind, folder / "rows.log")
         if blocks := self.report.examples_of.get(RAW_TEXT):
             log.info("raw text, trained as it is: %s", plural(blocks, "block"))
-        if told := self.report.expanded():
-            log.info("%s", told)
+        if expanded := self.report.expanded():
+            log.info("%s", expanded)
         tell_unread(self.report.unread)
         if absent := self.report.absent():
             log.warning("%s", absent)
@@ -162,7 +163,7 @@ class QwenDataModule(L.LightningDataModule):
         return f"no row of {names} is left to train on{': ' * bool(lost)}{lost}; see {folder / 'rows.log'}."
 
     def losses(self) -> list[str]:
-        """What of the rows will not be trained as it stands in them, and the key that changes it."""
+        """Lines on what will not be trained as it stands in the rows, each with the key that changes it."""
         overlong = self.settings.encoder_options["overlong"]
         found = self.report.losses(self.settings.max_length, overlong)
         return found + [f"validation: {one}" for one in self.val_report.losses(self.settings.max_length, overlong)]
@@ -175,7 +176,7 @@ class QwenDataModule(L.LightningDataModule):
         )
 
     def facts(self) -> dict[str, Any]:
-        """What a reader wants to know of the data."""
+        """Facts on the data for the model card and ``summary.json``, as plain values."""
         assert self.train_rows is not None and self.val_rows is not None
         tokens, supervised = self.train_rows.column("length").sum(), self.train_rows.column("supervised").sum()
         blocks = int(self.train_rows.of_kind(RAW_TEXT).sum())
@@ -195,7 +196,7 @@ class QwenDataModule(L.LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What the order of rows depends on; a run is resumed only where all of it is the same."""
+        """All that the order of rows depends on; a run is resumed only where none of it has changed."""
         if self.train_rows is None or self.trainer is None:
             return {}
         return {
@@ -250,13 +251,13 @@ class QwenDataModule(L.LightningDataModule):
         return float(self.train_rows.column("length").sum()) / self.micro_batches(1)
 
     def heaviest(self, count: int) -> Batch:
-        """The largest so many micro-batches as one."""
+        """The ``count`` largest micro-batches of an epoch joined to one, on the CPU."""
         rows = self.train_rows
         assert rows is not None
         return collate([rows[row] for batch in self._heaviest_first(rows)[:count] for row in batch], self.pad_id)
 
     def largest_first(self) -> "QwenDataModule":
-        """The same rows, with the largest micro-batches first; this one keeps its order."""
+        """A copy of this DataModule that hands out the largest micro-batches first."""
         made = copy.copy(self)
         made.heaviest_first = True
         return made
@@ -275,17 +276,19 @@ class QwenDataModule(L.LightningDataModule):
         ranks = self.trainer.world_size if self.trainer else 1
         batches = self._heaviest_first(rows) if self.heaviest_first else self.batches(rows)
         # Overfitting is to see the same batches in every epoch.
-        shuffled = shuffled and not self.heaviest_first and not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        shuffled = (
+            shuffled and not self.heaviest_first and not (self.trainer and options_of(self.trainer).overfit_batches)
+        )
         return EpochOrder(batches, self.settings.seed, rank, ranks, shuffled, self.per_step)
 
     @property
     def per_step(self) -> int:
         """Micro-batches of an optimizer step on each rank, which a loader hands out together."""
-        return self.trainer.micro_batches_per_step if self.trainer else 1  # type: ignore[attr-defined]
+        return options_of(self.trainer).micro_batches_per_step if self.trainer else 1
 
     @property
     def pad_id(self) -> int:
-        """The token that fills up what is shorter."""
+        """Id of the token that pads shorter rows."""
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.tokenizer.eos_token_id)
 
@@ -316,3 +319,8 @@ class QwenDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """Lists of as many micro-batches of the validation rows, in their own order; nothing where there are none."""
         return self._loader(self.val_rows, shuffled=False) if self.val_rows is not None and len(self.val_rows) else []
+
+
+def data_of(trainer: L.Trainer) -> QwenDataModule:
+    """The rows of a run, which its trainer has been given."""
+    return cast(QwenDataModule, trainer.datamodule)  # type: ignore[attr-defined]

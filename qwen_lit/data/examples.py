@@ -36,7 +36,7 @@ class Example:
 
     @property
     def labels(self) -> list[int]:
-        """As long as ``input_ids`` and not shifted; -100 where nothing is trained."""
+        """Labels, as long as ``input_ids`` and not shifted; -100 where nothing is trained."""
         labels = [IGNORED] * len(self.input_ids)
         for begin, end in self.spans:
             labels[begin:end] = self.input_ids[begin:end]

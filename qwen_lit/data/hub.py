@@ -99,7 +99,7 @@ def _load(source: Source, revision: str) -> Any:
     Raises:
         DataError: it cannot be loaded as asked; names what there is.
     """
-    # Its requests are few by now, and a hub that does not answer is told soon.
+    # Its requests are few by now, and a hub that does not answer is reported soon.
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(PATIENCE))
     import datasets
     from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset

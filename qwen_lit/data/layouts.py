@@ -154,7 +154,7 @@ def _turns(turns: Any, key: str, fields: Mapping[str, str] | None, seen: Seen) -
 def _readings(
     row: dict[str, Any], pairs: list[tuple[str, str]], fields: Mapping[str, str] | None
 ) -> list[tuple[str, str]]:
-    """Of several questions or answers the one that the others merely repeat.
+    """The pair of question and answer of a row with several such columns, where the others merely repeat it.
 
     Raises:
         RowError: there are two readings of the row.

@@ -56,7 +56,7 @@ def read_messages(turns: Any, fields: Mapping[str, str] | None, seen: Seen) -> l
     Args:
         turns: the list, or the same as JSON text.
         fields: our name of a key to the file's.
-        seen: takes up what is told of the row beside.
+        seen: collects what is reported of the row beside its conversation.
 
     Raises:
         RowError: a message cannot be used.

@@ -15,7 +15,7 @@ def read_question(row: dict[str, Any], fields: Mapping[str, str] | None, seen: S
     """The layout and the conversation of a row that may lack the answer to its last question; see ``read_layout``.
 
     Raises:
-        RowError: likewise.
+        RowError: no layout fits the row, or several do.
     """
     row = {**row, **_unanswered_turn(row)}
     if not any(key in row for key in LISTS) and not (isinstance(row.get("prompt"), dict)):

@@ -22,11 +22,11 @@ class Draft:
     source: str
     """``path:line``."""
     hash: int
-    """Of the conversation that it is a part of."""
+    """Hash of the conversation that the example is a part of."""
     notes: list[str] = field(default_factory=list)
     """What was changed."""
     text: str = ""
-    """As the template renders the messages."""
+    """The messages as the chat template renders them."""
 
 
 class Renderer:
@@ -45,7 +45,7 @@ class Renderer:
             raise DataError("the model's tokenizer has no chat template; use the Instruct model's tokenizer files.")
         self.tokenizer = tokenizer
         self.omitted = self._omitted()
-        """Of ``system``, ``tool``, ``tools`` and ``tool_calls``, what the template shows nothing of."""
+        """Those of ``system``, ``tool``, ``tools`` and ``tool_calls`` that the chat template leaves out."""
 
     def _omitted(self) -> list[str]:
         asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

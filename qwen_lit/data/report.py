@@ -48,7 +48,7 @@ class Report:
     taken: int = 0
     """Rows of which there are examples."""
     taken_of: dict[str, int] = field(default_factory=dict)
-    """The same by kind of row; of raw text, a large file is several, of 500 kB each."""
+    """Rows of which there are examples, by kind of row; a large file of raw text counts as one for each 500 kB."""
     examples_of: dict[str, int] = field(default_factory=dict)
     """Examples by kind of row."""
 
@@ -74,8 +74,8 @@ class Report:
         """What is not trained as it stands in its row, with the key that changes it; empty where all is.
 
         Args:
-            max_length: of the configuration.
-            overlong: likewise.
+            max_length: ``data.max_length``.
+            overlong: ``data.overlong``.
         """
         why = {
             "drop": f"longer than data.max_length {max_length}; raise it, or set data.overlong: shorten",

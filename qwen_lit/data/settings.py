@@ -23,42 +23,49 @@ class DataSettings:
     val_dataset_path: Paths | None = None
     """rows for validation; null takes val_size of the training rows."""
     val_size: float = 0.0
-    """size of the validation split: a share below 1, of ten rows or more one at least; or a count of distinct rows.
-    Rows are assigned by a hash of their content, so a row never changes sides when the files grow (a count then grows
-    in proportion). Of a text of more than 20,000 characters, blocks are held out; a shorter one is on one side."""
+    """size of the validation split: a fraction below 1 (of ten rows or more, at least one), or a number of distinct
+    rows. Rows are assigned by a hash of their content, so a row never moves between train and validation when the
+    files grow (a number then grows in proportion). A raw text of more than 20,000 characters is split by blocks; a
+    shorter one is on one side."""
     batch_size: int = 1
-    """rows in a micro-batch; with packing, it holds batch_size x max_length tokens."""
+    """rows in a micro-batch on each GPU; with packing, a micro-batch holds up to batch_size x max_length tokens
+    instead."""
     max_length: int = 2048
-    """longest row, in tokens; longer raw text is cut into blocks, and none of it is lost."""
+    """longest row, in tokens; overlong says what becomes of longer conversations, and longer raw text is cut into
+    blocks without loss."""
     packing: bool = False
     """fill micro-batches with whole rows end to end instead of padding; no row attends to another."""
     overlong: Literal["shorten", "truncate", "drop", "error"] = "shorten"
     """what becomes of a longer row: shorten leaves out its oldest turns, then the middle of the longest user text, and
     drops it where the answer does not fit; truncate cuts the end off that answer instead; drop, or error."""
     train_on: Literal["all", "last"] = "all"
-    """all assistant turns, or the last one alone."""
+    """which turns have a loss: all assistant turns, or the last one alone."""
     expand_turns: Literal["auto", "off"] = "auto"
     """auto makes an example of each turn whose history the chat template shows otherwise once more turns follow; off
     takes a row as one example."""
     control_tokens: Literal["error", "escape"] = "error"
-    """text like <|im_start|> inside a message: error, or escape it."""
+    """special tokens written out in a message, such as <|im_start|>: error refuses the row; escape parts them with a
+    zero-width space, so that they are plain text."""
     odd_turns: Literal["error", "merge"] = "error"
     """turns in an order that chat templates do not expect: error, or merge, which joins turns of one role in a row
     with an empty line, and keeps a greeting, a later system prompt, or a question after a tool's result."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """error stops with the faults named; skip counts them, writes them down and goes on."""
+    """what becomes of faulty rows: error stops and names them; skip leaves them out, and counts and names them in
+    rows.log."""
     max_bad_share: float = 0.1
-    """with skip, the share of faulty rows above which it stops all the same."""
+    """with on_bad_row skip, the largest share of faulty rows; a run with more stops all the same."""
     fields: dict[str, str] | None = None
-    """our field name to the file's, where they differ, as {instruction: question, output: answer}."""
+    """names of columns that differ from ours, as {our name: name in the file}, such as {instruction: question, output:
+    answer}."""
     cache_dir: str | None = None
-    """folder of tokenised rows; null is ~/.cache/qwen_lit."""
+    """folder in which tokenised rows are kept between runs; null is ~/.cache/qwen_lit."""
     num_proc: int | None = None
     """processes that tokenise; null takes one per core for large files."""
     num_workers: int = 0
-    """processes that build batches; 0 is enough for tokenised rows."""
+    """worker processes of the DataLoader; 0 builds batches in the training process, which is enough for tokenised
+    rows."""
     seed: int = 42
-    """of the order of rows; set by seed_everything."""
+    """seed of the order of rows; set by seed_everything."""
 
     def __post_init__(self) -> None:
         """Check what can be known without the files.

@@ -82,7 +82,7 @@ class Chunk:
     first: int = 1
     """The number of the first line."""
     share: float = 1.0
-    """Of the file that ends with it."""
+    """Share of the file that has been read at the end of this chunk."""
 
     def rows(self) -> list[RawRow]:
         """Its rows; blank lines are none."""
@@ -267,7 +267,7 @@ def _array(path: str, raw: bytes) -> Iterator[tuple[RawRow, float]]:
         try:
             row, position = decoder.raw_decode(text, position)
         except RowError:
-            # As a line of its own it is told as one.
+            # As a line of its own it is reported as one.
             end = plain.raw_decode(text, position)[1]
             row, position = text[position:end].encode(), end
         except (ValueError, RecursionError) as error:
@@ -281,7 +281,7 @@ def _array(path: str, raw: bytes) -> Iterator[tuple[RawRow, float]]:
 
 
 def _parquet(path: Path, name: str) -> Iterator[tuple[RawRow, float]]:
-    """Likewise."""
+    """The rows of a Parquet file, each with the share of the file that ends with it."""
     import pyarrow.parquet
 
     try:

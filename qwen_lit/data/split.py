@@ -117,8 +117,8 @@ def rows_of(text: str, passage: int | None, length: int | None, instruction: str
     Args:
         text: whole.
         passage: most characters of ``input``; None chooses by the script.
-        length: most characters of ``output``; likewise.
-        instruction: of each row; likewise.
+        length: most characters of ``output``; None chooses by the script.
+        instruction: of each row; None chooses by the script.
         apart: whether no row goes over from one chapter into the next.
     """
     chinese = len(CHINESE.findall(text)) > len(text) / 10

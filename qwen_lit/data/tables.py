@@ -87,10 +87,10 @@ def _check_header(path: str, header: list[str], separator: str, names: Collectio
     if twice is not None:
         raise DataError(f"{path}: two columns are named {twice!r}; give each a name of its own.")
     if not any(name in names or _may_be_read(name.lower()) for name in header):
-        told = ", ".join(snippet(name)[1:-1] for name in header[:5])
+        columns = ", ".join(snippet(name)[1:-1] for name in header[:5])
         raise DataError(
-            f"{path}: its first line names no column that is read ({told}); put the names of the columns there, such "
-            f"as instruction{separator}output, or map yours: data.fields: {{instruction: …, output: …}}."
+            f"{path}: its first line names no column that is read ({columns}); put the names of the columns there, "
+            f"such as instruction{separator}output, or map yours: data.fields: {{instruction: …, output: …}}."
         )
 
 

@@ -26,7 +26,7 @@ class Document:
     source: str
     """``path:line``, of the first line of a passage."""
     passage: Passage | None = None
-    """Where it stands in a text file; None for a row."""
+    """Where the passage stands in its text file; None for a row."""
     notes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     mapped: tuple[str, ...] = ()

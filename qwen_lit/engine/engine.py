@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +34,7 @@ PIECE = 8192
 """Tokens of a piece of the MLP: enough that dequantising its weights again costs little."""
 
 
-def unsupported_reason(model: Any, device: torch.device) -> str | None:
+def unsupported_reason(model: PeftModel, device: torch.device) -> str | None:
     """Why the fast engine cannot run a model; None when it can.
 
     Args:
@@ -42,7 +43,7 @@ def unsupported_reason(model: Any, device: torch.device) -> str | None:
     """
     if device.type == "cuda" and not HAS_TRITON:
         return "Triton is not installed"
-    base = model.base_model.model
+    base: Any = model.base_model.model
     config = base.config
     if config.model_type not in FAMILIES:
         return f"model_type {config.model_type} is not {' or '.join(FAMILIES)}"
@@ -116,7 +117,7 @@ class Arena:
 class FastEngine:
     """Computes the summed loss of a batch; gradients land in the model's own LoRA parameters."""
 
-    def __init__(self, model: Any, policies: Policies | None = None) -> None:
+    def __init__(self, model: PeftModel, policies: Policies | None = None) -> None:
         """Holds the model; nothing of it is changed.
 
         Args:
@@ -125,12 +126,12 @@ class FastEngine:
                 backward needs.
         """
         self.model = model
-        base = model.base_model.model
+        base: Any = model.base_model.model
         family = family_of(base.config)
         self.decoder, self.layers = base.get_submodule(family.decoder), family.layers(base.config)
         self.policies = Policies.keep_all(len(self.layers)) if policies is None else policies
         self.arena = Arena()
-        self.trained = [p for name, p in model.named_parameters() if ".lora_" in name]
+        self.trained: list[Tensor] = [p for name, p in model.named_parameters() if ".lora_" in name]
         self.compute: dict[int, Tensor] = {}
         self.resident: dict[int, Tensor] = {}
         self.recomputing = False
@@ -184,7 +185,7 @@ class FastEngine:
         Args:
             batch: ``qwen_lit.data.batches.Batch`` on the model's device.
         """
-        base = self.model.base_model.model
+        base: Any = self.model.base_model.model
         decoder = self.decoder
         ids = batch["input_ids"]
         residual = decoder.embed_tokens(ids.to(decoder.embed_tokens.weight.device)).flatten(0, 1).to(ids.device)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from peft import PeftModel
+
 from qwen_lit.engine.engine import linears_of
 from qwen_lit.engine.linear import group_linear_op
 from qwen_lit.engine.lora_linear import read_linear, size_of
@@ -17,7 +19,7 @@ from qwen_lit.kernels.loss import head_loss_op
 from qwen_lit.kernels.norm import add_norm_op
 
 
-def layer_sizes(model: Any, quantized: Callable[[str], bool] | None = None) -> tuple[LayerSize, ...]:
+def layer_sizes(model: PeftModel, quantized: Callable[[str], bool] | None = None) -> tuple[LayerSize, ...]:
     """The sizes of every layer of a model.
 
     Args:
@@ -25,7 +27,7 @@ def layer_sizes(model: Any, quantized: Callable[[str], bool] | None = None) -> t
         quantized: whether the linear of this name in the base will be held in 4 bits, such as
             ``model.layers.0.mlp.up_proj``; as it is, where this is not given.
     """
-    base = model.base_model.model
+    base: Any = model.base_model.model
     family = family_of(base.config)
     sizes = []
     for number, layer in enumerate(family.layers(base.config)):

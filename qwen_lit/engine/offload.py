@@ -205,7 +205,7 @@ class HostStore:
     def __init__(
         self, device: torch.device, stay: list[Tensor], ahead: bool = True, pool: HostBlocks | None = None
     ) -> None:
-        """Nothing is moved yet.
+        """Keeps what it is given; tensors are moved in ``layer``.
 
         Args:
             device: from which tensors are moved.

@@ -29,17 +29,16 @@ class Policy(Enum):
 
 @dataclass(frozen=True)
 class Policies:
-    """All that the engine is told about memory. None of it changes what is computed, but ``mlp_piece`` draws other
-    dropout masks."""
+    """How the engine saves memory. No policy changes what is computed, but ``mlp_piece`` draws other dropout masks."""
 
     layers: tuple[Policy, ...]
-    """Of each decoder layer, from the first one on."""
+    """The policy of each decoder layer, from the first one on."""
     resident: frozenset[int] = frozenset()
     """Numbers of the layers whose 4-bit weights are held dequantised too."""
     loss_chunk: int = 2048
     """Rows of logits that exist at a time."""
     offload_embedding: bool = False
-    """The embedding stands on the CPU."""
+    """Whether the embedding stands on the CPU."""
     mlp_piece: int = 0
     """Tokens of which the MLP holds the activations at a time; 0 for all."""
 

@@ -75,60 +75,61 @@ class ModelCardFacts:
     """Prompts that ended by themselves, of so many."""
     adapter: AdapterFacts | None = None
     adapter_path: str = f"../{ADAPTER}"
-    """Of the adapter, seen from the model folder, or absolute."""
+    """Path of the adapter, relative to the model folder, or absolute."""
     gguf: str | None = None
-    """Of the GGUF file in the model folder, its name."""
+    """Name of the GGUF file in the model folder."""
     missing: dict[str, str] = field(default_factory=dict)
     """What could not be exported, and why."""
     made: dict[str, Any] = field(default_factory=dict)
-    """Of which checkpoint the adapter is: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
+    """The checkpoint that the adapter is from: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
 
 
-def model_card(told: ModelCardFacts) -> str:
+def model_card(facts: ModelCardFacts) -> str:
     """README.md of the merged model."""
-    base = str(told.config.get("model", {}).get("model_name_or_path", "?"))
-    begun = told.config.get("model", {}).get("init_adapter")
-    lora, name = told.adapter.config if told.adapter else {}, served_name(told.config, base)
-    blocks = int(told.data.get(BLOCKS, 0))
-    both = blocks and blocks < int(told.data.get("examples_trained", 0))
+    base = str(facts.config.get("model", {}).get("model_name_or_path", "?"))
+    begun = facts.config.get("model", {}).get("init_adapter")
+    lora, name = facts.adapter.config if facts.adapter else {}, served_name(facts.config, base)
+    blocks = int(facts.data.get(BLOCKS, 0))
+    both = blocks and blocks < int(facts.data.get("examples_trained", 0))
     taught = "taught from instructions" if not blocks else "trained on raw text" + " and instructions" * bool(both)
-    weights = f"weights as they were trained on, in {told.held_in}."
+    weights = f"weights as they were trained on, in {facts.held_in}."
     parts = [
         _front_matter(base, {"library_name": "transformers", "tags": ["qwen_lit", "lora", "merged"]}),
         f"# {Path(base).name}, {taught}",
         f"A LoRA adapter (r={lora.get('r')}, alpha={lora.get('lora_alpha')}) trained on `{base}` and merged into its "
-        + ("bf16 weights." if told.merge_base == "original" else weights)
+        + ("bf16 weights." if facts.merge_base == "original" else weights)
         + (f" The adapter was trained on from `{begun}`." if begun else "")
-        + _made(told.made),
+        + _made(facts.made),
         "## Serve",
-        *merged_section(name, told.gguf),
-        *(adapter_section(told.adapter, name, base, told.adapter_path, told.config) if told.adapter else []),
+        *merged_section(name, facts.gguf),
+        *(adapter_section(facts.adapter, name, base, facts.adapter_path, facts.config) if facts.adapter else []),
     ]
     if blocks:
         parts.append(
             "Raw text was trained as it stands, without a chat template: to have it continued, send its beginning to "
             "the server's `/v1/completions`, which adds no template."
         )
-    if told.data:
-        parts += ["## Data", _table({name.replace("_", " "): _shown(one) for name, one in told.data.items()})]
-    if told.losses:
-        parts += ["## Losses", _table({name: f"{value:.4f}" for name, value in told.losses.items()})]
-    if told.verdict:
+    if facts.data:
+        parts += ["## Data", _table({name.replace("_", " "): _shown(one) for name, one in facts.data.items()})]
+    if facts.losses:
+        parts += ["## Losses", _table({name: f"{value:.4f}" for name, value in facts.losses.items()})]
+    if facts.verdict:
         rows = "".join(
-            f"| merge, {name}{' (this model)' if name == told.merge_base else ''} | {one['loss']:.4f} "
+            f"| merge, {name}{' (this model)' if name == facts.merge_base else ''} | {one['loss']:.4f} "
             f"| {one['kl']:.5f} | {one['same_top']:.2%} |\n"
-            for name, one in told.verdict["merges"].items()
+            for name, one in facts.verdict["merges"].items()
         )
         parts += [
             "## Does it answer as trained?",
-            f"On {told.verdict['rows']} {told.verdict.get('kind', 'held-out')} rows, {told.verdict['tokens']} tokens:",
+            f"On {facts.verdict['rows']} {facts.verdict.get('kind', 'held-out')} rows, "
+            f"{facts.verdict['tokens']} tokens:",
             "| | loss | KL from the adapter | same top token |\n|---|---|---|---|\n"
-            f"| adapter on its base | {told.verdict['adapter_loss']:.4f} | | |\n{rows}",
+            f"| adapter on its base | {facts.verdict['adapter_loss']:.4f} | | |\n{rows}",
         ]
-    if told.stopped:
-        parts.append(f"{told.stopped[0]} of {told.stopped[1]} trained prompts ended at `<|im_end|>` by themselves.")
+    if facts.stopped:
+        parts.append(f"{facts.stopped[0]} of {facts.stopped[1]} trained prompts ended at `<|im_end|>` by themselves.")
     parts += ["## Versions", _table({name: one for name, one in versions().items() if one})]
-    settings = json.dumps(told.config, indent=1, ensure_ascii=False, default=str)
+    settings = json.dumps(facts.config, indent=1, ensure_ascii=False, default=str)
     parts += ["## Configuration", f"<details><summary>all of it</summary>\n\n```json\n{settings}\n```\n</details>"]
     return "\n\n".join(parts) + "\n"
 

@@ -278,12 +278,12 @@ def _keep_own(tmp: Path, out_dir: Path) -> None:
     ours = {path.name: _seal(path) for path in tmp.iterdir() if path.is_file() and path.name not in kept}
     write_json(tmp / LIST, ours)
     if kept:
-        told = [f"{name} (the new one is {name}.new)" if f"{name}.new" in ours else name for name in kept]
-        log.info("kept in %s, as they are yours: %s", out_dir, ", ".join(told))
+        names = [f"{name} (the new one is {name}.new)" if f"{name}.new" in ours else name for name in kept]
+        log.info("kept in %s, as they are yours: %s", out_dir, ", ".join(names))
 
 
 def _link(source: Any, target: Any) -> None:
-    """The same file under another name; a copy where the disk has no links."""
+    """Hard-link a file under another name, or copy it where the disk has no links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:

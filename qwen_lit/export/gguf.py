@@ -71,7 +71,7 @@ def write_gguf(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> f
 
 
 def write_plain(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> float:
-    """The same, for the types that are written here.
+    """Convert a merged model to GGUF, in the types for which no quantiser of llama.cpp is needed.
 
     Matrices are stored as ``kind``, vectors in float32, as llama.cpp's own converter does. The file is renamed into
     place when every tensor of it has been read back and compared.

@@ -110,8 +110,8 @@ def quantize(source: Path, path: Path, kind: str) -> float:
     with whole_or_absent(partial, path):
         _run([*(quantizer() or []), str(source), str(partial), kind.upper()], kind)
         worst, kinds = compare(partial, source)
-    told = ", ".join(f"{count} {name}" for name, count in kinds.most_common())
-    log.info("%s written and read back (%.2f GB; tensors: %s)", path.name, path.stat().st_size / 1e9, told)
+    counts = ", ".join(f"{count} {name}" for name, count in kinds.most_common())
+    log.info("%s written and read back (%.2f GB; tensors: %s)", path.name, path.stat().st_size / 1e9, counts)
     return worst
 
 

@@ -1,4 +1,4 @@
-"""Which adapters can be merged, told before they are trained."""
+"""Which adapters can be merged, checked before they are trained."""
 
 import copy
 from typing import Any

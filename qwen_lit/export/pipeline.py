@@ -32,7 +32,7 @@ MergeBase = Literal["auto", "original", "dequantized"]
 Example = tuple[Any, Any]
 """Token ids ``[t]`` and trained ranges ``[k, 2]``."""
 EXPECTED = (ExportError, OSError, MemoryError, SafetensorError, torch.OutOfMemoryError)
-"""What a user can fix, told in a line; anything else is told with where it happened."""
+"""Errors that a user can fix, reported in one line; any other is logged with its traceback."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Job:
     base_dir: Path
     out_dir: Path
     tokenizer: Any
-    told: ModelCardFacts
+    facts: ModelCardFacts
     held: Mapping[str, Held] = field(default_factory=dict)
     """How the base's quantised weights were held in training; empty for a bf16 base."""
     merge_base: MergeBase = "original"
@@ -57,32 +57,32 @@ class Job:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def run(job: Job, tell: Callable[[Verdict], None] = lambda verdict: None) -> ModelCardFacts:
+def run(job: Job, on_verdict: Callable[[Verdict], None] = lambda verdict: None) -> ModelCardFacts:
     """Measure, merge, write, try; what of it fails is named in ``missing``, and the rest is done.
 
     Args:
         job: what to export.
-        tell: called with the verdict, where there is one.
+        on_verdict: called with the verdict, where there is one.
 
     Returns:
         What the model card tells.
     """
-    told = job.told
-    told.merge_base = "original" if job.merge_base == "auto" or not job.held else job.merge_base
-    told.held_in = " and ".join(sorted({str(one) for one in job.held.values()}))
-    told.adapter_path = _seen_from(job.out_dir, job.adapter_dir)
+    facts = job.facts
+    facts.merge_base = "original" if job.merge_base == "auto" or not job.held else job.merge_base
+    facts.held_in = " and ".join(sorted({str(one) for one in job.held.values()}))
+    facts.adapter_path = _seen_from(job.out_dir, job.adapter_dir)
     if job.held_out:
-        with part("the verdict", told.missing):
-            _judge(job, tell)
-    with part(job.out_dir.name, told.missing):
+        with part("the verdict", facts.missing):
+            _measure(job, on_verdict)
+    with part(job.out_dir.name, facts.missing):
         report = _merge(job)
-    if job.out_dir.name not in told.missing and job.taught and fits(report.bytes, job.device):
-        with part("the answers to trained prompts", told.missing):
-            told.stopped = try_prompts(job)
+    if job.out_dir.name not in facts.missing and job.taught and fits(report.bytes, job.device):
+        with part("the answers to trained prompts", facts.missing):
+            facts.stopped = try_prompts(job)
             said = "%d of %d trained prompts ended by themselves"
-            (log.info if told.stopped[0] == told.stopped[1] else log.warning)(said, *told.stopped)
-            rewrite(job.out_dir, "README.md", model_card(told))
-    return told
+            (log.info if facts.stopped[0] == facts.stopped[1] else log.warning)(said, *facts.stopped)
+            rewrite(job.out_dir, "README.md", model_card(facts))
+    return facts
 
 
 @contextmanager
@@ -96,40 +96,40 @@ def part(name: str, missing: dict[str, str]) -> Iterator[None]:
         missing[name] = (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _judge(job: Job, tell: Callable[[Verdict], None]) -> None:
+def _measure(job: Job, on_verdict: Callable[[Verdict], None]) -> None:
     """Compare the merges with the adapter, and choose one where that is asked for."""
-    told = job.told
+    facts = job.facts
     verdict = measure(job.adapter_dir, job.base_dir, job.held_out, job.held, job.device)
     if job.merge_base == "auto":
-        told.merge_base = verdict.best
-    told.verdict = verdict.as_dict() | {"kind": job.kind}
+        facts.merge_base = verdict.best
+    facts.verdict = verdict.as_dict() | {"kind": job.kind}
     log.info("does the merged model answer as trained? %d %s rows:", verdict.rows, job.kind)
     for line in verdict.lines():
         log.info("  %s", line)
-    hint = "" if told.merge_base == verdict.best else f"; export.merge_base: {verdict.best} would answer nearer"
-    log.info("  merged into the %s weights%s", told.merge_base, hint)
-    if warning := verdict.warning(told.merge_base):
+    hint = "" if facts.merge_base == verdict.best else f"; export.merge_base: {verdict.best} would answer nearer"
+    log.info("  merged into the %s weights%s", facts.merge_base, hint)
+    if warning := verdict.warning(facts.merge_base):
         log.warning(warning)
-    tell(verdict)
+    on_verdict(verdict)
 
 
 def _merge(job: Job) -> MergeReport:
     """The merged model with all that stands beside it; a GGUF file that fails is left out."""
-    told = job.told
-    told.adapter = AdapterFacts.read(job.adapter_dir)
+    facts = job.facts
+    facts.adapter = AdapterFacts.read(job.adapter_dir)
     if warning := untrained_end(job.base_dir, job.tokenizer):
         log.warning(warning)
     gguf = f"model-{job.gguf}.gguf"
 
     def finish(folder: Path) -> None:
         if job.gguf is not None:
-            with part(gguf, told.missing):
+            with part(gguf, facts.missing):
                 write_gguf(folder, folder / gguf, job.gguf, job.tokenizer)
-        told.gguf = gguf if (folder / gguf).is_file() else None
-        source = f"./{gguf}" if told.gguf else "."
-        write_serving_files(folder, job.base_dir, job.tokenizer, told, source)
+        facts.gguf = gguf if (folder / gguf).is_file() else None
+        source = f"./{gguf}" if facts.gguf else "."
+        write_serving_files(folder, job.base_dir, job.tokenizer, facts, source)
 
-    base: Literal["original", "dequantized"] = "dequantized" if told.merge_base == "dequantized" else "original"
+    base: Literal["original", "dequantized"] = "dequantized" if facts.merge_base == "dequantized" else "original"
     report = merge_adapter(
         job.adapter_dir, job.base_dir, job.out_dir, merge_base=base, held=job.held, finish=finish, device=job.device
     )

@@ -56,7 +56,7 @@ def end_tokens(tokenizer: Any) -> list[int]:
 
 
 def write_serving_files(
-    out_dir: Path, base_dir: Path, tokenizer: Any, told: ModelCardFacts, source: str = "."
+    out_dir: Path, base_dir: Path, tokenizer: Any, facts: ModelCardFacts, source: str = "."
 ) -> None:
     """Write tokenizer files with the chat template, generation and training config, Modelfile and model card.
 
@@ -64,7 +64,7 @@ def write_serving_files(
         out_dir: existing folder that receives the files (``merge_adapter`` passes its temporary one to ``finish``).
         base_dir: folder of the original model.
         tokenizer: a transformers tokenizer.
-        told: for the card; values that JSON has no form for are written as text.
+        facts: for the card; values that JSON has no form for are written as text.
         source: the folder or GGUF file that the Modelfile names.
 
     Raises:
@@ -73,9 +73,9 @@ def write_serving_files(
     copy_tokenizer(base_dir, out_dir, tokenizer)
     generation = generation_settings(base_dir, tokenizer)
     write_json(out_dir / "generation_config.json", generation)
-    write_json(out_dir / TRAINING_CONFIG, told.config)
+    write_json(out_dir / TRAINING_CONFIG, facts.config)
     (out_dir / "Modelfile").write_text(modelfile(tokenizer, generation, source), encoding="utf-8")
-    (out_dir / "README.md").write_text(model_card(told), encoding="utf-8")
+    (out_dir / "README.md").write_text(model_card(facts), encoding="utf-8")
 
 
 def copy_tokenizer(base_dir: Path, out_dir: Path, tokenizer: Any) -> None:

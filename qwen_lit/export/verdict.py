@@ -59,7 +59,7 @@ class Verdict:
         return min(near, key=lambda name: self.merges[name].kl)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The figures as plain values, with the name of the best merge."""
         return asdict(self) | {"best": self.best}
 
     def lines(self) -> list[str]:
@@ -164,7 +164,7 @@ class _Weights:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _tensor(self, name: str, variant: str) -> Tensor:
-        """The same of one tensor of the files, by its name there."""
+        """One tensor of the base's files with a variant's weights, by its name in the files."""
         if name in self.adapter.full:
             weight = self.adapter.full[name]
         else:

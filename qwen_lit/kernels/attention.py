@@ -24,7 +24,7 @@ FLASH = (("flash_attn.cute", (9, 10)), ("flash_attn_interface", (9,)), ("flash_a
 """flash-attn's packages, 4 to 2, and the major compute capabilities on which each is the one to take."""
 
 WORDS = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal"}
-"""Parameters by which each of them is told where documents lie."""
+"""Parameters by which each of them takes the borders of documents."""
 
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -62,7 +62,7 @@ def flash(major: int) -> tuple[Callable[..., Any], bool] | None:
 
 @cache
 def _varlen() -> tuple[Callable[..., Any], dict[str, Any]] | None:
-    """torch's varlen attention and how this version of it is told to be causal and grouped."""
+    """torch's varlen attention, with the options that make this version of it causal and grouped."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -89,8 +89,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     """
     tokens, heads, size = q.shape
     documents = cu_seqlens.numel() - 1
-    low = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    ahead = flash(torch.cuda.get_device_capability(q.device)[0]) if low and size in (64, 128) else None
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    ahead = flash(torch.cuda.get_device_capability(q.device)[0]) if half and size in (64, 128) else None
     equal = documents * max_seqlen == tokens
     if ahead is not None and (ahead[1] or not equal):
         return by_flash(ahead[0], q, k, v, cu_seqlens, max_seqlen)
@@ -99,7 +99,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         with sdpa_kernel(BACKENDS, set_priority=True):
             out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).reshape(tokens, heads, size)
-    varlen = _varlen() if low else None
+    varlen = _varlen() if half else None
     if varlen is None:
         return attention_reference(q, k, v, cu_seqlens)
     function, options = varlen

@@ -1,4 +1,4 @@
-"""What an operation of the engine costs in memory: the words in which each one tells it, beside its kernel."""
+"""What an operation of the engine costs in memory: the classes in which each one states it, beside its kernel."""
 
 from dataclasses import dataclass
 
@@ -59,7 +59,7 @@ class Op:
     scratch: int = 0
     """What its backward takes beside gradients and saved tensors, at its peak."""
     fixed: int = 0
-    """The same, in bytes however many tokens there are."""
+    """Scratch memory of the backward in bytes, however many tokens there are."""
     saves_input: bool = False
     """The result of the operation before it is among what it saves."""
     joins_residual: bool = False

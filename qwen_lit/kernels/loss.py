@@ -58,10 +58,10 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
         losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
         _rows[(len(targets),)](logits, targets, losses, logits.shape[1], BLOCK=4096, num_warps=8)
         return losses.sum()
-    wide = logits.float()
-    norm = torch.logsumexp(wide, -1, keepdim=True)
-    loss = (norm - wide.gather(1, targets[:, None])).sum()
-    grad = torch.exp(wide - norm)
+    logits32 = logits.float()
+    norm = torch.logsumexp(logits32, -1, keepdim=True)
+    loss = (norm - logits32.gather(1, targets[:, None])).sum()
+    grad = torch.exp(logits32 - norm)
     grad[torch.arange(len(targets)), targets] -= 1
     logits.copy_(grad)
     return loss

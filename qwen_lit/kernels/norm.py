@@ -24,8 +24,8 @@ from qwen_lit.kernels.launch import jit, launches, tl, triton
 def add_norm_reference(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The reference of ``add_norm``: as transformers computes it."""
     total = residual if delta is None else residual + delta
-    wide = total.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    x32 = total.float()
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return total, weight * normed.to(total.dtype)
 
 
@@ -50,11 +50,11 @@ def _forward(
     if HAS_DELTA:
         x = (x.to(tl.float32) + tl.load(delta + row * width + columns, inside, 0.0).to(tl.float32)).to(x.dtype)
         tl.store(total + row * width + columns, x, inside)
-    wide = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / width + eps)
+    x32 = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x32 * x32) / width + eps)
     tl.store(rstd + row, scale)
     w = tl.load(weight + columns, inside, 0.0)
-    tl.store(normed + row * stride + columns, (wide * scale).to(x.dtype) * w, inside)
+    tl.store(normed + row * stride + columns, (x32 * scale).to(x.dtype) * w, inside)
 
 
 @jit
@@ -150,8 +150,8 @@ class _AddNorm(torch.autograd.Function):
             scale = rstd.view(rows, 1)
             x_hat = total.float() * scale
             g = d_normed.float() * weight.float()
-            wide = scale * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
-            out.copy_(wide if d_total is None else wide + d_total.float())
+            grad32 = scale * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
+            out.copy_(grad32 if d_total is None else grad32 + d_total.float())
         return out, out if ctx.has_delta else None, None, None, None, None
 
 

@@ -20,8 +20,8 @@ from qwen_lit.kernels.launch import jit, launches, tl, triton
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """The reference of ``rope``: as transformers computes it."""
     if weight is not None:
-        wide = x.float()
-        x = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+        x32 = x.float()
+        x = weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
     half = x.shape[-1] // 2
     left, right = x[..., :half], x[..., half:]
     c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
@@ -65,11 +65,11 @@ def _rotate(
 def _unnorm(x, weight, grad, heads, stride, grad_stride, eps, HALF: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * (2 * HALF) + tl.arange(0, 2 * HALF)
-    wide = tl.load(x + token * stride + at).to(tl.float32)
+    x32 = tl.load(x + token * stride + at).to(tl.float32)
     place = grad + token * grad_stride + at
     g = tl.load(place).to(tl.float32) * tl.load(weight + tl.arange(0, 2 * HALF)).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / (2 * HALF) + eps)
-    hat = wide * scale
+    scale = 1.0 / tl.sqrt(tl.sum(x32 * x32) / (2 * HALF) + eps)
+    hat = x32 * scale
     tl.store(place, scale * (g - hat * (tl.sum(g * hat) / (2 * HALF))))
 
 
@@ -136,8 +136,8 @@ def rope_backward(
         return
     turned = rope_reference(grad, cos, -sin, None, 0.0)
     if weight is not None and x is not None:
-        wide, g = x.float(), turned.float() * weight.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        hat = wide * scale
+        x32, g = x.float(), turned.float() * weight.float()
+        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        hat = x32 * scale
         turned = scale * (g - hat * (g * hat).mean(-1, keepdim=True))
     out.copy_(turned)

@@ -32,8 +32,8 @@ def _forward(both, out, width, stride, BLOCK: tl.constexpr):
     inside = at < width
     g = tl.load(both + row * stride + at, inside, 0.0)
     u = tl.load(both + row * stride + width + at, inside, 0.0)
-    wide = g.to(tl.float32)
-    tl.store(out + row * width + at, (wide * tl.sigmoid(wide)).to(g.dtype) * u, inside)
+    gate32 = g.to(tl.float32)
+    tl.store(out + row * width + at, (gate32 * tl.sigmoid(gate32)).to(g.dtype) * u, inside)
 
 
 @jit
@@ -83,7 +83,7 @@ def swiglu_backward_(both: Tensor, grad: Tensor) -> None:
         )
         return
     gate, up = both[:, :width], both[:, width : 2 * width]
-    wide = torch.promote_types(both.dtype, torch.float32)
-    g, u, d = gate.to(wide), up.to(wide), grad.to(wide)
+    dtype = torch.promote_types(both.dtype, torch.float32)
+    g, u, d = gate.to(dtype), up.to(dtype), grad.to(dtype)
     s = torch.sigmoid(g)
     both[:, : 2 * width] = torch.cat((d * u * s * (1 + g * (1 - s)), d * g * s), 1)

@@ -1,4 +1,4 @@
-"""Which base model it is: told by what is in its files, wherever they lie."""
+"""Which base model it is: recognised by what is in its files, wherever they lie."""
 
 import functools
 import hashlib

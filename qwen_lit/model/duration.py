@@ -4,10 +4,14 @@ import logging
 import math
 from typing import Any
 
+import lightning as L
+
 from qwen_lit.callbacks.accepted import TRAINING
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
 from qwen_lit.lines import plural
 from qwen_lit.model.schedules import ENDLESS
+from qwen_lit.seams import options_of
 
 log = logging.getLogger(__name__)
 EPOCHS = 3
@@ -74,7 +78,7 @@ def _max_time(trainer: Any) -> Any:
     return next((one for one in (trainer.max_time, *timers) if one is not None), None)
 
 
-def check_limits(trainer: Any, data: Any) -> None:
+def check_limits(trainer: L.Trainer, data: QwenDataModule) -> None:
     """Refuse limits that the data cannot fill, once its rows are counted and before the model is loaded.
 
     Raises:
@@ -102,32 +106,32 @@ def check_limits(trainer: Any, data: Any) -> None:
         )
 
 
-def check_validation_share(trainer: Any, data: Any) -> None:
+def check_validation_share(trainer: L.Trainer, data: QwenDataModule) -> None:
     """Refuse a share of the validation that is no whole batch, once its rows are counted.
 
     Raises:
         UserError: it is.
     """
-    limit = trainer.limit_val_batches
-    if not isinstance(limit, float) or not 0 < limit < 1 or not len(data.val_rows):
+    limit, per_step = trainer.limit_val_batches, options_of(trainer).micro_batches_per_step
+    if not isinstance(limit, float) or not 0 < limit < 1 or data.val_rows is None or not len(data.val_rows):
         return
     micro_batches = math.ceil(len(data.batches(data.val_rows)) / trainer.world_size)
-    batches = math.ceil(micro_batches / trainer.micro_batches_per_step)
+    batches = math.ceil(micro_batches / per_step)
     if not int(batches * limit):
         # Lightning takes the share that is overfitted for that of the validation too.
         key = "overfit_batches" if trainer.overfit_batches else "limit_val_batches"
         raise UserError(
             f"trainer.{key} is {limit} of {plural(batches, 'validation batch')}, each of up to "
-            f"{trainer.micro_batches_per_step} micro-batches, which is none; give a larger share, or their number."
+            f"{per_step} micro-batches, which is none; give a larger share, or their number."
         )
 
 
-def _full_epoch(trainer: Any, data: Any) -> int:
+def _full_epoch(trainer: L.Trainer, data: QwenDataModule) -> int:
     """Optimizer steps of an epoch without a limit; its last one may have fewer micro-batches."""
-    return math.ceil(data.micro_batches(trainer.world_size) / trainer.micro_batches_per_step)
+    return math.ceil(data.micro_batches(trainer.world_size) / options_of(trainer).micro_batches_per_step)
 
 
-def epoch_steps(trainer: Any, data: Any) -> int:
+def epoch_steps(trainer: L.Trainer, data: QwenDataModule) -> int:
     """Optimizer steps of an epoch, as Lightning counts its batches."""
     steps, limit = _full_epoch(trainer, data), trainer.limit_train_batches
     if limit is None:
@@ -135,14 +139,13 @@ def epoch_steps(trainer: Any, data: Any) -> int:
     return min(steps, limit) if isinstance(limit, int) else int(steps * limit)
 
 
-def epoch_share(trainer: Any, data: Any) -> float:
+def epoch_share(trainer: L.Trainer, data: QwenDataModule) -> float:
     """Share of an epoch's micro-batches that its optimizer steps train."""
-    return min(
-        1.0, epoch_steps(trainer, data) * trainer.micro_batches_per_step / data.micro_batches(trainer.world_size)
-    )
+    trained = epoch_steps(trainer, data) * options_of(trainer).micro_batches_per_step
+    return min(1.0, trained / data.micro_batches(trainer.world_size))
 
 
-def total_steps(trainer: Any, data: Any) -> int | None:
+def total_steps(trainer: L.Trainer, data: QwenDataModule) -> int | None:
     """Optimizer steps of the whole run: those that are made, and those to come by the limits of now.
 
     Counted from the data's length: ``trainer.estimated_stepping_batches`` builds the loaders early, and then their
@@ -155,7 +158,7 @@ def total_steps(trainer: Any, data: Any) -> int | None:
     if epochs is None or epochs < 0:
         return trainer.max_steps if trainer.max_steps > 0 else None
     of_epoch = epoch_steps(trainer, data)
-    progress = loop.epoch_progress.current
+    progress: Any = loop.epoch_progress.current
     inside = progress.ready > progress.processed
     ready = loop.epoch_loop.batch_progress.current.ready
     left = of_epoch - ready if inside and ready < of_epoch else 0
@@ -164,7 +167,7 @@ def total_steps(trainer: Any, data: Any) -> int | None:
     return min(total, max(trainer.max_steps, trainer.global_step)) if trainer.max_steps > 0 else total
 
 
-def warmup_steps(ratio: float, trainer: Any, data: Any) -> int:
+def warmup_steps(ratio: float, trainer: L.Trainer, data: QwenDataModule) -> int:
     """Steps over which the learning rate rises: a share of the run's, or of an epoch's where no end is known.
 
     At least one where there is a share, and fewer than the run has.

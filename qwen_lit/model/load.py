@@ -21,7 +21,7 @@ from qwen_lit.errors import UserError, shortened
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
-from qwen_lit.progress import told
+from qwen_lit.progress import timed
 
 
 def check_weights(folder: Path) -> None:
@@ -235,7 +235,7 @@ def load_base(
     place: torch.device | None = None,
 ) -> nn.Module:
     """The frozen base that an adapter is trained on; the arguments are those of ``read_model``."""
-    with told("loading the base"):
+    with timed("loading the base"):
         model: nn.Module = read_model(folder, device, quantization, place)
     model.requires_grad_(False)
     model.config.use_cache = False  # type: ignore[union-attr]

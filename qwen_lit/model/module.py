@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qwen_lit.data.batches import Batch, join, padded
-from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.data.datamodule import QwenDataModule, data_of
 from qwen_lit.distributed import agree, watch_children
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError, UserError
@@ -33,7 +33,7 @@ from qwen_lit.model.resume import go_on, settings, shared, stored
 from qwen_lit.model.schedules import WITHOUT_WARMUP, schedule
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.model.step import StepSums, clip_gradients, first_of
-from qwen_lit.model.trained import find_adapter, tell_measured, weights
+from qwen_lit.model.trained import find_adapter, log_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.flops import token_flops
@@ -48,6 +48,7 @@ from qwen_lit.quantization import (
     usable,
 )
 from qwen_lit.run import Run
+from qwen_lit.seams import options_of
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +75,11 @@ class QwenModule(L.LightningModule):
         )
         self.warmup_ratio = 0.0 if settings.lr_scheduler in WITHOUT_WARMUP else settings.warmup_ratio
         self.memory_budget = parse_bytes(settings.memory_budget) if settings.memory_budget else None
-        # A run that goes on needs it no more.
+        # A run that is resumed needs the adapter it once began from no more, so the folder may be gone.
         there = settings.init_adapter and Path(expanded(settings.init_adapter)).exists()
         self.init_adapter = find_adapter(settings.init_adapter) if settings.init_adapter and there else None
         self.folder = fetch(self.name, settings.hub)
-        """That holds the base's files: its config and tokenizer, and its weights once they are needed."""
+        """The folder with the base's files: its config and tokenizer, and its weights once they are needed."""
         self.config = load_config(self.folder, self.name)
         self.quantization_config = usable(settings.quantization_config, self.config)
         self.quantized: dict[str, Held] | None = None
@@ -93,12 +94,13 @@ class QwenModule(L.LightningModule):
         # A batch is an optimizer step: ``training_step`` computes all of it.
         self.automatic_optimization = False
         self.sums: StepSums | None = None
-        """Of the step that is being made."""
+        """What the forward passes of the optimizer step under way have found; None between two steps."""
         self.skipped_steps, self.skipped_in_a_row = 0, 0
         self.total_steps: int | None = 0
         """Optimizer steps of the run; None where it has no known end."""
         self.resumed_total: int | None = 0
-        """As many as it had when the checkpoint was written; 0 where it does not say."""
+        """``total_steps`` of the run when its checkpoint was written: None for no known end, 0 where the file does not
+        say."""
         self.validated = torch.zeros(2)
 
     def setup(self, stage: str) -> None:
@@ -110,12 +112,12 @@ class QwenModule(L.LightningModule):
         data = self.data
         if stage == "fit":
             check_limits(self.trainer, data)
-            told = settings(self)
-            alike = {**shared(self.run.config), "the files of model.model_name_or_path": told["base"]}
-            agree(self.trainer, {**data.state_dict(), **told["frozen"], **alike})
+            own = settings(self)
+            alike = {**shared(self.run.config), "the files of model.model_name_or_path": own["base"]}
+            agree(self.trainer, {**data.state_dict(), **own["frozen"], **alike})
             watch_children(self.trainer)
         if stage == "validate":
-            tell_measured(self, self.trainer, data)
+            log_measured(self.name, self.run.checkpoint or self.init_adapter, data)
             check_validation_share(self.trainer, data)
 
     def fetch_weights(self) -> None:
@@ -149,7 +151,7 @@ class QwenModule(L.LightningModule):
             add_noise(base.get_input_embeddings(), self.settings.neftune_noise_alpha)  # type: ignore[operator]
         before = stored(self.run.checkpoint).get("micro_batches_at_once")
         choice = choose_engine(self, self.trainer, self.data, before)
-        self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.told
+        self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
         if sharded or self.offload_embedding:
             # DDP reduces the adapter alone: shards differ from rank to rank, and an embedding on the CPU is no part.
             frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
@@ -189,20 +191,23 @@ class QwenModule(L.LightningModule):
         }
 
     def token_flops(self, length: float, supervised: float) -> tuple[float, float]:
-        """Operations of a token: of a training step without recomputation, and of a forward pass of the layers.
+        """Floating-point operations per token: of a training step without recomputation, and of a forward pass of the
+        layers.
 
         Args:
             length: tokens of a document.
             supervised: share of the tokens that have a loss.
         """
+        assert self.model is not None
         return token_flops(self.model, length, supervised)
 
     @property
     def recomputed_share(self) -> float:
         """Share of the layers whose activations are computed again in backward."""
         layers = len(family_of(self.config).layers(self.config))
-        again = self.fast.recompute_layers if self.fast is not None else layers * self.settings.gradient_checkpointing
-        return again / layers
+        if self.fast is None:
+            return float(self.settings.gradient_checkpointing)
+        return self.fast.recompute_layers / layers
 
     def release_memory(self) -> None:
         """Free what only training needs, for what comes after it."""
@@ -213,8 +218,8 @@ class QwenModule(L.LightningModule):
 
     @property
     def data(self) -> QwenDataModule:
-        """The rows that are trained."""
-        return cast(QwenDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        """The run's DataModule."""
+        return data_of(self.trainer)
 
     @property
     def micro_batches_at_once(self) -> int:
@@ -236,7 +241,7 @@ class QwenModule(L.LightningModule):
         return self.plan is not None and self.plan.policies.offload_embedding
 
     def to(self, *args: Any, **kwargs: Any) -> "QwenModule":
-        """As of any module, but an embedding that the plan has put on the CPU stays there."""
+        """Move or cast as ``nn.Module.to`` does, but leave an embedding on the CPU that the plan has put there."""
         if not self.offload_embedding:
             return super().to(*args, **kwargs)
         embedding = cast(Any, self.model).base_model.model.get_input_embeddings()
@@ -251,11 +256,11 @@ class QwenModule(L.LightningModule):
 
     @property
     def state_bytes(self) -> float:
-        """Of optimizer state for a trained number."""
+        """Bytes of optimizer state for each trained parameter."""
         return self.optimizer.state_bytes
 
     def on_train_start(self) -> None:
-        """What a resumed optimizer needs: paged memory, and the settings of this configuration, which may differ.
+        """Give a resumed optimizer its paged memory and the settings of this configuration, which may differ.
 
         Lightning has put its states on the device by now, and its learning rates back to those of the checkpoint.
         """
@@ -276,7 +281,7 @@ class QwenModule(L.LightningModule):
             configure_groups(optimizer, scheduler, self.group_settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the configuration."""
+        """Store the settings and the step counts, which a resumed run is compared with."""
         counts = {"skipped_steps": self.skipped_steps, "total_steps": self.total_steps}
         checkpoint["settings"] = settings(self) | counts
 
@@ -355,7 +360,8 @@ class QwenModule(L.LightningModule):
             # Later the schedule has moved on to the next step's.
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             self.log("train/supervised_tokens", tokens)
-            clip_gradients(parameters, norm, self.trainer.clip_value, self.trainer.gradient_clip_algorithm)  # type: ignore[attr-defined]
+            options = options_of(self.trainer)
+            clip_gradients(parameters, norm, options.clip_value, options.gradient_clip_algorithm)
         else:
             self._skip_step(optimizer, loss, sums)
         self.log("train/skipped_steps", float(self.skipped_steps))
@@ -388,7 +394,7 @@ class QwenModule(L.LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums over."""
+        """Reset the summed validation loss and the counted tokens."""
         self.validated = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, step: list[Batch], number: int) -> None:
@@ -422,7 +428,7 @@ class QwenModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
     def _schedule(self) -> Callable[[int], float]:
-        """Over the steps that the run has by the limits of now."""
+        """The factor on the learning rate at each step, over the steps that the limits of this configuration allow."""
         self.total_steps = total_steps(self.trainer, self.data)
         warmup = warmup_steps(self.warmup_ratio, self.trainer, self.data)
         return schedule(

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 def add_noise(embedding: nn.Module, alpha: float) -> None:
-    """From here on the output ``[batch, tokens, width]`` gets uniform noise up to ``alpha / sqrt(tokens * width)``.
+    """Add uniform noise up to ``alpha / sqrt(tokens * width)`` to an embedding's output ``[batch, tokens, width]``.
 
     Args:
-        embedding: noisy in training mode alone.
+        embedding: gets a forward hook, which adds noise in training mode alone.
         alpha: 5 to 15 in the paper.
     """
 

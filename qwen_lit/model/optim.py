@@ -124,7 +124,7 @@ def optimizer_of(chosen: str | OptimizerClass, learning_rate: float, weight_deca
     Args:
         chosen: ``model.optimizer``: a name of ``OPTIMIZERS``, or a class with its arguments.
         learning_rate: ``model.learning_rate``, which the parameter groups have.
-        weight_decay: ``model.weight_decay``, likewise.
+        weight_decay: ``model.weight_decay``, which the parameter groups have too.
 
     Raises:
         UserError: a class is given arguments that the groups override, or cannot take a step.

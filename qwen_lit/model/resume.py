@@ -4,20 +4,24 @@ import logging
 import pickle
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import lightning as L
 import torch
+from peft import LoraConfig
 
 from qwen_lit.errors import UserError, refuse_changes
 from qwen_lit.model.base import fingerprint
+from qwen_lit.model.settings import ModelSettings
+from qwen_lit.run import Run
 
 log = logging.getLogger(__name__)
-REFUSE, TELL, FREE = "refuse", "tell", "free"
+REFUSE, WARN, FREE = "refuse", "warn", "free"
 KEYS = {
     "seed_everything": REFUSE,
     # What the adapter is made by, and what its weights were trained against.
     "model.lora_config": REFUSE,
-    "model.lora_config.lora_dropout": TELL,
+    "model.lora_config.lora_dropout": WARN,
     **dict.fromkeys(
         [
             f"model.lora_config.{key}"
@@ -40,7 +44,7 @@ KEYS = {
         FREE,
     ),
     "model.quantization_config": REFUSE,
-    "model.quantization_config.bnb_4bit_quant_storage": TELL,
+    "model.quantization_config.bnb_4bit_quant_storage": WARN,
     "trainer.precision": REFUSE,
     # The optimizer's state, which a checkpoint holds with its betas and its groups.
     "model.optimizer": REFUSE,
@@ -48,18 +52,18 @@ KEYS = {
     "model.adam_beta2": REFUSE,
     "model.lora_plus_ratio": REFUSE,
     # The base is compared by what is in its files.
-    "model.model_name_or_path": TELL,
+    "model.model_name_or_path": WARN,
     "model.hub": FREE,
     "model.max_skipped_steps": FREE,
     "model.memory_budget": FREE,
-    "model": TELL,
+    "model": WARN,
     # The rows of a step; the data's own digest is compared as well.
     "data.batch_size": REFUSE,
     "data.max_length": REFUSE,
     "data.packing": REFUSE,
-    **dict.fromkeys([f"data.{key}" for key in ("dataset_path", "val_dataset_path")], TELL),
+    **dict.fromkeys([f"data.{key}" for key in ("dataset_path", "val_dataset_path")], WARN),
     **dict.fromkeys([f"data.{key}" for key in ("cache_dir", "num_proc", "num_workers", "seed")], FREE),
-    "data": TELL,
+    "data": WARN,
     "trainer.accumulate_grad_batches": REFUSE,
     "trainer.limit_train_batches": REFUSE,
     "trainer.overfit_batches": REFUSE,
@@ -83,7 +87,7 @@ KEYS = {
                 "sync_batchnorm",
             )
         ],
-        TELL,
+        WARN,
     ),
     "trainer": FREE,
     "checkpoint": FREE,
@@ -94,14 +98,31 @@ KEYS = {
 }
 """What a change on resume means, by key or by the section that holds it; the longest name counts.
 
-``refuse``: it would be another run. ``tell``: it is taken and logged. ``free``: it changes nothing that is trained.
-Devices and nodes are compared by the data, as the number of processes.
+``refuse``: it would be another run. ``warn``: it is taken, with a warning. ``free``: it changes nothing that is
+trained. Devices and nodes are compared by the data, as the number of processes.
 """
 LORA = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "init_lora_weights")
 
 
-def settings(module: Any) -> dict[str, Any]:
-    """The configuration of a ``QwenModule`` as plain values.
+class Configured(Protocol):
+    """What is asked of a ``QwenModule`` here."""
+
+    name: str
+    settings: ModelSettings
+    optimizer_name: str
+    run: Run
+
+    @property
+    def lora_config(self) -> LoraConfig:
+        """The adapter's settings."""
+
+    @property
+    def micro_batches_at_once(self) -> int:
+        """Micro-batches of an optimizer step that are computed in one forward and backward pass."""
+
+
+def settings(module: Configured) -> dict[str, Any]:
+    """The configuration of a module as plain values.
 
     ``frozen`` is what the adapter and the optimizer are made by, ``micro_batches_at_once`` how many of a step are
     computed together, ``config`` the whole configuration, ``base`` the fingerprint of the base's files.
@@ -123,7 +144,7 @@ def settings(module: Any) -> dict[str, Any]:
 def stored(checkpoint: Path | None) -> dict[str, Any]:
     """The settings that a checkpoint remembers; empty where it does not say.
 
-    What is wrong with a file is told where it is restored.
+    A damaged file is reported where it is restored.
     """
     if checkpoint is None or not checkpoint.is_file():
         return {}
@@ -137,7 +158,7 @@ def meaning(key: str) -> str:
     while key not in KEYS:
         key, dot, _ = key.rpartition(".")
         if not dot:
-            return TELL
+            return WARN
     return KEYS[key]
 
 
@@ -174,7 +195,7 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def shared(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that every rank of a run must have."""
+    """The settings that must be equal on every rank of a run."""
     return {key: value for key, value in canonical(config).items() if meaning(key) == REFUSE}
 
 
@@ -213,11 +234,11 @@ def compare(then: dict[str, Any], config: dict[str, Any], base: str | None) -> N
         refused["the files of " + name] = (then["base"][:8], base[:8])
     refuse_changes(refused)
     for key, (before, after) in changes.items():
-        if meaning(key) == TELL:
+        if meaning(key) == WARN:
             log.warning("%s was %s until here, and is %s from here on", key, before, after)
 
 
-def check_end(checkpoint: dict[str, Any], trainer: Any) -> None:
+def check_end(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     """Refuse limits that lie before the checkpoint: nothing would be trained, and what is there be exported.
 
     Raises:
@@ -237,7 +258,7 @@ def check_end(checkpoint: dict[str, Any], trainer: Any) -> None:
 
 
 def compare_module(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """The same for a checkpoint that holds no configuration but the adapter's shape and the optimizer's name.
+    """Refuse to resume with another adapter or optimizer, where a checkpoint holds no other configuration.
 
     Raises:
         UserError: one of these has changed.
@@ -259,11 +280,11 @@ def _refuse_earlier(then: dict[str, Any]) -> None:
         )
 
 
-def go_on(module: Any, trainer: Any, checkpoint: dict[str, Any]) -> tuple[int, int | None]:
+def go_on(module: Configured, trainer: L.Trainer, checkpoint: dict[str, Any]) -> tuple[int, int | None]:
     """Compare the run of a checkpoint with this one.
 
     Args:
-        module: ``QwenModule`` with the settings of now.
+        module: with the settings of now.
         trainer: Lightning's, in ``fit``.
         checkpoint: as Lightning has read it.
 

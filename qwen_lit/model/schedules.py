@@ -20,7 +20,7 @@ ScheduleName = Literal[
     "inverse_sqrt",
     "warmup_stable_decay",
 ]
-"""Those of ``transformers.SchedulerType`` that follow the number of the step alone."""
+"""The schedules of ``transformers.SchedulerType`` whose factor depends on the number of the step alone."""
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 """Schedules that need no last step."""
 WITHOUT_WARMUP = ("constant",)

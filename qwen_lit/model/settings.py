@@ -39,26 +39,27 @@ class ModelSettings:
     warmup_ratio: float = 0.03
     """share of all optimizer steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """decoupled weight decay of matrices; biases and norms are never decayed."""
+    """decoupled weight decay, as of AdamW, of trained matrices; vectors such as biases are not decayed."""
     adam_beta1: float = 0.9
     """decay of Adam's first moment, for optimizers given by name."""
     adam_beta2: float = 0.999
     """decay of Adam's second moment, for optimizers given by name."""
     lora_plus_ratio: float = 1.0
-    """LoRA+: learning rate of the B matrices over that of the A matrices; 1 is plain LoRA."""
+    """LoRA+: the learning rate of the LoRA B matrices divided by that of the A matrices; 1 is plain LoRA."""
     neftune_noise_alpha: float = 0.0
-    """NEFTune: magnitude of the noise that is added to the embeddings while training; 0 is off."""
+    """NEFTune: alpha of the uniform noise that is added to the embeddings in training, 5 to 15 in its paper; 0 is
+    off."""
     gradient_checkpointing: bool = True
     """recompute activations in the backward pass: less memory, about a third slower. The fast engine does so only for
     as many layers as the memory asks for."""
     engine: EngineName = "auto"
-    """fast runs fused kernels and plans the memory; reference runs PEFT's own modules; auto is fast on CUDA where the
-    model allows it."""
+    """fast runs fused Triton kernels and plans GPU memory; reference runs transformers' and PEFT's own modules; auto
+    is fast on CUDA where the model and the adapter allow it, and else reference."""
     memory_budget: str | None = None
-    """GPU memory that the fast engine may use, such as 8GiB; null is all that is free."""
+    """GPU memory that the fast engine may use on each card, such as 8GiB; null is all that is free."""
     max_skipped_steps: int = 10
-    """optimizer steps in a row whose loss or gradient is not finite after which the run stops; each is skipped and its
-    rows are named."""
+    """number of optimizer steps in a row with a loss or a gradient that is not finite, after which the run stops; each
+    such step is skipped, and the log names its rows."""
     shard_base: bool = False
     """shard the frozen layers over the GPUs, for a base that does not fit one of them; needs trainer.strategy ddp and
     bnb_4bit_quant_storage bfloat16."""

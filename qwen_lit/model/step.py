@@ -16,7 +16,7 @@ class StepSums:
     """What the forward passes of an optimizer step have found on this rank, kept on the device so that none waits."""
 
     number: int
-    """Of the step in its epoch, counted from 0."""
+    """The step's number in its epoch, counted from 0."""
     losses: list[Tensor]
     """Summed loss of each forward pass, float32 scalars in nats."""
     at_once: int

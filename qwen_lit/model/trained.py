@@ -12,6 +12,7 @@ from peft import get_peft_model
 from safetensors import SafetensorError, safe_open
 
 from qwen_lit.config import LoraSection
+from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CONVERTED_MARKER, RESIDUAL_INITS, saved_name
 from qwen_lit.model.base import fingerprint
@@ -35,7 +36,7 @@ class Trained:
     base: str | None
     """The base's folder or hub name."""
     fingerprint: str | None
-    """Of the base's files."""
+    """Digest of the base's files, as of ``model.base.fingerprint``; None where it is not known."""
     config: dict[str, Any]
     """The whole configuration of its run; empty where it is not known."""
 
@@ -89,7 +90,7 @@ def find_adapter(given: str) -> Path:
 
 
 def take_over(model: Any, trained: Trained) -> None:
-    """Let a configuration's section ``model`` be what an adapter was trained with; each difference is told.
+    """Let a configuration's section ``model`` be what an adapter was trained with; each difference is logged.
 
     Args:
         model: the section; changed in place.
@@ -245,8 +246,13 @@ def _shape(shape: Any) -> str:
     return "not" if shape is None else "x".join(map(str, shape))
 
 
-def tell_measured(module: Any, trainer: Any, data: Any) -> None:
+def log_measured(name: str, source: Path | None, data: QwenDataModule) -> None:
     """Say what ``validate`` measures, before the model is loaded.
+
+    Args:
+        name: of the base.
+        source: the checkpoint or the adapter; None measures the base alone.
+        data: its rows are prepared.
 
     Raises:
         UserError: there are no rows to measure it on.
@@ -255,5 +261,5 @@ def tell_measured(module: Any, trainer: Any, data: Any) -> None:
         raise UserError(
             "validate: no row is held out; set data.val_size (a share or a count), or data.val_dataset_path."
         )
-    base = f"the base {module.name} without an adapter (give --ckpt_path last, best, a file or an adapter)"
-    log.info("validate measures %s", module.run.checkpoint or module.init_adapter or base)
+    base = f"the base {name} without an adapter (give --ckpt_path last, best, a file or an adapter)"
+    log.info("validate measures %s", source or base)

@@ -3,9 +3,12 @@
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol
 
+import lightning as L
 import torch
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import least
@@ -13,32 +16,48 @@ from qwen_lit.engine.engine import FastEngine, unsupported_reason
 from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.errors import UserError
 from qwen_lit.families.table import family_of
+from qwen_lit.model.settings import ModelSettings
 from qwen_lit.planner.measure import Gpu
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.planner import Planner, Work, possible_at_once
+from qwen_lit.seams import options_of
 
 log = logging.getLogger(__name__)
 FALLBACK = "fast (PyTorch fallback, no CUDA)"
-"""How an engine on the CPU is told."""
+"""How an engine on the CPU is described."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes the loss."""
+    """The engine that computes the loss, with its plan."""
 
-    told: str
-    """As the start of a run says it."""
+    description: str
+    """The engine and its plan in words, as the start of a run logs them."""
     fast: FastEngine | None = None
     """None for PEFT's own path."""
     plan: Plan | None = None
-    """Of the fast engine on a GPU."""
+    """The memory plan of the fast engine on a GPU; None otherwise."""
 
 
-def choose_engine(module: Any, trainer: Any, data: QwenDataModule, before: int | None) -> Choice:
+class Trainable(Protocol):
+    """What is asked of a ``QwenModule`` here."""
+
+    settings: ModelSettings
+    config: PretrainedConfig
+    model: PeftModel | None
+    quantization_config: BitsAndBytesConfig | None
+    memory_budget: int | None
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of optimizer state for each trained parameter."""
+
+
+def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, before: int | None) -> Choice:
     """The engine that ``model.engine`` allows.
 
     Args:
-        module: ``QwenModule`` with its model on this rank's device.
+        module: with its model on this rank's device.
         trainer: all of its ranks call this.
         data: its rows are prepared.
         before: micro-batches that the resumed run has computed at once; None for a new run.
@@ -47,6 +66,7 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule, before: int |
         UserError: ``engine`` is fast, and the model or the device does not allow it.
         torch.OutOfMemoryError: no plan fits.
     """
+    assert module.model is not None
     asked, device = module.settings.engine, trainer.strategy.root_device
     reason = "the base is sharded" if module.settings.shard_base else unsupported_reason(module.model, device)
     if asked == "auto" and device.type != "cuda":
@@ -73,7 +93,11 @@ def choose_engine(module: Any, trainer: Any, data: QwenDataModule, before: int |
         before,
         trainer.num_devices,
     )
-    work = Work(data.most_tokens(possible_at_once(trainer.micro_batches_per_step)), data.mean_tokens(), data.heaviest)
+    work = Work(
+        data.most_tokens(possible_at_once(options_of(trainer).micro_batches_per_step)),
+        data.mean_tokens(),
+        data.heaviest,
+    )
     planned = planner.plan(work) if trainer.state.fn == "fit" else planner.plan_unmeasured(work)
     engine, plan, peak = planned.engine, planned.plan, planned.peak
     measured = "" if peak is None else f", measured {peak / GIB:.2f}"

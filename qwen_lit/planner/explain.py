@@ -98,5 +98,5 @@ def table_lines(table: dict[str, Any]) -> list[str]:
 def _ranges(numbers: list[int]) -> str:
     """``layer 0``, ``layers 1-26``, ``layers 1, 3-4``."""
     runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda one: one[1] - one[0])]
-    told = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"layer{'s' * (len(numbers) > 1)} {told}"
+    joined = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"layer{'s' * (len(numbers) > 1)} {joined}"

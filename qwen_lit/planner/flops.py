@@ -1,9 +1,10 @@
-"""Work a token asks for, and what a card can do."""
+"""Floating-point operations that a token takes, and that a card can do."""
 
 import time
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from qwen_lit.families.table import family_of
 
@@ -43,7 +44,7 @@ def peak_flops(name: str) -> float | None:
     return PEAKS[max(found, key=len)] if found else None
 
 
-def token_flops(model: Any, length: float, supervised: float) -> tuple[float, float]:
+def token_flops(model: PeftModel, length: float, supervised: float) -> tuple[float, float]:
     """Floating-point operations of a trained token on frozen weights.
 
     A frozen weight costs 4 a parameter: forward, and the gradient of its input; its own gradient is not computed. A
@@ -52,12 +53,13 @@ def token_flops(model: Any, length: float, supervised: float) -> tuple[float, fl
     Args:
         model: a PEFT model; its weights may stand on the meta device.
         length: mean tokens of a document.
-        supervised: share of the tokens.
+        supervised: share of the tokens that have a loss.
 
     Returns:
-        Of a token, and of a token's forward pass through the decoder, which recomputing adds.
+        The operations of a trained token, and those of its forward pass through the decoder, which recomputing adds.
     """
-    config = model.base_model.model.config
+    base: Any = model.base_model.model
+    config = base.config
     layers = family_of(config).layers(config)
     linear = sum(one.numbers * one.tokens for layer in layers for one in layer.linears)
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.ndim == 2)
@@ -68,7 +70,7 @@ def token_flops(model: Any, length: float, supervised: float) -> tuple[float, fl
 
 
 def measured_flops(device: torch.device, size: int = 8192) -> float:
-    """What a large bf16 product really reaches on a device, in operations a second."""
+    """Operations a second that a large bf16 matrix product reaches on a device."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     best = 0.0
     for _ in range(6):

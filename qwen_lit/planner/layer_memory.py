@@ -23,10 +23,10 @@ class Moment:
     fixed: int = 0
     """Bytes however many tokens there are."""
     kept: int = 0
-    """Of ``per_token``, what the layers keep for later."""
+    """The part of ``per_token`` that the layers keep for their backward."""
 
     def bytes(self, tokens: int) -> int:
-        """Of a micro-batch with so many tokens."""
+        """Bytes of a micro-batch of ``tokens`` tokens."""
         return self.per_token * tokens + self.fixed
 
 
@@ -57,7 +57,9 @@ class LayerMemory:
 
     @cached_property
     def recompute(self) -> tuple[Moment, ...]:
-        """As ``backward`` where only the input was kept, which the first norm then saves: it is not counted again.
+        """The moments of a recomputed layer's backward.
+
+        Its input was kept, and the first norm saves that same tensor, so it is counted once.
 
         Operations that save nothing go backward before the forward runs again, which ends with the last that does.
         """
@@ -65,17 +67,17 @@ class LayerMemory:
         alias = self.input if self.ops[0].saved else 0
         above = self.ops[last + 1].grad if last + 1 < len(self.ops) else 0
         before = [moment for moment in self._moments(0, len(self.ops) - 1, "backward")][: len(self.ops) - 1 - last]
-        again = Moment("forward again", self.saved - alias + self._unsaved(last) + self.grad + above)
-        return (*before, again, *self._moments(self.saved - alias, last, "backward", above))
+        rerun = Moment("forward again", self.saved - alias + self._unsaved(last) + self.grad + above)
+        return (*before, rerun, *self._moments(self.saved - alias, last, "backward", above))
 
     @cached_property
     def highest_backward(self) -> tuple[Moment, ...]:
-        """Of ``backward``, the largest moment for each number of fixed bytes."""
+        """The largest moment of ``backward`` for each number of fixed bytes."""
         return _highest(self.backward)
 
     @cached_property
     def highest_recompute(self) -> tuple[Moment, ...]:
-        """Of ``recompute``, the largest moment for each number of fixed bytes."""
+        """The largest moment of ``recompute`` for each number of fixed bytes."""
         return _highest(self.recompute)
 
     def _unsaved(self, last: int) -> int:
@@ -118,7 +120,7 @@ def layer_memory(
 
 
 def augmented_bytes(layer: LayerSize, size: int) -> tuple[int, ...]:
-    """Of each augmented weight of a layer: the buffer that dequantises it, or the memory that holds it."""
+    """Bytes of each augmented weight of a layer, in the buffer that it is dequantised into or in memory of its own."""
     found = []
     for number, group in enumerate(layer.groups):
         columns = columns_of(group)

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from peft import PeftModel
 
 from qwen_lit.data.batches import Batch, collate
 from qwen_lit.engine.engine import FastEngine
@@ -68,7 +69,7 @@ def measure_host(engine: FastEngine, memory: ModelMemory, batch: Batch, processe
     except RuntimeError as error:
         if not is_full(error):
             raise
-        # No layer is planned to be sent to the host then.
+        # With a share of 0, no layer is planned to be offloaded.
         share = launch = 0.0
     return HostProfile(share=min(1.0, int(share * STEPS) / STEPS), memory=pinnable, launch=int(launch))
 
@@ -89,7 +90,7 @@ def _share_and_launch(engine: FastEngine, memory: ModelMemory, batch: Batch) -> 
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of a few times."""
+    """Seconds of the fastest of ``TIMES`` runs of a function on the device."""
     best = float("inf")
     for _ in range(TIMES):
         torch.cuda.synchronize(device)
@@ -156,8 +157,8 @@ class Gpu:
         """Give unused memory back to the device."""
         torch.cuda.empty_cache()
 
-    def profile(self, model: Any, memory: ModelMemory, processes: int) -> HostProfile:
-        """As of ``measure_host``, by an engine of its own."""
+    def profile(self, model: PeftModel, memory: ModelMemory, processes: int) -> HostProfile:
+        """Measure the machine as ``measure_host`` does, with an engine of its own."""
         # Lightning makes new tensors on the device while it builds a model.
         with torch.device("cpu"):
             few = collate([(np.zeros(FEW), np.array([[0, FEW]]))], 0)
@@ -168,7 +169,7 @@ class Gpu:
             engine.arena.workspace.clear()
 
     def peak(self, engine: FastEngine, batch: Batch) -> int:
-        """As of ``measure_peak``, of a batch on the CPU."""
+        """Measure the peak of a batch on the CPU as ``measure_peak`` does."""
         return measure_peak(engine, move_data_to_device(batch, self.device))
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from peft import PeftModel
+
 from qwen_lit.engine.engine import fetches_ahead
 from qwen_lit.engine.footprint import layer_sizes, loss_ops
 from qwen_lit.engine.policy import Policies, Policy
@@ -41,15 +43,15 @@ MEMORY = MemoryConstants()
 
 @dataclass(frozen=True, eq=False)
 class ModelMemory:
-    """What a model takes while it trains, beside its weights."""
+    """The memory that a model takes while it trains, beside its weights."""
 
     layers: tuple[LayerSize, ...]
     vocabulary: int
     """Rows of lm_head."""
     trained: int
-    """Numbers of the adapter."""
-    state_bytes: int
-    """Of optimizer state for each of them."""
+    """Trained parameters: those of the adapter."""
+    state_bytes: float
+    """Bytes of optimizer state for each trained parameter."""
     size: int = 2
     """Bytes of a number in activations and products."""
     embedding: int = 0
@@ -58,15 +60,15 @@ class ModelMemory:
     """Width of a head; cos and sin take as much for each token."""
 
     @staticmethod
-    def of(model: Any, state_bytes: int, quantized: Callable[[str], bool] | None = None) -> "ModelMemory":
+    def of(model: PeftModel, state_bytes: float, quantized: Callable[[str], bool] | None = None) -> "ModelMemory":
         """Read from a PEFT model.
 
         Args:
             model: as for ``FastEngine``.
-            state_bytes: of optimizer state for a trained number.
+            state_bytes: bytes of optimizer state for each trained parameter.
             quantized: as of ``layer_sizes``.
         """
-        base = model.base_model.model
+        base: Any = model.base_model.model
         config, size = base.config, base.get_input_embeddings().weight.element_size()
         return ModelMemory(
             layers=layer_sizes(model, quantized),
@@ -123,7 +125,7 @@ class ModelMemory:
         return {
             "gradients of the adapter, float32": 4 * self.trained,
             "adapter in the dtype of the products": self.size * self.trained,
-            "optimizer states": self.state_bytes * self.trained,
+            "optimizer states": int(self.state_bytes * self.trained),
             "buffer for a dequantised weight": max(
                 one for layer in self.layers for one in augmented_bytes(layer, self.size)
             ),

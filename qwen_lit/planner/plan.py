@@ -18,13 +18,13 @@ class Plan:
     micro_batches_at_once: int
     """Micro-batches of an optimizer step that are computed in one forward and backward pass."""
     policies: Policies
-    """Of the engine."""
+    """How the engine saves memory, layer by layer."""
     estimate: int
-    """Bytes at the peak."""
+    """Estimated bytes at the peak of a step."""
     budget: int
     """Bytes that may be used."""
     fits: bool = True
-    """False for the smallest plan there is, where that is more than the budget."""
+    """Whether the estimate is within the budget; False only for the smallest plan there is."""
 
     def __str__(self) -> str:
         policies, resident = self.policies, len(self.policies.resident)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from peft import PeftModel
 
 from qwen_lit.data.batches import Batch
 from qwen_lit.engine.engine import FastEngine
@@ -37,7 +38,7 @@ class Meter(Protocol):
     def empty_cache(self) -> None:
         """Give unused memory back to the device."""
 
-    def profile(self, model: Any, memory: ModelMemory, processes: int) -> HostProfile:
+    def profile(self, model: PeftModel, memory: ModelMemory, processes: int) -> HostProfile:
         """How fast the machine copies and launches."""
 
     def peak(self, engine: FastEngine, batch: Batch) -> int:
@@ -62,7 +63,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Planned:
-    """What came of planning."""
+    """A plan and the engine that runs it."""
 
     engine: FastEngine
     plan: Plan
@@ -75,11 +76,11 @@ class Planner:
 
     def __init__(
         self,
-        model: Any,
+        model: PeftModel,
         meter: Meter,
         agree: Callable[[int], int],
         forward_context: Callable[[], AbstractContextManager[None]],
-        state_bytes: int,
+        state_bytes: float,
         budget: int | None = None,
         only: int | None = None,
         processes: int = 1,
@@ -91,7 +92,7 @@ class Planner:
             meter: of the device.
             agree: the smallest of what all ranks give; every rank calls it as often as the others.
             forward_context: in which forward runs, such as that of Lightning's precision plugin.
-            state_bytes: of optimizer state for a trained number.
+            state_bytes: bytes of optimizer state for each trained parameter.
             budget: bytes that may be used; None for all that is free.
             only: micro-batches that the resumed run computed as one. It goes on so where that fits, because dropout
                 masks and the order of sums depend on it.
@@ -136,7 +137,7 @@ class Planner:
         return Planned(apply(plan, self.model), plan)
 
     def _profile(self) -> HostProfile:
-        """What the slowest rank measures."""
+        """The profile of the slowest rank."""
         found = self.meter.profile(self.model, self.memory, self.processes)
         share, memory, launch = (self.agree(one) for one in (int(found.share * STEPS), found.memory, found.launch))
         return HostProfile(share / STEPS, memory, launch)
@@ -157,7 +158,7 @@ class Planner:
         try:
             with self.forward_context():
                 self.engine = apply(plan, self.model)
-                # What the optimizer will hold is not there yet.
+                # The optimizer's states are made at the first step, so they are not measured here.
                 peak = self.meter.peak(self.engine, heaviest) + self.memory.constants["optimizer states"]
         except RuntimeError as error:
             # A rank on which it does not fit tells the others, which wait for it.
@@ -171,10 +172,10 @@ class Planner:
 
 
 def more_beside(beside: int, plan: Plan, peak: int | None) -> int:
-    """Bytes that the next plan is told are taken beside it, after one that took too much.
+    """Bytes that the next plan counts as taken by others, after a plan that took too much.
 
     Args:
-        beside: what this plan was told.
+        beside: what this plan counted so.
         plan: as it was tried.
         peak: its measured peak; None where it did not fit.
     """
@@ -183,9 +184,9 @@ def more_beside(beside: int, plan: Plan, peak: int | None) -> int:
     return beside + max(peak - plan.estimate, GIB // 16)
 
 
-def apply(plan: Plan, model: Any) -> FastEngine:
+def apply(plan: Plan, model: PeftModel) -> FastEngine:
     """The engine of a plan; puts the embedding on the CPU or the device, as the plan says."""
-    base = model.base_model.model
+    base: Any = model.base_model.model
     embedding, device = base.get_input_embeddings(), base.model.norm.weight.device
     where = torch.device("cpu") if plan.policies.offload_embedding else device
     if embedding.weight.device != where:

@@ -30,10 +30,10 @@ weights again."""
 
 @dataclass(frozen=True)
 class HostProfile:
-    """What is measured of a machine before it is planned for; without arguments, what is safe on any."""
+    """What is measured of a machine before a plan is made; the defaults are safe on any machine."""
 
     share: float = 0.0
-    """Of the layers, how many can send what they save to the host's memory while all compute."""
+    """Share of the layers whose saved tensors can be copied to the host while all layers compute."""
     memory: int = 2**62
     """Bytes of the host's memory that may be pinned."""
     launch: int = 0
