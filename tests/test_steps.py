@@ -55,6 +55,17 @@ def test_any_number_of_micro_batches_at_once_learns_what_one_by_one_does(
         assert torch.allclose(adapter(together)[name], weight, rtol=1e-4, atol=1e-6), name
 
 
+def test_a_run_that_goes_on_tells_the_planner_how_many_were_computed_at_once(command, tmp_path, monkeypatch):
+    told = []
+    plain = module_file.choose_engine
+    monkeypatch.setattr(module_file, "choose_engine", lambda *given: told.append(given[-1]) or plain(*given))
+    monkeypatch.setattr(QwenModule, "micro_batches_at_once", property(lambda self: 2))
+    out, short = tmp_path / "out", ["--data.num_workers", "0", "--data.val_size", "0", "--export.merge", "false"]
+    assert main(command(out, *short, "--trainer.max_steps", "1")) == 0
+    assert main(command(out, *short, "--trainer.max_steps", "2", "--ckpt_path", "last")) == 0
+    assert told == [None, 2]
+
+
 @pytest.mark.parametrize("engine", ["fast", "reference"])
 def test_padding_is_computed_on_peft_s_path_alone_and_counted(command, tmp_path, exact, engine):
     padded = ["--data.packing", "false", "--data.batch_size", "4", "--trainer.max_steps", "2"]
