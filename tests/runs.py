@@ -69,7 +69,7 @@ def ended(pid: int) -> int:
 
 
 def wait_for(path: Path) -> None:
-    for _ in range(600):
+    for _ in range(6000):
         if path.exists():
             return
         time.sleep(0.1)

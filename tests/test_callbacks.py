@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_lit.callbacks import accepted
+from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.cli import main
 from tests.runs import adapter, doing, same, scalars, trace
 
@@ -221,6 +222,28 @@ def test_a_timer_ends_a_run_after_a_whole_step(command, tmp_path):
     timer = callback("Timer", duration="00:01:00:00", interval="step")
     assert main(command(tmp_path / "out", *timer, *doing(2, "use_up_the_time"))) == 0
     assert len(trace(tmp_path / "out")) == 2
+
+
+UNVALIDATED = ["--data.val_size", "0", "--data.num_workers", "0", "--checkpoint.every_n_train_steps", "100"]
+
+
+def test_a_run_that_is_ended_within_an_epoch_without_validation_goes_on_at_its_next_row(command, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    timer = callback("Timer", duration="00:01:00:00", interval="step")
+    assert main(command(whole, *UNVALIDATED)) == 0
+    assert main(command(out, *UNVALIDATED, *timer, *doing(2, "use_up_the_time"))) == 0
+    assert [path.name for path in step_files(out / "checkpoints")] == ["step=00000002.ckpt"]
+    assert main(command(out, *UNVALIDATED, "--ckpt_path", "last")) == 0
+    assert same(whole, out)
+
+
+def test_a_run_that_may_not_end_yet_is_saved_when_it_does_and_not_before(command, tmp_path):
+    out, timer = tmp_path / "out", callback("Timer", duration="00:01:00:00", interval="step")
+    least = ["--trainer.min_epochs", "1", *UNVALIDATED]
+    assert main(command(out, *least, *timer, *doing(2, "use_up_the_time"))) == 0
+    # An epoch has six steps.
+    assert len(trace(out)) == 6
+    assert [path.name for path in step_files(out / "checkpoints")] == ["step=00000006.ckpt"]
 
 
 def test_a_run_that_early_stopping_has_ended_stays_ended_until_its_patience_is_raised(command, tmp_path, caplog):

@@ -17,7 +17,7 @@ import torch
 
 from qwen_lit.callbacks.checkpoint_io import last_checkpoint
 from qwen_lit.cli import main
-from tests.runs import SLOW, adapter, doing, same, trace
+from tests.runs import SLOW, adapter, doing, same, scalars, trace
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 ALIKE = ["--model.lora_config.lora_dropout", "0", "--data.num_workers", "0"]
@@ -83,6 +83,9 @@ def test_two_ranks_learn_what_one_with_twice_the_accumulation_learns(command, tm
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for line, other in zip(expected, found, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    # AdamW learns the same from a gradient of any scale, and the clipping does not.
+    norms = [scalars(out)["train/grad_norm"] for out in (one, two)]
+    assert len(norms[0]) == len(found) and norms[0] == pytest.approx(norms[1], rel=1e-4)
     left, right = adapter(one), adapter(two)
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-5
     best = [torch.load(out / "checkpoints" / "best.ckpt", weights_only=True) for out in (one, two)]

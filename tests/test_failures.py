@@ -1,6 +1,7 @@
 """What ends a command becomes one line and an exit code."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from qwen_lit.errors import RunError, UserError
 from qwen_lit.export import ExportError
 from qwen_lit.failures import exit_code
 from qwen_lit.parsing import split_command
-from qwen_lit.signals import Interrupted, Interrupts
+from qwen_lit.signals import WATCHED, Interrupted, Interrupts
 
 CONFIG = Namespace(
     data=Namespace(batch_size=4, max_length=352),
@@ -91,11 +92,19 @@ def test_what_stands_before_the_command_and_is_no_such_configuration_is_refused(
     assert told.startswith("error: ") and told.count("\n") == 1 and words in told
 
 
-def test_signals_wait_while_they_are_deferred_and_one_of_another_rank_counts_where_none_has_come(monkeypatch):
+@pytest.fixture
+def handlers():
+    """Puts the handlers of this process back."""
+    before = {number: signal.getsignal(number) for number in WATCHED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_wait_while_they_are_deferred_and_one_of_another_rank_counts_where_none_has_come(handlers):
     interrupts = Interrupts()
-    monkeypatch.setattr("qwen_lit.signals._set", lambda handler: None)
     interrupts.defer()
-    interrupts.handle(15, None)
+    signal.raise_signal(signal.SIGTERM)
     interrupts.note(2)
     interrupts.release()
     with pytest.raises(Interrupted) as stop:

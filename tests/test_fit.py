@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from qwen_lit.callbacks.checkpoint_io import last_checkpoint
 from qwen_lit.cli import main
@@ -47,8 +48,10 @@ def test_fit_leaves_an_adapter_and_a_merged_model_that_plain_libraries_load(argu
     assert main(arguments) == 0
     out = tmp_path / "out"
     assert merge_error(out, model_folder) < 0.02
-    assert (out / "config.yaml").is_file()
-    assert json.loads((out / "final_model" / "training_config.json").read_text())["seed_everything"] == 42
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["model"]["lora_config"]["r"] == 4 and config["trainer"]["accumulate_grad_batches"] == 3
+    told = json.loads((out / "final_model" / "training_config.json").read_text())
+    assert told["seed_everything"] == config["seed_everything"] == 42
 
 
 @pytest.mark.parametrize("name", ["inspect", "plan", "validate", "fit"])

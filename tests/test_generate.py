@@ -53,14 +53,18 @@ def test_an_answer_ends_at_an_end_token_which_is_its_last(model, tokenizer, monk
 
 def test_a_model_that_is_told_nothing_ends_by_its_own_generation_config(model, tokenizer, monkeypatch):
     (prompt, *_) = prompts_of(tokenizer)
-    end = greedy(model, prompt, 1)[0]
-    monkeypatch.setattr(model.generation_config, "eos_token_id", [end])
-    monkeypatch.setattr("qwen_lit.generate.end_tokens", lambda tokenizer: [end])
+    likeliest = greedy(model, prompt, 4)
+    other = next(one for one in range(len(tokenizer)) if one not in likeliest)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", likeliest[:1])
+    # The tokenizer's end is another, at which the model would not stop.
+    monkeypatch.setattr("qwen_lit.generate.end_tokens", lambda tokenizer: [other])
     (own,) = generate(model, tokenizer, [prompt], 4, own_ends=True)
-    assert own.ids == [end] and own.ended
+    (told,) = generate(model, tokenizer, [prompt], 4)
+    assert own.ids == likeliest[:1] and told.ids == likeliest
+    monkeypatch.setattr("qwen_lit.generate.end_tokens", lambda tokenizer: likeliest[:1])
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     (endless,) = generate(model, tokenizer, [prompt], 4, own_ends=True)
-    assert endless.ids == [end] and model.generation_config.eos_token_id is None
+    assert endless.ids == likeliest[:1] and endless.ended and model.generation_config.eos_token_id is None
 
 
 def test_sampling_draws_by_the_generation_config(model, tokenizer, monkeypatch):

@@ -55,6 +55,37 @@ def test_any_number_of_micro_batches_at_once_learns_what_one_by_one_does(
         assert torch.allclose(adapter(together)[name], weight, rtol=1e-4, atol=1e-6), name
 
 
+def test_validation_counts_every_micro_batch_however_many_are_computed_at_once(command, tmp_path, monkeypatch, exact):
+    counted, plain = [], QwenModule.on_validation_epoch_end
+
+    def note(self):
+        counted.append((self.validated.tolist(), int(self.data.val_rows.column("supervised").sum())))
+        plain(self)
+
+    monkeypatch.setattr(QwenModule, "on_validation_epoch_end", note)
+    # Several steps of eight micro-batches, and a last one that is not full.
+    options = [*exact, "--data.val_size", "30", "--data.packing", "false", "--data.batch_size", "1"]
+    options += ["--data.num_workers", "0", "--model.engine", "fast", "--trainer.accumulate_grad_batches", "8"]
+    for at_once in (1, 3, 8):
+        monkeypatch.setattr(QwenModule, "micro_batches_at_once", property(lambda self, count=at_once: count))
+        assert main(["validate", *command(tmp_path / "out", *options)[1:]]) == 0
+    (first, held_out), *others = counted
+    assert first[1] == held_out > 0 and len(others) == 2
+    for found, _ in others:
+        assert found[1] == held_out and found[0] == pytest.approx(first[0], rel=1e-6)
+
+
+def test_a_run_that_goes_on_tells_the_planner_how_many_were_computed_at_once(command, tmp_path, monkeypatch):
+    told = []
+    plain = module_file.choose_engine
+    monkeypatch.setattr(module_file, "choose_engine", lambda *given: told.append(given[-1]) or plain(*given))
+    monkeypatch.setattr(QwenModule, "micro_batches_at_once", property(lambda self: 2))
+    out, short = tmp_path / "out", ["--data.num_workers", "0", "--data.val_size", "0", "--export.merge", "false"]
+    assert main(command(out, *short, "--trainer.max_steps", "1")) == 0
+    assert main(command(out, *short, "--trainer.max_steps", "2", "--ckpt_path", "last")) == 0
+    assert told == [None, 2]
+
+
 @pytest.mark.parametrize("engine", ["fast", "reference"])
 def test_padding_is_computed_on_peft_s_path_alone_and_counted(command, tmp_path, exact, engine):
     padded = ["--data.packing", "false", "--data.batch_size", "4", "--trainer.max_steps", "2"]

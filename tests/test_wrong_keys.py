@@ -99,7 +99,7 @@ def test_what_comes_through_a_pipe_is_not_read(tmp_path):
 
 
 def test_keys_of_a_library_of_another_version_are_judged_by_the_one_that_is_installed(monkeypatch, capsys):
-    monkeypatch.setattr(front, "_version", lambda package: "0.0")
+    monkeypatch.setattr(front, "version", lambda package: "0.0")
     assert not {"trainer.max_epochs", "model.lora_config.r"} & front.known_keys(help.load(), "fit")
     assert told(["--trainer.max_epoch", "3", "--trainer.devises=1", "--model.lora_config.rank=3"], capsys) == [
         "error: there is no key trainer.max_epoch; did you mean trainer.max_epochs?",
@@ -112,7 +112,7 @@ def test_a_new_key_of_such_a_library_is_taken(monkeypatch, capsys):
     def stop(self) -> None:
         raise UserError("parsed")
 
-    monkeypatch.setattr(front, "_version", lambda package: "0.0")
+    monkeypatch.setattr(front, "version", lambda package: "0.0")
     monkeypatch.setattr(QwenCLI, "before_instantiate_classes", stop)
     keys = [key for key in KEYS if key not in ("trainer.max_epochs", "model.lora_config.r")]
     monkeypatch.setattr(help, "keys_of", lambda *_: keys)

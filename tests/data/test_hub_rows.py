@@ -26,7 +26,7 @@ ASKED = [
 def told(tmp_path_factory):
     """What is told of each of ``ASKED``; the libraries read their environment as they are imported."""
     command = [sys.executable, "-m", "tests.hub", str(tmp_path_factory.mktemp("hub"))]
-    done = subprocess.run(command, input=json.dumps(ASKED), capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, input=json.dumps(ASKED), capture_output=True, text=True, timeout=900, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

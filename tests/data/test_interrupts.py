@@ -45,7 +45,7 @@ def test_a_disturbed_preparation_ends_with_its_code_without_a_process_or_half_a_
         [sys.executable, "-m", "tests.interrupted", str(cache), ",".join(asked), *command],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1000,
     )
     found = json.loads(done.stdout)
     wanted = {**STOPPED, "worker SIGKILL": 1, "main SIGKILL": -9}

@@ -1,7 +1,6 @@
 """The whole export: from a run, from its checkpoint, from its adapter."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -67,8 +66,16 @@ def test_the_verdict_stands_in_the_log_the_card_and_tensorboard(arguments, tmp_p
     assert config["model"]["lora_config"]["r"] == 4
 
 
-def test_the_same_export_again_needs_no_training(arguments, tmp_path):
-    assert main([*arguments, "--trainer.max_steps", "2", "--export.merge", "false"]) == 0
-    checkpoint = last_checkpoint(tmp_path / "out" / "checkpoints")
+def test_the_same_export_again_needs_no_training(arguments, tmp_path, model_folder):
+    out, learning = tmp_path / "out", ["--model.learning_rate", "0.005"]
+    assert main([*arguments, *learning, "--trainer.max_steps", "2", "--export.merge", "false"]) == 0
+    adapter = load_file(out / "lora_adapter" / "adapter_model.safetensors")
+    checkpoint = last_checkpoint(out / "checkpoints")
     assert main(["export", *arguments[1:], "--ckpt_path", str(checkpoint)]) == 0
-    assert Path(tmp_path / "out" / "final_model" / "model.safetensors").is_file()
+    merged, base = (load_file(folder / "model.safetensors") for folder in (out / "final_model", model_folder))
+    name = "model.layers.1.self_attn.q_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    config = json.loads((out / "lora_adapter" / "adapter_config.json").read_text())
+    wanted = base[f"{name}.weight"].float() + config["lora_alpha"] / config["r"] * (b @ a)
+    assert torch.equal(merged[f"{name}.weight"], wanted.to(torch.bfloat16))
+    assert not torch.equal(merged[f"{name}.weight"], base[f"{name}.weight"])

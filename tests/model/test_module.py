@@ -23,3 +23,10 @@ def test_an_embedding_that_is_planned_for_the_cpu_stays_there_when_all_else_is_m
         if host:
             assert torch.equal(module.model.get_input_embeddings().weight, weight)
             assert module.to(torch.float32).model.get_input_embeddings().weight.dtype == torch.float32
+
+
+def test_as_many_micro_batches_are_computed_at_once_as_the_plan_says_and_one_without_a_plan(model_folder):
+    module = QwenModule(ModelSettings(str(model_folder), LoraSection(r=4, target_modules=["q_proj"])))
+    assert module.micro_batches_at_once == 1
+    module.plan = Plan(3, Policies.of_counts(2), 0, 0)
+    assert module.micro_batches_at_once == 3

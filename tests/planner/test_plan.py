@@ -265,3 +265,26 @@ def test_very_little_memory_makes_the_pieces_smaller():
     pieces = [plan.policies.mlp_piece for plan in plans]
     assert pieces == sorted(pieces, reverse=True) and pieces[0] == 8192 > pieces[-1] > 0
     assert all(plan.fits for plan in plans)
+
+
+def test_a_budget_leaves_room_for_libraries_and_for_the_rounding_of_blocks():
+    assert limit(8 * GIB) == int(0.96 * 8 * GIB) - GIB // 4 and limit(40 * GIB) == int(0.96 * 40 * GIB) - GIB // 4
+
+
+@pytest.mark.parametrize("budget", [16, 20, 24])
+def test_as_many_weights_are_held_as_leave_6_percent_of_the_activations_free(budget):
+    plan = choose(SEVEN, STATIC, budget * GIB, {1: 2048})
+    held, count = (sum(SEVEN.resident[number] for number in plan.policies.resident), len(plan.policies.resident))
+    assert 0 < count < 28
+    needed = plan.estimate + 0.06 * (plan.estimate - held - STATIC)
+    assert needed <= limit(budget * GIB) < needed + SEVEN.resident[count]
+
+
+def test_what_a_step_takes_however_many_tokens_it_has():
+    assert SEVEN.constants == {
+        "gradients of the adapter, float32": 4 * SEVEN.trained,
+        "adapter in the dtype of the products": 2 * SEVEN.trained,
+        "optimizer states": 2 * SEVEN.trained,
+        "buffer for a dequantised weight": 2 * 18_944 * 3584,
+        "workspaces of cuBLAS": 64 * 2**20,
+    }

@@ -1,0 +1,84 @@
+"""What the configuration and the checkpoint say of a plan reaches the planner."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qwen_lit.config import LoraSection
+from qwen_lit.model.module import QwenModule
+from qwen_lit.model.settings import ModelSettings
+from qwen_lit.planner import choice
+from qwen_lit.planner.choice import choose_engine
+from qwen_lit.planner.plan import GIB
+from tests.engine.test_engine import adapted
+from tests.planner.test_planner import BUDGET, FakeGpu, work_of
+
+
+class Rows:
+    """Micro-batches of 50,000 tokens each."""
+
+    def __init__(self):
+        self.asked = []
+        self.work = work_of(asked=self.asked)
+
+    def most_tokens(self, counts):
+        return {count: self.work.sizes[count] for count in counts}
+
+    def mean_tokens(self):
+        return self.work.mean
+
+    def heaviest(self, count):
+        return self.work.heaviest(count)
+
+
+@pytest.fixture
+def chosen(model_folder, monkeypatch):
+    """The choice for a CUDA device on which every plan fits, by the settings of a module."""
+    monkeypatch.setattr("qwen_lit.engine.engine.HAS_TRITON", True)
+
+    def run(before=None, command="fit", processes=1, **settings):
+        gpu, rows = FakeGpu(lambda engine: 0), Rows()
+        monkeypatch.setattr(choice, "Gpu", lambda device: gpu)
+        module = QwenModule(ModelSettings(str(model_folder), LoraSection(r=4, target_modules=["q_proj"]), **settings))
+        module.model = adapted("qwen2")
+        trainer = SimpleNamespace(
+            strategy=SimpleNamespace(root_device=torch.device("cuda")),
+            precision_plugin=SimpleNamespace(forward_context=nullcontext),
+            state=SimpleNamespace(fn=command),
+            micro_batches_per_step=8,
+            num_devices=processes,
+            world_size=1,
+        )
+        return choose_engine(module, trainer, rows, before), gpu
+
+    return run
+
+
+def test_a_new_run_takes_what_is_fastest_and_one_that_goes_on_as_many_at_once_as_before(chosen):
+    assert [chosen(before)[0].plan.micro_batches_at_once for before in (None, 1, 3, 4)] == [2, 1, 3, 4]
+
+
+def test_the_budget_of_the_configuration_is_the_plan_s(chosen):
+    assert [chosen(memory_budget=given)[0].plan.budget for given in (None, "1GiB", "16GiB")] == [BUDGET, GIB, BUDGET]
+
+
+def test_a_plan_is_measured_where_it_trains_alone_and_told_with_its_peak(chosen):
+    (fitted, gpu), (validated, idle) = chosen(), chosen(command="validate")
+    assert gpu.tried == [fitted.fast] and not idle.tried
+    assert fitted.told == f"fast, {fitted.plan}, measured 0.00" and validated.told == f"fast, {validated.plan}"
+    assert fitted.fast.policies == fitted.plan.policies
+
+
+def test_states_of_the_optimizer_and_processes_of_the_machine_are_those_of_the_run(chosen, monkeypatch):
+    asked = []
+    monkeypatch.setattr(FakeGpu, "profile", lambda self, _, memory, count: asked.append((memory, count)) or self.host)
+    chosen(processes=4, optimizer="adamw")
+    chosen(processes=2, optimizer="paged_adamw_8bit")
+    assert [(memory.state_bytes, count) for memory, count in asked] == [(8, 4), (2, 2)]
+
+
+def test_the_reference_is_taken_where_it_is_asked_for_on_a_gpu_too(chosen):
+    found, gpu = chosen(engine="reference")
+    assert (found.told, found.fast, found.plan) == ("reference", None, None) and not gpu.tried
