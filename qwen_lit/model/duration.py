@@ -119,7 +119,7 @@ def check_validation_share(trainer: L.Trainer, data: QwenDataModule) -> None:
     batches = math.ceil(micro_batches / per_step)
     if not int(batches * limit):
         # Lightning takes the share that is overfitted for that of the validation too.
-        key = "overfit_batches" if trainer.overfit_batches else "limit_val_batches"
+        key = "overfit_batches" if options_of(trainer).overfit_batches else "limit_val_batches"
         raise UserError(
             f"trainer.{key} is {limit} of {plural(batches, 'validation batch')}, each of up to "
             f"{per_step} micro-batches, which is none; give a larger share, or their number."
