@@ -8,7 +8,7 @@ import torch
 
 from qwen_lit.callbacks import checkpoint as checkpoint_module
 from qwen_lit.cli import main
-from tests.runs import adapter, same, stopping, trace
+from tests.runs import adapter, same, scalars, stopping, trace
 
 STEPS = 10
 ANSWERING = ["--samples.rows", "2"]
@@ -81,6 +81,15 @@ def test_without_the_generators_or_the_position_the_result_is_another(command, w
         monkeypatch.setattr(ResumableLoader, "load_state_dict", lambda self, state: None)
     assert main(command(out, "--ckpt_path", "last")) == 0
     assert not same(whole, out)
+
+
+def test_a_validation_that_a_stop_has_cut_off_is_made_up_for(command, whole, tmp_path):
+    out = tmp_path / "out"
+    assert main(command(out, *stopping(5))) == 143
+    # The fifth step is the last of its epoch, and the stop comes before its validation.
+    assert "val/loss" not in scalars(out)
+    assert main(command(out, "--ckpt_path", "last")) == 0
+    assert scalars(out)["val/loss"] == scalars(whole)["val/loss"] and len(scalars(out)["val/loss"]) == 2
 
 
 def test_tensorboard_shows_each_step_once_across_resumes(command, whole, tmp_path):
