@@ -64,25 +64,30 @@ def test_a_faulty_row_is_named_by_path_and_line(arguments, tmp_path, line, words
 
 
 def test_help_explains_every_key_of_our_own(capsys):
-    from inspect import signature
+    from inspect import getsource, signature
 
     from qwen_lit.callbacks.checkpoint import RunCheckpoint
     from qwen_lit.callbacks.export import Export
-    from qwen_lit.data.datamodule import QwenDataModule
-    from qwen_lit.model.module import QwenModule
+    from qwen_lit.data.settings import DataSettings
+    from qwen_lit.model.settings import ModelSettings
 
     assert main(["fit", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    sections = {"model": QwenModule, "data": QwenDataModule, "checkpoint": RunCheckpoint, "export": Export}
-    linked = {"data.seed", "data.tokenizer", "model.run", "checkpoint.run", "export.run", "export.saver"}
-    for section, owner in sections.items():
-        for name in list(signature(owner.__init__).parameters)[1:]:
-            key = f"{section}.{name}"
-            if key in linked or name in ("lora_config", "quantization_config"):
-                continue
-            described = re.search(rf"^ +{name}: (.{{10,20}})", owner.__init__.__doc__, re.MULTILINE)
-            assert described, key
-            assert f"--{key}" in text and described[1] in text, key
+    keys = {}
+    for section, kind in {"model": ModelSettings, "data": DataSettings}.items():
+        # A docstring stands below each attribute.
+        found = re.findall(r'^    (\w+): .*\n    """([^"\n]{5,20})', getsource(kind), re.MULTILINE)
+        assert [name for name, _ in found] == list(kind.__dataclass_fields__)
+        keys |= {f"{section}.{name}": described for name, described in found}
+    for section, kind in {"checkpoint": RunCheckpoint, "export": Export}.items():
+        for name in list(signature(kind.__init__).parameters)[1:]:
+            described = re.search(rf"^ +{name}: (.{{10,20}})", kind.__init__.__doc__, re.MULTILINE)
+            assert described, name
+            keys[f"{section}.{name}"] = described[1]
+    hidden = {"data.seed", "checkpoint.run", "export.run", "export.saver"}
+    hidden |= {"model.lora_config", "model.quantization_config"}
+    for key, described in keys.items():
+        assert key in hidden or (f"--{key}" in text and described in text), key
 
 
 def test_an_export_of_the_last_checkpoint_where_there_is_none_is_refused(arguments, capsys):

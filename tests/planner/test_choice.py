@@ -67,7 +67,8 @@ def test_the_budget_of_the_configuration_is_the_plan_s(chosen):
 def test_a_plan_is_measured_where_it_trains_alone_and_told_with_its_peak(chosen):
     (fitted, gpu), (validated, idle) = chosen(), chosen(command="validate")
     assert gpu.tried == [fitted.fast] and not idle.tried
-    assert fitted.told == f"fast, {fitted.plan}, measured 0.00" and validated.told == f"fast, {validated.plan}"
+    assert fitted.description == f"fast, {fitted.plan}, measured 0.00"
+    assert validated.description == f"fast, {validated.plan}"
     assert fitted.fast.policies == fitted.plan.policies
 
 
@@ -81,4 +82,4 @@ def test_states_of_the_optimizer_and_processes_of_the_machine_are_those_of_the_r
 
 def test_the_reference_is_taken_where_it_is_asked_for_on_a_gpu_too(chosen):
     found, gpu = chosen(engine="reference")
-    assert (found.told, found.fast, found.plan) == ("reference", None, None) and not gpu.tried
+    assert (found.description, found.fast, found.plan) == ("reference", None, None) and not gpu.tried
