@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from qwen_lit.errors import UserError
 from qwen_lit.signals import INTERRUPTS
@@ -95,3 +96,14 @@ def _watch_parent(parent: int) -> None:
         time.sleep(1.0)
     time.sleep(GRACE)
     os._exit(1)
+
+
+def reduce_trained_alone(module: torch.nn.Module) -> None:
+    """Keep DDP from frozen parameters and buffers: shards differ between ranks, and DDP takes nothing from the CPU.
+
+    Args:
+        module: that DDP will wrap.
+    """
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    frozen += [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)

@@ -9,6 +9,7 @@ from qwen_lit.data.datamodule import data_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.lightning_internals import seconds_of
 from qwen_lit.model.duration import epoch_share, epoch_steps, total_steps, warmup_steps
+from qwen_lit.model.facts import module_facts
 from qwen_lit.model.module import QwenModule
 from qwen_lit.seams import options_of
 
@@ -56,7 +57,7 @@ def run_facts(trainer: L.Trainer, module: QwenModule) -> dict[str, Any]:
     steps, epochs = total_steps(trainer, data), trainer.max_epochs
     cut = steps is not None and ((epochs or -1) < 0 or steps == trainer.max_steps)
     return {
-        **module.facts(),
+        **module_facts(module),
         "rows": len(rows),
         "tokens": tokens,
         "supervised_tokens": supervised,

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import data_of
+from qwen_lit.model.facts import recomputed_share, training_flops
 from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.flops import peak_flops
 from qwen_lit.seams import options_of
@@ -93,8 +94,8 @@ class Throughput(Callback):
         lengths, supervised = data.train_rows.column("length"), data.train_rows.column("supervised")
         # The mean of a token, not of a document: long documents hold more of them.
         length = float((lengths.astype(float) ** 2).sum() / max(1, lengths.sum()))
-        self.flops = module.token_flops(length, float(supervised.sum() / max(1, lengths.sum())))
-        self.recomputed = module.recomputed_share
+        self.flops = training_flops(module, length, float(supervised.sum() / max(1, lengths.sum())))
+        self.recomputed = recomputed_share(module)
         device = trainer.strategy.root_device
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = self.peak and self.peak * trainer.world_size

@@ -4,12 +4,13 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from qwen_lit.convert.draft import Draft
 from qwen_lit.convert.tracking import trackers
 from qwen_lit.convert.validation import validation
 from qwen_lit.convert.values import is_nothing, is_off, listed, number, spelled, text, truth, whole
+from qwen_lit.model.schedules import ScheduleName
 
 Reader = Callable[[str, Any], Any]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -50,19 +51,6 @@ OPTIMIZERS = {
         "adamw_apex_fused",
     ),
 }
-SCHEDULES = (
-    "cosine",
-    "linear",
-    "constant",
-    "constant_with_warmup",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-    "polynomial",
-    "inverse_sqrt",
-    "warmup_stable_decay",
-)
-"""Names of transformers' schedules, which are the same here."""
 LORA = {
     "r": whole,
     "lora_alpha": whole,
@@ -234,9 +222,9 @@ def schedule(draft: Draft) -> None:
     given, origin = draft.use("lr_scheduler_type"), draft.origin("lr_scheduler_type")
     if given is not None:
         name = str(given).rpartition(".")[2].lower()
-        if name not in SCHEDULES:
+        if name not in get_args(ScheduleName):
             draft.note(f"{origin}: cosine comes nearest to it here")
-        draft.write("model.lr_scheduler", name if name in SCHEDULES else "cosine", origin)
+        draft.write("model.lr_scheduler", name if name in get_args(ScheduleName) else "cosine", origin)
     extra, origin = draft.use("lr_scheduler_kwargs"), draft.origin("lr_scheduler_kwargs")
     if isinstance(extra, str) and extra.startswith("{"):
         extra = json.loads(extra)

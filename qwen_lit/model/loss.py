@@ -1,9 +1,12 @@
-"""Cross-entropy on supervised positions alone, a chunk of rows at a time."""
+"""Cross-entropy on supervised positions alone, a chunk of rows at a time; and PEFT's own path to it."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+
+from qwen_lit.data.batches import Batch
+from qwen_lit.families.layer import Family
 
 
 def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -30,3 +33,21 @@ def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int = 1
         else:
             total = total + _chunk_loss(head, rows, wanted)
     return total
+
+
+def reference_loss(model: nn.Module, family: Family, batch: Batch) -> Tensor:
+    """The summed loss of a batch by the modules of transformers and PEFT.
+
+    Args:
+        model: transformers' model for causal language modelling, with adapters in its layers.
+        family: where the decoder and the head stand in it.
+        batch: on the model's device.
+
+    Returns:
+        A float32 scalar, in nats.
+    """
+    decoder = model.get_submodule(family.decoder)
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    rows = hidden.flatten(0, 1).index_select(0, batch["target_index"])
+    return summed_loss(model.get_submodule(family.head), rows, batch["targets"])

@@ -12,20 +12,20 @@ import lightning as L
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
 from qwen_lit.data.batches import Batch, join, padded
 from qwen_lit.data.datamodule import QwenDataModule, data_of
-from qwen_lit.distributed import agree, watch_children
+from qwen_lit.distributed import agree, reduce_trained_alone, watch_children
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.export.adapter import saved_name
 from qwen_lit.families.table import family_of
-from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, is_folder
+from qwen_lit.model.adapter_state import check_same, put, trained_parameters
 from qwen_lit.model.duration import check_limits, check_validation_share, total_steps, warmup_steps
 from qwen_lit.model.load import add_adapter, check_targets, check_weights, load_base, load_config, shard_layers
-from qwen_lit.model.loss import summed_loss
+from qwen_lit.model.loss import reference_loss
 from qwen_lit.model.neftune import add_noise
 from qwen_lit.model.optim import configure_groups, optimizer_of, parameter_groups, repage
 from qwen_lit.model.precision import full_precision
@@ -36,13 +36,10 @@ from qwen_lit.model.step import StepSums, clip_gradients, first_of
 from qwen_lit.model.trained import find_adapter, log_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
-from qwen_lit.planner.flops import token_flops
 from qwen_lit.planner.plan import Plan, parse_bytes
 from qwen_lit.quantization import (
     Held,
     check_trained_whole,
-    count_linears,
-    described,
     loaded_weights,
     planned_weights,
     usable,
@@ -140,7 +137,7 @@ class QwenModule(L.LightningModule):
         self.quantized = loaded_weights(base)
         self.model = add_adapter(base, self.lora_config, self.settings.gradient_checkpointing)
         if self.init_adapter is not None:
-            self._put(weights(self.init_adapter))
+            put(self, weights(self.init_adapter))
         if sharded:
             shard_layers(self.model, device)
         if str(self.lora_config.init_lora_weights).lower().startswith(("pissa", "olora")):
@@ -153,10 +150,7 @@ class QwenModule(L.LightningModule):
         choice = choose_engine(self, self.trainer, self.data, before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
         if sharded or self.offload_embedding:
-            # DDP reduces the adapter alone: shards differ from rank to rank, and an embedding on the CPU is no part.
-            frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
-            frozen += [name for name, _ in self.named_buffers()]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
+            reduce_trained_alone(self)
 
     def held_weights(self, device: torch.device) -> dict[str, Held]:
         """How the base's quantised weights are held, by name; before it is loaded, how they would be.
@@ -167,47 +161,6 @@ class QwenModule(L.LightningModule):
         if self.quantized is not None:
             return self.quantized
         return planned_weights(self.config, self.quantization_config, device)
-
-    def facts(self) -> dict[str, Any]:
-        """What a reader wants to know of a module whose model is loaded, as plain values."""
-        assert self.model is not None
-        trained, total = self.model.get_nb_trainable_parameters()
-        lora, device = self.lora_config, self.trainer.strategy.root_device
-        targets = lora.target_modules or []
-        return {
-            "model": self.name,
-            "parameters": int(total),
-            "trained_parameters": int(trained),
-            "r": lora.r,
-            "lora_alpha": lora.lora_alpha,
-            "lora_dropout": lora.lora_dropout,
-            "target_modules": targets if isinstance(targets, str) else sorted(targets),
-            "init_adapter": self.run.config.get("model", {}).get("init_adapter"),
-            "quantization": described(self.held_weights(device), count_linears(self.config), product_dtype(device)),
-            "engine": self.engine_description,
-            "learning_rate": self.settings.learning_rate,
-            "lr_scheduler": self.settings.lr_scheduler,
-            "optimizer": self.optimizer_name,
-        }
-
-    def token_flops(self, length: float, supervised: float) -> tuple[float, float]:
-        """Floating-point operations per token: of a training step without recomputation, and of a forward pass of the
-        layers.
-
-        Args:
-            length: tokens of a document.
-            supervised: share of the tokens that have a loss.
-        """
-        assert self.model is not None
-        return token_flops(self.model, length, supervised)
-
-    @property
-    def recomputed_share(self) -> float:
-        """Share of the layers whose activations are computed again in backward."""
-        layers = len(family_of(self.config).layers(self.config))
-        if self.fast is None:
-            return float(self.settings.gradient_checkpointing)
-        return self.fast.recompute_layers / layers
 
     def release_memory(self) -> None:
         """Free what only training needs, for what comes after it."""
@@ -276,9 +229,7 @@ class QwenModule(L.LightningModule):
             )
         for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             repage(optimizer)
-            scheduler = cast(Any, config.scheduler)
-            scheduler.lr_lambdas = [factor] * len(optimizer.param_groups)
-            configure_groups(optimizer, scheduler, self.group_settings)
+            configure_groups(optimizer, cast(LambdaLR, config.scheduler), factor, self.group_settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the settings and the step counts, which a resumed run is compared with."""
@@ -301,12 +252,7 @@ class QwenModule(L.LightningModule):
             return self.fast.loss_sum(batch)
         if self.pads:
             batch = padded(batch, self.data.pad_id)
-        causal, family = cast(Any, self.model.base_model).model, family_of(self.config)
-        hidden = causal.get_submodule(family.decoder)(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        ).last_hidden_state
-        rows = hidden.flatten(0, 1).index_select(0, batch["target_index"])
-        return summed_loss(causal.get_submodule(family.head), rows, batch["targets"])
+        return reference_loss(self.model.get_base_model(), family_of(self.config), batch)
 
     def training_step(self, step: list[Batch], number: int) -> Tensor:
         """One optimizer step on its micro-batches; returns its mean loss over the supervised tokens of all ranks.
@@ -424,7 +370,7 @@ class QwenModule(L.LightningModule):
                 f"model.optimizer: {self.optimizer_name} cannot train this adapter ({error}); give another."
             ) from error
         self.group_settings = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in groups]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
+        scheduler = LambdaLR(optimizer, self._schedule())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
     def _schedule(self) -> Callable[[int], float]:
@@ -441,7 +387,7 @@ class QwenModule(L.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained parameters alone: the frozen base is read again from its own folder."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        return {name: parameter.detach() for name, parameter in trained_parameters(self).items()}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Put trained parameters back, all of them and nothing else.
@@ -449,24 +395,6 @@ class QwenModule(L.LightningModule):
         Raises:
             UserError: names or shapes differ from the configured adapter's.
         """
-        mine = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        wrong = sorted(set(mine) ^ set(state_dict))
-        wrong += sorted(n for n in set(mine) & set(state_dict) if mine[n].shape != state_dict[n].shape)
-        if wrong:
-            raise UserError(
-                f"the checkpoint's adapter differs from the configured one at {wrong[0]} and {len(wrong) - 1} more; "
-                "resume with the lora_config it was trained with, or give another output_dir."
-            )
-        self._put({saved_name(name): tensor for name, tensor in state_dict.items()})
+        check_same(trained_parameters(self), state_dict)
+        put(self, {saved_name(name): tensor for name, tensor in state_dict.items()})
         return torch.nn.modules.module._IncompatibleKeys([], [])
-
-    def _put(self, tensors: dict[str, Tensor]) -> None:
-        """Copy weights into the trained parameters.
-
-        Args:
-            tensors: by the names of an adapter's file.
-        """
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(tensors[saved_name(name)])

@@ -201,17 +201,22 @@ def repage(optimizer: torch.optim.Optimizer) -> int:
 
 
 def configure_groups(
-    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR, settings: list[dict[str, Any]]
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    factor: Callable[[int], float],
+    settings: list[dict[str, Any]],
 ) -> None:
     """Give a resumed optimizer the peak learning rates and decays of the configuration.
 
     Args:
         optimizer: its groups hold what the checkpoint held.
         scheduler: over it, at the step it was resumed at.
+        factor: on the learning rate at each step, by the limits of the configuration.
         settings: ``lr`` and ``weight_decay`` of each group.
     """
+    scheduler.lr_lambdas = [factor] * len(settings)
     scheduler.base_lrs = [one["lr"] for one in settings]
-    for group, one, factor in zip(optimizer.param_groups, settings, scheduler.lr_lambdas, strict=True):
+    for group, one in zip(optimizer.param_groups, settings, strict=True):
         group["initial_lr"], group["weight_decay"] = one["lr"], one["weight_decay"]
         group["lr"] = one["lr"] * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

@@ -3,9 +3,6 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
-from transformers import get_scheduler
-
 from qwen_lit.errors import UserError
 
 ScheduleName = Literal[
@@ -45,6 +42,10 @@ def schedule(
     Raises:
         UserError: the schedule does not take these options, or needs a last step and there is none.
     """
+    # The names are asked for without a model, where nobody waits for these libraries.
+    import torch
+    from transformers import get_scheduler
+
     try:
         # A schedule reads nothing of its optimizer but the peak rate.
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
