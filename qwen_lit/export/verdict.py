@@ -124,7 +124,9 @@ def measure(
                 hooks = weights.load(layer, family.block(number) + ".", name)
                 for index, row in enumerate(rows):
                     positions = torch.arange(row.shape[1], device=device)[None]
-                    around = rotary(hidden[name][index], positions)
+                    # A rotation of three positions: on text they are equal.
+                    three = positions.expand(3, 1, -1) if hasattr(rotary, "mrope_section") else positions
+                    around = rotary(hidden[name][index], three)
                     out = layer(
                         hidden[name][index], attention_mask=None, position_ids=positions, position_embeddings=around
                     )
