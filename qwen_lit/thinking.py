@@ -1,5 +1,5 @@
-"""How an answer begins: what a chat template writes before it, by its switch ``enable_thinking``, and in which of these
-forms a run was trained, so that it is asked in the same one."""
+"""How an answer begins: what a chat template writes before it, by its switch ``enable_thinking``, and in which of
+these forms a run was trained, so that it is asked in the same one."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,9 @@ PROMPT_FORM = "prompt_form.json"
 """Beside exported weights: the form in which they were trained, and are to be asked."""
 
 
-def asked(tokenizer: Any, messages: Sequence[dict[str, Any]], think: bool | None = None, tools: Any = None) -> list[int]:
+def asked(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], think: bool | None = None, tools: Any = None
+) -> list[int]:
     """Token ids of a prompt, as the chat template renders it for an answer.
 
     Args:
@@ -54,9 +56,7 @@ class Asking:
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
         def prompt(**options: bool) -> str:
-            return str(
-                tokenizer.apply_chat_template(probe[:1], tokenize=False, add_generation_prompt=True, **options)
-            )
+            return str(tokenizer.apply_chat_template(probe[:1], tokenize=False, add_generation_prompt=True, **options))
 
         def opening(text: str) -> str:
             return text.rpartition(HEADER)[2] if HEADER in text else ""
@@ -141,9 +141,10 @@ class Form:
                 "let a system prompt in the rows tell them apart"
             )
         if self.mixed:
+            why = "the template does" if self.with_reasoning == self.without_reasoning else "most are"
             return (
-                f"each is asked as it was trained by enable_thinking true or false; served with {value} by default, as "
-                "most are; keep one kind if only one will be asked"
+                f"each is asked as it was trained by enable_thinking true or false; served with {value} by default, "
+                f"as {why}; keep one kind if only one will be asked"
             )
         return f"trained, and so served, with enable_thinking {value}" if self.kwargs else ""
 

@@ -16,6 +16,7 @@ from qwen_lit.lines import question
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import Run
 from qwen_lit.seams import options_of
+from qwen_lit.thinking import asked
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +60,9 @@ class Samples(Callback):
         data = data_of(trainer)
         assert data.val_rows is not None
         if self.prompts is not None:
-            chats = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
-            asked = [data.tokenizer.apply_chat_template(one, add_generation_prompt=True) for one in chats]
-            return [(list(one["input_ids"]), None) for one in asked]
+            chats, form = [[{"role": "user", "content": prompt}] for prompt in self.prompts], data.form()
+            think = form.enable_thinking if form else None
+            return [(asked(data.tokenizer, one, think), None) for one in chats]
         found: list[tuple[list[int], str | None]] = []
         for number in range(min(self.rows, len(data.val_rows))):
             prompt, following = data.val_rows.prompt(number, self.max_new_tokens)
