@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from tqdm.utils import disp_len, disp_trim
 
 from qwen_lit.callbacks.trackers import log_samples
-from qwen_lit.data.datamodule import data_of
+from qwen_lit.data.datamodule import QwenDataModule, data_of
+from qwen_lit.export.modelfile import modelfile
+from qwen_lit.export.served import difference, sent
 from qwen_lit.generate import generate
 from qwen_lit.lines import question
 from qwen_lit.model.module import QwenModule
@@ -69,7 +71,19 @@ class Samples(Callback):
             # The tokens may be cut off within a character.
             wanted = data.tokenizer.decode(following, skip_special_tokens=True).rstrip("\ufffd")
             found.append((prompt.tolist(), wanted))
+        self._compare(data, [prompt for prompt, _ in found])
         return found
+
+    def _compare(self, data: QwenDataModule, prompts: list[list[int]]) -> None:
+        """Say, before anything is trained, where the exported model would be asked otherwise than it is trained."""
+        if (form := data.form()) is None:
+            return
+        text = modelfile(data.tokenizer, {}, (), form)
+        for prompt in prompts:
+            for name, ids in sent(text, data.tokenizer, form, prompt).items():
+                if what := difference(prompt, ids, name, data.tokenizer):
+                    log.warning("%s will ask otherwise than is trained: %s", name, what)
+                    return
 
     def _answer(self, trainer: L.Trainer, module: QwenModule) -> None:
         assert module.model is not None

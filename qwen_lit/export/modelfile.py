@@ -76,9 +76,11 @@ def default_system(tokenizer: Any, form: Form | None = None) -> str:
 
 def before_system(tokenizer: Any, form: Form | None = None) -> str:
     """What the chat template puts before the words of a system prompt."""
-    begun, _, rest = _prompt(tokenizer, form, {"role": "system", "content": "SYSTEM"}).partition(
-        "<|im_start|>system\n"
-    )
+    try:
+        text = _prompt(tokenizer, form, {"role": "system", "content": "SYSTEM"})
+    except Exception:  # a template may refuse system prompts, by any error
+        return ""
+    begun, _, rest = text.partition("<|im_start|>system\n")
     return rest.partition("SYSTEM")[0] if "SYSTEM" in rest and not begun else ""
 
 

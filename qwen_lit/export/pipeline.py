@@ -167,10 +167,10 @@ def try_prompts(job: Job) -> tuple[int, int]:
     """
     model, stopped, facts = read_model(job.out_dir, job.device), 0, job.facts
     tokenizer = load_tokenizer(job.out_dir, str(job.out_dir))
-    names = dict[str, None]()
+    text, names = (job.out_dir / "Modelfile").read_text(encoding="utf-8"), dict[str, None]()
     for prompt, following in job.taught:
         trained = prompt.tolist()
-        found = sent(job.out_dir, tokenizer, facts.form, trained) if facts.form else {}
+        found = sent(text, tokenizer, facts.form, trained) if facts.form else {}
         for name, ids in found.items():
             names[name] = None
             if what := difference(trained, ids, name, tokenizer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from qwen_lit.data.token_check import diff_ids
@@ -16,30 +15,34 @@ TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
 MODELFILE = "Ollama's Modelfile"
 
 
-def sent(folder: Path, tokenizer: Any, form: Form, trained: Sequence[int]) -> dict[str, list[int]]:
+def sent(text: str, tokenizer: Any, form: Form, trained: Sequence[int]) -> dict[str, list[int]]:
     """Token ids that each served form sends for the conversation of a trained prompt.
 
     Args:
-        folder: of the exported model.
-        tokenizer: of that folder, as a server reads it.
+        text: Ollama's Modelfile.
+        tokenizer: as a server reads it.
         form: in which the run's prompts were trained, as the model card serves it.
         trained: token ids of the prompt.
 
     Returns:
         By the name of the form: the chat template, by the switch that asks as this prompt was trained; and the
-        Modelfile, where the prompt is of the kind that it is for. Empty where the prompt is no conversation.
+        Modelfile, where the prompt is of the kind that it is for. Empty where the prompt is no conversation, or one
+        that the chat template takes in another form alone.
     """
-    asking, text = Asking.of(tokenizer), str(tokenizer.decode(trained))
-    think = _switched(asking, text) if asking.switch else None
+    asking, prompt = Asking.of(tokenizer), str(tokenizer.decode(trained))
+    think = _switched(asking, prompt) if asking.switch else None
     of_this = dataclasses.replace(form, enable_thinking=think)
-    messages = conversation(text, default_system(tokenizer, of_this), before_system(tokenizer, of_this))
+    messages = conversation(prompt, default_system(tokenizer, of_this), before_system(tokenizer, of_this))
     if not messages:
         return {}
     name = "the chat template" if think is None else f"the chat template with enable_thinking {str(think).lower()}"
-    found = {name: asked(tokenizer, messages, think)}
+    try:
+        found = {name: asked(tokenizer, messages, think)}
+    except Exception:  # a template may raise anything
+        return {}
     if not form.mixed or asking.opening(think) == form.opening:
-        prompt = rendered((folder / "Modelfile").read_text(encoding="utf-8"), messages)
-        found[MODELFILE] = list(tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids)
+        ids = tokenizer.backend_tokenizer.encode(rendered(text, messages), add_special_tokens=False).ids
+        found[MODELFILE] = list(ids)
     return found
 
 
