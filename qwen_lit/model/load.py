@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from qwen_lit.errors import UserError, shortened
@@ -48,7 +48,7 @@ def check_weights(folder: Path) -> None:
 
 
 def load_config(folder: Path, name: str = "") -> Any:
-    """The model's config, if it is of a known family and its weights are not quantised yet.
+    """The config of the language model in a folder, if it is of a known family and not quantised yet.
 
     Args:
         folder: that holds it.
@@ -73,7 +73,28 @@ def load_config(folder: Path, name: str = "") -> Any:
             f"model_name_or_path: {name} is quantised already ({getattr(kind, 'value', kind)}); give the original "
             "bf16 model, which model.quantization_config quantises while it is read."
         )
-    return config
+    return language_model(config)
+
+
+def language_model(config: Any) -> Any:
+    """The config of the model that is trained: of a folder that holds more, that of its language model alone.
+
+    A language model that transformers has no class for is read as the family that computes the same on text.
+
+    Args:
+        config: as transformers reads the folder's; returned as it is where the folder holds nothing else.
+    """
+    family = family_of(config)
+    if not family.text:
+        return config
+    text = config.get_text_config()
+    if text.model_type == family.text:
+        return text
+    values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
+    # The rotation of three equal positions is that of one.
+    rope = {key: value for key, value in text.rope_parameters.items() if not key.startswith("mrope")}
+    values |= {"rope_parameters": rope, "tie_word_embeddings": config.tie_word_embeddings, "dtype": config.dtype}
+    return CONFIG_MAPPING[family.text].from_dict(values)
 
 
 def count_parameters(config: Any) -> int:
@@ -219,8 +240,14 @@ def read_model(
     """
     place = place or device
     where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
+    whole = AutoConfig.from_pretrained(folder)
+    family = family_of(whole)
+    # The names of a language model in files that hold more; those of its own files stay as they are.
+    names = {f"^{re.escape(family.decoder_in_wrapper)}": family.decoder} if family.text else None
     return AutoModelForCausalLM.from_pretrained(
         folder,
+        config=language_model(whole),
+        key_mapping=names,
         dtype=dtype or product_dtype(device),
         quantization_config=computing_on(device, quantization),
         device_map={"": where},
