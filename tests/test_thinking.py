@@ -137,3 +137,14 @@ def test_what_is_no_conversation_is_asked_in_no_form(with_template):
     ids = tokenizer("A long story, <|im_start|>", add_special_tokens=False)["input_ids"]
     assert sent("", tokenizer, Form(0, 1, False, EMPTY, False, True), ids) == {}
     assert trained_form(tokenizer, 0, 0) is None
+
+
+def test_thoughts_of_earlier_turns_are_sent_in_the_field_from_which_a_template_shows_them(with_template):
+    tokenizer = with_template("qwen3.5")
+    every = "<think>\n{{ m['reasoning_content'] }}\n</think>\n\n"
+    head, _, tail = tokenizer.chat_template.partition("{% if m['reasoning_content'] %}")
+    tokenizer.chat_template = head + every + tail.partition("{% endif %}")[2]
+    prompt, _ = trained_prompt(tokenizer, Q, REASONED, Q, REASONED)
+    found = sent("", tokenizer, Form(1, 1, False, EMPTY, False, True), prompt)
+    assert found == {"the chat template with enable_thinking true": prompt}
+    assert tokenizer.decode(prompt).count("Of the lake.") == 1

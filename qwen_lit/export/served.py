@@ -12,6 +12,7 @@ from qwen_lit.export.modelfile import before_system, default_system, rendered
 from qwen_lit.thinking import HEADER, Asking, Form, asked
 
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
+THOUGHT = re.compile(r"<think>\n(.*?)\n</think>\n\n", re.DOTALL)
 MODELFILE = "Ollama's Modelfile"
 
 
@@ -37,7 +38,9 @@ def sent(text: str, tokenizer: Any, form: Form, trained: Sequence[int]) -> dict[
         return {}
     name = "the chat template" if think is None else f"the chat template with enable_thinking {str(think).lower()}"
     try:
-        found = {name: asked(tokenizer, messages, think)}
+        # A client sends the thoughts of earlier turns within the text, or in a field of their own.
+        ways = [asked(tokenizer, one, think) for one in (messages, [_parted(message) for message in messages])]
+        found = {name: next((ids for ids in ways if ids == list(trained)), ways[0])}
     except Exception:  # a template may raise anything
         return {}
     if not form.mixed or asking.opening(think) == form.opening:
@@ -67,6 +70,14 @@ def conversation(text: str, default: str = "", before: str = "") -> list[dict[st
     return [
         {"role": role, "content": words.removeprefix(before) if role == "system" else words} for role, words in turns
     ]
+
+
+def _parted(message: dict[str, str]) -> dict[str, str]:
+    """A message with its thought, if it begins with one, in a field of its own."""
+    thought = THOUGHT.match(message["content"]) if message["role"] == "assistant" else None
+    if thought is None:
+        return message
+    return {**message, "reasoning_content": thought[1], "content": message["content"][thought.end() :]}
 
 
 def difference(trained: Sequence[int], found: Sequence[int], name: str, tokenizer: Any) -> str:
