@@ -132,7 +132,7 @@ class Export(Callback):
                 str(partial), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
             )
             write_for_whole(partial, module.family)
-            finish_adapter(partial, module.name, self.run.config, self.made)
+            finish_adapter(partial, module.name, self.run.config, self.made, data.form())
             commit_folder(partial, adapter)
             log.info("adapter of step %d written to %s", self.made["step"], adapter)
         names = {"train/loss": "train, last step", "val/loss": "validation, last", "val/perplexity": "perplexity"}
@@ -179,8 +179,10 @@ class Export(Callback):
         adapter, self.made = path, trained_at(path)
         if path.is_file():
             adapter = self.run.adapter
-            run = self.run.config
-            adapter_from_checkpoint(path, module.lora_config, module.name, module.family, adapter, run, self.made)
+            run, form = self.run.config, data.form()
+            adapter_from_checkpoint(
+                path, module.lora_config, module.name, module.family, adapter, run, self.made, form
+            )
             log.info("adapter of step %d written to %s", self.made["step"], adapter)
         self.export(adapter, module, data, device, loggers, {})
         if self.missing:
@@ -208,14 +210,19 @@ class Export(Callback):
             out_dir=self.run.merged,
             tokenizer=data.tokenizer,
             facts=ModelCardFacts(
-                config=self.run.config, data=data.facts(), losses=losses, missing=self.missing, made=self.made
+                config=self.run.config,
+                data=data.facts(),
+                losses=losses,
+                missing=self.missing,
+                made=self.made,
+                form=data.form(),
             ),
             held=module.held_weights(device),
             merge_base=self.merge_base,
             gguf=self.gguf,
             held_out=spread(held_out, self.verdict_rows),
             kind="held-out" if len(data.val_rows) else "training",
-            taught=spread(data.train_rows.that_end(), self.smoke_rows),
+            taught=prompts(data.train_rows.that_end(), self.smoke_rows),
             device=device,
         )
         self.facts = job.facts
@@ -285,8 +292,17 @@ def holding(module: QwenModule, weights: dict[str, torch.Tensor] | None) -> Iter
         module.load_state_dict(own)
 
 
+def prompts(rows: Rows, count: int) -> list[Example]:
+    """The prompts of at most ``count`` examples over the rows, each with what is taught to follow it."""
+    return [rows.prompt(number, 0) for number in _numbers(rows, count)]
+
+
 def spread(rows: Rows, count: int) -> list[Example]:
     """At most ``count`` examples at equal distances over the rows, none of them twice."""
+    return [rows[number] for number in _numbers(rows, count)]
+
+
+def _numbers(rows: Rows, count: int) -> list[int]:
     if not len(rows) or not count:
         return []
-    return [rows[number] for number in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)).tolist()]
+    return [int(number) for number in np.unique(np.linspace(0, len(rows) - 1, count).astype(int))]

@@ -17,21 +17,23 @@ from safetensors.torch import save_file
 
 from qwen_lit.export.adapter import RESIDUAL_INITS, write_for_whole
 from qwen_lit.export.card import AdapterFacts, ModelCardFacts, finish_adapter, model_card
-from qwen_lit.export.folder import ExportError, commit_folder, rewrite
+from qwen_lit.export.folder import ExportError, commit_folder, read_json, rewrite
 from qwen_lit.export.gguf import GgufType, write_gguf
 from qwen_lit.export.merge import MergeReport, merge_adapter
+from qwen_lit.export.served import difference, sent
 from qwen_lit.export.serving import untrained_end, write_serving_files
 from qwen_lit.export.verdict import Verdict, measure
 from qwen_lit.families.layer import Family
 from qwen_lit.generate import generate
-from qwen_lit.model.load import read_model
+from qwen_lit.model.load import load_tokenizer, read_model
 from qwen_lit.model.trained import weights
 from qwen_lit.quantization import Held
+from qwen_lit.thinking import Form
 
 log = logging.getLogger(__name__)
 MergeBase = Literal["auto", "original", "dequantized"]
 Example = tuple[Any, Any]
-"""Token ids ``[t]`` and trained ranges ``[k, 2]``."""
+"""Token ids ``[t]`` and trained ranges ``[k, 2]``; of a prompt, its ids and those that follow."""
 EXPECTED = (ExportError, OSError, MemoryError, SafetensorError, torch.OutOfMemoryError)
 """Errors that a user can fix, reported in one line; any other is logged with its traceback."""
 
@@ -54,7 +56,7 @@ class Job:
     kind: str = "held-out"
     """What these rows are."""
     taught: Sequence[Example] = ()
-    """Rows whose prompts the merged model is tried on."""
+    """Token ids of the prompts that the merged model is tried on, and of what was taught to follow each."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
@@ -82,6 +84,10 @@ def run(job: Job, on_verdict: Callable[[Verdict], None] = lambda verdict: None) 
             facts.stopped = try_prompts(job)
             said = "%d of %d trained prompts ended by themselves"
             (log.info if facts.stopped[0] == facts.stopped[1] else log.warning)(said, *facts.stopped)
+            for name, what in facts.unlike.items():
+                log.warning("asked otherwise than trained through %s: %s", name, what)
+            if facts.served:
+                log.info("asked as trained, token by token, through %s", " and ".join(facts.served))
             rewrite(job.out_dir, "README.md", model_card(facts))
     return facts
 
@@ -118,6 +124,7 @@ def _merge(job: Job) -> MergeReport:
     """The merged model with all that stands beside it; a GGUF file that fails is left out."""
     facts = job.facts
     facts.adapter = AdapterFacts.read(job.adapter_dir)
+    facts.architecture = next(iter(read_json(job.base_dir / "config.json").get("architectures") or []), "")
     if warning := untrained_end(job.base_dir, job.tokenizer):
         log.warning(warning)
     gguf = f"model-{job.gguf}.gguf"
@@ -127,8 +134,7 @@ def _merge(job: Job) -> MergeReport:
             with part(gguf, facts.missing):
                 write_gguf(folder, folder / gguf, job.gguf, job.tokenizer)
         facts.gguf = gguf if (folder / gguf).is_file() else None
-        source = f"./{gguf}" if facts.gguf else "."
-        write_serving_files(folder, job.base_dir, job.tokenizer, facts, source)
+        write_serving_files(folder, job.base_dir, job.tokenizer, facts)
 
     base: Literal["original", "dequantized"] = "dequantized" if facts.merge_base == "dequantized" else "original"
     report = merge_adapter(
@@ -153,12 +159,28 @@ def fits(size: int, device: torch.device) -> bool:
 
 
 def try_prompts(job: Job) -> tuple[int, int]:
-    """Answer prompts of trained rows with plain transformers; returns how many ended by themselves, of how many."""
-    model, stopped = read_model(job.out_dir, job.device), 0
-    for ids, spans in job.taught:
-        begin, end = (int(one) for one in spans[-1])
-        (answer,) = generate(model, job.tokenizer, [ids[:begin].tolist()], 2 * (end - begin) + 64, own_ends=True)
-        stopped += answer.ended
+    """Answer prompts of trained rows with plain transformers, as each served form sends them.
+
+    Which forms send them as they were trained, and what is otherwise in those which do not, is noted in the facts.
+
+    Returns:
+        How many ended by themselves, however they were asked, of how many.
+    """
+    model, stopped, facts = read_model(job.out_dir, job.device), 0, job.facts
+    tokenizer = load_tokenizer(job.out_dir, str(job.out_dir))
+    text, names = (job.out_dir / "Modelfile").read_text(encoding="utf-8"), dict[str, None]()
+    for prompt, following in job.taught:
+        trained = prompt.tolist()
+        found = sent(text, tokenizer, facts.form, trained) if facts.form else {}
+        for name, ids in found.items():
+            names[name] = None
+            if what := difference(trained, ids, name, tokenizer):
+                facts.unlike.setdefault(name, what)
+        ways = [list(one) for one in dict.fromkeys(map(tuple, found.values() or [trained]))]
+        most = 2 * len(following) + 64
+        answers = [generate(model, tokenizer, [ids], most, own_ends=True)[0] for ids in ways]
+        stopped += all(answer.ended for answer in answers)
+    facts.served = tuple(name for name in names if name not in facts.unlike)
     return stopped, len(job.taught)
 
 
@@ -170,6 +192,7 @@ def adapter_from_checkpoint(
     out_dir: Path,
     run: dict[str, Any],
     made: dict[str, Any] | None = None,
+    form: Form | None = None,
 ) -> None:
     """Write ``lora_adapter/`` from the trained weights in a checkpoint, as PEFT would.
 
@@ -181,6 +204,7 @@ def adapter_from_checkpoint(
         out_dir: the adapter's folder.
         run: the configuration of the run.
         made: of which checkpoint it is, to be kept beside it.
+        form: in which its prompts were trained.
 
     Raises:
         ExportError: the adapter counts from a base that its initialisation has changed.
@@ -197,5 +221,5 @@ def adapter_from_checkpoint(
     config.save_pretrained(str(partial))
     save_file(weights(path), partial / "adapter_model.safetensors", metadata={"format": "pt"})
     write_for_whole(partial, family)
-    finish_adapter(partial, base_name, run, made)
+    finish_adapter(partial, base_name, run, made, form)
     commit_folder(partial, out_dir)

@@ -5,6 +5,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -236,9 +237,10 @@ class QwenModule(L.LightningModule):
             configure_groups(optimizer, cast(LambdaLR, config.scheduler), factor, self.group_settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the settings and the step counts, which a resumed run is compared with."""
+        """Store the settings and the step counts, which a resumed run is compared with, and the prompts' form."""
         counts = {"skipped_steps": self.skipped_steps, "total_steps": self.total_steps}
-        checkpoint["settings"] = settings(self) | counts
+        form = self.data.form()
+        checkpoint["settings"] = settings(self) | counts | {"prompt_form": asdict(form) if form else None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the configuration of the checkpoint with this one.
