@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from jinja2 import TemplateSyntaxError
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
@@ -21,6 +22,7 @@ from qwen_lit.errors import UserError, shortened
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
+from qwen_lit.prequantized import own_quantization, stored_in
 from qwen_lit.progress import timed
 
 
@@ -48,14 +50,15 @@ def check_weights(folder: Path) -> None:
 
 
 def load_config(folder: Path, name: str = "") -> Any:
-    """The model's config, if it is of a known family and its weights are not quantised yet.
+    """The model's config, if it is of a known family and its weights are in a form that is trained on.
 
     Args:
         folder: that holds it.
         name: of the model in messages; empty is the folder's.
 
     Raises:
-        UserError: the config cannot be read, or it is of no family that is known, or it is quantised.
+        UserError: the config cannot be read, or it is of no family that is known, or its weights are quantised in
+            another way than bitsandbytes'.
     """
     name = name or str(folder)
     try:
@@ -66,14 +69,53 @@ def load_config(folder: Path, name: str = "") -> Any:
             "its folder."
         ) from error
     family_of(config, name)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
-        raise UserError(
-            f"model_name_or_path: {name} is quantised already ({getattr(kind, 'value', kind)}); give the original "
-            "bf16 model, which model.quantization_config quantises while it is read."
-        )
+    own_quantization(config, name)
     return config
+
+
+def check_stored(folder: Path, config: Any) -> None:
+    """Reject files whose quantised weights are not those that config.json and the model have, from their headers.
+
+    Args:
+        folder: of the base, with its weights.
+        config: of it.
+
+    Raises:
+        UserError: they cannot be loaded, or would be loaded as noise.
+    """
+    stored, said = stored_in(folder), own_quantization(config)
+    if said is None and not stored:
+        return
+    if said is None:
+        raise UserError(
+            f"model_name_or_path: the files of {folder} hold weights quantised by bitsandbytes, and its config.json "
+            "does not say so; fetch config.json again."
+        )
+    if not stored:
+        raise UserError(
+            f"model_name_or_path: config.json of {folder} speaks of weights quantised by bitsandbytes, and its files "
+            "hold none; fetch them again."
+        )
+    shapes = _linear_shapes(empty_model(config))
+    for own, names in family_of(config).weights(config).items():
+        for name in names:
+            if name not in stored:
+                continue
+            if own not in shapes:
+                raise UserError(
+                    f"model_name_or_path: {name} of {folder} is held in {stored[name].kind}, and transformers has no "
+                    "linear for it that could be; give the original bf16 model."
+                )
+            if stored[name].shape != shapes[own]:
+                raise UserError(
+                    f"model_name_or_path: {name} of {folder} is {list(stored[name].shape)}, and its config.json makes "
+                    f"it {list(shapes[own])}; fetch the model again."
+                )
+
+
+def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of all linears, which is what bitsandbytes takes, by name."""
+    return {f"{name}.weight": tuple(one.weight.shape) for name, one in model.named_modules() if type(one) is nn.Linear}
 
 
 def count_parameters(config: Any) -> int:
@@ -208,24 +250,47 @@ def read_model(
 ) -> Any:
     """A model for causal language modelling; nothing else in this program reads whole models.
 
-    Weights are read from safetensors alone: other files can hold code.
+    Weights are read from safetensors alone: other files can hold code. What the files hold quantised is taken as it
+    is, and nothing else is quantised then: which linears these are say the headers, whatever names config.json leaves
+    out.
 
     Args:
         folder: that holds its files.
         device: where it computes.
-        quantization: of its linears, done while they are read; None for none.
+        quantization: of its linears, done while they are read; None for none. Of quantised files it gives the dtype
+            of the products alone.
         place: where it is put; None puts it where it computes.
         dtype: of all that is not quantised; None takes ``product_dtype(device)``.
     """
     place = place or device
     where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype or product_dtype(device),
-        quantization_config=computing_on(device, quantization),
-        device_map={"": where},
-        use_safetensors=True,
+    config = AutoConfig.from_pretrained(folder)
+    own = own_quantization(config, str(folder))
+    options: dict[str, Any] = {"quantization_config": computing_on(device, quantization)}
+    if own is not None:
+        if quantization is not None:
+            own.bnb_4bit_compute_dtype = quantization.bnb_4bit_compute_dtype
+        own.llm_int8_skip_modules = _plain_linears(Path(folder), config)
+        config.quantization_config = computing_on(device, own).to_dict()  # type: ignore[union-attr]
+        options = {"config": config}
+    dtype = dtype or product_dtype(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": where}, use_safetensors=True, **options
     )
+    if own is not None:
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                # The files name the dtype of the original, to which weights would be rounded on the way.
+                module.weight.quant_state.dtype = dtype  # type: ignore[attr-defined]
+    return model
+
+
+def _plain_linears(folder: Path, config: Any) -> list[str]:
+    """The linears whose weights the files of a quantised base hold as they were, a tied head included."""
+    stored, names = stored_in(folder), family_of(config).weights(config)
+    shapes = _linear_shapes(empty_model(config))
+    plain = [one for one in shapes if not all(name in stored for name in names.get(one, (one,)))]
+    return [one.removesuffix(".weight") for one in plain]
 
 
 def load_base(
