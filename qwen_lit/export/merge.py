@@ -131,7 +131,7 @@ def _tensors(
         if name in adapter.full:
             weight = adapter.full.pop(name)
         else:
-            weight = base.get(source)
+            weight = base.get(source, device)
             if name in held:
                 weight = held[name].round_trip(weight if device is None else weight.to(device))
         if name in adapter.bias:
@@ -172,6 +172,7 @@ def merge_adapter(
     *,
     merge_base: Literal["original", "dequantized"] = "original",
     held: Mapping[str, Held] | None = None,
+    original_dir: Path | None = None,
     max_shard_bytes: int = 4 * 2**30,
     finish: Callable[[Path], None] | None = None,
     device: torch.device | None = None,
@@ -186,10 +187,12 @@ def merge_adapter(
 
     Args:
         adapter_dir: PEFT folder (adapter_config.json, adapter_model.safetensors).
-        base_dir: original, unquantised model folder (model.safetensors, or shards with their index).
+        base_dir: folder of the model that was trained on (model.safetensors, or shards with their index).
         out_dir: the folder to make.
         merge_base: what W is: the original, or, for the weights of ``held``, what they were while training.
         held: how the base's quantised weights were held, for "dequantized".
+        original_dir: folder of the original, where the files of ``base_dir`` are quantised; its files are written
+            anew then, and those of ``base_dir`` for "dequantized".
         max_shard_bytes: size limit of a shard; a single larger tensor still makes one.
         finish: called with the temporary folder before the rename, to add files.
         device: where the products run; default the CPU.
@@ -201,8 +204,12 @@ def merge_adapter(
     start = time.perf_counter()
     if merge_base not in ("original", "dequantized"):
         raise ExportError(f"merge_base is {merge_base!r}; original or dequantized is expected")
+    if merge_base == "original" and original_dir is not None:
+        base_dir = original_dir
     adapter_dir, base_dir, out_dir = (Path(path).resolve() for path in (adapter_dir, base_dir, out_dir))
     adapter, base, config = read_adapter(adapter_dir), BaseModel(base_dir), read_json(base_dir / "config.json")
+    if merge_base == "original" and base.stored:
+        raise ExportError(f"{base_dir} holds quantised weights, not the original's; name that as export.original")
     tied = config.get("tie_word_embeddings")
     names = fit_names(adapter, base, config)
     if config.get("tie_word_embeddings") != tied:
@@ -216,6 +223,8 @@ def merge_adapter(
 
     total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
     rounded = on_disk(held or {}, config) if merge_base == "dequantized" else {}
+    # What the files hold quantised is read as it was while training.
+    rounded = {name: how for name, how in rounded.items() if name not in base.stored}
     tmp = begin_folder(
         out_dir, [base_dir, adapter_dir], _fingerprint(adapter_dir, base, rounded, max_shard_bytes, names)
     )
