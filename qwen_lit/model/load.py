@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from jinja2 import TemplateSyntaxError
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
@@ -278,11 +278,21 @@ def read_model(
         folder, dtype=dtype, device_map={"": where}, use_safetensors=True, **options
     )
     if own is not None:
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                # The files name the dtype of the original, to which weights would be rounded on the way.
-                module.weight.quant_state.dtype = dtype  # type: ignore[attr-defined]
+        _cast(model, dtype)
     return model
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Give a model that is quantised in its files the dtype that was asked for: transformers leaves it in theirs."""
+    for module in model.modules():
+        quantized = module.weight if isinstance(module, Linear4bit | Linear8bitLt) else None
+        if isinstance(module, Linear4bit):
+            # Else weights would be rounded to the dtype of the original on the way.
+            module.weight.quant_state.dtype = dtype  # type: ignore[attr-defined]
+        for parameter in module.parameters(recurse=False):
+            if parameter is not quantized and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _plain_linears(folder: Path, config: Any) -> list[str]:
