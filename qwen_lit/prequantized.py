@@ -3,7 +3,7 @@ and read back."""
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig
 
 from qwen_lit.errors import UserError
 from qwen_lit.families.layer import value_of
+from qwen_lit.families.table import family_of
 from qwen_lit.hub import SINGLE, shards
 
 STATE = ".quant_state.bitsandbytes__"
@@ -134,6 +135,17 @@ def stored_in(folder: Path) -> dict[str, Stored]:
             return find_stored(shapes, lambda name: files[name].get_tensor(name))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"model_name_or_path: {folder} is not whole ({error}); fetch it again.") from error
+
+
+def names_on_disk(folder: Path, there: Container[str]) -> dict[str, tuple[str, ...]]:
+    """Every parameter of a folder's language model: its name in transformers, and its names in the files.
+
+    Args:
+        folder: of the model, whose config.json is the files' own.
+        there: as of ``Family.weights``.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return family_of(config).weights(config, there)
 
 
 def dequantized(

@@ -25,7 +25,7 @@ from qwen_lit.families.layer import text_config, value_of
 from qwen_lit.families.table import family_of
 from qwen_lit.hub import has_weights
 from qwen_lit.model.load import empty_model
-from qwen_lit.prequantized import own_quantization, stored_in
+from qwen_lit.prequantized import names_on_disk, own_quantization, stored_in
 
 log = logging.getLogger(__name__)
 WRAPPED = "base_model.model."
@@ -165,17 +165,17 @@ def planned_weights(
     if quantization is None:
         return {}
     if folder is not None and own_quantization(config) is not None and has_weights(folder):
-        return _stored_weights(config, folder)
+        return _stored_weights(folder)
     model = empty_model(config, torch.bfloat16)
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": str(device)})
     return loaded_weights(model)
 
 
-def _stored_weights(config: Any, folder: Path) -> dict[str, Held]:
+def _stored_weights(folder: Path) -> dict[str, Held]:
     """How a model's weights are held in its files, by the names of the base."""
     stored, found = stored_in(folder), {}
-    for own, names in family_of(config).weights(config).items():
+    for own, names in names_on_disk(folder, stored).items():
         if all(name in stored for name in names):
             one = stored[names[0]]
             found[own] = Held(one.kind, one.blocksize, one.double)

@@ -135,7 +135,7 @@ class Export(Callback):
             )
         self.original_dir = original_at(self.original, module.settings.hub, fetches)
         if self.original_dir is not None and has_weights(module.folder):
-            check_original(module.folder, module.config, self.original_dir)
+            check_original(module.folder, self.original_dir)
 
     def original_bytes(self, size: int, module: QwenModule) -> int:
         """Bytes of the original that are yet to be fetched.

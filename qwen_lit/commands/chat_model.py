@@ -19,13 +19,14 @@ from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, find
 from qwen_lit.hub_libraries import Hub
 from qwen_lit.model.load import (
-    check_stored,
     check_weights,
+    empty_model,
     load_config,
     load_tokenizer,
     read_adapted,
     read_model,
 )
+from qwen_lit.model.stored import check_stored
 from qwen_lit.names import HUB_NAME, expanded
 from qwen_lit.prequantized import own_quantization
 from qwen_lit.progress import timed
@@ -79,7 +80,7 @@ class Choice:
         if base is None:
             return 0
         config = load_config(base)
-        held = on_disk(planned_weights(config, self.quantization, device, base), config)
+        held = on_disk(planned_weights(config, self.quantization, device, base), read_json(base / "config.json"))
         size = product_dtype(device).itemsize
         weights = {name: shape for name, (_, _, shape) in BaseModel(base).where.items()}
         total = sum(
@@ -102,7 +103,7 @@ class Choice:
             )
         if base is not None:
             check_weights(base)
-            check_stored(base, load_config(base))
+            check_stored(base, empty_model(load_config(base)))
         config = adapter_config(self.folder) if self.adapter else {}
         # PEFT reads more kinds of adapters than can be merged.
         if base is None or not self.adapter or any(config.get(key) for key in UNSUPPORTED):

@@ -1,13 +1,12 @@
 """Whether a model is the original of a base whose files are quantised, told from headers and samples of both."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen_lit.errors import UserError
-from qwen_lit.export.folder import BaseModel, ExportError
+from qwen_lit.export.folder import BaseModel, ExportError, read_json
 from qwen_lit.families.layer import text_config, value_of
 from qwen_lit.families.table import family_of
 from qwen_lit.hub import fetch, find, has_weights
@@ -47,17 +46,17 @@ def original_at(name: str, hub: Hub, fetches: bool) -> Path | None:
         raise _named(error) from error
 
 
-def check_original(folder: Path, config: Any, original: Path) -> None:
+def check_original(folder: Path, original: Path) -> None:
     """Refuse an original that is another model.
 
     Args:
         folder: of the base, with its weights.
-        config: of the base.
         original: folder of the original, with its weights.
 
     Raises:
         UserError: it is another model, or quantised as well.
     """
+    config = read_json(folder / "config.json")
     family = family_of(config)
     try:
         theirs = load_config(original)
@@ -68,10 +67,11 @@ def check_original(folder: Path, config: Any, original: Path) -> None:
         raise UserError(f"export.original: {error}.") from error
     if own_quantization(theirs) is not None or whole.stored:
         raise UserError(f"export.original: {original} is quantised too; give the model in bf16.")
-    if family_of(theirs) is not family:
-        raise _another(original, f"it is a {family_of(theirs).model_type}, and the base a {family.model_type}")
-    tied = value_of(text_config(config), "tie_word_embeddings", False)
-    names = [name for found in family.weights(config).values() for name in found]
+    kind = family_of(read_json(original / "config.json")).model_type
+    if kind != family.model_type:
+        raise _another(original, f"it is a {kind}, and the base a {family.model_type}")
+    tied = value_of(config, "tie_word_embeddings", value_of(text_config(config), "tie_word_embeddings", False))
+    names = [name for found in family.weights(config, base.where).values() for name in found]
     names = [name for name in names if name in base.where and not (tied and name == family.head_on_disk)]
     for name in names:
         shape = base.where[name][2]

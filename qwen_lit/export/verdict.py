@@ -113,8 +113,8 @@ def measure(
     config = load_config(base_dir)
     family, model = family_of(config), empty_model(config, product_dtype(device)).eval()
     decoder = model.get_submodule(family.decoder)
-    trained = _Weights(config, adapter_dir, base_dir, held, device)
-    original = _Weights(config, adapter_dir, original_dir, held, device) if original_dir is not None else trained
+    trained = _Weights(adapter_dir, base_dir, held, device)
+    original = _Weights(adapter_dir, original_dir, held, device) if original_dir is not None else trained
     sources = {name: original if name == "original" else trained for name in variants}
     rotary = type(decoder.rotary_emb)(model.config).to(device)
     rows = [torch.tensor(ids, dtype=torch.int64, device=device)[None] for ids, _ in examples]
@@ -146,16 +146,16 @@ class _Weights:
 
     def __init__(
         self,
-        config: Any,
         adapter_dir: Path,
         folder: Path,
         held: Mapping[str, Held],
         device: torch.device,
     ) -> None:
-        self.family = family_of(config)
-        self.stored = self.family.weights(config)
+        config = read_json(folder / "config.json")
         self.adapter, self.base, self.held = read_adapter(adapter_dir), BaseModel(folder), on_disk(held, config)
-        self.names = fit_names(self.adapter, self.base, read_json(folder / "config.json"))
+        self.family = family_of(config)
+        self.stored = self.family.weights(config, self.base.where)
+        self.names = fit_names(self.adapter, self.base, config)
         self.device = device
         self.dtype = product_dtype(device)
 

@@ -38,14 +38,21 @@ def dense_layers(config: Config, size: int, bias: tuple[bool, bool], query_key_n
     )
 
 
-def mlp_groups(hidden: int, inner: int) -> tuple[tuple[Linear, ...], ...]:
-    """The linears of a gated MLP."""
+def mlp_groups(hidden: int, inner: int, path: str = "mlp", ending: str = "") -> tuple[tuple[Linear, ...], ...]:
+    """The linears of a gated MLP.
+
+    Args:
+        hidden: numbers that go in and out.
+        inner: numbers between.
+        path: of its module in the layer.
+        ending: of its names in a GGUF file.
+    """
     return (
         (
-            Linear("mlp.gate_proj", hidden, inner, gguf="ffn_gate"),
-            Linear("mlp.up_proj", hidden, inner, gguf="ffn_up"),
+            Linear(f"{path}.gate_proj", hidden, inner, gguf=f"ffn_gate{ending}"),
+            Linear(f"{path}.up_proj", hidden, inner, gguf=f"ffn_up{ending}"),
         ),
-        (Linear("mlp.down_proj", inner, hidden, gguf="ffn_down"),),
+        (Linear(f"{path}.down_proj", inner, hidden, gguf=f"ffn_down{ending}"),),
     )
 
 

@@ -1,6 +1,6 @@
 """The words in which a family is described: linears, layers, and where a model has them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -41,16 +41,16 @@ class Linear:
     """Whether it is held in 4 or 8 bits where the base is quantised; False keeps it as the file has it."""
     tokens: float = 1.0
     """Share of the tokens that pass one of its matrices."""
-    disk: tuple[str, ...] = ()
-    """Its weights' names in the layer, in the files, each of them some of its rows, in order; empty where there is one
-    of transformers' name."""
+    parts: tuple[str, ...] = ()
+    """Names in the layer under which files may hold it in parts, each of them some of its rows, in order; files that
+    hold it whole have the parameter's own name."""
     gguf: str = ""
     """Its module's name in a GGUF file's block: ``attn_q``; empty where the file cannot be written."""
 
     @property
     def name(self) -> str:
         """As LoRA's targets name it."""
-        return self.path.rsplit(".", 1)[-1]
+        return self.path.removesuffix(".weight").rsplit(".", 1)[-1]
 
     @property
     def weight(self) -> str:
@@ -131,6 +131,11 @@ class Family:
     """The decoder's place in transformers' model for causal language modelling; its layers are ``layers`` there."""
     decoder_on_disk: str = "model"
     """What the files write in its place."""
+    decoder_in_wrapper: str = "model"
+    """Its place in transformers' model for all that the files hold, such as one with a vision tower; adapters are
+    written for that model."""
+    text: str = ""
+    """The ``model_type`` of the language model that the files hold beside other parts; empty where it is all of it."""
     head: str = "lm_head"
     gguf: Gguf | None = None
     """None where no GGUF file can be written."""
@@ -164,19 +169,27 @@ class Family:
         prefix = self.decoder + "."
         return self.decoder_on_disk + name.removeprefix(self.decoder) if name.startswith(prefix) else name
 
-    def weights(self, config: Config) -> dict[str, tuple[str, ...]]:
+    def in_wrapper(self, name: str) -> str:
+        """The name of a module or a parameter in transformers' model for all that the files hold."""
+        prefix = self.decoder + "."
+        return self.decoder_in_wrapper + name.removeprefix(self.decoder) if name.startswith(prefix) else name
+
+    def weights(self, config: Config, there: Container[str] = ()) -> dict[str, tuple[str, ...]]:
         """Every parameter of a model: its name in transformers, and its names in the model's files.
 
         Args:
             config: of the model; a head that is tied to the embedding is listed too, and has no tensor of its own.
+            there: names in the files, which tell whether they hold in parts what can be held so; without them the
+                answer is that of the releases, in parts.
         """
         ends = [f"{place}.weight" for place in (self.embedding, self.norm, self.head)]
         found: dict[str, tuple[str, ...]] = {name: (self.on_disk(name),) for name in ends}
         for number, layer in enumerate(self.layers(config)):
             block = self.block(number) + "."
             for linear in layer.linears:
-                names = linear.disk or (linear.weight,)
-                found[block + linear.weight] = tuple(self.on_disk(block + name) for name in names)
+                whole = self.on_disk(block + linear.weight)
+                parts = tuple(self.on_disk(block + name) for name in linear.parts)
+                found[block + linear.weight] = parts if parts and whole not in there else (whole,)
                 if linear.bias:
                     found[f"{block}{linear.path}.bias"] = (self.on_disk(f"{block}{linear.path}.bias"),)
             for vector in layer.vectors:

@@ -5,24 +5,24 @@ import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from jinja2 import TemplateSyntaxError
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
-from qwen_lit.prequantized import own_quantization, stored_in
+from qwen_lit.model.stored import give_dtype, plain_linears
+from qwen_lit.prequantized import own_quantization
 from qwen_lit.progress import timed
 
 
@@ -50,7 +50,7 @@ def check_weights(folder: Path) -> None:
 
 
 def load_config(folder: Path, name: str = "") -> Any:
-    """The model's config, if it is of a known family and its weights are in a form that is trained on.
+    """The config of the language model in a folder, if it is of a known family and in a form that is trained on.
 
     Args:
         folder: that holds it.
@@ -70,52 +70,30 @@ def load_config(folder: Path, name: str = "") -> Any:
         ) from error
     family_of(config, name)
     own_quantization(config, name)
-    return config
+    return language_model(config)
 
 
-def check_stored(folder: Path, config: Any) -> None:
-    """Reject files whose quantised weights are not those that config.json and the model have, from their headers.
+def language_model(config: Any) -> Any:
+    """The config of the model that is trained: of a folder that holds more, that of its language model alone.
+
+    A language model that transformers has no class for is read as the family that computes the same on text.
 
     Args:
-        folder: of the base, with its weights.
-        config: of it.
-
-    Raises:
-        UserError: they cannot be loaded, or would be loaded as noise.
+        config: as transformers reads the folder's; returned as it is where the folder holds nothing else.
     """
-    stored, said = stored_in(folder), own_quantization(config)
-    if said is None and not stored:
-        return
-    if said is None:
-        raise UserError(
-            f"model_name_or_path: the files of {folder} hold weights quantised by bitsandbytes, and its config.json "
-            "does not say so; fetch config.json again."
-        )
-    if not stored:
-        raise UserError(
-            f"model_name_or_path: config.json of {folder} speaks of weights quantised by bitsandbytes, and its files "
-            "hold none; fetch them again."
-        )
-    shapes = _linear_shapes(empty_model(config))
-    for own, names in family_of(config).weights(config).items():
-        for name in names:
-            if name not in stored:
-                continue
-            if own not in shapes:
-                raise UserError(
-                    f"model_name_or_path: {name} of {folder} is held in {stored[name].kind}, and transformers has no "
-                    "linear for it that could be; give the original bf16 model."
-                )
-            if stored[name].shape != shapes[own]:
-                raise UserError(
-                    f"model_name_or_path: {name} of {folder} is {list(stored[name].shape)}, and its config.json makes "
-                    f"it {list(shapes[own])}; fetch the model again."
-                )
-
-
-def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights of all linears, which is what bitsandbytes takes, by name."""
-    return {f"{name}.weight": tuple(one.weight.shape) for name, one in model.named_modules() if type(one) is nn.Linear}
+    family = family_of(config)
+    if not family.text:
+        return config
+    text = config.get_text_config()
+    if text.model_type != family.text:
+        values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
+        # The rotation of three equal positions is that of one.
+        rope = {key: value for key, value in text.rope_parameters.items() if not key.startswith("mrope")}
+        values |= {"rope_parameters": rope, "tie_word_embeddings": config.tie_word_embeddings, "dtype": config.dtype}
+        text = CONFIG_MAPPING[family.text].from_dict(values)
+    if held := getattr(config, "quantization_config", None):
+        text.quantization_config = held
+    return text
 
 
 def count_parameters(config: Any) -> int:
@@ -264,43 +242,31 @@ def read_model(
     """
     place = place or device
     where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
-    config = AutoConfig.from_pretrained(folder)
-    own = own_quantization(config, str(folder))
+    whole = AutoConfig.from_pretrained(folder)
+    family = family_of(whole)
+    # The names of a language model in files that hold more; those of its own files stay as they are.
+    names = {f"^{re.escape(family.decoder_in_wrapper)}": family.decoder} if family.text else None
+    config, dtype = language_model(whole), dtype or product_dtype(device)
     options: dict[str, Any] = {"quantization_config": computing_on(device, quantization)}
+    own = own_quantization(config, str(folder))
     if own is not None:
         if quantization is not None:
             own.bnb_4bit_compute_dtype = quantization.bnb_4bit_compute_dtype
-        own.llm_int8_skip_modules = _plain_linears(Path(folder), config)
-        config.quantization_config = computing_on(device, own).to_dict()  # type: ignore[union-attr]
-        options = {"config": config}
-    dtype = dtype or product_dtype(device)
+        own.llm_int8_skip_modules = plain_linears(Path(folder), empty_model(config))
+        config.quantization_config = cast(BitsAndBytesConfig, computing_on(device, own)).to_dict()
+        options = {}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": where}, use_safetensors=True, **options
+        folder,
+        config=config,
+        key_mapping=names,
+        dtype=dtype,
+        device_map={"": where},
+        use_safetensors=True,
+        **options,
     )
     if own is not None:
-        _cast(model, dtype)
+        give_dtype(model, dtype)
     return model
-
-
-def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Give a model that is quantised in its files the dtype that was asked for: transformers leaves it in theirs."""
-    for module in model.modules():
-        quantized = module.weight if isinstance(module, Linear4bit | Linear8bitLt) else None
-        if isinstance(module, Linear4bit):
-            # Else weights would be rounded to the dtype of the original on the way.
-            module.weight.quant_state.dtype = dtype  # type: ignore[attr-defined]
-        for parameter in module.parameters(recurse=False):
-            if parameter is not quantized and parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-
-
-def _plain_linears(folder: Path, config: Any) -> list[str]:
-    """The linears whose weights the files of a quantised base hold as they were, a tied head included."""
-    stored, names = stored_in(folder), family_of(config).weights(config)
-    shapes = _linear_shapes(empty_model(config))
-    plain = [one for one in shapes if not all(name in stored for name in names.get(one, (one,)))]
-    return [one.removesuffix(".weight") for one in plain]
 
 
 def load_base(

@@ -26,9 +26,9 @@ from qwen_lit.model.adapter_state import check_same, put, trained_parameters
 from qwen_lit.model.duration import check_limits, check_validation_share, total_steps, warmup_steps
 from qwen_lit.model.load import (
     add_adapter,
-    check_stored,
     check_targets,
     check_weights,
+    empty_model,
     load_base,
     load_config,
     shard_layers,
@@ -41,6 +41,7 @@ from qwen_lit.model.resume import go_on, settings, shared, stored
 from qwen_lit.model.schedules import WITHOUT_WARMUP, schedule
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.model.step import StepSums, clip_gradients, first_of
+from qwen_lit.model.stored import check_stored
 from qwen_lit.model.trained import find_adapter, log_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
@@ -137,7 +138,7 @@ class QwenModule(L.LightningModule):
         """
         self.folder = fetch(self.name, self.settings.hub, weights=True)
         check_weights(self.folder)
-        check_stored(self.folder, self.config)
+        check_stored(self.folder, empty_model(self.config))
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""

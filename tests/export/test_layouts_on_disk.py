@@ -43,7 +43,7 @@ def both(tmp_path):
     def layers(config):
         def named(one):
             disk = ("mlp.up.0.weight", "mlp.up.1.weight") if one.name == "up_proj" else ()
-            return replace(one, disk=disk)
+            return replace(one, parts=disk)
 
         return tuple(
             replace(layer, groups=tuple(tuple(named(one) for one in group) for group in layer.groups))

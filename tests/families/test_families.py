@@ -233,7 +233,7 @@ EXPERTS = Layer(
                 linear=False,
                 quantized=False,
                 tokens=2 / 4,
-                disk=tuple(f"mlp.experts.{number}.down_proj.weight" for number in range(4)),
+                parts=tuple(f"mlp.experts.{number}.down_proj.weight" for number in range(4)),
             ),
         ),
     ),
@@ -296,5 +296,6 @@ def test_a_window_is_read_as_transformers_reads_it():
 
 
 def test_an_unknown_family_is_named_with_those_that_are_known():
-    with pytest.raises(UserError, match=r"/m is a 'llama', not a Qwen2, Qwen2.5 or Qwen3 dense model; give one"):
+    wanted = "/m is a 'llama', which cannot be trained; give one of Qwen2, Qwen2.5, Qwen3 dense, Qwen3.5"
+    with pytest.raises(UserError, match=wanted):
         family_of({"model_type": "llama"}, "/m")
