@@ -11,7 +11,14 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn import Linear
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    Qwen2Config,
+    Qwen3_5Config,
+    Qwen3Config,
+)
 
 from qwen_lit.cli import main
 from qwen_lit.commands.chat_model import choose, load
@@ -19,8 +26,9 @@ from qwen_lit.engine.engine import FastEngine, unsupported_reason
 from qwen_lit.export.folder import BaseModel
 from qwen_lit.families.table import family_of
 from qwen_lit.generate import generate
-from qwen_lit.model.load import add_adapter, load_base, load_config, read_model
+from qwen_lit.model.load import add_adapter, empty_model, load_base, load_config, read_model
 from qwen_lit.model.loss import reference_loss
+from qwen_lit.model.stored import check_stored
 from qwen_lit.prequantized import stored_in
 from qwen_lit.quantization import loaded_weights, planned_weights, usable
 from tests.engine.test_engine import batch
@@ -390,6 +398,40 @@ def test_the_start_says_which_quantisation_holds(nf4, dataset, tmp_path, caplog)
     assert main(["inspect", *fit(tmp_path / "out", base, dataset, *on_load({"load_in_8bit": True}))[1:]]) == 0
     told = [one.message for one in caplog.records if "quantised already" in one.message]
     assert told == ["the base is quantised already and stays as its files are; model.quantization_config is not used"]
+
+
+def test_the_language_model_of_files_with_a_vision_tower_is_loaded_by_their_headers(tmp_path):
+    """A dynamic skip list names modules as in the whole model, which transformers leaves as it is."""
+    text = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2)
+    text |= dict(num_key_value_heads=1, head_dim=32, linear_num_key_heads=1, linear_num_value_heads=2)
+    text |= dict(linear_key_head_dim=32, linear_value_head_dim=32, tie_word_embeddings=False)
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=1, out_hidden_size=64, patch_size=4)
+    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    whole = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    whole.save_pretrained(tmp_path / "original")
+    inner = "model.language_model.layers"
+    skipped = ["lm_head", "model.visual", f"{inner}.0.linear_attn", f"{inner}.3.mlp"]
+    options = BitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=True, llm_int8_skip_modules=skipped)
+    held_whole = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "original", dtype=torch.bfloat16, quantization_config=options, device_map={"": "cpu"}
+    )
+    base = tmp_path / "base"
+    held_whole.save_pretrained(base)
+    read = load_config(base)
+    check_stored(base, empty_model(read))
+    model = load_base(base, usable(None, read), CPU)
+    held = loaded_weights(model)
+    assert (
+        held == planned_weights(read, usable(None, read), CPU, base) == planned_weights(read, usable(None, read), CPU)
+    )
+    assert len(held) == 23 and not any(".0.linear_attn" in name or ".3.mlp" in name for name in held)
+    theirs = dict(held_whole.named_parameters())
+    for name, value in model.named_parameters():
+        assert torch.equal(value, theirs[name.replace("model.", "model.language_model.", 1)]), name
+    assert BaseModel(base).where == {
+        name: (base / path.name, dtype, shape)
+        for name, (path, dtype, shape) in BaseModel(tmp_path / "original").where.items()
+    }
 
 
 def test_the_table_of_the_docs_is_these_tests():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
 from qwen_lit.export.adapter import Pair, apply_pair, read_adapter
-from qwen_lit.export.folder import BaseModel, read_json
+from qwen_lit.export.folder import TORCH, BaseModel, read_json
 from qwen_lit.export.merge import fit_names
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
@@ -107,11 +107,10 @@ def measure(
     Raises:
         ExportError: the adapter does not fit the base, or cannot be merged.
     """
-    base = BaseModel(base_dir)
-    has_original = original_dir is not None or not base.stored
+    has_original = original_dir is not None or not BaseModel(base_dir).stored
     variants = ["adapter", *(["original"] if has_original else []), *(["dequantized"] if held else [])]
-    config = load_config(base_dir)
-    family, model = family_of(config), empty_model(config, product_dtype(device)).eval()
+    family = family_of(read_json(base_dir / "config.json"))
+    model = empty_model(load_config(base_dir), product_dtype(device)).eval()
     decoder = model.get_submodule(family.decoder)
     trained = _Weights(adapter_dir, base_dir, held, device)
     original = _Weights(adapter_dir, original_dir, held, device) if original_dir is not None else trained
@@ -152,7 +151,8 @@ class _Weights:
         device: torch.device,
     ) -> None:
         config = read_json(folder / "config.json")
-        self.adapter, self.base, self.held = read_adapter(adapter_dir), BaseModel(folder), on_disk(held, config)
+        self.adapter, self.base = read_adapter(adapter_dir), BaseModel(folder)
+        self.held = on_disk(held, config, self.base.where)
         self.family = family_of(config)
         self.stored = self.family.weights(config, self.base.where)
         self.names = fit_names(self.adapter, self.base, config)
@@ -181,7 +181,7 @@ class _Weights:
             weight = weight.float() + self.adapter.bias[name].to(weight.device)
         pair = self.adapter.pairs.get(name)
         if pair is not None and not (variant == "adapter" and _stands_beside(pair)):
-            weight, _ = apply_pair(weight, pair, self.device)
+            weight, _ = apply_pair(weight, pair, self.device, TORCH[self.base.where[self.names[name]][1]])
         return weight.to(self.device, torch.bfloat16).to(self.dtype)
 
     def head(self, variant: str) -> Callable[[Tensor], Tensor]:
