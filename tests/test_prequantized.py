@@ -24,6 +24,7 @@ from qwen_lit.cli import main
 from qwen_lit.commands.chat_model import choose, load
 from qwen_lit.engine.engine import FastEngine, unsupported_reason
 from qwen_lit.export.folder import BaseModel
+from qwen_lit.export.verdict import _Weights
 from qwen_lit.families.table import family_of
 from qwen_lit.generate import generate
 from qwen_lit.model.load import add_adapter, empty_model, load_base, load_config, read_model
@@ -203,11 +204,16 @@ def test_resume_goes_on_exactly(row, dataset, tmp_path):
 
 
 def test_verdict_compares_the_merge_that_there_is(row):
-    *_, whole = row
+    *_, base, whole = row
     verdict = json.loads((whole / "summary.json").read_text())["verdict"]
     assert list(verdict["merges"]) == [verdict["best"]] == ["dequantized"]
     assert abs(verdict["merges"]["dequantized"]["loss"] - verdict["adapter_loss"]) < 0.02
     assert verdict["merges"]["dequantized"]["kl"] < 0.01
+    config = load_config(base)
+    held = planned_weights(config, usable(None, config), CPU, base)
+    as_trained = _Weights(whole / "lora_adapter", base, held, CPU)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert torch.equal(as_trained.of(name, "adapter"), BaseModel(base).get(name).bfloat16())
     assert "dequantized (this model)" in (whole / "final_model" / "README.md").read_text()
 
 
@@ -218,6 +224,9 @@ def test_the_merge_loads_plain_and_answers_as_the_adapter_on_the_base(row):
     config = json.loads((whole / "final_model" / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     assert {one.dtype for one in load_file(whole / "final_model" / "model.safetensors").values()} == {torch.bfloat16}
+    untouched = "model.layers.1.mlp.gate_proj.weight"
+    written = load_file(whole / "final_model" / "model.safetensors")[untouched]
+    assert torch.equal(written, BaseModel(base).get(untouched).bfloat16())
     trained = PeftModel.from_pretrained(read_model(base, CPU, dtype=torch.float32), whole / "lora_adapter").eval()
     ids = torch.arange(20, 44)[None]
     with trained.disable_adapter():
@@ -425,6 +434,9 @@ def test_the_language_model_of_files_with_a_vision_tower_is_loaded_by_their_head
         held == planned_weights(read, usable(None, read), CPU, base) == planned_weights(read, usable(None, read), CPU)
     )
     assert len(held) == 23 and not any(".0.linear_attn" in name or ".3.mlp" in name for name in held)
+    # The names in config.json are for what is not downloaded yet.
+    rename_skipped(base, ["lm_head", "somewhere.else"])
+    model = load_base(base, quantization, CPU)
     theirs = dict(held_whole.named_parameters())
     for name, value in model.named_parameters():
         assert torch.equal(value, theirs[name.replace("model.", "model.language_model.", 1)]), name
