@@ -77,7 +77,7 @@ PEFT_OWN = (
 OURS = re.compile(r"qwen-?(1\.5|2|2\.5|3)(?![.\d])|qwq|distill-qwen|qwen(?![\d.-]*\d)", re.IGNORECASE)
 """In the name of a model that is trained here."""
 OTHER_KINDS = re.compile(r"qwen3-next|-A\d+B|omni|audio|-VL\b|vision|embedding|reranker|reward|-PRM", re.IGNORECASE)
-HELD = re.compile(r"(awq|gptq|-int[48]|-fp8|bnb-4bit|-mlx|gguf)", re.IGNORECASE)
+HELD = re.compile(r"(awq|gptq|-int[48]|-fp8|-mlx|gguf)", re.IGNORECASE)
 
 
 def to_ours(draft: Draft) -> None:
