@@ -31,6 +31,7 @@ from qwen_lit.quantization import Held
 from qwen_lit.thinking import Form
 
 log = logging.getLogger(__name__)
+Merge = Literal["original", "dequantized"]
 MergeBase = Literal["auto", "original", "dequantized"]
 Example = tuple[Any, Any]
 """Token ids ``[t]`` and trained ranges ``[k, 2]``; of a prompt, its ids and those that follow."""
@@ -49,7 +50,12 @@ class Job:
     facts: ModelCardFacts
     held: Mapping[str, Held] = field(default_factory=dict)
     """How the base's quantised weights were held in training; empty for a bf16 base."""
-    merge_base: MergeBase = "original"
+    merge_base: MergeBase | None = None
+    """None is the first of ``merges``."""
+    original_dir: Path | None = None
+    """The original's folder, where the files of ``base_dir`` are quantised."""
+    is_prequantized: bool = False
+    """Whether they are."""
     gguf: GgufType | None = None
     held_out: Sequence[Example] = ()
     """Rows for the verdict."""
@@ -58,6 +64,14 @@ class Job:
     taught: Sequence[Example] = ()
     """Token ids of the prompts that the merged model is tried on, and of what was taught to follow each."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def merges(self) -> tuple[Merge, ...]:
+        """What the adapter can be added to."""
+        if not self.held:
+            return ("original",)
+        has_original = self.original_dir is not None or not self.is_prequantized
+        return ("original", "dequantized") if has_original else ("dequantized",)
 
 
 def run(job: Job, on_verdict: Callable[[Verdict], None] = lambda verdict: None) -> ModelCardFacts:
@@ -71,7 +85,8 @@ def run(job: Job, on_verdict: Callable[[Verdict], None] = lambda verdict: None) 
         What the model card tells.
     """
     facts = job.facts
-    facts.merge_base = "original" if job.merge_base == "auto" or not job.held else job.merge_base
+    chosen = [one for one in job.merges if one == job.merge_base]
+    facts.merge_base = (chosen or job.merges)[0]
     facts.held_in = " and ".join(sorted({str(one) for one in job.held.values()}))
     facts.adapter_path = _seen_from(job.out_dir, job.adapter_dir)
     if job.held_out:
@@ -106,7 +121,7 @@ def part(name: str, missing: dict[str, str]) -> Iterator[None]:
 def _measure(job: Job, on_verdict: Callable[[Verdict], None]) -> None:
     """Compare the merges with the adapter, and choose one where that is asked for."""
     facts = job.facts
-    verdict = measure(job.adapter_dir, job.base_dir, job.held_out, job.held, job.device)
+    verdict = measure(job.adapter_dir, job.base_dir, job.held_out, job.held, job.device, job.original_dir)
     if job.merge_base == "auto":
         facts.merge_base = verdict.best
     facts.verdict = verdict.as_dict() | {"kind": job.kind}
@@ -136,9 +151,16 @@ def _merge(job: Job) -> MergeReport:
         facts.gguf = gguf if (folder / gguf).is_file() else None
         write_serving_files(folder, job.base_dir, job.tokenizer, facts)
 
-    base: Literal["original", "dequantized"] = "dequantized" if facts.merge_base == "dequantized" else "original"
+    base: Merge = "dequantized" if facts.merge_base == "dequantized" else "original"
     report = merge_adapter(
-        job.adapter_dir, job.base_dir, job.out_dir, merge_base=base, held=job.held, finish=finish, device=job.device
+        job.adapter_dir,
+        job.base_dir,
+        job.out_dir,
+        merge_base=base,
+        held=job.held,
+        original_dir=job.original_dir,
+        finish=finish,
+        device=job.device,
     )
     speed = report.bytes / 1e9 / report.seconds
     log.info("merged model written to %s (%.2f GB, %.2f GB/s)", job.out_dir, report.bytes / 1e9, speed)
