@@ -1,6 +1,7 @@
 """Every family from its files to what is served: trained, merged, adapted, loaded by plain transformers and PEFT."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from qwen_lit.cli import main
 from qwen_lit.families.table import FAMILIES
 from qwen_lit.model.load import read_adapted, read_model
+from tests.runs import adapter, stopping
 from tests.tiny import FAMILIES as TINY
 from tests.tiny import config_file, make_model, tensors_of
 
@@ -20,12 +22,8 @@ CPU = torch.device("cpu")
 IDS = torch.arange(20, 60)[None]
 
 
-@pytest.fixture(params=TINY, scope="module")
-def trained(request, tokenizer, dataset, tmp_path_factory):
-    """A family's name, its tiny base, and the output folder of a short fit of its own targets."""
-    kind = request.param
-    folder = tmp_path_factory.mktemp(kind)
-    base, out = make_model(kind, folder / "base", tokenizer), folder / "out"
+def fit(kind, base, dataset, out, *options):
+    """Five steps of a family's own targets, with dropout; returns what the command returns."""
     given = {
         "--config": "configs/qwen7b.yaml",
         "--output_dir": out,
@@ -44,7 +42,16 @@ def trained(request, tokenizer, dataset, tmp_path_factory):
         "--export.smoke_rows": 0,
         "--export.merge_base": "dequantized",
     }
-    assert main(["fit", *(str(part) for pair in given.items() for part in pair)]) == 0
+    return main(["fit", *(str(part) for pair in given.items() for part in pair), *options])
+
+
+@pytest.fixture(params=TINY, scope="module")
+def trained(request, tokenizer, dataset, tmp_path_factory):
+    """A family's name, its tiny base, and the output folder of a short fit."""
+    kind = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    base, out = make_model(kind, folder / "base", tokenizer), folder / "out"
+    assert fit(kind, base, dataset, out) == 0
     return kind, base, out
 
 
@@ -101,3 +108,22 @@ def test_the_merge_answers_as_was_trained(trained):
     verdict = json.loads((out / "summary.json").read_text(encoding="utf-8"))["verdict"]
     dequantized = verdict["merges"]["dequantized"]
     assert abs(dequantized["loss"] - verdict["adapter_loss"]) < 0.02 and dequantized["kl"] < 0.002
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(trained, dataset, tmp_path):
+    kind, base, out = trained
+    assert fit(kind, base, dataset, tmp_path, *stopping(3), "--export.merge", "false") == 143
+    assert fit(kind, base, dataset, tmp_path, "--ckpt_path", "last", "--export.merge", "false") == 0
+    whole, resumed = adapter(out), adapter(tmp_path)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_plan_names_the_engine_and_the_memory(trained, dataset, tmp_path, capsys):
+    kind, base, _ = trained
+    given = ["--config", "configs/qwen7b.yaml", "--output_dir", str(tmp_path), "--data.dataset_path", str(dataset)]
+    given += ["--model.model_name_or_path", str(base), "--trainer.accelerator", "cpu"]
+    assert main(["plan", *given]) == 0
+    said = capsys.readouterr().out
+    fast = kind in ("qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
+    assert ("engine      on a GPU fast" in said) == fast and ("on a GPU reference" in said) != fast
+    assert re.search(r"\d GiB", said)
