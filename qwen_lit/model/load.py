@@ -21,6 +21,7 @@ from qwen_lit.errors import UserError, shortened
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
+from qwen_lit.model.documents import keep_apart
 from qwen_lit.progress import timed
 
 
@@ -201,25 +202,6 @@ def computing_on(device: torch.device, quantization: BitsAndBytesConfig | None) 
     return quantization
 
 
-def check_packing(config: Any, packing: bool) -> None:
-    """Refuse to lay documents end to end in a model that would carry one's state into the next.
-
-    Args:
-        config: of the model.
-        packing: as configured.
-
-    Raises:
-        UserError: it is on, and the family's layers do not keep documents apart.
-    """
-    family = family_of(config)
-    if packing and not family.packs:
-        mixers = dict.fromkeys(layer.mixer for layer in family.layers(config))
-        raise UserError(
-            f"data.packing is true, but a {family.model_type} model ({', '.join(mixers)}) does not keep packed rows "
-            "apart: each would see those before it; set data.packing to false."
-        )
-
-
 def read_model(
     folder: Path | str,
     device: torch.device,
@@ -244,7 +226,7 @@ def read_model(
     family = family_of(whole)
     # The names of a language model in files that hold more; those of its own files stay as they are.
     names = {f"^{re.escape(family.decoder_in_wrapper)}": family.decoder} if family.text else None
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=language_model(whole),
         key_mapping=names,
@@ -253,6 +235,8 @@ def read_model(
         device_map={"": where},
         use_safetensors=True,
     )
+    keep_apart(model)
+    return model
 
 
 def load_base(
