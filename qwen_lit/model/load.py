@@ -1,6 +1,7 @@
 """Finding, checking and loading the base model, and putting the adapter on it."""
 
 import copy
+import logging
 import re
 import warnings
 from dataclasses import replace
@@ -21,8 +22,11 @@ from qwen_lit.errors import UserError, shortened
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
+from qwen_lit.model.delta_rule import choose_delta_rule
 from qwen_lit.model.documents import keep_apart
 from qwen_lit.progress import timed
+
+log = logging.getLogger(__name__)
 
 
 def check_weights(folder: Path) -> None:
@@ -236,6 +240,7 @@ def read_model(
         use_safetensors=True,
     )
     keep_apart(model)
+    choose_delta_rule(model, device)
     return model
 
 
@@ -248,6 +253,9 @@ def load_base(
     """The frozen base that an adapter is trained on; the arguments are those of ``read_model``."""
     with timed("loading the base"):
         model: nn.Module = read_model(folder, device, quantization, place)
+    computed = choose_delta_rule(model, device)
+    if computed:
+        log.info(computed)
     model.requires_grad_(False)
     model.config.use_cache = False  # type: ignore[union-attr]
     for module in model.modules():
