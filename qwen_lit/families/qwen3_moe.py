@@ -20,5 +20,4 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     releases=("Qwen3 A3B",),
     layers=layers,
-    packs=True,
 )

@@ -1,6 +1,7 @@
 """Finding, checking and loading the base model, and putting the adapter on it."""
 
 import copy
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -25,9 +26,13 @@ from qwen_lit.families.table import family_of
 from qwen_lit.families.wrappers import TO_LANGUAGE_MODEL, for_language_model
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
+from qwen_lit.model.delta_rule import choose_delta_rule
+from qwen_lit.model.documents import keep_apart
 from qwen_lit.model.stored import give_dtype, plain_linears
 from qwen_lit.prequantized import own_quantization
 from qwen_lit.progress import timed
+
+log = logging.getLogger(__name__)
 
 
 def check_weights(folder: Path) -> None:
@@ -204,25 +209,6 @@ def computing_on(device: torch.device, quantization: BitsAndBytesConfig | None) 
     return quantization
 
 
-def check_packing(config: Any, packing: bool) -> None:
-    """Refuse to lay documents end to end in a model that would carry one's state into the next.
-
-    Args:
-        config: of the model.
-        packing: as configured.
-
-    Raises:
-        UserError: it is on, and the family's layers do not keep documents apart.
-    """
-    family = family_of(config)
-    if packing and not family.packs:
-        mixers = dict.fromkeys(layer.mixer for layer in family.layers(config))
-        raise UserError(
-            f"data.packing is true, but a {family.model_type} model ({', '.join(mixers)}) does not keep packed rows "
-            "apart: each would see those before it; set data.packing to false."
-        )
-
-
 def read_model(
     folder: Path | str,
     device: torch.device,
@@ -282,6 +268,8 @@ def read_model(
         )
     if own is not None:
         give_dtype(model, dtype)
+    keep_apart(model)
+    choose_delta_rule(model, device)
     return model
 
 
@@ -305,6 +293,9 @@ def load_base(
     """The frozen base that an adapter is trained on; the arguments are those of ``read_model``."""
     with timed("loading the base"):
         model: nn.Module = read_model(folder, device, quantization, place)
+    computed = choose_delta_rule(model, device)
+    if computed:
+        log.info(computed)
     model.requires_grad_(False)
     model.config.use_cache = False  # type: ignore[union-attr]
     for module in model.modules():

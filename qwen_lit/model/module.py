@@ -38,6 +38,7 @@ from qwen_lit.model.load import (
 from qwen_lit.model.loss import reference_loss
 from qwen_lit.model.neftune import add_noise
 from qwen_lit.model.optim import configure_groups, optimizer_of, parameter_groups, repage
+from qwen_lit.model.packing_check import check_packing
 from qwen_lit.model.precision import full_precision
 from qwen_lit.model.resume import go_on, settings, shared, stored
 from qwen_lit.model.schedules import WITHOUT_WARMUP, schedule
@@ -230,6 +231,15 @@ class QwenModule(L.LightningModule):
     def state_bytes(self) -> float:
         """Bytes of optimizer state for each trained parameter."""
         return self.optimizer.state_bytes
+
+    def on_fit_start(self) -> None:
+        """Look whether documents that are computed end to end keep apart.
+
+        Raises:
+            UserError: they do not.
+        """
+        if not self.pads:
+            check_packing(self)
 
     def on_train_start(self) -> None:
         """Give a resumed optimizer its paged memory and the settings of this configuration, which may differ.

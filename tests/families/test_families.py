@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from qwen_lit.errors import UserError
 from qwen_lit.families.layer import Family, Layer, Linear, Vector
 from qwen_lit.families.table import FAMILIES, family_of
-from qwen_lit.model.load import check_packing, load_base
+from qwen_lit.model.load import load_base
 from qwen_lit.planner.flops import token_flops
 from qwen_lit.quantization import count_linears, loaded_weights, on_disk, planned_weights, usable
 
@@ -119,7 +119,7 @@ def test_the_linears_of_a_family_are_those_written_here(kind):
         ["gate_proj", "up_proj"],
         ["down_proj"],
     ]
-    assert layer.query_key_norm == (kind == "qwen3") and FAMILIES[kind].packs
+    assert layer.query_key_norm == (kind == "qwen3")
 
 
 def test_a_config_and_its_json_give_the_same(built):
@@ -245,7 +245,6 @@ MADE_UP = Family(
     model_type="made_up",
     releases=("Made-up",),
     layers=lambda config: (EXPERTS, replace(EXPERTS, mixer="linear attention")),
-    packs=False,
     decoder_on_disk="model.language_model",
 )
 
@@ -277,15 +276,6 @@ def test_work_and_counts_follow_the_table(monkeypatch):
         "model.language_model.layers.0.self_attn.q_proj.weight",
         *(f"model.language_model.layers.1.mlp.experts.{number}.down_proj.weight" for number in range(4)),
     }
-
-
-def test_packing_is_refused_where_documents_would_meet(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "made_up", MADE_UP)
-    check_packing({"model_type": "made_up"}, False)
-    check_packing({"model_type": "qwen2"}, True)
-    told = r"data.packing is true, but a made_up model \(gated attention, linear attention\) does not keep packed rows"
-    with pytest.raises(UserError, match=told):
-        check_packing({"model_type": "made_up"}, True)
 
 
 def test_a_window_is_read_as_transformers_reads_it():
