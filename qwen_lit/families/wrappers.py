@@ -2,10 +2,17 @@
 
 from dataclasses import replace
 
+from qwen_lit.families.gguf import Gguf, in_wrapper
 from qwen_lit.families.layer import Family, text_config
 
 
-def wrapped(text: Family, model_type: str, releases: tuple[str, ...], on_disk: str = "model.language_model") -> Family:
+def wrapped(
+    text: Family,
+    model_type: str,
+    releases: tuple[str, ...],
+    on_disk: str = "model.language_model",
+    gguf: Gguf | None = None,
+) -> Family:
     """The family of the files that hold a language model and more.
 
     Args:
@@ -13,6 +20,7 @@ def wrapped(text: Family, model_type: str, releases: tuple[str, ...], on_disk: s
         model_type: of the files' config.json.
         releases: what people call these models.
         on_disk: the decoder's place in the files.
+        gguf: the language model in GGUF, where it is another than the language model's own.
     """
     return replace(
         text,
@@ -22,5 +30,5 @@ def wrapped(text: Family, model_type: str, releases: tuple[str, ...], on_disk: s
         decoder_on_disk=on_disk,
         decoder_in_wrapper="model.language_model",
         text=text.model_type,
-        gguf=None,
+        gguf=gguf or in_wrapper(text.gguf, text_config),
     )
