@@ -106,7 +106,7 @@ def write_plain(model_dir: Path, path: Path, kind: GgufType, tokenizer: Any) -> 
     tensors = [matrices(base, one) for one in family.gguf_tensors(config, base.where)]
     taken = {name for one in tensors for name in one.tensor.sources}
     for name in base.where:
-        if name not in taken and not name.startswith(family.gguf.left_out):
+        if name not in taken and not family.leaves_out_of_gguf(name, base.where):
             raise ExportError(f"{model_dir}: {name} has no name in GGUF")
     partial = path.with_name(path.name + ".tmp")
     writer: Any = gguf.GGUFWriter(partial, family.gguf.arch)

@@ -95,11 +95,11 @@ def in_wrapper(form: Gguf | None, text: Callable[[Any], Any]) -> Gguf | None:
 
 
 def count_ahead(there: Container[str]) -> int:
-    """Layers among a model's files that predict further tokens."""
+    """Layers among a model's files that predict further tokens; none where what stands around them is not whole."""
     count = 0
     while f"mtp.layers.{count}.input_layernorm.weight" in there:
         count += 1
-    return count
+    return count if all(name in there for name in AHEAD) else 0
 
 
 def with_ahead(fields: dict[str, Field], count: int) -> dict[str, Field]:

@@ -227,6 +227,17 @@ class Family:
             found += layer_tensors(layer, f"blk.{number}.", block, there)
         return found
 
+    def leaves_out_of_gguf(self, name: str, there: Container[str]) -> bool:
+        """Whether a GGUF file goes without a tensor of the model's files.
+
+        Args:
+            name: of the tensor.
+            there: names in the model's files.
+        """
+        assert self.gguf is not None
+        broken = self.gguf.ahead is not None and name.startswith("mtp.") and not count_ahead(there)
+        return broken or name.startswith(self.gguf.left_out)
+
     def gguf_fields(self, config: Config, there: Container[str]) -> dict[str, Field]:
         """The shape of a model by GGUF's keys, with its layers that predict further tokens.
 

@@ -1,4 +1,4 @@
-"""Every family from its files to what is served: trained, merged, adapted, and loaded by plain transformers and PEFT."""
+"""Every family from its files to what is served: trained, merged, adapted, loaded by transformers, PEFT and llama.cpp."""
 
 import json
 import warnings
@@ -10,8 +10,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qwen_lit.cli import main
+from qwen_lit.export.gguf import write_plain
 from qwen_lit.families.table import FAMILIES
 from qwen_lit.model.load import read_adapted, read_model
+from tests.llama_cpp import answer
 from tests.tiny import FAMILIES as TINY
 from tests.tiny import config_file, make_model, tensors_of
 
@@ -67,7 +69,9 @@ def test_the_merge_has_the_names_dtypes_and_config_of_the_base_and_touches_nothi
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     targets = tuple(f"{one}.weight" for one in FAMILIES[kind].targets)
     assert changed and not any("visual" in name or name.startswith("mtp") for name in changed)
-    assert {name for name in before if name.endswith(targets) and "visual" not in name and "mtp" not in name} <= changed
+    assert {
+        name for name in before if name.endswith(targets) and "visual" not in name and "mtp" not in name
+    } <= changed
     assert not {name for name in changed if before[name].dtype == torch.float32}
     assert config_file(out / "final_model") == config_file(base)
 
@@ -99,3 +103,16 @@ def test_the_merge_answers_as_was_trained(trained):
     verdict = json.loads((out / "summary.json").read_text(encoding="utf-8"))["verdict"]
     dequantized = verdict["merges"]["dequantized"]
     assert abs(dequantized["loss"] - verdict["adapter_loss"]) < 0.02 and dequantized["kl"] < 0.002
+
+
+def test_llama_cpp_computes_the_gguf_of_the_merge_as_transformers_computes_the_merge(trained, tokenizer, tmp_path):
+    _, base, out = trained
+    write_plain(out / "final_model", tmp_path / "model.gguf", "f16", tokenizer)
+    theirs = answer(tmp_path / "model.gguf", IDS[0].tolist(), len(tokenizer), steps=6)
+    asked = torch.cat([IDS, theirs[:-1].argmax(-1)[None]], 1)
+    with torch.no_grad():
+        model = whole_class(base).from_pretrained(out / "final_model", dtype=torch.float32).eval()
+        ours = model(input_ids=asked).logits[0, IDS.shape[1] - 1 :].log_softmax(-1)
+    # llama.cpp rounds to float16 what it multiplies by float16 weights.
+    assert (theirs - ours).abs().max() < 0.04 and ours.std() > 0.4
+    assert all(row[token] > row.max() - 0.04 for row, token in zip(ours, theirs.argmax(-1), strict=True))
