@@ -15,7 +15,7 @@ from qwen_lit.export import gguf_numbers as numbers
 from qwen_lit.export.gguf import check_form, write_plain
 from qwen_lit.families.table import FAMILIES
 from qwen_lit.model.load import read_model
-from tests.llama_cpp import answer
+from tests.ask_llama import answer
 from tests.tiny import DELTA_NET, EXPERTS, make_model
 
 PROMPT = list(range(20, 60))

@@ -1,4 +1,4 @@
-"""Every family from its files to what is served: trained, merged, adapted, loaded by transformers, PEFT and llama.cpp."""
+"""Every family from its files to what is served: trained, merged, and asked through transformers, PEFT and llama.cpp."""
 
 import json
 import warnings
@@ -13,7 +13,7 @@ from qwen_lit.cli import main
 from qwen_lit.export.gguf import write_plain
 from qwen_lit.families.table import FAMILIES
 from qwen_lit.model.load import read_adapted, read_model
-from tests.llama_cpp import answer
+from tests.ask_llama import answer
 from tests.tiny import FAMILIES as TINY
 from tests.tiny import config_file, make_model, tensors_of
 
