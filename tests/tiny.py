@@ -101,6 +101,9 @@ def make_model(kind: str, folder: Path, tokenizer: Any, **options: Any) -> Path:
     tokenizer.save_pretrained(folder)
     file = folder / "model.safetensors"
     tensors = {name: one.float() if _whole(name) else one for name, one in load_file(file).items()}
+    # A new model has ones or zeros in its norms and biases, which would hide a wrong order or a wrong place.
+    vectors = {name: one for name, one in tensors.items() if one.ndim == 1 and "visual" not in name}
+    tensors |= {name: one + 0.1 * torch.randn_like(one) for name, one in vectors.items()}
     if kind.startswith(("qwen3_5", "qwen3_next")):
         tensors |= _ahead(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
