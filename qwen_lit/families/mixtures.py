@@ -1,7 +1,8 @@
 """What Qwen's mixtures of experts share: a router, experts of which a token passes a few, at times a shared one."""
 
 from qwen_lit.families.dense import mlp_groups
-from qwen_lit.families.layer import Config, FeedForward, Linear, value_of
+from qwen_lit.families.gguf import Field, Stored, as_is
+from qwen_lit.families.layer import Config, FeedForward, Layer, Linear, value_of
 
 Groups = tuple[tuple[Linear, ...], ...]
 
@@ -43,7 +44,8 @@ def expert_groups(config: Config) -> Groups:
     def each(*names: str) -> tuple[str, ...]:
         return tuple(f"mlp.experts.{number}.{name}.weight" for number in range(count) for name in names)
 
-    router = Linear("mlp.gate.weight", hidden, count, linear=False, quantized=False)
+    router_stored = Stored("ffn_gate_inp.weight", exact=True)
+    router = Linear("mlp.gate.weight", hidden, count, linear=False, quantized=False, gguf=(router_stored,))
     gate_up = Linear(
         "mlp.experts.gate_up_proj",
         hidden,
@@ -52,13 +54,49 @@ def expert_groups(config: Config) -> Groups:
         linear=False,
         tokens=share,
         parts=each("gate_proj", "up_proj"),
+        gguf=(
+            Stored("ffn_gate_exps.weight", rows=(range(inner),)),
+            Stored("ffn_up_exps.weight", rows=(range(inner, 2 * inner),)),
+        ),
     )
     down = Linear(
-        "mlp.experts.down_proj", inner, hidden, count=count, linear=False, tokens=share, parts=each("down_proj")
+        "mlp.experts.down_proj",
+        inner,
+        hidden,
+        count=count,
+        linear=False,
+        tokens=share,
+        parts=each("down_proj"),
+        gguf=as_is("ffn_down_exps"),
     )
     groups: Groups = ((router,), (gate_up,), (down,))
     shared = value_of(config, "shared_expert_intermediate_size")
     if not shared:
         return groups
-    gate = Linear("mlp.shared_expert_gate", hidden, 1, quantized=False)
+    gate_stored = Stored("ffn_gate_inp_shexp.weight", exact=True)
+    gate = Linear("mlp.shared_expert_gate", hidden, 1, quantized=False, gguf=(gate_stored,))
     return (*groups, (gate,), *mlp_groups(hidden, shared, "mlp.shared_expert", "_shexp"))
+
+
+def expert_fields(config: Config) -> dict[str, Field]:
+    """The experts' numbers and sizes by GGUF's keys."""
+    fields: dict[str, Field] = {
+        "expert_count": count_experts(config),
+        "expert_used_count": value_of(config, "num_experts_per_tok"),
+        "expert_feed_forward_length": value_of(config, "moe_intermediate_size"),
+    }
+    shared = value_of(config, "shared_expert_intermediate_size")
+    return fields | ({"expert_shared_feed_forward_length": shared} if shared else {})
+
+
+def experts_cannot(layers: tuple[Layer, ...], shares_sum_to_one: bool) -> str:
+    """Why llama.cpp would compute something else for a mixture of experts; empty where it computes the same.
+
+    Args:
+        layers: of the model.
+        shares_sum_to_one: whether the chosen experts' shares are scaled to sum to one.
+    """
+    if not shares_sum_to_one:
+        return "norm_topk_prob is false, and llama.cpp always scales the experts' shares to sum to one"
+    dense = [number for number, layer in enumerate(layers) if layer.feed_forward == "mlp"]
+    return f"layer {dense[0]} has no experts, and llama.cpp wants them in every layer" if dense else ""

@@ -69,7 +69,10 @@ def test_gguf_is_refused_before_training_where_a_family_has_no_form_in_it(argume
     monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], gguf=None))
     monkeypatch.setattr("qwen_lit.model.module.load_base", lambda *a: pytest.fail("the model is loaded"))
     assert main([*arguments, "--export.gguf", "q8_0"]) == 2
-    assert "export.gguf is q8_0, but a qwen2 model cannot be written as GGUF" in capsys.readouterr().err
+    assert (
+        "export.gguf is q8_0, but this qwen2 model cannot be written as GGUF: it has no form"
+        in capsys.readouterr().err
+    )
 
 
 def test_targets_that_are_not_set_are_answered_with_the_familys_own(arguments, monkeypatch, capsys):

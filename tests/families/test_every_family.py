@@ -1,4 +1,4 @@
-"""Every family from its files to what is served: trained, merged, adapted, loaded by plain transformers and PEFT."""
+"""Every family from its files to what is served: trained, merged, and asked through transformers, PEFT and llama.cpp."""
 
 import json
 import re
@@ -11,8 +11,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qwen_lit.cli import main
+from qwen_lit.export.gguf import write_plain
 from qwen_lit.families.table import FAMILIES
 from qwen_lit.model.load import read_adapted, read_model
+from tests.ask_llama import answer
 from tests.runs import adapter, stopping
 from tests.tiny import FAMILIES as TINY
 from tests.tiny import config_file, make_model, tensors_of
@@ -127,3 +129,16 @@ def test_plan_names_the_engine_and_the_memory(trained, dataset, tmp_path, capsys
     fast = kind in ("qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
     assert ("engine      on a GPU fast" in said) == fast and ("on a GPU reference" in said) != fast
     assert re.search(r"\d GiB", said)
+
+
+def test_llama_cpp_computes_the_gguf_of_the_merge_as_transformers_computes_the_merge(trained, tokenizer, tmp_path):
+    _, base, out = trained
+    write_plain(out / "final_model", tmp_path / "model.gguf", "f16", tokenizer)
+    theirs = answer(tmp_path / "model.gguf", IDS[0].tolist(), len(tokenizer), steps=6)
+    asked = torch.cat([IDS, theirs[:-1].argmax(-1)[None]], 1)
+    with torch.no_grad():
+        model = whole_class(base).from_pretrained(out / "final_model", dtype=torch.float32).eval()
+        ours = model(input_ids=asked).logits[0, IDS.shape[1] - 1 :].log_softmax(-1)
+    # llama.cpp rounds to float16 what it multiplies by float16 weights.
+    assert (theirs - ours).abs().max() < 0.04 and ours.std() > 0.4
+    assert all(row[token] > row.max() - 0.04 for row, token in zip(ours, theirs.argmax(-1), strict=True))
