@@ -215,7 +215,7 @@ def merge_adapter(
     config["dtype"] = config["torch_dtype"] = "bfloat16"
 
     total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
-    rounded = on_disk(held or {}, config) if merge_base == "dequantized" else {}
+    rounded = on_disk(held or {}, config, base.where) if merge_base == "dequantized" else {}
     tmp = begin_folder(
         out_dir, [base_dir, adapter_dir], _fingerprint(adapter_dir, base, rounded, max_shard_bytes, names)
     )

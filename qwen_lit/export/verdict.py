@@ -148,8 +148,8 @@ class _Weights:
         device: torch.device,
     ) -> None:
         self.family = family_of(config)
-        self.stored = self.family.weights(config)
-        self.adapter, self.base, self.names, self.held = adapter, base, names, on_disk(held, config)
+        self.stored = self.family.weights(config, base.where)
+        self.adapter, self.base, self.names, self.held = adapter, base, names, on_disk(held, config, base.where)
         self.device = device
         self.dtype = product_dtype(device)
 

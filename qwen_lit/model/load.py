@@ -18,6 +18,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from qwen_lit.errors import UserError, shortened
+from qwen_lit.experts import loading as loading  # puts experts in 4 bits into transformers' loader
+from qwen_lit.experts.lora import adapting
+from qwen_lit.experts.targets import check_experts, resolve_all
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
@@ -160,6 +163,7 @@ def check_targets(config: Any, lora: LoraConfig) -> None:
     model = empty_model(config)
     modules = dict(model.named_modules())
     names = list(modules)
+    check_experts(config, lora, names)
     known = sorted({name.rsplit(".", 1)[-1] for name, one in modules.items() if isinstance(one, nn.Linear)})
     named = {"target_modules": [] if isinstance(targets, str) else targets, "modules_to_save": lora.modules_to_save}
     for key, listed in named.items():
@@ -169,8 +173,10 @@ def check_targets(config: Any, lora: LoraConfig) -> None:
     if isinstance(targets, str) and targets != "all-linear":
         check_pattern(targets, names, known)
     plain = replace(copy.deepcopy(lora), init_lora_weights=True, use_dora=False)
+    resolve_all(config, plain)
     try:
-        inject_adapter_in_model(plain, model, low_cpu_mem_usage=True)
+        with adapting(model, plain):
+            inject_adapter_in_model(plain, model, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"model.lora_config: {' '.join(str(error).split())}") from error
 
@@ -286,6 +292,18 @@ def shard_layers(model: PeftModel, device: torch.device) -> None:
         fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
 
 
+def put_adapter(base: Any, lora: LoraConfig) -> PeftModel:
+    """A base with a new adapter on it.
+
+    Args:
+        base: loaded, or without weights.
+        lora: of the adapter; ``all-linear`` in it becomes the names of linears.
+    """
+    resolve_all(base.config, lora)
+    with adapting(base, lora):
+        return get_peft_model(base, lora)  # type: ignore[return-value]
+
+
 def read_adapted(base: Any, adapter: Path) -> Any:
     """A base with a saved adapter on it, to be asked.
 
@@ -299,7 +317,9 @@ def read_adapted(base: Any, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(base, str(adapter)).eval()
+            lora = LoraConfig.from_pretrained(str(adapter))
+            with adapting(base, lora):
+                return PeftModel.from_pretrained(base, str(adapter), config=lora).eval()
         except UserWarning as error:
             raise UserError(f"{adapter} is not an adapter of this base ({_reason(error)}); give its own.") from error
 
@@ -310,7 +330,7 @@ def add_adapter(base: nn.Module, lora: LoraConfig, checkpointing: bool) -> PeftM
     The base's norms and embeddings stay bf16: Qwen's RMSNorm computes in fp32 by itself.
     """
     lora.task_type = "CAUSAL_LM"
-    model = get_peft_model(base, lora)  # type: ignore[arg-type]
+    model = put_adapter(base, lora)
     if checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", None)
         if enable is not None:
@@ -319,4 +339,4 @@ def add_adapter(base: nn.Module, lora: LoraConfig, checkpointing: bool) -> PeftM
             base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             base.enable_input_require_grads()  # type: ignore[operator]
     model.train()
-    return model  # type: ignore[return-value]
+    return model
