@@ -38,7 +38,8 @@ class ParamWrapper(layer.ParamWrapper):
                 (adapter,) = module.active_adapters
                 lora[module.parameter_name] = module.factors(adapter)
             module = module.base_layer
-        return experts_forward(module, x, *args, lora=lora)
+        index, weights = args
+        return experts_forward(module, x, index, weights, lora)
 
     def factors(self, adapter: str) -> Factors:
         """The adapter's share in each expert's matrix, out of PEFT's two matrices for all of them."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qwen_lit.export.experts import each_expert, parameter_named
 from qwen_lit.export.folder import ExportError, open_tensors, read_json
 
 CONVERTED_MARKER = "residual_converted"
@@ -46,6 +47,8 @@ class Pair:
     magnitude: torch.Tensor | None = None
     embedding: bool = False
     scaling: float = 1.0
+    stack: int = 1
+    """Experts whose A are one below the other, and whose B's columns are told apart last, as PEFT has them."""
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Adapter:
     pairs: dict[str, Pair] = field(default_factory=dict)  # by the name of the base weight
     full: dict[str, torch.Tensor] = field(default_factory=dict)  # modules_to_save, trained biases
     bias: dict[str, torch.Tensor] = field(default_factory=dict)  # lora_bias: already scaled
+    stacked: dict[str, Pair] = field(default_factory=dict)  # of experts, by the name in transformers' model
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
@@ -85,7 +89,7 @@ def read_adapter(adapter_dir: Path) -> Adapter:
     pattern = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.weight|\.bias)?$")
     with open_tensors(path) as handle:
         for key in handle.keys():
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            name = parameter_named(key.removeprefix(PREFIX), config).replace(".base_layer.", ".")
             tensor = handle.get_tensor(key)
             match = pattern.match(name)
             if not key.startswith(PREFIX) or (match is None and not name.endswith((".weight", ".bias"))):
@@ -119,7 +123,7 @@ def apply_pair(weight: torch.Tensor, pair: Pair, device: torch.device | None = N
     """Merge one pair in fp32, a block of rows at a time.
 
     Args:
-        weight: (out, in), as stored.
+        weight: (out, in), or (experts, out, in), as stored.
         pair: the adapter's share in it.
         device: where the products run; default the CPU.
 
@@ -131,6 +135,9 @@ def apply_pair(weight: torch.Tensor, pair: Pair, device: torch.device | None = N
     """
     assert pair.a is not None and pair.b is not None
     device = device or torch.device("cpu")
+    if pair.stack > 1:
+        done = [apply_pair(one, its, device) for one, its in zip(weight, each_expert(pair, pair.stack), strict=True)]
+        return torch.stack([one for one, _ in done]), max(delta for _, delta in done)
     left, right = (pair.a.T, pair.b.T) if pair.embedding else (pair.b, pair.a)
     left, right = left.to(device), right.to(device)
     result = torch.empty(weight.shape, dtype=torch.bfloat16)
