@@ -59,8 +59,11 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                 skipped = self.modules_to_not_convert
                 if not all(should_convert_module(one, skipped) for one in (name, f"{name}.{own}")):
                     continue
-                if rows % parts or rows * columns // parts % BLOCKSIZE:
-                    log.warning("%s.%s stays in 16 bits: a matrix is no multiple of %d numbers", name, own, BLOCKSIZE)
+                if rows % parts or columns % BLOCKSIZE:
+                    # bitsandbytes' CPU kernel is wrong where a block goes on in the next row.
+                    log.warning(
+                        "%s.%s stays in 16 bits: %d columns are no blocks of %d", name, own, columns, BLOCKSIZE
+                    )
                     continue
                 form = Stacked4bit(
                     *(count, rows, columns, parts, config.bnb_4bit_quant_type, BLOCKSIZE),

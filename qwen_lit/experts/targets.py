@@ -63,6 +63,12 @@ def check_experts(config: Any, lora: LoraConfig, names: Iterable[str]) -> None:
                 "passes, the experts were trained for its choice, and no loss here would keep their shares even; "
                 "leave it out."
             )
+        shares = [name for name in matched if name.rpartition(".")[2] in PROJECTIONS]
+        if isinstance(listed, str) and shares:
+            raise UserError(
+                f"lora_config.{key}: the text {listed!r} matches {shares[0]}, which PEFT would take for experts when "
+                "it reads the adapter; write the targets as a list."
+            )
     bare = [one for one in PROJECTIONS if not isinstance(wanted, str) and one in wanted]
     if bare:
         instead = [f"shared_expert.{one}" for one in bare]
