@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from qwen_lit.errors import UserError
 from qwen_lit.experts.stacked import held_4bit
-from qwen_lit.families.layer import text_config, value_of
+from qwen_lit.families.layer import is_tied
 from qwen_lit.families.table import family_of
 from qwen_lit.model.load import empty_model
 
@@ -121,7 +121,7 @@ def usable(quantization: BitsAndBytesConfig | None, config: Any) -> BitsAndBytes
     if skipped is None and not plain:
         # transformers skips the head by itself.
         return quantization
-    tied = skipped is None or value_of(text_config(config), "tie_word_embeddings", False)
+    tied = skipped is None or is_tied(config)
     wanted = [*(skipped or []), *([family.head] if tied else []), *sorted(plain)]
     quantization = copy.copy(quantization)
     quantization.llm_int8_skip_modules = list(dict.fromkeys(wanted))
@@ -199,7 +199,7 @@ def on_disk(held: Mapping[str, Held], config: Any, there: Container[str] = ()) -
 
     Args:
         held: by the names of the base, as ``loaded_weights`` and ``planned_weights`` tell.
-        config: of the base model, or what its config.json holds.
+        config: what the base's config.json holds, which tells how its files name their weights.
         there: names in the files, as of ``Family.weights``.
     """
     names = family_of(config).weights(config, there)

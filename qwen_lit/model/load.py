@@ -3,11 +3,14 @@
 import copy
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jinja2 import TemplateSyntaxError
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
@@ -22,6 +25,7 @@ from qwen_lit.experts import loading as loading  # puts experts in 4 bits into t
 from qwen_lit.experts.lora import adapting
 from qwen_lit.experts.targets import check_experts, resolve_all
 from qwen_lit.families.table import family_of
+from qwen_lit.families.wrappers import TO_LANGUAGE_MODEL, for_language_model
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
 from qwen_lit.progress import timed
@@ -173,7 +177,6 @@ def check_targets(config: Any, lora: LoraConfig) -> None:
     if isinstance(targets, str) and targets != "all-linear":
         check_pattern(targets, names, known)
     plain = replace(copy.deepcopy(lora), init_lora_weights=True, use_dora=False)
-    resolve_all(config, plain)
     try:
         with adapting(model, plain):
             inject_adapter_in_model(plain, model, low_cpu_mem_usage=True)
@@ -243,6 +246,9 @@ def read_model(
         quantization: of its linears, done while they are read; None for none.
         place: where it is put; None puts it where it computes.
         dtype: of all that is not quantised; None takes ``product_dtype(device)``.
+
+    Raises:
+        UserError: the files lack weights of the model.
     """
     place = place or device
     where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
@@ -250,15 +256,36 @@ def read_model(
     family = family_of(whole)
     # The names of a language model in files that hold more; those of its own files stay as they are.
     names = {f"^{re.escape(family.decoder_in_wrapper)}": family.decoder} if family.text else None
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=language_model(whole),
-        key_mapping=names,
-        dtype=dtype or product_dtype(device),
-        quantization_config=computing_on(device, quantization),
-        device_map={"": where},
-        use_safetensors=True,
-    )
+    reader: Any = AutoModelForCausalLM
+    with _quiet():
+        model, told = reader.from_pretrained(
+            folder,
+            config=language_model(whole),
+            key_mapping=names,
+            dtype=dtype or product_dtype(device),
+            quantization_config=computing_on(device, quantization),
+            device_map={"": where},
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if told["missing_keys"]:
+        # transformers would begin them at random.
+        lost = sorted(told["missing_keys"])
+        raise UserError(
+            f"model_name_or_path: {folder} lacks {lost[0]} and {len(lost) - 1} more weights; fetch its files again."
+        )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of weights that a model does not take, such as those of a vision tower."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def load_base(
@@ -317,9 +344,11 @@ def read_adapted(base: Any, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            lora = LoraConfig.from_pretrained(str(adapter))
-            with adapting(base, lora):
-                return PeftModel.from_pretrained(base, str(adapter), config=lora).eval()
+            config = LoraConfig.from_pretrained(str(adapter))
+            vars(config).update(for_language_model(vars(config)), inference_mode=True)
+            names = TO_LANGUAGE_MODEL
+            with adapting(base, config):
+                return PeftModel.from_pretrained(base, str(adapter), config=config, key_mapping=names).eval()
         except UserWarning as error:
             raise UserError(f"{adapter} is not an adapter of this base ({_reason(error)}); give its own.") from error
 
