@@ -67,7 +67,9 @@ def test_the_merge_has_the_names_dtypes_and_config_of_the_base_and_touches_nothi
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     targets = tuple(f"{one}.weight" for one in FAMILIES[kind].targets)
     assert changed and not any("visual" in name or name.startswith("mtp") for name in changed)
-    assert {name for name in before if name.endswith(targets) and "visual" not in name and "mtp" not in name} <= changed
+    assert {
+        name for name in before if name.endswith(targets) and "visual" not in name and "mtp" not in name
+    } <= changed
     assert not {name for name in changed if before[name].dtype == torch.float32}
     assert config_file(out / "final_model") == config_file(base)
 
