@@ -70,6 +70,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                     config.bnb_4bit_use_double_quant,
                     weight.dtype,
                     config.bnb_4bit_compute_dtype,
+                    config.bnb_4bit_quant_storage,
                 )
                 module.held_4bit = {**held_4bit(module), own: form}
 

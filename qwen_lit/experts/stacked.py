@@ -39,6 +39,8 @@ class Stacked4bit:
     """Of the numbers that come out, and of the experts when they are read."""
     compute: torch.dtype = torch.bfloat16
     """Of products."""
+    storage: torch.dtype = torch.uint8
+    """That the bytes are said to have, as ``bnb_4bit_quant_storage`` of linears."""
 
     @property
     def blocks(self) -> int:
@@ -47,11 +49,11 @@ class Stacked4bit:
 
     @property
     def widths(self) -> list[int]:
-        """Bytes of a row: packed numbers, scales, and where these are quantised, their scales and means."""
-        packed = self.rows * self.columns // 2
-        if not self.double:
-            return [packed, 4 * self.parts * self.blocks]
-        return [packed, self.parts * self.blocks, 4 * self.parts * -(-self.blocks // SCALES), 4 * self.parts]
+        """Bytes of a row: packed numbers, scales, where these are quantised their scales and means, and a rest."""
+        found = [self.rows * self.columns // 2, self.parts * self.blocks * (1 if self.double else 4)]
+        if self.double:
+            found += [4 * self.parts * -(-self.blocks // SCALES), 4 * self.parts]
+        return [*found, -sum(found) % self.storage.itemsize]
 
     def quantize(self, weight: Tensor) -> Tensor:
         """The bytes that hold a weight.
@@ -60,14 +62,15 @@ class Stacked4bit:
             weight: ``[count, rows, columns]``.
 
         Returns:
-            ``[count, sum(widths)]``, uint8, on the weight's device.
+            ``[count, sum(widths)]`` bytes as ``storage``, on the weight's device.
         """
-        held = torch.empty(self.count, sum(self.widths), dtype=torch.uint8, device=weight.device)
+        held = torch.zeros(self.count, sum(self.widths), dtype=torch.uint8, device=weight.device)
         for row, expert in zip(held, weight, strict=True):
             # One piece of each kind for each matrix; a kind's pieces stand together.
             pieces = [self._quantized(matrix) for matrix in expert.chunk(self.parts)]
-            torch.cat([piece for kind in zip(*pieces, strict=True) for piece in kind], out=row)
-        return held
+            made = torch.cat([piece for kind in zip(*pieces, strict=True) for piece in kind])
+            row[: len(made)] = made
+        return held.view(self.storage)
 
     def _quantized(self, matrix: Tensor) -> list[Tensor]:
         packed, state = F.quantize_4bit(
@@ -82,12 +85,12 @@ class Stacked4bit:
         """The matrices that some rows hold.
 
         Args:
-            held: ``[n, sum(widths)]``, uint8.
+            held: ``[n, sum(widths)]`` bytes as ``storage``.
 
         Returns:
             ``[n, rows, columns]`` in ``dtype``.
         """
-        pieces = [piece.contiguous() for piece in held.split(self.widths, dim=1)]
+        *pieces, _ = (piece.contiguous() for piece in held.view(torch.uint8).split(self.widths, dim=1))
         state = F.QuantState(
             absmax=self._scales(pieces[1:]),
             shape=torch.Size((len(held) * self.rows, self.columns)),
