@@ -207,6 +207,8 @@ class QwenCLI(LightningCLI):
             check_size(count_parameters(model.config), device, self.config.trainer.accelerator)
         if command in LOADING or (command == "plan" and device.type == "cuda"):
             model.fetch_weights()
+        if command in ("fit", "plan", "export"):
+            self.exporter.check_base(model, fetches=command != "plan")
         check_packing(model.config, self.datamodule.settings.packing)
         compute_in_float32(self.trainer)
         if self.before:
