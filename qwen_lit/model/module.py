@@ -20,6 +20,7 @@ from qwen_lit.data.datamodule import QwenDataModule, data_of
 from qwen_lit.distributed import agree, reduce_trained_alone, watch_children
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError, UserError
+from qwen_lit.experts.targets import resolve_all
 from qwen_lit.export.adapter import saved_name
 from qwen_lit.export.folder import read_json
 from qwen_lit.families.table import family_of
@@ -96,6 +97,7 @@ class QwenModule(L.LightningModule):
         """Of the base's files, which may hold more than the language model."""
         self.quantization_config = usable(settings.quantization_config, self.config)
         self.quantized: dict[str, Held] | None = None
+        resolve_all(self.config, self.lora_config)
         check_targets(self.config, self.lora_config)
         if self.lora_config.modules_to_save:
             held = self.held_weights(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Every family from its files to what is served: trained, merged, and asked through transformers, PEFT and llama.cpp."""
+"""Every family from its files to what is served: trained, merged, asked by transformers, PEFT and llama.cpp."""
 
 import json
 import re
@@ -101,7 +101,8 @@ def test_the_adapter_works_on_the_whole_model_by_plain_peft_as_on_the_language_m
         warnings.filterwarnings("error", message="Found missing adapter keys")
         adapted = PeftModel.from_pretrained(whole, out / "lora_adapter")
     ours = logits(read_adapted(read_model(base, CPU, dtype=torch.float32), out / "lora_adapter"))
-    assert not torch.allclose(ours, plain, atol=0.1) and torch.equal(logits(adapted), ours)
+    # PEFT adds the share in a shared expert to its weight, and ours beside it.
+    assert not torch.allclose(ours, plain, atol=0.1) and torch.allclose(logits(adapted), ours, atol=1e-4)
     assert not any("visual" in name for name, one in adapted.named_modules() if hasattr(one, "lora_A"))
 
 

@@ -17,7 +17,7 @@ from qwen_lit.families.layer import Family, Layer, Linear, Vector
 from qwen_lit.families.table import FAMILIES, family_of
 from qwen_lit.model.load import load_base
 from qwen_lit.planner.flops import token_flops
-from qwen_lit.quantization import count_linears, loaded_weights, on_disk, planned_weights, usable
+from qwen_lit.quantization import Held, count_linears, loaded_weights, on_disk, planned_weights, usable
 
 SIZES = {
     "vocab_size": 96,
@@ -273,11 +273,17 @@ def test_work_and_counts_follow_the_table(monkeypatch):
     attention = 2 * 100 * 2 * 4
     assert token_flops(model, 100, 0.5) == (4 * (linear + 40) + 3 * attention, 2 * linear + attention)
     assert count_linears(config) == 1 + 2 * (1 + 1 + 1 + 4)
-    held = {"model.layers.1.mlp.experts.down_proj": "nf4", "model.layers.0.self_attn.q_proj.weight": "nf4"}
-    assert set(on_disk(held, config)) == {
-        "model.language_model.layers.0.self_attn.q_proj.weight",
-        *(f"model.language_model.layers.1.mlp.experts.{number}.down_proj.weight" for number in range(4)),
+    held = {
+        "model.layers.1.mlp.experts.down_proj": Held("nf4", 64, matrices=4),
+        "model.layers.0.self_attn.q_proj.weight": Held("nf4", 64),
     }
+    assert on_disk(held, config) == dict.fromkeys(
+        [
+            "model.language_model.layers.0.self_attn.q_proj.weight",
+            *(f"model.language_model.layers.1.mlp.experts.{number}.down_proj.weight" for number in range(4)),
+        ],
+        Held("nf4", 64),
+    )
 
 
 def test_a_window_is_read_as_transformers_reads_it():
