@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,9 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qwen_lit.cli import main
+from qwen_lit.data.batches import collate
 from qwen_lit.export.gguf import write_plain
-from qwen_lit.families.table import FAMILIES
+from qwen_lit.families.table import FAMILIES, family_of
 from qwen_lit.model.load import read_adapted, read_model
+from qwen_lit.model.loss import reference_loss
 from tests.ask_llama import answer
 from tests.runs import adapter, stopping
 from tests.tiny import FAMILIES as TINY
@@ -111,6 +114,18 @@ def test_the_merge_answers_as_was_trained(trained):
     verdict = json.loads((out / "summary.json").read_text(encoding="utf-8"))["verdict"]
     dequantized = verdict["merges"]["dequantized"]
     assert abs(dequantized["loss"] - verdict["adapter_loss"]) < 0.02 and dequantized["kl"] < 0.002
+
+
+def test_a_packed_row_has_the_loss_that_it_has_alone(trained):
+    _, base, out = trained
+    model = read_adapted(read_model(base, CPU, dtype=torch.float32), out / "lora_adapter").get_base_model()
+    family, draw = family_of(model.config), np.random.default_rng(0)
+    rows = [(draw.integers(0, 300, length), np.array([[0, length]])) for length in (37, 3, 21, 66)]
+    with torch.no_grad():
+        alone = [float(reference_loss(model, family, collate([row], 0))) for row in rows]
+        for count in range(1, len(rows) + 1):
+            packed = float(reference_loss(model, family, collate(rows[:count], 0)))
+            assert packed == pytest.approx(sum(alone[:count]), rel=1e-4), count
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(trained, dataset, tmp_path):
