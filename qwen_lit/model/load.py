@@ -144,6 +144,17 @@ def _reason(error: Exception) -> str:
     return shortened(" ".join((str(error) or type(error).__name__).split()))
 
 
+def usual_targets(config: Any, lora: LoraConfig) -> None:
+    """Give an adapter that names no targets those of the model's family.
+
+    Args:
+        config: of the model.
+        lora: changed in place where neither ``target_modules`` nor ``target_parameters`` is set.
+    """
+    if lora.target_modules is None and not lora.target_parameters:
+        lora.target_modules = list(family_of(config).targets)
+
+
 def check_targets(config: Any, lora: LoraConfig) -> None:
     """Reject LoRA targets that PEFT would refuse or pass over, before any weight is read.
 

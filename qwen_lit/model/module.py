@@ -24,7 +24,15 @@ from qwen_lit.families.table import family_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
 from qwen_lit.model.duration import check_limits, check_validation_share, total_steps, warmup_steps
-from qwen_lit.model.load import add_adapter, check_targets, check_weights, load_base, load_config, shard_layers
+from qwen_lit.model.load import (
+    add_adapter,
+    check_targets,
+    check_weights,
+    load_base,
+    load_config,
+    shard_layers,
+    usual_targets,
+)
 from qwen_lit.model.loss import reference_loss
 from qwen_lit.model.neftune import add_noise
 from qwen_lit.model.optim import configure_groups, optimizer_of, parameter_groups, repage
@@ -80,6 +88,7 @@ class QwenModule(L.LightningModule):
         self.config = load_config(self.folder, self.name)
         self.quantization_config = usable(settings.quantization_config, self.config)
         self.quantized: dict[str, Held] | None = None
+        usual_targets(self.config, self.lora_config)
         check_targets(self.config, self.lora_config)
         if self.lora_config.modules_to_save:
             check_trained_whole(self.held_weights(torch.device("cpu")), self.lora_config.modules_to_save)

@@ -1,9 +1,11 @@
 """A family's row of the table decides what the commands do."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -87,7 +89,18 @@ def test_gguf_is_refused_before_training_where_a_family_has_no_form_in_it(argume
     assert "export.gguf is q8_0, but a qwen2 model cannot be written as GGUF" in capsys.readouterr().err
 
 
-def test_targets_that_are_not_set_are_answered_with_the_familys_own(arguments, monkeypatch, capsys):
-    monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], targets=("in_proj_z", "out_proj")))
-    assert main([*arguments, "--model.lora_config.target_modules", "null"]) == 2
-    assert "name linears, for example [in_proj_z, out_proj]" in capsys.readouterr().err
+def test_targets_that_are_left_out_are_the_familys_own_and_the_run_says_so(arguments, monkeypatch, tmp_path):
+    monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], targets=("up_proj", "k_proj")))
+    left_out = ["--model.lora_config.target_modules", "null", "--trainer.max_steps", "1", "--export.merge", "false"]
+    assert main([*arguments, *left_out]) == 0
+    written = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["model"]["lora_config"]
+    adapter = json.loads((tmp_path / "out" / "lora_adapter" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["up_proj", "k_proj"]
+    assert set(adapter["target_modules"]) == {"up_proj", "k_proj"}
+    again = ["--ckpt_path", "last", *left_out, "--trainer.max_steps", "2"]
+    assert main([*arguments, *again]) == 0
+
+
+def test_an_empty_list_of_targets_is_refused(arguments, capsys):
+    assert main([*arguments, "--model.lora_config.target_modules", "[]"]) == 2
+    assert "name linears, for example [q_proj, k_proj, v_proj, o_proj]" in capsys.readouterr().err
