@@ -66,3 +66,9 @@ def delta_net(config: Config, joined: bool) -> tuple[Groups, tuple[Vector, ...]]
         Vector("linear_attn.dt_bias", heads),
         Vector("linear_attn.norm.weight", value_size),
     )
+
+
+def delta_state(config: Config) -> int:
+    """Numbers of a gated DeltaNet's state: a matrix of key by value for each head."""
+    size = value_of(config, "linear_key_head_dim", 128) * value_of(config, "linear_value_head_dim", 128)
+    return int(value_of(config, "linear_num_value_heads", 32) * size)

@@ -89,6 +89,8 @@ class Layer:
     head_size: int = 0
     query_key_norm: bool = False
     """Whether queries and keys are normed, each head by itself."""
+    state: int = 0
+    """Numbers of linear attention's state, of all heads; each token reads it twice and writes it once."""
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from qwen_lit.families.dense import mlp_groups
-from qwen_lit.families.hybrid import delta_net, gated_attention, head_size, is_linear
+from qwen_lit.families.hybrid import delta_net, delta_state, gated_attention, head_size, is_linear
 from qwen_lit.families.layer import Config, Family, Layer, Vector, value_of
 from qwen_lit.families.mixtures import feed_forward
 from qwen_lit.families.wrappers import wrapped
@@ -32,7 +32,7 @@ def hybrid_layers(config: Config, joined: bool, experts: bool) -> tuple[Layer, .
             if experts
             else ("mlp", mlp_groups(hidden, value_of(config, "intermediate_size")))
         )
-        layer = Layer("linear attention", kind, (*mixer, *groups), (*norms, *vectors))
+        layer = Layer("linear attention", kind, (*mixer, *groups), (*norms, *vectors), state=delta_state(config))
         if not linear:
             key_heads = value_of(config, "num_key_value_heads", heads)
             layer = replace(
@@ -42,6 +42,7 @@ def hybrid_layers(config: Config, joined: bool, experts: bool) -> tuple[Layer, .
                 key_heads=key_heads,
                 head_size=head_size(config),
                 query_key_norm=True,
+                state=0,
             )
         found.append(layer)
     return tuple(found)
