@@ -18,6 +18,7 @@ from qwen_lit.model.settings import ModelSettings
 from qwen_lit.quantization import Held
 
 CPU = torch.device("cpu")
+WITHOUT = "for which the fast engine has no kernels"
 
 
 def ending(family, **what):
@@ -40,7 +41,7 @@ def adapted(model_folder):
 def test_the_fast_engine_takes_the_mixers_it_has(adapted, monkeypatch, mixer):
     assert unsupported_reason(adapted, CPU) is None
     monkeypatch.setitem(FAMILIES, "qwen2", ending(FAMILIES["qwen2"], mixer=mixer))
-    assert unsupported_reason(adapted, CPU) == f"the model has {mixer}"
+    assert unsupported_reason(adapted, CPU) == f"of 2 layers 1 have {mixer}, {WITHOUT}"
 
 
 def test_the_fast_engine_takes_known_families_alone(adapted, monkeypatch):
@@ -50,7 +51,7 @@ def test_the_fast_engine_takes_known_families_alone(adapted, monkeypatch):
 
 def test_experts_are_left_to_the_reference_engine(adapted, monkeypatch):
     monkeypatch.setitem(FAMILIES, "qwen2", ending(FAMILIES["qwen2"], feed_forward="experts"))
-    assert unsupported_reason(adapted, CPU) == "the model has experts"
+    assert unsupported_reason(adapted, CPU) == f"of 2 layers 1 have experts, {WITHOUT}"
 
 
 def test_a_head_in_four_bits_is_found_by_the_place_of_the_table(adapted, monkeypatch):
@@ -79,7 +80,11 @@ def test_plan_advises_packing_where_it_is_possible(arguments, monkeypatch, capsy
 def test_plan_says_that_a_mixer_has_no_fast_engine(arguments, monkeypatch, capsys):
     monkeypatch.setitem(FAMILIES, "qwen2", ending(FAMILIES["qwen2"], mixer="linear attention"))
     assert main(["plan", *arguments[1:]]) == 0
-    assert "on a GPU reference (the model has linear attention)" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"on a GPU reference (of 2 layers 1 have linear attention, {WITHOUT})" in told
+    assert main(["plan", *arguments[1:], "--model.engine", "fast"]) == 2
+    told = f"model.engine is fast, but of 2 layers 1 have linear attention, {WITHOUT}; set it to auto."
+    assert told in capsys.readouterr().err
 
 
 def test_gguf_is_refused_before_training_where_a_family_has_no_form_in_it(arguments, monkeypatch, capsys):
