@@ -7,7 +7,7 @@ family keeps as it is in the files reaches both through ``usable``.
 import copy
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qwen_lit.errors import UserError
-from qwen_lit.families.layer import text_config, value_of
+from qwen_lit.families.layer import is_tied
 from qwen_lit.families.table import family_of
 from qwen_lit.model.load import empty_model
 
@@ -108,7 +108,7 @@ def usable(quantization: BitsAndBytesConfig | None, config: Any) -> BitsAndBytes
     if skipped is None and not plain:
         # transformers skips the head by itself.
         return quantization
-    tied = skipped is None or value_of(text_config(config), "tie_word_embeddings", False)
+    tied = skipped is None or is_tied(config)
     wanted = [*(skipped or []), *([family.head] if tied else []), *sorted(plain)]
     quantization = copy.copy(quantization)
     quantization.llm_int8_skip_modules = list(dict.fromkeys(wanted))
@@ -175,14 +175,15 @@ def count_linears(config: Any) -> int:
     return 1 + sum(one.count for layer in family_of(config).layers(config) for one in layer.linears)
 
 
-def on_disk(held: Mapping[str, Held], config: Any) -> dict[str, Held]:
+def on_disk(held: Mapping[str, Held], config: Any, there: Container[str] = ()) -> dict[str, Held]:
     """How quantised weights are held, by their names in the base's files.
 
     Args:
         held: by the names of the base, as ``loaded_weights`` and ``planned_weights`` tell.
-        config: of the base model, or what its config.json holds.
+        config: what the base's config.json holds, which tells how its files name their weights.
+        there: names in the files, as of ``Family.weights``.
     """
-    names = family_of(config).weights(config)
+    names = family_of(config).weights(config, there)
     return {name: how for own, how in held.items() for name in names[own]}
 
 

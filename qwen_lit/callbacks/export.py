@@ -23,7 +23,7 @@ from qwen_lit.checkpoints import trained_at
 from qwen_lit.data.datamodule import QwenDataModule, data_of
 from qwen_lit.data.rows import Rows
 from qwen_lit.errors import UserError
-from qwen_lit.export.adapter import RESIDUAL_INITS
+from qwen_lit.export.adapter import RESIDUAL_INITS, write_for_whole
 from qwen_lit.export.card import ModelCardFacts, finish_adapter
 from qwen_lit.export.folder import ExportError, commit_folder
 from qwen_lit.export.gguf import GgufType, check_form
@@ -131,6 +131,7 @@ class Export(Callback):
             module.model.save_pretrained(
                 str(partial), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
             )
+            write_for_whole(partial, module.family)
             finish_adapter(partial, module.name, self.run.config, self.made)
             commit_folder(partial, adapter)
             log.info("adapter of step %d written to %s", self.made["step"], adapter)
@@ -178,7 +179,8 @@ class Export(Callback):
         adapter, self.made = path, trained_at(path)
         if path.is_file():
             adapter = self.run.adapter
-            adapter_from_checkpoint(path, module.lora_config, module.name, adapter, self.run.config, self.made)
+            run = self.run.config
+            adapter_from_checkpoint(path, module.lora_config, module.name, module.family, adapter, run, self.made)
             log.info("adapter of step %d written to %s", self.made["step"], adapter)
         self.export(adapter, module, data, device, loggers, {})
         if self.missing:

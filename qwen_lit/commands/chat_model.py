@@ -15,6 +15,7 @@ from qwen_lit.errors import UserError, shortened
 from qwen_lit.export.adapter import UNSUPPORTED, read_adapter
 from qwen_lit.export.folder import BaseModel, ExportError, read_json
 from qwen_lit.export.merge import fit_names
+from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, find
 from qwen_lit.hub_libraries import Hub
@@ -70,13 +71,14 @@ class Choice:
         base = find(self.base, self.hub)
         if base is None:
             return 0
-        config = load_config(base)
-        held = on_disk(planned_weights(config, self.quantization, device), config)
+        config, there = read_json(base / "config.json"), BaseModel(base).where
+        held = on_disk(planned_weights(load_config(base), self.quantization, device), config, there)
         size = product_dtype(device).itemsize
-        weights = {name: shape for name, (_, _, shape) in BaseModel(base).where.items()}
+        loaded = {name for names in family_of(config).weights(config, there).values() for name in names}
         total = sum(
             held[name].bytes_of(math.prod(shape), shape[0]) if name in held else math.prod(shape) * size
-            for name, shape in weights.items()
+            for name, (_, _, shape) in there.items()
+            if name in loaded
         )
         return total + sum(file.stat().st_size for file in self.folder.glob("adapter_model.safetensors"))
 

@@ -57,7 +57,7 @@ def answer_rows(
     with tempfile.TemporaryDirectory(prefix="qwen_lit_") as folder:
         if adapter.is_file():
             path, adapter = adapter, Path(folder) / ADAPTER
-            adapter_from_checkpoint(path, module.lora_config, module.name, adapter, {})
+            adapter_from_checkpoint(path, module.lora_config, module.name, module.family, adapter, {})
         base: Any = load_base(module.folder, module.quantization_config, device)
         base.config.use_cache = True
         model = read_adapted(base, adapter)

@@ -10,6 +10,7 @@ from qwen_lit.convert.draft import Draft
 from qwen_lit.convert.tracking import trackers
 from qwen_lit.convert.validation import validation
 from qwen_lit.convert.values import is_nothing, is_off, listed, number, spelled, text, truth, whole
+from qwen_lit.families.table import FAMILIES
 from qwen_lit.model.schedules import ScheduleName
 
 Reader = Callable[[str, Any], Any]
@@ -74,10 +75,12 @@ PEFT_OWN = (
     "megatron_config",
     "megatron_core",
 )
-OURS = re.compile(r"qwen-?(1\.5|2|2\.5|3)(?![.\d])|qwq|distill-qwen|qwen(?![\d.-]*\d)", re.IGNORECASE)
+OURS = re.compile(r"qwen-?(1\.5|2|2\.5|3|3\.[568])(?![.\d])|qwq|distill-qwen|qwen(?![\d.-]*\d)", re.IGNORECASE)
 """In the name of a model that is trained here."""
-OTHER_KINDS = re.compile(r"qwen3-next|-A\d+B|omni|audio|-VL\b|vision|embedding|reranker|reward|-PRM", re.IGNORECASE)
-HELD = re.compile(r"(awq|gptq|-int[48]|-fp8|bnb-4bit|-mlx|gguf)", re.IGNORECASE)
+OTHER_KINDS = re.compile(
+    r"qwen(1\.5|2)-.*A\d|qwen2-VL|VL-\d+B-A|flash-next|omni|audio|embedding|reranker|reward|-PRM", re.IGNORECASE
+)
+HELD = re.compile(r"(awq|gptq|-int[48]|-fp8|-mlx|gguf)", re.IGNORECASE)
 
 
 def to_ours(draft: Draft) -> None:
@@ -117,7 +120,8 @@ def model(draft: Draft) -> None:
     draft.write("model.model_name_or_path", name, draft.origin("model_name_or_path"))
     last = Path(name).name
     if not OURS.search(last if re.search("qwen|qwq", last, re.IGNORECASE) else name) or OTHER_KINDS.search(last):
-        draft.note(f"{name}: Qwen2, Qwen2.5 and Qwen3 for text, without experts, are trained here; others are refused")
+        known = dict.fromkeys(release for family in FAMILIES.values() for release in family.releases)
+        draft.note(f"{name}: none of {', '.join(known)}, which are trained here; others are refused")
     if found := HELD.search(name):
         draft.note(f"{name}: holds weights that are quantized already ({found[1]}); give the checkpoint in bfloat16")
 

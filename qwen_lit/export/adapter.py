@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from qwen_lit.export.folder import ExportError, open_tensors, read_json
+from qwen_lit.export.folder import ExportError, open_tensors, read_json, write_json
+from qwen_lit.families.layer import Family
+from qwen_lit.families.wrappers import for_language_model, for_whole, weight_for_language_model
 
 CONVERTED_MARKER = "residual_converted"
 """An empty file of this name in an adapter folder says that its weights already count from the original base."""
@@ -55,6 +59,12 @@ class Adapter:
     full: dict[str, torch.Tensor] = field(default_factory=dict)  # modules_to_save, trained biases
     bias: dict[str, torch.Tensor] = field(default_factory=dict)  # lora_bias: already scaled
 
+    def rename(self, name: Callable[[str], str]) -> None:
+        """Give every weight another name."""
+        self.pairs = {name(own): one for own, one in self.pairs.items()}
+        self.full = {name(own): one for own, one in self.full.items()}
+        self.bias = {name(own): one for own, one in self.bias.items()}
+
 
 def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
     """PEFT's scaling of one module; the rank is that of its weights, so rank_pattern is met as saved."""
@@ -67,8 +77,11 @@ def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
 
 
 def read_adapter(adapter_dir: Path) -> Adapter:
-    """Read adapter_config.json and adapter_model.safetensors; every key is understood or named in an error."""
-    config = read_json(adapter_dir / "adapter_config.json")
+    """Read adapter_config.json and adapter_model.safetensors; every key is understood or named in an error.
+
+    Names are those of the language model, whichever the folder was written with.
+    """
+    config = for_language_model(read_json(adapter_dir / "adapter_config.json"))
     if str(config.get("peft_type")).upper() != "LORA":
         raise ExportError(f"{adapter_dir}: peft_type {config.get('peft_type')!r}; only LORA adapters can be merged")
     for key in UNSUPPORTED:
@@ -85,7 +98,7 @@ def read_adapter(adapter_dir: Path) -> Adapter:
     pattern = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.weight|\.bias)?$")
     with open_tensors(path) as handle:
         for key in handle.keys():
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            name = weight_for_language_model(key.removeprefix(PREFIX)).replace(".base_layer.", ".")
             tensor = handle.get_tensor(key)
             match = pattern.match(name)
             if not key.startswith(PREFIX) or (match is None and not name.endswith((".weight", ".bias"))):
@@ -115,25 +128,43 @@ def read_adapter(adapter_dir: Path) -> Adapter:
     return adapter
 
 
-def apply_pair(weight: torch.Tensor, pair: Pair, device: torch.device | None = None) -> tuple[torch.Tensor, float]:
+def write_for_whole(adapter_dir: Path, family: Family) -> None:
+    """Rename what is in an adapter's folder for the whole model that the base's files hold.
+
+    Args:
+        adapter_dir: as PEFT writes it for the language model; left as it is where the files hold nothing else.
+        family: of the base's files.
+    """
+    if not family.text:
+        return
+    config, weights = adapter_dir / "adapter_config.json", adapter_dir / "adapter_model.safetensors"
+    named = {PREFIX + family.in_wrapper(name.removeprefix(PREFIX)): one for name, one in load_file(weights).items()}
+    save_file(named, weights, metadata={"format": "pt"})
+    write_json(config, for_whole(read_json(config)))
+
+
+def apply_pair(
+    weight: torch.Tensor, pair: Pair, device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, float]:
     """Merge one pair in fp32, a block of rows at a time.
 
     Args:
         weight: (out, in), as stored.
         pair: the adapter's share in it.
         device: where the products run; default the CPU.
+        dtype: of the result.
 
     Returns:
-        The bf16 (out, in) weight on the CPU, and the largest ``|scaling·B·A|``.
+        The (out, in) weight on the CPU, and the largest ``|scaling·B·A|``.
 
     Raises:
-        ExportError: the result is not finite.
+        ExportError: the result is not finite in its dtype.
     """
     assert pair.a is not None and pair.b is not None
     device = device or torch.device("cpu")
     left, right = (pair.a.T, pair.b.T) if pair.embedding else (pair.b, pair.a)
     left, right = left.to(device), right.to(device)
-    result = torch.empty(weight.shape, dtype=torch.bfloat16)
+    result = torch.empty(weight.shape, dtype=dtype)
     rows, largest = max(1, CHUNK_ELEMENTS // weight.shape[1]), 0.0
     for start in range(0, weight.shape[0], rows):
         block = slice(start, start + rows)
@@ -143,7 +174,8 @@ def apply_pair(weight: torch.Tensor, pair: Pair, device: torch.device | None = N
         if pair.magnitude is not None:
             norm = torch.linalg.norm(merged, dim=1, keepdim=True)
             merged = merged * (pair.magnitude.view(-1, 1)[block].to(device) / norm)
+        merged = merged.to(dtype)
         if not bool(torch.isfinite(merged).all()):
-            raise ExportError(f"{pair.module}: the merged weight is not finite; the adapter is broken")
-        result[block] = merged.to(torch.bfloat16)
+            raise ExportError(f"{pair.module}: the merged weight is not finite in {dtype}; the adapter is broken")
+        result[block] = merged
     return result, largest

@@ -26,7 +26,18 @@ LIST = ".exported.json"
 """Of the files that an export has written, and what was in them."""
 LARGE = 2**26
 REMAP_BYTES = 2**30  # the mapping of a base shard is renewed after so many bytes, so that its pages leave the RSS
-DTYPES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+TORCH = {text: dtype for dtype, text in DTYPES.items()}
+"""Of the dtypes in the heads of safetensors files, those that a model's tensors have."""
 
 
 class ExportError(ValueError):
@@ -115,14 +126,13 @@ class BaseModel:
 
 def plan_shards(base: BaseModel, names: dict[str, str], limit: int) -> list[list[tuple[str, torch.dtype, list[int]]]]:
     """Group the output tensors into shards of at most ``limit`` bytes (one larger tensor is a shard by itself)."""
-    other = {text: dtype for dtype, text in DTYPES.items()}
     shards: list[list[tuple[str, torch.dtype, list[int]]]] = [[]]
     room = limit
     for name, source in names.items():
         _, text, shape = base.where[source]
-        if text not in FLOATS and text not in other:
+        if text not in TORCH:
             raise ExportError(f"{source}: dtype {text} is not one of an unquantised model")
-        dtype = torch.bfloat16 if text in FLOATS else other[text]
+        dtype = TORCH[text]
         size = math.prod(shape) * dtype.itemsize
         if size > room and shards[-1]:
             shards.append([])

@@ -18,6 +18,7 @@ import torch
 from qwen_lit.export.adapter import Adapter, apply_pair, read_adapter
 from qwen_lit.export.folder import (
     FLOATS,
+    TORCH,
     BaseModel,
     ExportError,
     ShardWriter,
@@ -28,6 +29,7 @@ from qwen_lit.export.folder import (
     shard_name,
     write_json,
 )
+from qwen_lit.families.layer import is_tied, text_config
 from qwen_lit.families.table import family_of
 from qwen_lit.files import file_digest
 from qwen_lit.names import hub_name
@@ -63,9 +65,7 @@ def fit_names(adapter: Adapter, base: BaseModel, config: dict[str, Any]) -> dict
         UserError: the base is of no family that is known.
     """
     family = family_of(config)
-    adapter.pairs = {family.on_disk(name): one for name, one in adapter.pairs.items()}
-    adapter.full = {family.on_disk(name): one for name, one in adapter.full.items()}
-    adapter.bias = {family.on_disk(name): one for name, one in adapter.bias.items()}
+    adapter.rename(family.on_disk)
     names = _untie(adapter, base, config, family.embedding_on_disk, family.head_on_disk)
     _check_fits(adapter, base, names)
     return names
@@ -78,7 +78,7 @@ def _untie(adapter: Adapter, base: BaseModel, config: dict[str, Any], embed: str
     both are written and ``config["tie_word_embeddings"]`` becomes false.
     """
     names = {name: name for name in base.where}
-    if not config.get("tie_word_embeddings", head not in base.where):
+    if not is_tied(config, head not in base.where):
         return names
     names.pop(head, None)
     changed = {embed, head} & (adapter.pairs.keys() | adapter.full.keys())
@@ -89,7 +89,8 @@ def _untie(adapter: Adapter, base: BaseModel, config: dict[str, Any], embed: str
         adapter.full.pop(head, None)
         adapter.full[embed] = tensors[0]
     elif changed:
-        config["tie_word_embeddings"] = False
+        for part in (config, text_config(config)):
+            part["tie_word_embeddings"] = False
         names[head] = embed
     return names
 
@@ -128,6 +129,7 @@ def _tensors(
 ) -> Iterator[tuple[str, torch.Tensor, float | None]]:
     """Yield (name, finished tensor, largest |delta| or None where no LoRA pair applies), in the order of names."""
     for name, source in names.items():
+        dtype = TORCH[base.where[source][1]]
         if name in adapter.full:
             weight = adapter.full.pop(name)
         else:
@@ -138,11 +140,18 @@ def _tensors(
             weight = weight.float() + adapter.bias.pop(name)
         pair = adapter.pairs.pop(name, None)
         if pair is not None:
-            merged, delta = apply_pair(weight, pair, device)
+            merged, delta = apply_pair(weight, pair, device, dtype)
             yield name, merged, delta
         else:
-            weight = weight.cpu()
-            yield name, weight.to(torch.bfloat16) if weight.is_floating_point() else weight, None
+            yield name, weight.to("cpu", dtype), None
+
+
+def _usual_dtype(shards: list[list[tuple[str, torch.dtype, list[int]]]]) -> str:
+    """The dtype that most numbers of the tensors have, as a config names it."""
+    counts: dict[torch.dtype, int] = {}
+    for _, dtype, shape in (one for shard in shards for one in shard):
+        counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
+    return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")
 
 
 def _skip(adapter: Adapter, names: list[str]) -> list[float]:
@@ -176,13 +185,13 @@ def merge_adapter(
     finish: Callable[[Path], None] | None = None,
     device: torch.device | None = None,
 ) -> MergeReport:
-    """Write the base model with a LoRA adapter merged in, as bf16 safetensors shards, index and config.json.
+    """Write the base model with a LoRA adapter merged in, as safetensors shards, index and config.json.
 
-    Each target becomes ``bf16(W + scaling·B·A)`` (DoRA: ``m·(W + scaling·B·A)/‖·‖_row``), computed in fp32 from W
-    (out, in) in the base's dtype, A (r, in) and B (out, r). Other floating tensors are written as bf16; those of
-    modules_to_save are taken from the adapter. Memory holds the adapter and one base tensor. The folder is made as
-    ``<out_dir>.tmp`` and renamed when it is whole; an earlier export of this package at ``out_dir`` is replaced.
-    What a killed export has left in ``<out_dir>.tmp`` is continued at the first shard that is not whole.
+    Each target becomes ``W + scaling·B·A`` (DoRA: ``m·(W + scaling·B·A)/‖·‖_row``), computed in fp32 from W (out, in),
+    A (r, in) and B (out, r); modules_to_save are taken from the adapter, and every other tensor is the base's, such as
+    those of a vision tower. Names, dtypes and config are the base's. Memory holds the adapter and one base tensor. The
+    folder is made as ``<out_dir>.tmp`` and renamed when it is whole; an earlier export of this package at ``out_dir``
+    is replaced. What a killed export has left in ``<out_dir>.tmp`` is continued at the first shard that is not whole.
 
     Args:
         adapter_dir: PEFT folder (adapter_config.json, adapter_model.safetensors).
@@ -203,19 +212,21 @@ def merge_adapter(
         raise ExportError(f"merge_base is {merge_base!r}; original or dequantized is expected")
     adapter_dir, base_dir, out_dir = (Path(path).resolve() for path in (adapter_dir, base_dir, out_dir))
     adapter, base, config = read_adapter(adapter_dir), BaseModel(base_dir), read_json(base_dir / "config.json")
-    tied = config.get("tie_word_embeddings")
+    head = family_of(config).head_on_disk
+    tied = is_tied(config, head not in base.where)
     names = fit_names(adapter, base, config)
-    if config.get("tie_word_embeddings") != tied:
+    if tied and head in names:
         log.warning("the adapter changes the embedding or the head alone: the merged model has untied embeddings")
     shards = plan_shards(base, names, max_shard_bytes)
     config.pop("quantization_config", None)
     if not hub_name(str(config.get("_name_or_path"))):
         config.pop("_name_or_path", None)
-    # transformers 5 reads dtype, earlier ones torch_dtype.
-    config["dtype"] = config["torch_dtype"] = "bfloat16"
+    if not config.get("dtype") and not config.get("torch_dtype"):
+        # transformers 5 reads dtype, earlier ones torch_dtype.
+        config["dtype"] = config["torch_dtype"] = _usual_dtype(shards)
 
     total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
-    rounded = on_disk(held or {}, config) if merge_base == "dequantized" else {}
+    rounded = on_disk(held or {}, config, base.where) if merge_base == "dequantized" else {}
     tmp = begin_folder(
         out_dir, [base_dir, adapter_dir], _fingerprint(adapter_dir, base, rounded, max_shard_bytes, names)
     )

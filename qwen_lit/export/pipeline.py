@@ -15,13 +15,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from qwen_lit.export.adapter import RESIDUAL_INITS
+from qwen_lit.export.adapter import RESIDUAL_INITS, write_for_whole
 from qwen_lit.export.card import AdapterFacts, ModelCardFacts, finish_adapter, model_card
 from qwen_lit.export.folder import ExportError, commit_folder, rewrite
 from qwen_lit.export.gguf import GgufType, write_gguf
 from qwen_lit.export.merge import MergeReport, merge_adapter
 from qwen_lit.export.serving import untrained_end, write_serving_files
 from qwen_lit.export.verdict import Verdict, measure
+from qwen_lit.families.layer import Family
 from qwen_lit.generate import generate
 from qwen_lit.model.load import read_model
 from qwen_lit.model.trained import weights
@@ -162,7 +163,13 @@ def try_prompts(job: Job) -> tuple[int, int]:
 
 
 def adapter_from_checkpoint(
-    path: Path, lora: Any, base_name: str, out_dir: Path, run: dict[str, Any], made: dict[str, Any] | None = None
+    path: Path,
+    lora: Any,
+    base_name: str,
+    family: Family,
+    out_dir: Path,
+    run: dict[str, Any],
+    made: dict[str, Any] | None = None,
 ) -> None:
     """Write ``lora_adapter/`` from the trained weights in a checkpoint, as PEFT would.
 
@@ -170,6 +177,7 @@ def adapter_from_checkpoint(
         path: of ``fit``, read without executing anything.
         lora: PEFT's LoraConfig of the run.
         base_name: the base model's folder or hub name.
+        family: of the base's files.
         out_dir: the adapter's folder.
         run: the configuration of the run.
         made: of which checkpoint it is, to be kept beside it.
@@ -188,5 +196,6 @@ def adapter_from_checkpoint(
     config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base_name, True
     config.save_pretrained(str(partial))
     save_file(weights(path), partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_for_whole(partial, family)
     finish_adapter(partial, base_name, run, made)
     commit_folder(partial, out_dir)

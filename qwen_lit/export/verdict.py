@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
 from qwen_lit.export.adapter import Adapter, Pair, apply_pair, read_adapter
-from qwen_lit.export.folder import BaseModel, read_json
+from qwen_lit.export.folder import TORCH, BaseModel, read_json
 from qwen_lit.export.merge import fit_names
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
@@ -107,9 +107,9 @@ def measure(
     """
     adapter, base = read_adapter(adapter_dir), BaseModel(base_dir)
     variants = ["adapter", "original", *(["dequantized"] if held else [])]
-    names = fit_names(adapter, base, read_json(base_dir / "config.json"))
-    config = load_config(base_dir)
-    family, model = family_of(config), empty_model(config, product_dtype(device)).eval()
+    config = read_json(base_dir / "config.json")
+    names, family = fit_names(adapter, base, config), family_of(config)
+    model = empty_model(load_config(base_dir), product_dtype(device)).eval()
     decoder = model.get_submodule(family.decoder)
     weights = _Weights(config, adapter, base, names, held, device)
     rotary = type(decoder.rotary_emb)(model.config).to(device)
@@ -140,7 +140,7 @@ class _Weights:
 
     def __init__(
         self,
-        config: Any,
+        config: dict[str, Any],
         adapter: Adapter,
         base: BaseModel,
         names: dict[str, str],
@@ -148,8 +148,8 @@ class _Weights:
         device: torch.device,
     ) -> None:
         self.family = family_of(config)
-        self.stored = self.family.weights(config)
-        self.adapter, self.base, self.names, self.held = adapter, base, names, on_disk(held, config)
+        self.stored = self.family.weights(config, base.where)
+        self.adapter, self.base, self.names, self.held = adapter, base, names, on_disk(held, config, base.where)
         self.device = device
         self.dtype = product_dtype(device)
 
@@ -175,7 +175,7 @@ class _Weights:
             weight = weight.float() + self.adapter.bias[name].to(weight.device)
         pair = self.adapter.pairs.get(name)
         if pair is not None and not (variant == "adapter" and _stands_beside(pair)):
-            weight, _ = apply_pair(weight, pair, self.device)
+            weight, _ = apply_pair(weight, pair, self.device, TORCH[self.base.where[self.names[name]][1]])
         return weight.to(self.device, torch.bfloat16).to(self.dtype)
 
     def head(self, variant: str) -> Callable[[Tensor], Tensor]:

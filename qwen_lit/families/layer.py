@@ -24,6 +24,16 @@ def text_config(config: Config) -> Config:
     return value_of(config, "text_config", config)
 
 
+def is_tied(config: Config, default: bool = False) -> bool:
+    """Whether the head is the embedding: what a config says, or else its language model's part.
+
+    Args:
+        config: of the model.
+        default: where neither says it.
+    """
+    return bool(value_of(config, "tie_word_embeddings", value_of(text_config(config), "tie_word_embeddings", default)))
+
+
 @dataclass(frozen=True)
 class Linear:
     """One matrix of a decoder layer, or several of the same size that are one parameter, as experts are."""

@@ -3,13 +3,16 @@
 import copy
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jinja2 import TemplateSyntaxError
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,6 +22,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.families.table import family_of
+from qwen_lit.families.wrappers import TO_LANGUAGE_MODEL, for_language_model
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
 from qwen_lit.progress import timed
@@ -248,6 +252,9 @@ def read_model(
         quantization: of its linears, done while they are read; None for none.
         place: where it is put; None puts it where it computes.
         dtype: of all that is not quantised; None takes ``product_dtype(device)``.
+
+    Raises:
+        UserError: the files lack weights of the model.
     """
     place = place or device
     where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
@@ -255,15 +262,36 @@ def read_model(
     family = family_of(whole)
     # The names of a language model in files that hold more; those of its own files stay as they are.
     names = {f"^{re.escape(family.decoder_in_wrapper)}": family.decoder} if family.text else None
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=language_model(whole),
-        key_mapping=names,
-        dtype=dtype or product_dtype(device),
-        quantization_config=computing_on(device, quantization),
-        device_map={"": where},
-        use_safetensors=True,
-    )
+    reader: Any = AutoModelForCausalLM
+    with _quiet():
+        model, told = reader.from_pretrained(
+            folder,
+            config=language_model(whole),
+            key_mapping=names,
+            dtype=dtype or product_dtype(device),
+            quantization_config=computing_on(device, quantization),
+            device_map={"": where},
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if told["missing_keys"]:
+        # transformers would begin them at random.
+        lost = sorted(told["missing_keys"])
+        raise UserError(
+            f"model_name_or_path: {folder} lacks {lost[0]} and {len(lost) - 1} more weights; fetch its files again."
+        )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of weights that a model does not take, such as those of a vision tower."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def load_base(
@@ -310,7 +338,10 @@ def read_adapted(base: Any, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(base, str(adapter)).eval()
+            config = PeftConfig.from_pretrained(str(adapter))
+            vars(config).update(for_language_model(vars(config)), inference_mode=True)
+            names = TO_LANGUAGE_MODEL
+            return PeftModel.from_pretrained(base, str(adapter), config=config, key_mapping=names).eval()
         except UserWarning as error:
             raise UserError(f"{adapter} is not an adapter of this base ({_reason(error)}); give its own.") from error
 

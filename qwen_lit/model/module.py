@@ -20,6 +20,7 @@ from qwen_lit.distributed import agree, reduce_trained_alone, watch_children
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError, UserError
 from qwen_lit.export.adapter import saved_name
+from qwen_lit.export.folder import read_json
 from qwen_lit.families.table import family_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
@@ -86,6 +87,9 @@ class QwenModule(L.LightningModule):
         self.folder = fetch(self.name, settings.hub)
         """The folder with the base's files: its config and tokenizer, and its weights once they are needed."""
         self.config = load_config(self.folder, self.name)
+        """transformers' config of the language model."""
+        self.family = family_of(read_json(self.folder / "config.json"))
+        """Of the base's files, which may hold more than the language model."""
         self.quantization_config = usable(settings.quantization_config, self.config)
         self.quantized: dict[str, Held] | None = None
         usual_targets(self.config, self.lora_config)
@@ -261,7 +265,7 @@ class QwenModule(L.LightningModule):
             return self.fast.loss_sum(batch)
         if self.pads:
             batch = padded(batch, self.data.pad_id)
-        return reference_loss(self.model.get_base_model(), family_of(self.config), batch)
+        return reference_loss(self.model.get_base_model(), self.family, batch)
 
     def training_step(self, step: list[Batch], number: int) -> Tensor:
         """One optimizer step on its micro-batches; returns its mean loss over the supervised tokens of all ranks.

@@ -15,6 +15,7 @@ from qwen_lit.config import LoraSection
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CONVERTED_MARKER, RESIDUAL_INITS, saved_name
+from qwen_lit.families.wrappers import for_language_model, weight_for_language_model
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.load import empty_model
 from qwen_lit.model.resume import FREE, canonical, differences, meaning, stored
@@ -58,7 +59,7 @@ def read(source: Path) -> Trained:
         base = config.get("model", {}).get(NAME) or then.get("free", {}).get(f"model.{NAME}")
         return Trained(source, lora, base, then.get("base"), config)
     try:
-        said = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+        said = for_language_model(json.loads((source / "adapter_config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: its adapter_config.json cannot be read ({error}).") from error
     if str(said.get("peft_type")).upper() != "LORA":
@@ -213,7 +214,7 @@ def weights(source: Path) -> dict[str, torch.Tensor]:
             state = torch.load(source, map_location="cpu", weights_only=True)["state_dict"]
             return {saved_name(name): tensor.contiguous() for name, tensor in state.items()}
         with safe_open(source / "adapter_model.safetensors", framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return {weight_for_language_model(name): file.get_tensor(name) for name in file.keys()}
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{source}: its weights cannot be read ({error}).") from error
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from qwen_lit.export import CONVERTED_MARKER, ExportError, merge_adapter
+from qwen_lit.export.adapter import read_adapter
 from qwen_lit.quantization import Held
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and PEFT deprecations
@@ -233,7 +234,7 @@ def test_own_export_is_replaced(tmp_path: Path) -> None:
         assert handle.metadata()["format"] == "pt" and len(list(handle.keys())) == report.tensors
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     base = json.loads((base_dir / "config.json").read_text())
-    assert config == base | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    assert config == base
 
 
 def test_the_config_keeps_the_keys_of_the_base_and_no_path_of_a_machine(tmp_path: Path) -> None:
@@ -241,12 +242,11 @@ def test_the_config_keeps_the_keys_of_the_base_and_no_path_of_a_machine(tmp_path
     adapter = make_adapter(base_dir, tmp_path / "adapter")
     plain = json.loads((base_dir / "config.json").read_text()) | {"own_key": [1], "torch_dtype": "float32"}
     plain.pop("dtype")
-    merged = plain | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     for name, kept in (("Qwen/Qwen2.5-7B", {"_name_or_path": "Qwen/Qwen2.5-7B"}), ("/home/me/base", {}), ("", {})):
         written = plain | {"_name_or_path": name, "quantization_config": {"quant_method": "none"}}
         (base_dir / "config.json").write_text(json.dumps(written))
         merge_adapter(adapter, base_dir, tmp_path / "out")
-        assert json.loads((tmp_path / "out" / "config.json").read_text()) == merged | kept
+        assert json.loads((tmp_path / "out" / "config.json").read_text()) == plain | kept
 
 
 def test_failure_leaves_the_old_export(tmp_path: Path) -> None:
@@ -325,3 +325,36 @@ def test_broken_adapters_are_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="cannot be read"):
         merge_adapter(adapter, base_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("merge_base", ["original", "dequantized"])
+def test_every_tensor_keeps_the_dtype_of_the_base_and_the_config_its_words(tmp_path: Path, merge_base: Any) -> None:
+    base_dir = make_base(tmp_path / "base", "qwen2")
+    adapter = make_adapter(base_dir, tmp_path / "adapter", target_modules=["q_proj"])
+    of = {"q_proj": torch.float32, "k_proj": torch.float16, "input_layernorm": torch.float32, "up_proj": torch.float64}
+    for file in base_dir.glob("*.safetensors"):
+        named = {
+            name: one.to(next((dtype for part, dtype in of.items() if part in name), one.dtype))
+            for name, one in load_file(file).items()
+        }
+        save_file(named, file, metadata={"format": "pt"})
+    held = {f"model.layers.{number}.mlp.up_proj.weight": Held("nf4", 64) for number in range(2)}
+    merge_adapter(adapter, base_dir, tmp_path / "out", merge_base=merge_base, held=held)
+    base, got = tensors(base_dir), tensors(tmp_path / "out")
+    assert {name: one.dtype for name, one in got.items()} == {name: one.dtype for name, one in base.items()}
+    changed = {name for name in got if not torch.equal(got[name], base[name])}
+    rounded = set(held) if merge_base == "dequantized" else set()
+    assert changed == {name for name in base if name.endswith("q_proj.weight")} | rounded
+    pairs = read_adapter(adapter).pairs
+    for name, pair in pairs.items():
+        assert torch.equal(got[name], base[name] + pair.b @ pair.a * pair.scaling), name
+    assert (tmp_path / "out" / "config.json").read_text() == (base_dir / "config.json").read_text()
+
+
+def test_a_merge_that_overflows_the_dtype_of_the_base_is_refused(tmp_path: Path) -> None:
+    base_dir = make_base(tmp_path / "base", "qwen2")
+    adapter = make_adapter(base_dir, tmp_path / "adapter", target_modules=["q_proj"], lora_alpha=10**8)
+    for file in base_dir.glob("*.safetensors"):
+        save_file({name: one.half() for name, one in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"q_proj: the merged weight is not finite in torch.float16"):
+        merge_adapter(adapter, base_dir, tmp_path / "out")

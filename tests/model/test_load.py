@@ -69,8 +69,7 @@ def test_an_adapter_that_lacks_weights_of_its_base_is_refused(model_folder, tmp_
     adapted.save_pretrained(tmp_path)
     assert read_adapted(read_model(model_folder, CPU), tmp_path).training is False
     file = tmp_path / "adapter_model.safetensors"
-    # As an adapter of a text model is to the model that has it inside.
-    renamed = {name.replace(".layers.", ".language_model.layers."): one for name, one in load_file(file).items()}
+    renamed = {name.replace(".layers.", ".blocks."): one for name, one in load_file(file).items()}
     save_file(renamed, file, {"format": "pt"})
     with pytest.raises(UserError, match=r"is not an adapter of this base \(Found missing adapter keys"):
         read_adapted(read_model(model_folder, CPU), tmp_path)
