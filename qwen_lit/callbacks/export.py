@@ -25,12 +25,13 @@ from qwen_lit.data.rows import Rows
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import RESIDUAL_INITS, write_for_whole
 from qwen_lit.export.card import ModelCardFacts, finish_adapter
-from qwen_lit.export.folder import ExportError, commit_folder
+from qwen_lit.export.folder import ExportError, commit_folder, read_json
 from qwen_lit.export.gguf import GgufType, check_form
 from qwen_lit.export.kquants import missing_quantizer
 from qwen_lit.export.mergeable import check_mergeable
 from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part
 from qwen_lit.export.pipeline import run as run_job
+from qwen_lit.export.space import check_space
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import PARTIAL, Run
 from qwen_lit.seams import options_of
@@ -93,9 +94,15 @@ class Export(Callback):
         if stage != "fit" or not self.merge or options_of(trainer).fast_dev_run:
             return
         module = cast(QwenModule, pl_module)
+        if self.merge_base == "dequantized" and module.quantization_config is None:
+            raise UserError(
+                "export.merge_base is dequantized, but the base is held in bf16; set it to original, or give "
+                "model.quantization_config."
+            )
         check_mergeable(module.lora_config, module.config)
+        check_space(self.run.merged, module.folder, module.config, self.gguf)
         self.check_gguf()
-        check_form(self.gguf, module.config)
+        check_form(self.gguf, read_json(module.folder / "config.json"))
 
     def check_gguf(self) -> None:
         """Refuse, before hours of work, a GGUF file for which a package or the quantiser is missing.
@@ -175,7 +182,7 @@ class Export(Callback):
         """
         if self.merge:
             self.check_gguf()
-            check_form(self.gguf, module.config)
+            check_form(self.gguf, read_json(module.folder / "config.json"))
         adapter, self.made = path, trained_at(path)
         if path.is_file():
             adapter = self.run.adapter

@@ -137,6 +137,8 @@ class Family:
     """Of a model of this family, the first one first."""
     packs: bool
     """Whether every mixer keeps documents apart that lie end to end, by their positions."""
+    float16: bool = True
+    """Whether its gradients stay finite in float16."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Linears that LoRA usually adapts."""
     decoder: str = "model"

@@ -53,6 +53,7 @@ QWEN3_5_TEXT = Family(
     releases=(),
     layers=lambda config: hybrid_layers(config, joined=False, experts=False),
     packs=False,
+    float16=False,
     targets=(*ATTENTION, "gate_proj", "up_proj", "down_proj"),
 )
 QWEN3_5_MOE_TEXT = Family(
@@ -60,6 +61,7 @@ QWEN3_5_MOE_TEXT = Family(
     releases=(),
     layers=lambda config: hybrid_layers(config, joined=False, experts=True),
     packs=False,
+    float16=False,
     targets=(*ATTENTION, "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"),
 )
 QWEN3_5 = wrapped(QWEN3_5_TEXT, "qwen3_5", ("Qwen3.5", "Qwen3.6 and Qwen3.8 dense"))

@@ -21,4 +21,5 @@ QWEN3_MOE = Family(
     releases=("Qwen3 A3B",),
     layers=layers,
     packs=True,
+    float16=False,
 )

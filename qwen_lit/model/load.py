@@ -235,6 +235,30 @@ def check_packing(config: Any, packing: bool) -> None:
         )
 
 
+def check_precision(config: Any, precision: str, quantization: BitsAndBytesConfig | None) -> None:
+    """Refuse float16 where a family's activations leave its range, and every gradient is NaN.
+
+    Args:
+        config: of the model.
+        precision: of the trainer.
+        quantization: of the base.
+
+    Raises:
+        UserError: with the key that asks for it.
+    """
+    family = family_of(config)
+    if family.float16:
+        return
+    asked = {"trainer.precision": (precision, "bf16-mixed")} if precision.startswith("16") else {}
+    if quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype == torch.float16:
+        asked["model.quantization_config.bnb_4bit_compute_dtype"] = ("float16", "bfloat16")
+    for key, (value, instead) in asked.items():
+        raise UserError(
+            f"{key} is {value}, but the gradients of a {family.model_type} model are not finite in float16; set it to "
+            f"{instead}, on a card that has bfloat16."
+        )
+
+
 def read_model(
     folder: Path | str,
     device: torch.device,

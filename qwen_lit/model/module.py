@@ -24,6 +24,7 @@ from qwen_lit.export.folder import read_json
 from qwen_lit.families.table import family_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
+from qwen_lit.model.base_files import check_stored_model
 from qwen_lit.model.duration import check_limits, check_validation_share, total_steps, warmup_steps
 from qwen_lit.model.load import (
     add_adapter,
@@ -134,10 +135,11 @@ class QwenModule(L.LightningModule):
         """See that the base's weights are on this machine and can be read.
 
         Raises:
-            UserError: they cannot be fetched, or are damaged.
+            UserError: they cannot be fetched, are damaged, or are not those of the model that config.json describes.
         """
         self.folder = fetch(self.name, self.settings.hub, weights=True)
         check_weights(self.folder)
+        check_stored_model(self.folder)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""

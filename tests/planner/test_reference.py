@@ -5,10 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qwen_lit.commands.plan import static_bytes
 from qwen_lit.families.table import family_of
 from qwen_lit.model.coverage import coverage, left_out
 from qwen_lit.planner.reference import reference_memory
-from tests.planner.test_sizes import config_of
+from qwen_lit.quantization import planned_weights, usable
+from tests.planner.test_sizes import NF4, config_of
 
 TOKENS = 512
 SIZES = {
@@ -92,6 +94,19 @@ def test_a_recomputed_model_keeps_inputs_and_its_largest_layer():
     config.vocab_size = 10**6
     at_loss = reference_memory(model, 1000, TOKENS, TOKENS, 8.0, checkpointing=True)
     assert at_loss.parts["logits and their loss"] == 512 * 10**6 * 12
+
+
+def test_the_estimate_is_near_what_was_measured_on_a_card():
+    """docs/memory.md: PEFT's own path took 7.58 GiB on an H100 with the shape of Qwen2.5-7B, r=32, rows of 2,048."""
+    shape = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    config = AutoConfig.for_model("qwen2", **shape, **heads)
+    held = planned_weights(config, usable(NF4, config), torch.device("cpu"))
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = get_peft_model(base, LoraConfig(r=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    memory = reference_memory(model, static_bytes(model, held), 2048, 2048, 2.0, checkpointing=True)
+    assert memory.peak / 2**30 == pytest.approx(7.58, abs=0.1)
 
 
 @pytest.mark.parametrize(
