@@ -57,6 +57,7 @@ NULLABLE = (
     "row",
     "html",
     "push_to_hub",
+    "export.original",
 )
 LOCAL = ("output_dir", "data.cache_dir", "ckpt_path", "html", "source", "target")
 ADDRESS = r"\w[\w+.-]*://"

@@ -217,6 +217,8 @@ class QwenCLI(LightningCLI):
             model.fetch_weights()
         if command in ("fit", "plan", "verify_resume"):
             check_precision(model.config, str(self.trainer.precision), model.quantization_config)
+        if command in ("fit", "plan", "export"):
+            self.exporter.check_base(model, fetches=command != "plan")
         check_packing(model.config, self.datamodule.settings.packing)
         compute_in_float32(self.trainer)
         if self.before:

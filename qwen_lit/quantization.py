@@ -1,4 +1,5 @@
-"""Which weights of the base are quantised, and how: asked of the loaded model, or of transformers' own rule before.
+"""Which weights of the base are quantised, and how: asked of the loaded model, or before of the headers of its files
+or transformers' own rule.
 
 Nothing else says so: memory, engine, verdict and merge ask ``loaded_weights`` or ``planned_weights``, and what a
 family keeps as it is in the files reaches both through ``usable``.
@@ -9,6 +10,7 @@ import logging
 import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as F
@@ -21,7 +23,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from qwen_lit.errors import UserError
 from qwen_lit.families.layer import is_tied
 from qwen_lit.families.table import family_of
+from qwen_lit.hub import has_weights
 from qwen_lit.model.load import empty_model
+from qwen_lit.prequantized import names_on_disk, own_quantization, stored_in
 
 log = logging.getLogger(__name__)
 WRAPPED = "base_model.model."
@@ -71,6 +75,7 @@ class Held:
 def usable(quantization: BitsAndBytesConfig | None, config: Any) -> BitsAndBytesConfig | None:
     """The quantisation that will be used; None for a base in bf16.
 
+    Of a base whose files are quantised it is theirs, and of the configured one the dtype of the products is taken.
     transformers takes a configuration that sets neither ``load_in_4bit`` nor ``load_in_8bit`` for 4 bits, in FP4; here
     it is none. A head that is tied to the embedding cannot be quantised: bitsandbytes would find no scales in it. What
     the model's family holds as it is in the file is skipped, whatever else is.
@@ -82,6 +87,12 @@ def usable(quantization: BitsAndBytesConfig | None, config: Any) -> BitsAndBytes
     Raises:
         UserError: bitsandbytes has no such quantisation, or it saves nothing.
     """
+    own = own_quantization(config)
+    if own is not None:
+        if quantization is not None and quantization.load_in_4bit:
+            own.bnb_4bit_compute_dtype = quantization.bnb_4bit_compute_dtype
+        log.info("the base is quantised already and stays as its files are; model.quantization_config is not used")
+        return own
     if quantization is None:
         return None
     if not quantization.is_quantizable():
@@ -137,20 +148,38 @@ def loaded_weights(model: nn.Module) -> dict[str, Held]:
     return found
 
 
-def planned_weights(config: Any, quantization: BitsAndBytesConfig | None, device: torch.device) -> dict[str, Held]:
-    """How a model's weights will be held, before one is read: by transformers' own quantizer, without weights.
+def planned_weights(
+    config: Any, quantization: BitsAndBytesConfig | None, device: torch.device, folder: Path | None = None
+) -> dict[str, Held]:
+    """How a model's weights will be held, before one is read.
+
+    The headers of quantised files say so; else, or where they are yet to be fetched, transformers' own quantizer, run
+    without weights.
 
     Args:
         config: of the base model.
         quantization: as ``usable`` returns it.
         device: where the base will be loaded; ``llm_int8_enable_fp32_cpu_offload`` quantises nothing on the CPU.
+        folder: of the base's files, if there is one.
     """
     if quantization is None:
         return {}
+    if folder is not None and own_quantization(config) is not None and has_weights(folder):
+        return _stored_weights(folder)
     model = empty_model(config, torch.bfloat16)
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": str(device)})
     return loaded_weights(model)
+
+
+def _stored_weights(folder: Path) -> dict[str, Held]:
+    """How a model's weights are held in its files, by the names of the base."""
+    stored, found = stored_in(folder), {}
+    for own, names in names_on_disk(folder, stored).items():
+        if all(name in stored for name in names):
+            one = stored[names[0]]
+            found[own] = Held(one.kind, one.blocksize, one.double)
+    return found
 
 
 def described(held: dict[str, Held], linears: int, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -187,17 +216,39 @@ def on_disk(held: Mapping[str, Held], config: Any, there: Container[str] = ()) -
     return {name: how for own, how in held.items() for name in names[own]}
 
 
-def check_trained_whole(held: dict[str, Held], modules: Iterable[str]) -> None:
+def check_trained_whole(held: dict[str, Held], modules: Iterable[str], config: Any) -> None:
     """Refuse to train a quantised weight as a whole: it has no gradient.
+
+    Args:
+        held: the base's quantised weights.
+        modules: that are trained whole.
+        config: of the base model.
 
     Raises:
         UserError: ``modules_to_save`` names one.
     """
+    own_files = own_quantization(config) is not None
     for module in modules:
+        remedy = f"add {module} to model.quantization_config.llm_int8_skip_modules"
+        remedy = "the files hold it so: give the original bf16 model" if own_files else remedy
         for name, how in held.items():
             own = name.removesuffix(".weight")
             if own == module or own.endswith("." + module):
                 raise UserError(
                     f"model.lora_config.modules_to_save names {module}, but {own} is held in {how.kind} and cannot be "
-                    f"trained whole; add {module} to model.quantization_config.llm_int8_skip_modules."
+                    f"trained whole; {remedy}."
                 )
+
+
+def check_shards(quantization: BitsAndBytesConfig) -> None:
+    """Refuse to shard 4-bit weights in bytes: FSDP shards floating-point numbers alone.
+
+    Raises:
+        UserError: the base's files hold them so.
+    """
+    if quantization.load_in_4bit and quantization.bnb_4bit_quant_storage != torch.bfloat16:
+        raise UserError(
+            "model.shard_base needs weights that shard, and the files of this base hold theirs in "
+            f"{str(quantization.bnb_4bit_quant_storage).removeprefix('torch.')}; give the original bf16 model, with "
+            "model.quantization_config.bnb_4bit_quant_storage: bfloat16."
+        )

@@ -180,7 +180,7 @@ def verdict(summary: dict[str, Any]) -> dict[str, Any] | None:
     found = summary["verdict"]
     if not found:
         return None
-    chosen = summary["config"].get("export", {}).get("merge_base", "original")
+    chosen = summary["config"].get("export", {}).get("merge_base") or next(iter(found["merges"]))
     chosen = found["best"] if chosen == "auto" else chosen
     adapter = {"name": "adapter on its base", "loss": f"{found['adapter_loss']:.4f}", "kl": "", "same_top": ""}
     merges = [

@@ -119,6 +119,7 @@ class QwenTrainer(Trainer):
         ckpt_path: str | None = None,
         batch_size: int = 8,
         max_new_tokens: int = 512,
+        think: bool | None = None,
     ) -> None:
         """Answer the rows of a file into a JSONL, in batches; run again, it goes on where it stopped.
 
@@ -131,9 +132,10 @@ class QwenTrainer(Trainer):
             ckpt_path: last, best, a checkpoint file, or an adapter folder; without it output_dir/lora_adapter.
             batch_size: rows that are answered at a time.
             max_new_tokens: most tokens of an answer.
+            think: let the model think first, or not; null asks as it was trained.
         """
         adapter, device = Path(ckpt_path) if ckpt_path else run.adapter, self.strategy.root_device
-        answer_rows(model, datamodule, device, adapter, Path(source), Path(target), batch_size, max_new_tokens)
+        answer_rows(model, datamodule, device, adapter, Path(source), Path(target), batch_size, max_new_tokens, think)
 
 
 def compute_in_float32(trainer: Trainer) -> None:

@@ -29,10 +29,13 @@ from qwen_lit.export.folder import ExportError, commit_folder, read_json
 from qwen_lit.export.gguf import GgufType, check_form
 from qwen_lit.export.kquants import missing_quantizer
 from qwen_lit.export.mergeable import check_mergeable
+from qwen_lit.export.original import check_original, original_at
 from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part
 from qwen_lit.export.pipeline import run as run_job
 from qwen_lit.export.space import check_space
+from qwen_lit.hub import find, has_weights, missing_bytes
 from qwen_lit.model.module import QwenModule
+from qwen_lit.prequantized import own_quantization
 from qwen_lit.run import PARTIAL, Run
 from qwen_lit.seams import options_of
 
@@ -49,7 +52,8 @@ class Export(Callback):
         saver: RunCheckpoint,
         merge: bool = True,
         checkpoint: Literal["last", "best"] = "last",
-        merge_base: MergeBase = "original",
+        merge_base: MergeBase | None = None,
+        original: str | None = None,
         gguf: GgufType | None = None,
         verdict_rows: int = 32,
         smoke_rows: int = 3,
@@ -62,7 +66,10 @@ class Export(Callback):
             merge: write the merged bf16 model as well as the adapter.
             checkpoint: what is exported: last, the end of the run; or best, the lowest validation loss.
             merge_base: add the adapter to the original bf16 weights, or to the 4-bit weights as trained; auto
-                measures both on held-out rows and keeps the one with the lower loss, or else the nearer one.
+                measures both on held-out rows and keeps the one with the lower loss, or else the nearer one. null is
+                original, or dequantized where the base's own files are quantised and export.original is not set.
+            original: the unquantised model, as a folder or a name on the hub, for a base whose own files are
+                quantised, so that the adapter can be added to it; null for none.
             gguf: also write the merged model as GGUF, with its matrices in q8_0, f16 or bf16, or, by llama.cpp's own
                 quantiser, in k-quants such as q4_k_m; null writes none.
             verdict_rows: number of held-out rows, or trained ones where none are held out, on which the merged weights
@@ -72,6 +79,9 @@ class Export(Callback):
         """
         self.run, self.saver = run, saver
         self.merge, self.checkpoint, self.merge_base, self.gguf = merge, checkpoint, merge_base, gguf
+        self.original = original
+        self.original_dir: Path | None = None
+        """The original's folder, once ``check_base`` has found it."""
         self.verdict_rows, self.smoke_rows = verdict_rows, smoke_rows
         self.facts: ModelCardFacts | None = None
         self.missing: dict[str, str] = {}
@@ -103,6 +113,48 @@ class Export(Callback):
         check_space(self.run.merged, module.folder, module.config, self.gguf)
         self.check_gguf()
         check_form(self.gguf, read_json(module.folder / "config.json"))
+
+    def check_base(self, module: QwenModule, fetches: bool) -> None:
+        """Refuse, before rows are read, a merge that the base's files do not allow, and find the original.
+
+        Args:
+            module: names the base.
+            fetches: get the original where it is not on this machine; the base's weights are here then.
+
+        Raises:
+            UserError: the original is missing, not needed, or another model.
+        """
+        if not self.merge:
+            return
+        quantized = own_quantization(module.config) is not None
+        if self.original is None:
+            if quantized and self.merge_base == "original":
+                raise UserError(
+                    f"export.merge_base is original, but the files of {module.name} hold quantised weights; name the "
+                    "unquantised model as export.original, or set export.merge_base to null, which adds the adapter "
+                    "to the weights as they are trained on."
+                )
+            return
+        if not quantized:
+            raise UserError(
+                f"export.original is {self.original}, but {module.name} is not quantised in its files and so the "
+                "original itself; set it to null."
+            )
+        self.original_dir = original_at(self.original, module.settings.hub, fetches)
+        if self.original_dir is not None and has_weights(module.folder):
+            check_original(module.folder, self.original_dir)
+
+    def original_bytes(self, size: int, module: QwenModule) -> int:
+        """Bytes of the original that are yet to be fetched.
+
+        Args:
+            size: of the merged model, for an original of which nothing is on this machine.
+            module: names the base.
+        """
+        if not self.merge or self.original is None or self.original_dir is not None:
+            return 0
+        there = find(self.original, module.settings.hub)
+        return size if there is None else missing_bytes(there, size)
 
     def check_gguf(self) -> None:
         """Refuse, before hours of work, a GGUF file for which a package or the quantiser is missing.
@@ -139,7 +191,7 @@ class Export(Callback):
                 str(partial), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
             )
             write_for_whole(partial, module.family)
-            finish_adapter(partial, module.name, self.run.config, self.made)
+            finish_adapter(partial, module.name, self.run.config, self.made, data.form())
             commit_folder(partial, adapter)
             log.info("adapter of step %d written to %s", self.made["step"], adapter)
         names = {"train/loss": "train, last step", "val/loss": "validation, last", "val/perplexity": "perplexity"}
@@ -186,8 +238,10 @@ class Export(Callback):
         adapter, self.made = path, trained_at(path)
         if path.is_file():
             adapter = self.run.adapter
-            run = self.run.config
-            adapter_from_checkpoint(path, module.lora_config, module.name, module.family, adapter, run, self.made)
+            run, form = self.run.config, data.form()
+            adapter_from_checkpoint(
+                path, module.lora_config, module.name, module.family, adapter, run, self.made, form
+            )
             log.info("adapter of step %d written to %s", self.made["step"], adapter)
         self.export(adapter, module, data, device, loggers, {})
         if self.missing:
@@ -215,14 +269,21 @@ class Export(Callback):
             out_dir=self.run.merged,
             tokenizer=data.tokenizer,
             facts=ModelCardFacts(
-                config=self.run.config, data=data.facts(), losses=losses, missing=self.missing, made=self.made
+                config=self.run.config,
+                data=data.facts(),
+                losses=losses,
+                missing=self.missing,
+                made=self.made,
+                form=data.form(),
             ),
             held=module.held_weights(device),
             merge_base=self.merge_base,
+            original_dir=self.original_dir,
+            is_prequantized=own_quantization(module.config) is not None,
             gguf=self.gguf,
             held_out=spread(held_out, self.verdict_rows),
             kind="held-out" if len(data.val_rows) else "training",
-            taught=spread(data.train_rows.that_end(), self.smoke_rows),
+            taught=prompts(data.train_rows.that_end(), self.smoke_rows),
             device=device,
         )
         self.facts = job.facts
@@ -292,8 +353,17 @@ def holding(module: QwenModule, weights: dict[str, torch.Tensor] | None) -> Iter
         module.load_state_dict(own)
 
 
+def prompts(rows: Rows, count: int) -> list[Example]:
+    """The prompts of at most ``count`` examples over the rows, each with what is taught to follow it."""
+    return [rows.prompt(number, 0) for number in _numbers(rows, count)]
+
+
 def spread(rows: Rows, count: int) -> list[Example]:
     """At most ``count`` examples at equal distances over the rows, none of them twice."""
+    return [rows[number] for number in _numbers(rows, count)]
+
+
+def _numbers(rows: Rows, count: int) -> list[int]:
     if not len(rows) or not count:
         return []
-    return [rows[number] for number in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)).tolist()]
+    return [int(number) for number in np.unique(np.linspace(0, len(rows) - 1, count).astype(int))]

@@ -10,12 +10,15 @@ from lightning.pytorch.callbacks import Callback
 from tqdm.utils import disp_len, disp_trim
 
 from qwen_lit.callbacks.trackers import log_samples
-from qwen_lit.data.datamodule import data_of
+from qwen_lit.data.datamodule import QwenDataModule, data_of
+from qwen_lit.export.modelfile import modelfile
+from qwen_lit.export.served import difference, sent
 from qwen_lit.generate import generate
 from qwen_lit.lines import question
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import Run
 from qwen_lit.seams import options_of
+from qwen_lit.thinking import asked
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +62,28 @@ class Samples(Callback):
         data = data_of(trainer)
         assert data.val_rows is not None
         if self.prompts is not None:
-            chats = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
-            asked = [data.tokenizer.apply_chat_template(one, add_generation_prompt=True) for one in chats]
-            return [(list(one["input_ids"]), None) for one in asked]
+            chats, form = [[{"role": "user", "content": prompt}] for prompt in self.prompts], data.form()
+            think = form.enable_thinking if form else None
+            return [(asked(data.tokenizer, one, think), None) for one in chats]
         found: list[tuple[list[int], str | None]] = []
         for number in range(min(self.rows, len(data.val_rows))):
             prompt, following = data.val_rows.prompt(number, self.max_new_tokens)
             # The tokens may be cut off within a character.
             wanted = data.tokenizer.decode(following, skip_special_tokens=True).rstrip("\ufffd")
             found.append((prompt.tolist(), wanted))
+        self._compare(data, [prompt for prompt, _ in found])
         return found
+
+    def _compare(self, data: QwenDataModule, prompts: list[list[int]]) -> None:
+        """Say, before anything is trained, where the exported model would be asked otherwise than it is trained."""
+        if (form := data.form()) is None:
+            return
+        text = modelfile(data.tokenizer, {}, (), form)
+        for prompt in prompts:
+            for name, ids in sent(text, data.tokenizer, form, prompt).items():
+                if what := difference(prompt, ids, name, data.tokenizer):
+                    log.warning("%s will ask otherwise than is trained: %s", name, what)
+                    return
 
     def _answer(self, trainer: L.Trainer, module: QwenModule) -> None:
         assert module.model is not None

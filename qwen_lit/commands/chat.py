@@ -79,7 +79,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("path", help="the output folder of a run, or final_model/ or lora_adapter/ in it")
     parser.add_argument("--prompt", help="answer this and leave")
     parser.add_argument("--system", help="system prompt")
-    parser.add_argument("--think", action=argparse.BooleanOptionalAction, help="let a Qwen3 think first, or not")
+    parser.add_argument(
+        "--think",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let it think first, or not (default: as trained)",
+    )
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="most tokens of an answer (1024)")
     parser.add_argument(
@@ -108,6 +113,7 @@ def started(given: argparse.Namespace) -> tuple[Chat, str]:
     from qwen_lit.commands.conversation import Chat
     from qwen_lit.gpu import check_gpu
     from qwen_lit.logs import set_up_logging
+    from qwen_lit.thinking import read_form
 
     set_up_logging()
     check_gpu("auto", warn=True)
@@ -116,14 +122,16 @@ def started(given: argparse.Namespace) -> tuple[Chat, str]:
     if passed:
         print(f"{passed}; taking {choice}", file=sys.stderr)
     model, tokenizer = load(choice, device)
-    chat = Chat(model, tokenizer, given.max_new_tokens, not given.greedy)
+    form = read_form(choice.folder)
+    think = given.think if given.think is not None or form is None else form.enable_thinking
+    chat = Chat(model, tokenizer, given.max_new_tokens, not given.greedy, think)
     if given.system:
         chat.command("/system " + given.system)
     if given.think is not None and not chat.can_think:
         print("this model's chat template has no thinking mode: --think changes nothing", file=sys.stderr)
-    elif given.think is not None:
-        chat.think = given.think
     thinking = ("on" if chat.think else "off") if chat.can_think else "none"
+    if chat.can_think and given.think is None and form is not None:
+        thinking += ", as trained"
     held = choice.held or str(model.dtype).removeprefix("torch.")
     return chat, f"{choice}, {held}, on {device}, thinking: {thinking}"
 

@@ -19,8 +19,17 @@ from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, find
 from qwen_lit.hub_libraries import Hub
-from qwen_lit.model.load import check_weights, load_config, load_tokenizer, read_adapted, read_model
+from qwen_lit.model.load import (
+    check_weights,
+    empty_model,
+    load_config,
+    load_tokenizer,
+    read_adapted,
+    read_model,
+)
+from qwen_lit.model.stored import check_stored
 from qwen_lit.names import HUB_NAME, expanded
+from qwen_lit.prequantized import own_quantization
 from qwen_lit.progress import timed
 from qwen_lit.quantization import on_disk, planned_weights, usable
 from qwen_lit.run import Run, is_adapter, is_model, training_config
@@ -72,7 +81,7 @@ class Choice:
         if base is None:
             return 0
         config, there = read_json(base / "config.json"), BaseModel(base).where
-        held = on_disk(planned_weights(load_config(base), self.quantization, device), config, there)
+        held = on_disk(planned_weights(load_config(base), self.quantization, device, base), config, there)
         size = product_dtype(device).itemsize
         loaded = {name for names in family_of(config).weights(config, there).values() for name in names}
         total = sum(
@@ -96,6 +105,7 @@ class Choice:
             )
         if base is not None:
             check_weights(base)
+            check_stored(base, empty_model(load_config(base)))
         config = adapter_config(self.folder) if self.adapter else {}
         # PEFT reads more kinds of adapters than can be merged.
         if base is None or not self.adapter or any(config.get(key) for key in UNSUPPORTED):
@@ -158,6 +168,10 @@ def choices(given: Path, quantize: bool | None) -> Iterator[Choice]:
     for folder in found:
         base = base_of(folder) if is_adapter(folder) else str(folder)
         hub: Hub = training_config(folder).get("model", {}).get("hub", "huggingface")
+        if own := quantized_in_files(base, hub):
+            # It is held in nothing else.
+            yield Choice(folder, base, own, hub)
+            continue
         trained = trained_in(folder, base, hub) if is_adapter(folder) else None
         four_bits = trained if trained is not None and trained.load_in_4bit else FOUR_BITS
         yield Choice(folder, base, (trained if quantize is None else four_bits if quantize else None), hub)
@@ -188,6 +202,12 @@ def base_of(adapter: Path) -> str:
         raise UserError(f"{adapter / 'adapter_config.json'} names no base; export the adapter again.")
     folder = Path(expanded(base))
     return str(folder) if folder.is_dir() else str(base)
+
+
+def quantized_in_files(base: str, hub: Hub) -> BitsAndBytesConfig | None:
+    """How a base's own files are quantised; None where they are not, or it is not on this machine."""
+    folder = find(base, hub)
+    return None if folder is None else own_quantization(load_config(folder, base), base)
 
 
 def trained_in(adapter: Path, base: str, hub: Hub) -> BitsAndBytesConfig | None:

@@ -12,6 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 from qwen_lit.commands.chat import HELP
 from qwen_lit.generate import generate
 from qwen_lit.names import expanded
+from qwen_lit.thinking import Asking, asked
 
 
 class _Until(StoppingCriteria):
@@ -27,7 +28,14 @@ class _Until(StoppingCriteria):
 class Chat:
     """A conversation with a model."""
 
-    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int = 1024, sample: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_new_tokens: int = 1024,
+        sample: bool = True,
+        think: bool | None = None,
+    ) -> None:
         """Begins with no message.
 
         Args:
@@ -35,6 +43,7 @@ class Chat:
             tokenizer: its tokenizer.
             max_new_tokens: most tokens of an answer.
             sample: draw by the generation config's settings; False takes the likeliest token.
+            think: whether it is asked to think first, where its template has a switch; None as the template does.
         """
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.sample = max_new_tokens, sample
@@ -42,16 +51,10 @@ class Chat:
         self.cut = False
         """Whether the last answer ended at ``max_new_tokens``."""
         self.worker: Thread | None = None
-        left, on, off = (
-            self._prompt_text(**options) for options in ({}, {"enable_thinking": True}, {"enable_thinking": False})
-        )
-        self.can_think = on != off
-        self.think = self.can_think and left == on
-        """Whether the model is asked to think first; at the beginning, what its template does by itself."""
-
-    def _prompt_text(self, **options: bool) -> str:
-        hello = [{"role": "user", "content": "a"}]
-        return self.tokenizer.apply_chat_template(hello, add_generation_prompt=True, tokenize=False, **options)
+        asking = Asking.of(tokenizer)
+        self.can_think = asking.switch
+        self.think = self.can_think and bool(asking.by_itself if think is None else think)
+        """Whether the model is asked to think first."""
 
     @property
     def answering(self) -> bool:
@@ -67,11 +70,10 @@ class Chat:
             torch.OutOfMemoryError: the conversation does not fit.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
-        options = {"enable_thinking": self.think} if self.can_think else {}
-        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)["input_ids"]
+        prompt = asked(self.tokenizer, messages, self.think if self.can_think else None)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, failures = Event(), list[Exception]()
-        self.worker = Thread(target=self._answer, args=(list(prompt), streamer, stop, failures), daemon=True)
+        self.worker = Thread(target=self._answer, args=(prompt, streamer, stop, failures), daemon=True)
         self.worker.start()
         pieces: list[str] = []
         try:

@@ -39,6 +39,7 @@ from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.planner import possible_at_once
 from qwen_lit.planner.search import choose
 from qwen_lit.planner.speed import time_of
+from qwen_lit.prequantized import own_quantization
 from qwen_lit.quantization import Held, base_name
 from qwen_lit.run import Run
 from qwen_lit.seams import options_of
@@ -168,7 +169,10 @@ def common(
     largest = max(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     gguf = exporter.gguf if exporter.merge else None
     file = gguf_bytes(gguf, weights // 2) if gguf else 0
-    download = 0 if is_folder(module.name) else missing_bytes(module.folder, weights)
+    held = module.held_weights(trainer.strategy.root_device)
+    stored = weights if own_quantization(module.config) is None else static_bytes(model, held) - 4 * trained
+    download = 0 if is_folder(module.name) else missing_bytes(module.folder, stored)
+    download += exporter.original_bytes(weights, module)
     keep = exporter.saver.keep
     share = float(supervised.sum() / max(1, tokens))
     length = float((lengths.astype(float) ** 2).sum() / max(1, tokens))

@@ -14,6 +14,7 @@ from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.search import choose
 from qwen_lit.planner.speed import relative_time, time_of
+from qwen_lit.prequantized import own_quantization
 from qwen_lit.quantization import Held
 
 MOST = 192 * GIB
@@ -88,6 +89,9 @@ def advice(
     saved = lora // 2 * (8 + module.state_bytes)
     found.append(f"smaller: lora_config.r {module.lora_config.r // 2} takes {saved / GIB:.2f} GiB less")
     config = module.quantization_config
+    if own_quantization(module.config) is not None:
+        # The files hold the base in what it is held in.
+        return found
     if config is None or not config.load_in_4bit:
         found.append("smaller: quantization_config nf4 takes about a quarter of the weights' memory")
     elif not config.bnb_4bit_use_double_quant:

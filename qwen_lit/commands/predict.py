@@ -20,8 +20,10 @@ from qwen_lit.export.pipeline import adapter_from_checkpoint
 from qwen_lit.generate import generate
 from qwen_lit.model.load import load_base, read_adapted
 from qwen_lit.model.module import QwenModule
+from qwen_lit.model.resume import stored
 from qwen_lit.names import ADAPTER
 from qwen_lit.progress import Progress
+from qwen_lit.thinking import Form, form_of, read_form
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def answer_rows(
     target: Path,
     batch_size: int,
     max_new_tokens: int,
+    think: bool | None = None,
 ) -> None:
     """Load an adapter on its base, and answer every row of a file.
 
@@ -47,13 +50,17 @@ def answer_rows(
         target: JSONL that gets each row with its prediction.
         batch_size: rows that are answered at a time.
         max_new_tokens: most tokens of an answer.
+        think: let the model think first, or not; None as it was trained.
 
     Raises:
         UserError: there is no such file, or a row asks nothing.
     """
     if not source.is_file():
         raise UserError(f"source: no such file: {source}; give a file of questions.")
-    rows = list(questions(source, data))
+    if think is None and (form := form_at(adapter)) is not None:
+        think = form.enable_thinking
+        log.info("asked as trained: conversations %s", "; ".join(filter(None, [form.shares(), form.told()])))
+    rows = list(questions(source, data, think))
     with tempfile.TemporaryDirectory(prefix="qwen_lit_") as folder:
         if adapter.is_file():
             path, adapter = adapter, Path(folder) / ADAPTER
@@ -77,12 +84,24 @@ def done_lines(path: Path) -> int:
     return content[:whole].count(b"\n")
 
 
-def questions(path: Path, data: QwenDataModule) -> Iterator[tuple[dict[str, Any], list[int]]]:
+def form_at(adapter: Path) -> Form | None:
+    """In which form an adapter's prompts were trained; None where it is not known.
+
+    Args:
+        adapter: a checkpoint of ``fit``, or an adapter folder.
+    """
+    return form_of(stored(adapter).get("prompt_form")) if adapter.is_file() else read_form(adapter)
+
+
+def questions(
+    path: Path, data: QwenDataModule, think: bool | None = None
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
     """Each row of a file, read as training reads it, with the token ids of its prompt.
 
     Args:
         path: a file in any of the formats of training; its rows may have answers, which are no part of the prompt.
         data: says how rows are read (``fields``, ``odd_turns``, ``control_tokens``), and has the tokenizer.
+        think: the value of the chat template's switch ``enable_thinking``; None leaves it to the template.
 
     Raises:
         UserError: the file cannot be read, or a row asks nothing.
@@ -97,7 +116,7 @@ def questions(path: Path, data: QwenDataModule) -> Iterator[tuple[dict[str, Any]
                 )
                 if isinstance(row, Conversation):
                     guard(row, control, policy)
-                yield content, row.prompt(data.tokenizer)
+                yield content, row.prompt(data.tokenizer, think)
             except RowError as error:
                 raise UserError(f"{raw.source}: {error}") from error
     except DataError as error:

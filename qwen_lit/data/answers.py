@@ -6,9 +6,9 @@ from qwen_lit.data.faults import RowError, snippet
 from qwen_lit.data.parts import untrained
 from qwen_lit.data.render import Draft
 from qwen_lit.data.report import UNTHOUGHT
+from qwen_lit.thinking import EMPTY_THINK, HEADER, THINK, Asking
 
-HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
-EMPTY_THINK = "<think>\n\n</think>\n\n"
+END = "<|im_end|>"
 SPLIT, MERGED = (
     "text before </think> made a thought by the chat template",
     "newlines before an answer in one token with its header, not trained",
@@ -18,18 +18,21 @@ SPLIT, MERGED = (
 class Answers:
     """Finds the answers in the ids of one tokenizer and chat template."""
 
-    def __init__(self, backend: Any, inserts_think: bool) -> None:
+    def __init__(self, backend: Any, inserts_think: bool, asking: Asking) -> None:
         """Tokenises what stands around an answer.
 
         Args:
             backend: the ``tokenizers`` tokenizer, which has ``<|im_end|>``.
             inserts_think: whether the template begins an answer without a thought with an empty one, which the server
                 writes by itself.
+            asking: how the template asks for an answer.
         """
         self.backend = backend
         self.header = self._ids(HEADER)
         self.end = int(backend.token_to_id(END))
         self.empty_think = self._ids(EMPTY_THINK) if inserts_think else []
+        opened = asking.opening(asking.switched(reasoned=True))
+        self.opened = self._ids(opened) if opened != EMPTY_THINK else []
 
     def _ids(self, text: str) -> list[int]:
         return list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -67,6 +70,14 @@ class Answers:
                 spans += self._parts(begin, position, draft, message) if "parts" in message else [(begin, position)]
         return spans, begins
 
+    def asked(self, ids: list[int], begin: int) -> int:
+        """Where the prompt of a turn that begins at ``begin`` ends: after what the template writes to open a thought.
+
+        What the server writes so is trained with the thought all the same.
+        """
+        opened = len(self.opened)
+        return begin + opened if ids[begin : begin + opened] == self.opened else begin
+
     def _check_header(self, last: int, number: int, draft: Draft) -> None:
         """The last token of a header is its newline, alone or with newlines that begin the answer.
 
@@ -95,6 +106,18 @@ class Answers:
             else:
                 spans.append((at, at + 1))
         return spans
+
+
+def is_thought(rendered: str) -> bool:
+    """Whether an answer, as the chat template renders it, begins with a thought that is not empty."""
+    return rendered.startswith(THINK) and not rendered.startswith(EMPTY_THINK)
+
+
+def has_thought(draft: Draft) -> bool:
+    """Whether a trained turn of a rendered draft begins with a thought."""
+    speakers = [number for number, message in enumerate(draft.messages) if message["role"] == "assistant"]
+    rendered = zip(speakers, draft.text.split(HEADER)[1:], strict=False)
+    return any(number in draft.turns and is_thought(turn) for number, turn in rendered)
 
 
 def check_complete(draft: Draft) -> None:

@@ -17,6 +17,7 @@ from qwen_lit.data.packing import fill
 from qwen_lit.data.report import LOSSES, Report
 from qwen_lit.data.rows import Rows, numbers
 from qwen_lit.lines import plural
+from qwen_lit.thinking import Form
 
 PERCENTILES = (50, 90, 95, 99, 100)
 
@@ -48,6 +49,8 @@ class Audit:
     batches: int
     steps: int
     """Optimizer steps of an epoch."""
+    form: Form | None = None
+    """In which form the conversations are trained; None where there are none."""
     problems: list[str] = field(default_factory=list)
     """What would be lost or trained wrongly; empty when the data is right."""
     notes: list[str] = field(default_factory=list)
@@ -94,8 +97,11 @@ def audit(data: QwenDataModule, accumulate: int) -> Audit:
         fill=float(share),
         batches=len(batches),
         steps=math.ceil(len(batches) / accumulate),
+        form=data.form(),
     )
     result.problems, result.notes = _problems(report, rows), _notes(report)
+    if result.form is not None and (result.form.mixed or not result.form.askable):
+        result.notes.append(f"conversations {result.form.shares()}: {result.form.told()}")
     if result.val_report is not None:
         found = _problems(result.val_report, Rows(data.val_rows.folder))
         result.problems += [f"validation: {problem}" for problem in found]
@@ -194,6 +200,9 @@ def _figures(result: Audit) -> Iterable[str]:
     yield f"duplicates      {len(result.duplicates):,}" + "".join(f"\n  {place}" for place in result.duplicates[:5])
     if result.blocks:
         yield f"raw text        {result.blocks:,} blocks, trained as they are"
+    if result.form is not None:
+        said = "; ".join(filter(None, [result.form.shares(), result.form.told()]))
+        yield from textwrap.wrap(said, 80, initial_indent="reasoning       ", subsequent_indent="  ")
     share = result.supervised / max(1, result.tokens)
     yield "token ids       the tokenizer's own: every row reads back as its text"
     yield f"tokens          {result.tokens:,}, {share:.1%} supervised"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from qwen_lit.data.answers import EMPTY_THINK, END, HEADER, Answers, check_complete
+from qwen_lit.data.answers import END, Answers, check_complete, has_thought
 from qwen_lit.data.control import control_names, guard
 from qwen_lit.data.examples import CONVERSATION, NO_END, Example
 from qwen_lit.data.faults import DataError, RowError, snippet
@@ -13,6 +13,7 @@ from qwen_lit.data.records import Conversation
 from qwen_lit.data.render import Draft, Renderer
 from qwen_lit.data.report import UNOFFERED
 from qwen_lit.data.token_check import EXACT_EVERY, diff_ids, diff_text, reads_as, unlike
+from qwen_lit.thinking import EMPTY_THINK, HEADER
 
 LONGER = 8
 """Characters of a text for each token it may have, above which it has more in all likelihood."""
@@ -62,11 +63,9 @@ class Encoder:
                 f"the chat template renders an answer without {HEADER!r} … {END!r}: {snippet(rendered[-80:])}; use "
                 "the chat template of a Qwen2 or Qwen3 model."
             )
-        bare = tokenizer.apply_chat_template(
-            probe[:1], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        self.inserts_think = EMPTY_THINK in rendered or bare.endswith(EMPTY_THINK)
-        self.answers = Answers(self.backend, self.inserts_think)
+        asking = self.renderer.asking
+        self.inserts_think = EMPTY_THINK in rendered or asking.off == EMPTY_THINK
+        self.answers = Answers(self.backend, self.inserts_think, asking)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Example | RowError]]:
         """For each conversation its examples; in the place of one that cannot be used, why.
@@ -198,7 +197,8 @@ class Encoder:
             # The model is not taught to stop where an answer is cut off.
             end, begins = NO_END, [begin for begin in begins if begin < len(ids)]
         note = "; ".join(draft.notes)
-        return Example(ids, spans, draft.source, CONVERSATION, draft.hash, begins[-1], end, note)
+        prompt_end = self.answers.asked(ids, begins[-1])
+        return Example(ids, spans, draft.source, CONVERSATION, draft.hash, prompt_end, end, note, has_thought(draft))
 
     def _trained_from(self, ids: list[int], draft: Draft) -> int:
         """Where the first trained turn begins."""
@@ -213,7 +213,10 @@ class Encoder:
         return ids
 
     def _rendered(self, draft: Draft) -> list[int]:
-        draft.text = self.renderer.text(draft.messages, draft.tools)
+        (text,) = self.renderer.texts([draft])
+        if isinstance(text, RowError):
+            raise text
+        draft.text = text
         return self._tokenised([draft.text])[0]
 
     def _tokenised(self, texts: list[str]) -> list[list[int]]:

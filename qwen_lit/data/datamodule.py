@@ -33,6 +33,7 @@ from qwen_lit.lines import plural
 from qwen_lit.names import expanded
 from qwen_lit.seams import options_of
 from qwen_lit.signals import leave_to_parent
+from qwen_lit.thinking import Form, trained_form
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +147,8 @@ class QwenDataModule(L.LightningDataModule):
             log.info("raw text, trained as it is: %s", plural(blocks, "block"))
         if expanded := self.report.expanded():
             log.info("%s", expanded)
+        if (form := self.form()) is not None and (told := form.told()):
+            log.info("conversations %s: %s", form.shares(), told)
         tell_unread(self.report.unread)
         if absent := self.report.absent():
             log.warning("%s", absent)
@@ -168,6 +171,13 @@ class QwenDataModule(L.LightningDataModule):
         found = self.report.losses(self.settings.max_length, overlong)
         return found + [f"validation: {one}" for one in self.val_report.losses(self.settings.max_length, overlong)]
 
+    def form(self) -> Form | None:
+        """In which form the training rows' conversations are trained; None where there are none."""
+        assert self.train_rows is not None
+        chats = ~self.train_rows.of_kind(RAW_TEXT)
+        thought = int(self.train_rows.column("thought")[chats].sum())
+        return trained_form(self.tokenizer, thought, int(chats.sum()) - thought)
+
     def batches(self, rows: Rows) -> list[list[int]]:
         """Row numbers of each micro-batch of an epoch, over all ranks."""
         budget = self.settings.batch_size * self.settings.max_length
@@ -180,12 +190,14 @@ class QwenDataModule(L.LightningDataModule):
         assert self.train_rows is not None and self.val_rows is not None
         tokens, supervised = self.train_rows.column("length").sum(), self.train_rows.column("supervised").sum()
         blocks = int(self.train_rows.of_kind(RAW_TEXT).sum())
+        thought = int(self.train_rows.column("thought").sum())
         return {
             "files": ", ".join(source.path for source in self.sources),
             "rows_read": self.report.rows,
             "examples_trained": len(self.train_rows),
             "examples_held_out": len(self.val_rows),
             **({"blocks_of_raw_text_trained": blocks} if blocks else {}),
+            **({"examples_with_reasoning": thought} if thought else {}),
             "tokens_in_an_epoch": int(tokens),
             "supervised_tokens": int(supervised),
             "share_supervised": round(float(supervised / max(1, tokens)), 6),

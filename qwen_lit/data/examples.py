@@ -33,6 +33,8 @@ class Example:
     """The token with which each trained turn ends; ``NO_END`` where nothing says that the model is to stop there."""
     note: str = ""
     """What was changed, ``; `` between changes."""
+    thought: bool = False
+    """Whether a trained turn begins with a thought."""
 
     @property
     def labels(self) -> list[int]:
@@ -66,8 +68,12 @@ class Row(Protocol):
         """
         ...
 
-    def prompt(self, tokenizer: Any) -> list[int]:
+    def prompt(self, tokenizer: Any, think: bool | None = None) -> list[int]:
         """Token ids of what it asks, without its answer.
+
+        Args:
+            tokenizer: transformers'.
+            think: the value of the chat template's switch ``enable_thinking``; None leaves it to the template.
 
         Raises:
             RowError: it asks nothing.

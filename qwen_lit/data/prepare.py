@@ -21,7 +21,7 @@ from qwen_lit.data.rows import SCHEMA
 from qwen_lit.data.sources import digest, expand
 
 log = logging.getLogger(__name__)
-VERSION = 6
+VERSION = 7
 
 
 def cache_key(task: Task, tokenizer: Any) -> str:

@@ -17,6 +17,7 @@ from qwen_lit.data.marks import Message, mark_row
 from qwen_lit.data.questions import read_question
 from qwen_lit.data.strict import decode
 from qwen_lit.data.turns import ordered
+from qwen_lit.thinking import asked
 
 ENCODINGS = ("utf-16", "gb18030", "big5", "cp1252")
 REFUSED = MEDIA | PREFERENCE | {"label"}
@@ -60,8 +61,12 @@ class Conversation:
         except TypeError as error:
             raise RowError("wrong type", f"holds a value that is not JSON ({error}).") from error
 
-    def prompt(self, tokenizer: Any) -> list[int]:
+    def prompt(self, tokenizer: Any, think: bool | None = None) -> list[int]:
         """Token ids of its question, as the chat template renders it for an answer; an answer at its end is left out.
+
+        Args:
+            tokenizer: transformers', with a chat template.
+            think: the value of the template's switch ``enable_thinking``; None leaves it to the template.
 
         Raises:
             RowError: it asks nothing, or the template refuses it.
@@ -72,10 +77,9 @@ class Conversation:
         if not messages:
             raise RowError("no question", "has no question: nothing stands before its answer.")
         try:
-            asked = tokenizer.apply_chat_template(messages, tools=self.tools, add_generation_prompt=True)
+            return asked(tokenizer, messages, think, self.tools)
         except Exception as error:  # a template may raise anything
             raise RowError("template", f"the chat template refuses it: {error}") from error
-        return list(asked["input_ids"])
 
 
 def parse_line(line: bytes) -> Any:

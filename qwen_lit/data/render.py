@@ -1,10 +1,11 @@
 """Conversations to text, through the tokenizer's own chat template."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_lit.data.faults import DataError, RowError
+from qwen_lit.thinking import EMPTY_THINK, THINK, Asking
 
 Messages = list[dict[str, Any]]
 MARK = "qwen_lit_probe"
@@ -28,6 +29,14 @@ class Draft:
     text: str = ""
     """The messages as the chat template renders them."""
 
+    @property
+    def reasoned(self) -> bool:
+        """Whether its last turn, for whose sake it is asked, has a thought."""
+        message = self.messages[-1]
+        content = str(message["content"]).lstrip()
+        written = content.startswith(THINK) and not content.startswith(EMPTY_THINK.strip())
+        return written or bool(str(message.get("reasoning_content") or "").strip())
+
 
 class Renderer:
     """The chat template of one tokenizer."""
@@ -43,7 +52,9 @@ class Renderer:
         """
         if not tokenizer.chat_template:
             raise DataError("the model's tokenizer has no chat template; use the Instruct model's tokenizer files.")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.asking = tokenizer, Asking.of(tokenizer)
+        # The switch may change more of a prompt than its end: a row is rendered as it will be asked.
+        self.switched = {reasoned: self.asking.switched(reasoned) for reasoned in (True, False)}
         self.omitted = self._omitted()
         """Those of ``system``, ``tool``, ``tools`` and ``tool_calls`` that the chat template leaves out."""
 
@@ -68,14 +79,19 @@ class Renderer:
                 continue
         return found
 
-    def text(self, messages: Messages, tools: Any = None) -> str:
+    def text(self, messages: Messages, tools: Any = None, think: bool | None = None) -> str:
         """The text of a conversation, as the exported tokenizer renders it.
+
+        Args:
+            messages: of the conversation.
+            tools: that are offered.
+            think: the value of the template's switch ``enable_thinking``; None leaves it to the template.
 
         Raises:
             RowError: the template refuses it.
         """
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+            return str(self._rendered(messages, tools, think, tokenize=False))
         except Exception as error:  # a template may raise anything
             raise RowError("template", f"the chat template refuses it: {error}") from error
 
@@ -83,31 +99,32 @@ class Renderer:
         """The text of each draft, or why it has none."""
         found: list[str | RowError] = []
         try:
-            return list(self._grouped(drafts, lambda messages, tools: self._many(messages, tools, tokenize=False)))
+            return list(self._grouped(drafts, tokenize=False))
         except Exception:  # a template may raise anything; which draft it refuses is found one by one
             for draft in drafts:
                 try:
-                    found.append(self.text(draft.messages, draft.tools))
+                    found.append(self.text(draft.messages, draft.tools, self.switched[draft.reasoned]))
                 except RowError as error:
                     found.append(error)
         return found
 
     def ids(self, drafts: Sequence[Draft]) -> list[list[int]]:
         """The token ids of each draft by ``apply_chat_template`` alone."""
-        return self._grouped(drafts, lambda messages, tools: self._many(messages, tools)["input_ids"])
+        return self._grouped(drafts, tokenize=True)
 
-    def _many(self, several: list[Messages], tools: Any, **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(several, tools=tools, **options)
+    def _rendered(self, messages: Any, tools: Any, think: bool | None, **options: Any) -> Any:
+        switch = {} if think is None else {"enable_thinking": think}
+        return self.tokenizer.apply_chat_template(messages, tools=tools, **switch, **options)
 
-    @staticmethod
-    def _grouped(drafts: Sequence[Draft], function: Callable[[list[Messages], Any], Sequence[Any]]) -> list[Any]:
-        """One call for all conversations with the same tools costs half of one call for each."""
-        groups: dict[int, list[int]] = {}
+    def _grouped(self, drafts: Sequence[Draft], tokenize: bool) -> list[Any]:
+        """One call for all conversations with the same tools and switch costs half of one call for each."""
+        groups: dict[tuple[int, bool | None], list[int]] = {}
         for number, draft in enumerate(drafts):
-            groups.setdefault(id(draft.tools), []).append(number)
+            groups.setdefault((id(draft.tools), self.switched[draft.reasoned]), []).append(number)
         found: list[Any] = [None] * len(drafts)
-        for numbers in groups.values():
+        for (_, think), numbers in groups.items():
             several = [drafts[number].messages for number in numbers]
-            for number, one in zip(numbers, function(several, drafts[numbers[0]].tools), strict=True):
+            made = self._rendered(several, drafts[numbers[0]].tools, think, tokenize=tokenize)
+            for number, one in zip(numbers, made["input_ids"] if tokenize else made, strict=True):
                 found[number] = one
         return found

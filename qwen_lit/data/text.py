@@ -38,8 +38,8 @@ class Document:
         """64 bits of the text, wherever it stands."""
         return text_hash(self.text)
 
-    def prompt(self, tokenizer: Any) -> list[int]:
-        """Token ids of the text, which the model is to continue.
+    def prompt(self, tokenizer: Any, think: bool | None = None) -> list[int]:
+        """Token ids of the text, which the model is to continue; ``think`` is for conversations.
 
         Raises:
             RowError: it is a file of text.

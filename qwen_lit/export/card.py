@@ -10,9 +10,11 @@ from typing import Any
 import yaml
 
 from qwen_lit.environment import versions
-from qwen_lit.export.commands import adapter_section, merged_section, request, served_name
+from qwen_lit.export.commands import adapter_section, merged_section, request, served_form, served_name
 from qwen_lit.export.folder import open_tensors, read_json, write_json
+from qwen_lit.export.modelfile import ollama_imports
 from qwen_lit.names import ADAPTER, TRAINED_AT, TRAINING_CONFIG, base_reference, hub_name
+from qwen_lit.thinking import Form
 
 BLOCKS = "blocks_of_raw_text_trained"
 """What the data's facts call examples that are no conversation."""
@@ -78,6 +80,14 @@ class ModelCardFacts:
     """Path of the adapter, relative to the model folder, or absolute."""
     gguf: str | None = None
     """Name of the GGUF file in the model folder."""
+    architecture: str = ""
+    """The class that the model's config.json names."""
+    form: Form | None = None
+    """In which form the prompts were trained; None where no conversation was."""
+    served: tuple[str, ...] = ()
+    """The forms of serving through which the trained prompts were asked; each sends them as they were trained."""
+    unlike: dict[str, str] = field(default_factory=dict)
+    """Those which do not, with the first difference."""
     missing: dict[str, str] = field(default_factory=dict)
     """What could not be exported, and why."""
     made: dict[str, Any] = field(default_factory=dict)
@@ -93,6 +103,8 @@ def model_card(facts: ModelCardFacts) -> str:
     both = blocks and blocks < int(facts.data.get("examples_trained", 0))
     taught = "taught from instructions" if not blocks else "trained on raw text" + " and instructions" * bool(both)
     weights = f"weights as they were trained on, in {facts.held_in}."
+    imported = facts.gguf is not None or ollama_imports(facts.architecture)
+    alone = facts.adapter and adapter_section(facts.adapter, name, base, facts.adapter_path, facts.config, facts.form)
     parts = [
         _front_matter(base, {"library_name": "transformers", "tags": ["qwen_lit", "lora", "merged"]}),
         f"# {Path(base).name}, {taught}",
@@ -101,8 +113,8 @@ def model_card(facts: ModelCardFacts) -> str:
         + (f" The adapter was trained on from `{begun}`." if begun else "")
         + _made(facts.made),
         "## Serve",
-        *merged_section(name, facts.gguf),
-        *(adapter_section(facts.adapter, name, base, facts.adapter_path, facts.config) if facts.adapter else []),
+        *merged_section(name, facts.gguf, facts.form, imported),
+        *(alone or []),
     ]
     if blocks:
         parts.append(
@@ -128,13 +140,18 @@ def model_card(facts: ModelCardFacts) -> str:
         ]
     if facts.stopped:
         parts.append(f"{facts.stopped[0]} of {facts.stopped[1]} trained prompts ended at `<|im_end|>` by themselves.")
+    if facts.served:
+        parts.append(f"Asked through {' and '.join(facts.served)}, which send them as trained, token by token.")
+    parts += [f"**Asked otherwise than trained** through {name}: {what}" for name, what in facts.unlike.items()]
     parts += ["## Versions", _table({name: one for name, one in versions().items() if one})]
     settings = json.dumps(facts.config, indent=1, ensure_ascii=False, default=str)
     parts += ["## Configuration", f"<details><summary>all of it</summary>\n\n```json\n{settings}\n```\n</details>"]
     return "\n\n".join(parts) + "\n"
 
 
-def finish_adapter(folder: Path, base: str, run: dict[str, Any], made: dict[str, Any] | None = None) -> None:
+def finish_adapter(
+    folder: Path, base: str, run: dict[str, Any], made: dict[str, Any] | None = None, form: Form | None = None
+) -> None:
     """Let an adapter folder name its base so that any tool finds it, keep how it was trained, and give it a card.
 
     Args:
@@ -142,8 +159,11 @@ def finish_adapter(folder: Path, base: str, run: dict[str, Any], made: dict[str,
         base: the base model's folder or hub name.
         run: the configuration of the run.
         made: of which checkpoint it is.
+        form: in which its prompts were trained.
     """
     write_json(folder / TRAINING_CONFIG, run)
+    if form is not None:
+        form.write(folder)
     if made:
         write_json(folder / TRAINED_AT, made)
     config = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": base_reference(base)}
@@ -155,7 +175,8 @@ def finish_adapter(folder: Path, base: str, run: dict[str, Any], made: dict[str,
         f"r={config.get('r')}, alpha={config.get('lora_alpha')}, trained on `{base}`.{_made(made or {})}",
         "## Serve",
         "In the terminal: `qwen-lit chat .`, in the folder of this file.",
-        *adapter_section(facts, name, base, ".", run),
+        *adapter_section(facts, name, base, ".", run, form),
+        *served_form(form),
         *(request(name) if not facts.unserved() else []),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_lit.names import base_reference, hub_name
+from qwen_lit.thinking import Form
 
 if TYPE_CHECKING:
     from qwen_lit.export.card import AdapterFacts
@@ -31,25 +32,51 @@ def served_name(run: dict[str, Any], base: str) -> str:
     return "tuned"
 
 
-def merged_section(name: str, gguf: str | None) -> list[str]:
+def merged_section(name: str, gguf: str | None, form: Form | None = None, imported: bool = True) -> list[str]:
     """How the merged model in the card's folder is served.
 
     Args:
         name: of the model, for requests.
         gguf: its GGUF file in the folder, if there is one.
+        form: in which its prompts were trained.
+        imported: whether Ollama is known to take what its Modelfile names.
     """
+    switch = switched(form)
+    ollama = "Ollama, if it reads safetensors of this model; else first write the GGUF file that Modelfile tells of"
     commands = [
         ("in the terminal", "qwen-lit chat ."),
-        ("vLLM", f"vllm serve . --served-model-name {name}"),
-        ("SGLang", f"python -m sglang.launch_server --model-path . --served-model-name {name}"),
-        ("Ollama", f"ollama create {name} -f Modelfile\nollama run {name}"),
+        ("vLLM", f"vllm serve . --served-model-name {name}{switch}"),
+        ("SGLang", f"python -m sglang.launch_server --model-path . --served-model-name {name}{switch}"),
+        ("Ollama" if imported else ollama, f"ollama create {name} -f Modelfile\nollama run {name}"),
     ]
     if gguf:
-        commands.append(("llama.cpp", f"llama-server -m {gguf} --alias {name} --jinja"))
-    return ["Run one of these in the folder of this file:", _block(commands), *request(name)]
+        commands.append(("llama.cpp", f"llama-server -m {gguf} --alias {name} --jinja{switched(form, '--chat')}"))
+    told = served_form(form)
+    return ["Run one of these in the folder of this file:", _block(commands), *told, *request(name)]
 
 
-def adapter_section(facts: AdapterFacts, name: str, base: str, path: str, run: dict[str, Any]) -> list[str]:
+def switched(form: Form | None, option: str = "--default-chat") -> str:
+    """The option with which a server asks as was trained, after a space; empty where its template does by itself.
+
+    Source: ``--default-chat-template-kwargs`` of vLLM and SGLang, ``--chat-template-kwargs`` of llama-server.
+    """
+    if form is None or not form.kwargs:
+        return ""
+    return f" {option}-template-kwargs {shlex.quote(json.dumps(form.kwargs))}"
+
+
+def served_form(form: Form | None) -> list[str]:
+    """In which form it is asked, where there are several."""
+    if form is None or not (told := form.told()):
+        return []
+    kwargs = json.dumps({"chat_template_kwargs": {"enable_thinking": form.enable_thinking}})
+    older = f" A server without that option takes it from each request: `{kwargs[1:-1]}`." if form.kwargs else ""
+    return [f"It was trained on conversations {form.shares()}: {told}.{older}"]
+
+
+def adapter_section(
+    facts: AdapterFacts, name: str, base: str, path: str, run: dict[str, Any], form: Form | None = None
+) -> list[str]:
     """How a server takes the adapter beside its base, or why it does not.
 
     Args:
@@ -58,6 +85,7 @@ def adapter_section(facts: AdapterFacts, name: str, base: str, path: str, run: d
         base: the base's folder or hub name.
         path: of the adapter, seen from the card's folder.
         run: the configuration of the run.
+        form: in which its prompts were trained.
     """
     if unserved := facts.unserved():
         return [
@@ -68,11 +96,14 @@ def adapter_section(facts: AdapterFacts, name: str, base: str, path: str, run: d
     on_vllm, on_sglang = ("VLLM_USE_MODELSCOPE=True ", "SGLANG_USE_MODELSCOPE=true ") if elsewhere else ("", "")
     base, lora = shlex.quote(base_reference(base)), shlex.quote(f"{name}={path}")
     rank = next((rank for rank in VLLM_RANKS if rank >= facts.rank), facts.rank)
-    commands = [("vLLM", f"{on_vllm}vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {lora}")]
+    switch = switched(form)
+    served = f"{on_vllm}vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {lora}{switch}"
+    commands = [("vLLM", served)]
     if not facts.config.get("use_rslora"):
         server = f"{on_sglang}python -m sglang.launch_server --model-path {base}"
         sglang = f"{server} --served-model-name base --enable-lora"
-        commands.append((f"SGLang, where requests call the model base:{name}", f"{sglang} --lora-paths {lora}"))
+        title = f"SGLang, where requests call the model base:{name}"
+        commands.append((title, f"{sglang} --lora-paths {lora}{switch}"))
     section = ["The adapter alone, on its base, in the folder of this file:", _block(commands)]
     if facts.config.get("use_rslora"):
         section.append("SGLang scales rank-stabilised LoRA (use_rslora) wrongly: serve the merged model with it.")

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qwen_lit.files import file_digest, fsync_dir
+from qwen_lit.prequantized import dequantized, find_stored
 
 log = logging.getLogger(__name__)
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -99,7 +100,10 @@ def _base_files(base_dir: Path) -> list[Path]:
 
 
 class BaseModel:
-    """Names, shapes and tensors of the original checkpoint; one shard is mapped at a time."""
+    """Names, shapes and tensors of a model's files; one shard is mapped at a time.
+
+    What bitsandbytes has quantised in them is listed and read as the weights that products see, in bf16.
+    """
 
     def __init__(self, base_dir: Path) -> None:
         self.where: dict[str, tuple[Path, str, list[int]]] = {}
@@ -113,10 +117,36 @@ class BaseModel:
         self._path: Path | None = None
         self._handle: Any = None
         self._read = 0
+        self._files = {name: path for name, (path, _, _) in self.where.items()}
+        try:
+            self.stored = find_stored({name: shape for name, (_, _, shape) in self.where.items()}, self._get)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{base_dir}: {error}; fetch it again") from error
+        """The weights that are quantised in the files."""
+        for name, one in self.stored.items():
+            self.where[name] = (self._files[name], "BF16", list(one.shape))
+            for part in one.parts:
+                del self.where[part]
 
-    def get(self, name: str) -> torch.Tensor:
-        """The tensor as stored, backed by the file's mapping."""
-        path = self.where[name][0]
+    def widen(self) -> None:
+        """Of files that are quantised, list what they hold in fp16 as bf16, in which it is computed."""
+        if self.stored:
+            self.where |= {
+                name: (path, "BF16", shape) for name, (path, dtype, shape) in self.where.items() if dtype == "F16"
+            }
+
+    def get(self, name: str, device: torch.device | None = None) -> torch.Tensor:
+        """The tensor as the file has it, backed by its mapping; a quantised weight as ``dequantized`` gives it.
+
+        Args:
+            name: of the tensor.
+            device: where a quantised weight is computed; default the CPU.
+        """
+        one = self.stored.get(name)
+        return self._get(name) if one is None else dequantized(name, one, self._get, device)
+
+    def _get(self, name: str) -> torch.Tensor:
+        path = self._files[name]
         if path != self._path or self._read > REMAP_BYTES:
             self._handle, self._path, self._read = open_tensors(path), path, 0
         tensor: torch.Tensor = self._handle.get_tensor(name)

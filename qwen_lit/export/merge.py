@@ -133,7 +133,7 @@ def _tensors(
         if name in adapter.full:
             weight = adapter.full.pop(name)
         else:
-            weight = base.get(source)
+            weight = base.get(source, device)
             if name in held:
                 weight = held[name].round_trip(weight if device is None else weight.to(device))
         if name in adapter.bias:
@@ -181,6 +181,7 @@ def merge_adapter(
     *,
     merge_base: Literal["original", "dequantized"] = "original",
     held: Mapping[str, Held] | None = None,
+    original_dir: Path | None = None,
     max_shard_bytes: int = 4 * 2**30,
     finish: Callable[[Path], None] | None = None,
     device: torch.device | None = None,
@@ -189,16 +190,19 @@ def merge_adapter(
 
     Each target becomes ``W + scaling·B·A`` (DoRA: ``m·(W + scaling·B·A)/‖·‖_row``), computed in fp32 from W (out, in),
     A (r, in) and B (out, r); modules_to_save are taken from the adapter, and every other tensor is the base's, such as
-    those of a vision tower. Names, dtypes and config are the base's. Memory holds the adapter and one base tensor. The
-    folder is made as ``<out_dir>.tmp`` and renamed when it is whole; an earlier export of this package at ``out_dir``
-    is replaced. What a killed export has left in ``<out_dir>.tmp`` is continued at the first shard that is not whole.
+    those of a vision tower. Names, dtypes and config are the base's; of quantised files all is bf16. Memory holds the
+    adapter and one base tensor. The folder is made as ``<out_dir>.tmp`` and renamed when it is whole; an earlier
+    export of this package at ``out_dir`` is replaced. What a killed export has left in ``<out_dir>.tmp`` is continued
+    at the first shard that is not whole.
 
     Args:
         adapter_dir: PEFT folder (adapter_config.json, adapter_model.safetensors).
-        base_dir: original, unquantised model folder (model.safetensors, or shards with their index).
+        base_dir: folder of the model that was trained on (model.safetensors, or shards with their index).
         out_dir: the folder to make.
         merge_base: what W is: the original, or, for the weights of ``held``, what they were while training.
         held: how the base's quantised weights were held, for "dequantized".
+        original_dir: folder of the original, where the files of ``base_dir`` are quantised; its files are written
+            anew then, and those of ``base_dir`` for "dequantized".
         max_shard_bytes: size limit of a shard; a single larger tensor still makes one.
         finish: called with the temporary folder before the rename, to add files.
         device: where the products run; default the CPU.
@@ -210,23 +214,32 @@ def merge_adapter(
     start = time.perf_counter()
     if merge_base not in ("original", "dequantized"):
         raise ExportError(f"merge_base is {merge_base!r}; original or dequantized is expected")
+    if merge_base == "original" and original_dir is not None:
+        base_dir = original_dir
     adapter_dir, base_dir, out_dir = (Path(path).resolve() for path in (adapter_dir, base_dir, out_dir))
     adapter, base, config = read_adapter(adapter_dir), BaseModel(base_dir), read_json(base_dir / "config.json")
+    if merge_base == "original" and base.stored:
+        raise ExportError(f"{base_dir} holds quantised weights, not the original's; name that as export.original")
+    base.widen()
     head = family_of(config).head_on_disk
     tied = is_tied(config, head not in base.where)
     names = fit_names(adapter, base, config)
     if tied and head in names:
         log.warning("the adapter changes the embedding or the head alone: the merged model has untied embeddings")
     shards = plan_shards(base, names, max_shard_bytes)
-    config.pop("quantization_config", None)
+    for part in (config, text_config(config)):
+        part.pop("quantization_config", None)
     if not hub_name(str(config.get("_name_or_path"))):
         config.pop("_name_or_path", None)
-    if not config.get("dtype") and not config.get("torch_dtype"):
+    if base.stored or (not config.get("dtype") and not config.get("torch_dtype")):
         # transformers 5 reads dtype, earlier ones torch_dtype.
-        config["dtype"] = config["torch_dtype"] = _usual_dtype(shards)
+        for part in (config, text_config(config)):
+            part["dtype"] = part["torch_dtype"] = _usual_dtype(shards)
 
     total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
     rounded = on_disk(held or {}, config, base.where) if merge_base == "dequantized" else {}
+    # What the files hold quantised is read as it was while training.
+    rounded = {name: how for name, how in rounded.items() if name not in base.stored}
     tmp = begin_folder(
         out_dir, [base_dir, adapter_dir], _fingerprint(adapter_dir, base, rounded, max_shard_bytes, names)
     )

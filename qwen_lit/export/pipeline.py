@@ -17,21 +17,24 @@ from safetensors.torch import save_file
 
 from qwen_lit.export.adapter import RESIDUAL_INITS, write_for_whole
 from qwen_lit.export.card import AdapterFacts, ModelCardFacts, finish_adapter, model_card
-from qwen_lit.export.folder import ExportError, commit_folder, rewrite
+from qwen_lit.export.folder import ExportError, commit_folder, read_json, rewrite
 from qwen_lit.export.gguf import GgufType, write_gguf
 from qwen_lit.export.merge import MergeReport, merge_adapter
+from qwen_lit.export.served import difference, sent
 from qwen_lit.export.serving import untrained_end, write_serving_files
 from qwen_lit.export.verdict import Verdict, measure
 from qwen_lit.families.layer import Family
 from qwen_lit.generate import generate
-from qwen_lit.model.load import read_model
+from qwen_lit.model.load import load_tokenizer, read_model
 from qwen_lit.model.trained import weights
 from qwen_lit.quantization import Held
+from qwen_lit.thinking import Form
 
 log = logging.getLogger(__name__)
+Merge = Literal["original", "dequantized"]
 MergeBase = Literal["auto", "original", "dequantized"]
 Example = tuple[Any, Any]
-"""Token ids ``[t]`` and trained ranges ``[k, 2]``."""
+"""Token ids ``[t]`` and trained ranges ``[k, 2]``; of a prompt, its ids and those that follow."""
 EXPECTED = (ExportError, OSError, MemoryError, SafetensorError, torch.OutOfMemoryError)
 """Errors that a user can fix, reported in one line; any other is logged with its traceback."""
 
@@ -47,15 +50,28 @@ class Job:
     facts: ModelCardFacts
     held: Mapping[str, Held] = field(default_factory=dict)
     """How the base's quantised weights were held in training; empty for a bf16 base."""
-    merge_base: MergeBase = "original"
+    merge_base: MergeBase | None = None
+    """None is the first of ``merges``."""
+    original_dir: Path | None = None
+    """The original's folder, where the files of ``base_dir`` are quantised."""
+    is_prequantized: bool = False
+    """Whether they are."""
     gguf: GgufType | None = None
     held_out: Sequence[Example] = ()
     """Rows for the verdict."""
     kind: str = "held-out"
     """What these rows are."""
     taught: Sequence[Example] = ()
-    """Rows whose prompts the merged model is tried on."""
+    """Token ids of the prompts that the merged model is tried on, and of what was taught to follow each."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def merges(self) -> tuple[Merge, ...]:
+        """What the adapter can be added to."""
+        if not self.held:
+            return ("original",)
+        has_original = self.original_dir is not None or not self.is_prequantized
+        return ("original", "dequantized") if has_original else ("dequantized",)
 
 
 def run(job: Job, on_verdict: Callable[[Verdict], None] = lambda verdict: None) -> ModelCardFacts:
@@ -69,7 +85,8 @@ def run(job: Job, on_verdict: Callable[[Verdict], None] = lambda verdict: None) 
         What the model card tells.
     """
     facts = job.facts
-    facts.merge_base = "original" if job.merge_base == "auto" or not job.held else job.merge_base
+    chosen = [one for one in job.merges if one == job.merge_base]
+    facts.merge_base = (chosen or job.merges)[0]
     facts.held_in = " and ".join(sorted({str(one) for one in job.held.values()}))
     facts.adapter_path = _seen_from(job.out_dir, job.adapter_dir)
     if job.held_out:
@@ -82,6 +99,10 @@ def run(job: Job, on_verdict: Callable[[Verdict], None] = lambda verdict: None) 
             facts.stopped = try_prompts(job)
             said = "%d of %d trained prompts ended by themselves"
             (log.info if facts.stopped[0] == facts.stopped[1] else log.warning)(said, *facts.stopped)
+            for name, what in facts.unlike.items():
+                log.warning("asked otherwise than trained through %s: %s", name, what)
+            if facts.served:
+                log.info("asked as trained, token by token, through %s", " and ".join(facts.served))
             rewrite(job.out_dir, "README.md", model_card(facts))
     return facts
 
@@ -100,7 +121,7 @@ def part(name: str, missing: dict[str, str]) -> Iterator[None]:
 def _measure(job: Job, on_verdict: Callable[[Verdict], None]) -> None:
     """Compare the merges with the adapter, and choose one where that is asked for."""
     facts = job.facts
-    verdict = measure(job.adapter_dir, job.base_dir, job.held_out, job.held, job.device)
+    verdict = measure(job.adapter_dir, job.base_dir, job.held_out, job.held, job.device, job.original_dir)
     if job.merge_base == "auto":
         facts.merge_base = verdict.best
     facts.verdict = verdict.as_dict() | {"kind": job.kind}
@@ -118,6 +139,7 @@ def _merge(job: Job) -> MergeReport:
     """The merged model with all that stands beside it; a GGUF file that fails is left out."""
     facts = job.facts
     facts.adapter = AdapterFacts.read(job.adapter_dir)
+    facts.architecture = next(iter(read_json(job.base_dir / "config.json").get("architectures") or []), "")
     if warning := untrained_end(job.base_dir, job.tokenizer):
         log.warning(warning)
     gguf = f"model-{job.gguf}.gguf"
@@ -127,12 +149,18 @@ def _merge(job: Job) -> MergeReport:
             with part(gguf, facts.missing):
                 write_gguf(folder, folder / gguf, job.gguf, job.tokenizer)
         facts.gguf = gguf if (folder / gguf).is_file() else None
-        source = f"./{gguf}" if facts.gguf else "."
-        write_serving_files(folder, job.base_dir, job.tokenizer, facts, source)
+        write_serving_files(folder, job.base_dir, job.tokenizer, facts)
 
-    base: Literal["original", "dequantized"] = "dequantized" if facts.merge_base == "dequantized" else "original"
+    base: Merge = "dequantized" if facts.merge_base == "dequantized" else "original"
     report = merge_adapter(
-        job.adapter_dir, job.base_dir, job.out_dir, merge_base=base, held=job.held, finish=finish, device=job.device
+        job.adapter_dir,
+        job.base_dir,
+        job.out_dir,
+        merge_base=base,
+        held=job.held,
+        original_dir=job.original_dir,
+        finish=finish,
+        device=job.device,
     )
     speed = report.bytes / 1e9 / report.seconds
     log.info("merged model written to %s (%.2f GB, %.2f GB/s)", job.out_dir, report.bytes / 1e9, speed)
@@ -153,12 +181,28 @@ def fits(size: int, device: torch.device) -> bool:
 
 
 def try_prompts(job: Job) -> tuple[int, int]:
-    """Answer prompts of trained rows with plain transformers; returns how many ended by themselves, of how many."""
-    model, stopped = read_model(job.out_dir, job.device), 0
-    for ids, spans in job.taught:
-        begin, end = (int(one) for one in spans[-1])
-        (answer,) = generate(model, job.tokenizer, [ids[:begin].tolist()], 2 * (end - begin) + 64, own_ends=True)
-        stopped += answer.ended
+    """Answer prompts of trained rows with plain transformers, as each served form sends them.
+
+    Which forms send them as they were trained, and what is otherwise in those which do not, is noted in the facts.
+
+    Returns:
+        How many ended by themselves, however they were asked, of how many.
+    """
+    model, stopped, facts = read_model(job.out_dir, job.device), 0, job.facts
+    tokenizer = load_tokenizer(job.out_dir, str(job.out_dir))
+    text, names = (job.out_dir / "Modelfile").read_text(encoding="utf-8"), dict[str, None]()
+    for prompt, following in job.taught:
+        trained = prompt.tolist()
+        found = sent(text, tokenizer, facts.form, trained) if facts.form else {}
+        for name, ids in found.items():
+            names[name] = None
+            if what := difference(trained, ids, name, tokenizer):
+                facts.unlike.setdefault(name, what)
+        ways = [list(one) for one in dict.fromkeys(map(tuple, found.values() or [trained]))]
+        most = 2 * len(following) + 64
+        answers = [generate(model, tokenizer, [ids], most, own_ends=True)[0] for ids in ways]
+        stopped += all(answer.ended for answer in answers)
+    facts.served = tuple(name for name in names if name not in facts.unlike)
     return stopped, len(job.taught)
 
 
@@ -170,6 +214,7 @@ def adapter_from_checkpoint(
     out_dir: Path,
     run: dict[str, Any],
     made: dict[str, Any] | None = None,
+    form: Form | None = None,
 ) -> None:
     """Write ``lora_adapter/`` from the trained weights in a checkpoint, as PEFT would.
 
@@ -181,6 +226,7 @@ def adapter_from_checkpoint(
         out_dir: the adapter's folder.
         run: the configuration of the run.
         made: of which checkpoint it is, to be kept beside it.
+        form: in which its prompts were trained.
 
     Raises:
         ExportError: the adapter counts from a base that its initialisation has changed.
@@ -197,5 +243,5 @@ def adapter_from_checkpoint(
     config.save_pretrained(str(partial))
     save_file(weights(path), partial / "adapter_model.safetensors", metadata={"format": "pt"})
     write_for_whole(partial, family)
-    finish_adapter(partial, base_name, run, made)
+    finish_adapter(partial, base_name, run, made, form)
     commit_folder(partial, out_dir)

@@ -11,21 +11,11 @@ from torch import Tensor
 
 from qwen_lit.export.card import ModelCardFacts, model_card
 from qwen_lit.export.folder import BaseModel, ExportError, read_json, write_json
+from qwen_lit.export.modelfile import modelfile, source_lines
 from qwen_lit.families.table import family_of
 from qwen_lit.names import TRAINING_CONFIG
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-MODELFILE = '''# ollama create NAME -f Modelfile
-FROM {source}
-TEMPLATE """{{{{ range $i, $m := .Messages }}}}{default}<|im_start|>{{{{ $m.Role }}}}
-{{{{ $m.Content }}}}<|im_end|>
-{{{{ end }}}}<|im_start|>assistant
-"""
-{parameters}
-'''
-DEFAULT_SYSTEM = '{{ if and (eq $i 0) (ne $m.Role "system") }}%s{{ end }}'
-
-
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -59,17 +49,15 @@ def end_tokens(tokenizer: Any) -> list[int]:
     return ends
 
 
-def write_serving_files(
-    out_dir: Path, base_dir: Path, tokenizer: Any, facts: ModelCardFacts, source: str = "."
-) -> None:
-    """Write tokenizer files with the chat template, generation and training config, Modelfile and model card.
+def write_serving_files(out_dir: Path, base_dir: Path, tokenizer: Any, facts: ModelCardFacts) -> None:
+    """Write tokenizer files with the chat template, generation and training config, Modelfile, the form in which
+    prompts were trained, and the model card.
 
     Args:
         out_dir: existing folder that receives the files (``merge_adapter`` passes its temporary one to ``finish``).
         base_dir: folder of the original model.
         tokenizer: a transformers tokenizer.
         facts: for the card; values that JSON has no form for are written as text.
-        source: the folder or GGUF file that the Modelfile names.
 
     Raises:
         ExportError: the vocabulary has no end token at all, or a file of the base is not JSON.
@@ -78,7 +66,11 @@ def write_serving_files(
     generation = generation_settings(base_dir, tokenizer)
     write_json(out_dir / "generation_config.json", generation)
     write_json(out_dir / TRAINING_CONFIG, facts.config)
-    (out_dir / "Modelfile").write_text(modelfile(tokenizer, generation, source), encoding="utf-8")
+    if facts.form is not None:
+        facts.form.write(out_dir)
+    source = source_lines(facts.architecture, facts.gguf, str(facts.config.get("output_dir") or "OUTPUT_DIR"))
+    text = modelfile(tokenizer, generation, STOP_TOKENS, facts.form, source)
+    (out_dir / "Modelfile").write_text(text, encoding="utf-8")
     (out_dir / "README.md").write_text(model_card(facts), encoding="utf-8")
 
 
@@ -148,34 +140,6 @@ def generation_settings(base_dir: Path, tokenizer: Any) -> dict[str, Any]:
     elif sampling:
         generation["do_sample"] = True
     return generation
-
-
-def default_system(tokenizer: Any) -> str:
-    """What the chat template puts before a conversation that has no system prompt."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    return text[: text.index("<|im_start|>user")]
-
-
-def modelfile(tokenizer: Any, generation: dict[str, Any], source: str = ".") -> str:
-    """Ollama's Modelfile, whose template renders conversations of system, user and assistant as the tokenizer does.
-
-    Args:
-        tokenizer: with the chat template.
-        generation: the generation config; its sampling settings become parameters.
-        source: the folder or GGUF file that ``FROM`` names.
-    """
-    system = default_system(tokenizer)
-    default = DEFAULT_SYSTEM % system if system else ""
-    parameters = [f'PARAMETER stop "{token}"' for token in STOP_TOKENS if token in tokenizer.get_vocab()]
-    for name, ours in (
-        ("temperature", "temperature"),
-        ("top_p", "top_p"),
-        ("top_k", "top_k"),
-        ("repetition_penalty", "repeat_penalty"),
-    ):
-        if generation.get(name) is not None:
-            parameters.append(f"PARAMETER {ours} {generation[name]}")
-    return MODELFILE.format(source=source, default=default, parameters="\n".join(parameters))
 
 
 def untrained_end(base_dir: Path, tokenizer: Any) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
-from qwen_lit.export.adapter import Adapter, Pair, apply_pair, read_adapter
+from qwen_lit.export.adapter import Pair, apply_pair, read_adapter
 from qwen_lit.export.folder import TORCH, BaseModel, read_json
 from qwen_lit.export.merge import fit_names
 from qwen_lit.families.table import family_of
@@ -89,42 +89,49 @@ def measure(
     examples: Sequence[tuple[Any, Any]],
     held: Mapping[str, Held],
     device: torch.device,
+    original_dir: Path | None = None,
 ) -> Verdict:
     """Run the rows through the adapter on its base and through each merge, one decoder layer in memory at a time.
 
     Args:
         adapter_dir: PEFT folder.
-        base_dir: original model folder.
+        base_dir: folder of the model that was trained on.
         examples: token ids ``[t]`` and trained ranges ``[k, 2]`` of each row.
         held: how the base's quantised weights were held in training; empty for a bf16 base.
         device: where it runs, in its ``product_dtype``.
+        original_dir: folder of the original, where the files of ``base_dir`` are quantised.
 
     Returns:
-        Figures of the merges ``original`` and, for a quantised base, ``dequantized``.
+        Figures of the merge ``original``, where there is one, and, for a quantised base, of ``dequantized``.
 
     Raises:
         ExportError: the adapter does not fit the base, or cannot be merged.
     """
-    adapter, base = read_adapter(adapter_dir), BaseModel(base_dir)
-    variants = ["adapter", "original", *(["dequantized"] if held else [])]
-    config = read_json(base_dir / "config.json")
-    names, family = fit_names(adapter, base, config), family_of(config)
+    has_original = original_dir is not None or not BaseModel(base_dir).stored
+    variants = ["adapter", *(["original"] if has_original else []), *(["dequantized"] if held else [])]
+    family = family_of(read_json(base_dir / "config.json"))
     model = empty_model(load_config(base_dir), product_dtype(device)).eval()
     decoder = model.get_submodule(family.decoder)
-    weights = _Weights(config, adapter, base, names, held, device)
+    trained = _Weights(adapter_dir, base_dir, held, device)
+    original = _Weights(adapter_dir, original_dir, held, device) if original_dir is not None else trained
+    sources = {name: original if name == "original" else trained for name in variants}
     rotary = type(decoder.rotary_emb)(model.config).to(device)
     rows = [torch.tensor(ids, dtype=torch.int64, device=device)[None] for ids, _ in examples]
     with torch.no_grad():
-        embed = weights.of(f"{family.embedding}.weight", "original")
-        hidden = {name: [embed[row] for row in rows] for name in variants}
-        del embed
+        hidden = {}
+        for name in variants:
+            embed = sources[name].of(f"{family.embedding}.weight", name)
+            hidden[name] = [embed[row] for row in rows]
+            del embed
         for number, layer in enumerate(through(decoder.layers, "comparing the merges", "layers")):
             layer.to_empty(device=device)
             for name in variants:
-                hooks = weights.load(layer, family.block(number) + ".", name)
+                hooks = sources[name].load(layer, family.block(number) + ".", name)
                 for index, row in enumerate(rows):
                     positions = torch.arange(row.shape[1], device=device)[None]
-                    around = rotary(hidden[name][index], positions)
+                    # A rotation of three positions: on text they are equal.
+                    three = positions.expand(3, 1, -1) if hasattr(rotary, "mrope_section") else positions
+                    around = rotary(hidden[name][index], three)
                     out = layer(
                         hidden[name][index], attention_mask=None, position_ids=positions, position_embeddings=around
                     )
@@ -132,7 +139,7 @@ def measure(
                 for hook in hooks:
                     hook.remove()
             layer.to("meta")
-        return _compare(model.get_submodule(family.norm), weights, hidden, examples)
+        return _compare(model.get_submodule(family.norm), sources, hidden, examples)
 
 
 class _Weights:
@@ -140,16 +147,17 @@ class _Weights:
 
     def __init__(
         self,
-        config: dict[str, Any],
-        adapter: Adapter,
-        base: BaseModel,
-        names: dict[str, str],
+        adapter_dir: Path,
+        folder: Path,
         held: Mapping[str, Held],
         device: torch.device,
     ) -> None:
+        config = read_json(folder / "config.json")
+        self.adapter, self.base = read_adapter(adapter_dir), BaseModel(folder)
+        self.held = on_disk(held, config, self.base.where)
         self.family = family_of(config)
-        self.stored = self.family.weights(config, base.where)
-        self.adapter, self.base, self.names, self.held = adapter, base, names, on_disk(held, config, base.where)
+        self.stored = self.family.weights(config, self.base.where)
+        self.names = fit_names(self.adapter, self.base, config)
         self.device = device
         self.dtype = product_dtype(device)
 
@@ -168,8 +176,8 @@ class _Weights:
         if name in self.adapter.full:
             weight = self.adapter.full[name]
         else:
-            weight = self.base.get(self.names[name])
-            if variant != "original" and name in self.held:
+            weight = self.base.get(self.names[name], self.device)
+            if variant != "original" and name in self.held and name not in self.base.stored:
                 weight = self.held[name].round_trip(weight.to(self.device))
         if name in self.adapter.bias:
             weight = weight.float() + self.adapter.bias[name].to(weight.device)
@@ -226,20 +234,21 @@ class _Added:
 
 
 def _compare(
-    norm: Any, weights: _Weights, hidden: dict[str, list[Tensor]], examples: Sequence[tuple[Any, Any]]
+    norm: Any, sources: dict[str, _Weights], hidden: dict[str, list[Tensor]], examples: Sequence[tuple[Any, Any]]
 ) -> Verdict:
-    norm.to_empty(device=weights.device)
+    device = sources["adapter"].device
+    norm.to_empty(device=device)
     variants = list(hidden)
-    wanted = [_supervised(spans).to(weights.device) for _, spans in examples]
+    wanted = [_supervised(spans).to(device) for _, spans in examples]
     targets = torch.cat(
         [
-            torch.tensor(ids, dtype=torch.int64, device=weights.device)[where + 1]
+            torch.tensor(ids, dtype=torch.int64, device=device)[where + 1]
             for (ids, _), where in zip(examples, wanted, strict=True)
         ]
     )
     heads: dict[str, Callable[[Tensor], Tensor]] = {}
     final: dict[str, Tensor] = {}
-    for name in variants:
+    for name, weights in sources.items():
         norm.weight.data.copy_(weights.of(f"{weights.family.norm}.weight", name))
         final[name] = torch.cat([norm(one)[0][where] for one, where in zip(hidden[name], wanted, strict=True)])
         heads[name] = weights.head(name) if not heads or weights.heads_differ else heads["adapter"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -25,6 +25,8 @@ from qwen_lit.families.table import family_of
 from qwen_lit.families.wrappers import TO_LANGUAGE_MODEL, for_language_model
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
+from qwen_lit.model.stored import give_dtype, plain_linears
+from qwen_lit.prequantized import own_quantization
 from qwen_lit.progress import timed
 
 
@@ -52,14 +54,15 @@ def check_weights(folder: Path) -> None:
 
 
 def load_config(folder: Path, name: str = "") -> Any:
-    """The config of the language model in a folder, if it is of a known family and not quantised yet.
+    """The config of the language model in a folder, if it is of a known family and in a form that is trained on.
 
     Args:
         folder: that holds it.
         name: of the model in messages; empty is the folder's.
 
     Raises:
-        UserError: the config cannot be read, or it is of no family that is known, or it is quantised.
+        UserError: the config cannot be read, or it is of no family that is known, or its weights are quantised in
+            another way than bitsandbytes'.
     """
     name = name or str(folder)
     try:
@@ -70,13 +73,7 @@ def load_config(folder: Path, name: str = "") -> Any:
             "its folder."
         ) from error
     family_of(config, name)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
-        raise UserError(
-            f"model_name_or_path: {name} is quantised already ({getattr(kind, 'value', kind)}); give the original "
-            "bf16 model, which model.quantization_config quantises while it is read."
-        )
+    own_quantization(config, name)
     return language_model(config)
 
 
@@ -92,13 +89,15 @@ def language_model(config: Any) -> Any:
     if not family.text:
         return config
     text = config.get_text_config()
-    if text.model_type == family.text:
-        return text
-    values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
-    # The rotation of three equal positions is that of one.
-    rope = {key: value for key, value in text.rope_parameters.items() if not key.startswith("mrope")}
-    values |= {"rope_parameters": rope, "tie_word_embeddings": config.tie_word_embeddings, "dtype": config.dtype}
-    return CONFIG_MAPPING[family.text].from_dict(values)
+    if text.model_type != family.text:
+        values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
+        # The rotation of three equal positions is that of one.
+        rope = {key: value for key, value in text.rope_parameters.items() if not key.startswith("mrope")}
+        values |= {"rope_parameters": rope, "tie_word_embeddings": config.tie_word_embeddings, "dtype": config.dtype}
+        text = CONFIG_MAPPING[family.text].from_dict(values)
+    if held := getattr(config, "quantization_config", None):
+        text.quantization_config = held
+    return text
 
 
 def count_parameters(config: Any) -> int:
@@ -268,12 +267,15 @@ def read_model(
 ) -> Any:
     """A model for causal language modelling; nothing else in this program reads whole models.
 
-    Weights are read from safetensors alone: other files can hold code.
+    Weights are read from safetensors alone: other files can hold code. What the files hold quantised is taken as it
+    is, and nothing else is quantised then: which linears these are say the headers, whatever names config.json leaves
+    out.
 
     Args:
         folder: that holds its files.
         device: where it computes.
-        quantization: of its linears, done while they are read; None for none.
+        quantization: of its linears, done while they are read; None for none. Of quantised files it gives the dtype
+            of the products alone.
         place: where it is put; None puts it where it computes.
         dtype: of all that is not quantised; None takes ``product_dtype(device)``.
 
@@ -286,17 +288,26 @@ def read_model(
     family = family_of(whole)
     # The names of a language model in files that hold more; those of its own files stay as they are.
     names = {f"^{re.escape(family.decoder_in_wrapper)}": family.decoder} if family.text else None
+    config, dtype = language_model(whole), dtype or product_dtype(device)
+    options: dict[str, Any] = {"quantization_config": computing_on(device, quantization)}
+    own = own_quantization(config, str(folder))
+    if own is not None:
+        if quantization is not None:
+            own.bnb_4bit_compute_dtype = quantization.bnb_4bit_compute_dtype
+        own.llm_int8_skip_modules = plain_linears(Path(folder), empty_model(config))
+        config.quantization_config = cast(BitsAndBytesConfig, computing_on(device, own)).to_dict()
+        options = {}
     reader: Any = AutoModelForCausalLM
     with _quiet():
         model, told = reader.from_pretrained(
             folder,
-            config=language_model(whole),
+            config=config,
             key_mapping=names,
-            dtype=dtype or product_dtype(device),
-            quantization_config=computing_on(device, quantization),
+            dtype=dtype,
             device_map={"": where},
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     if told["missing_keys"]:
         # transformers would begin them at random.
@@ -304,6 +315,8 @@ def read_model(
         raise UserError(
             f"model_name_or_path: {folder} lacks {lost[0]} and {len(lost) - 1} more weights; fetch its files again."
         )
+    if own is not None:
+        give_dtype(model, dtype)
     return model
 
 

@@ -5,6 +5,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from qwen_lit.model.load import (
     add_adapter,
     check_targets,
     check_weights,
+    empty_model,
     load_base,
     load_config,
     shard_layers,
@@ -43,12 +45,14 @@ from qwen_lit.model.resume import go_on, settings, shared, stored
 from qwen_lit.model.schedules import WITHOUT_WARMUP, schedule
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.model.step import StepSums, clip_gradients, first_of
+from qwen_lit.model.stored import check_stored
 from qwen_lit.model.trained import find_adapter, log_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.plan import Plan, parse_bytes
 from qwen_lit.quantization import (
     Held,
+    check_shards,
     check_trained_whole,
     loaded_weights,
     planned_weights,
@@ -96,7 +100,10 @@ class QwenModule(L.LightningModule):
         usual_targets(self.config, self.lora_config)
         check_targets(self.config, self.lora_config)
         if self.lora_config.modules_to_save:
-            check_trained_whole(self.held_weights(torch.device("cpu")), self.lora_config.modules_to_save)
+            held = self.held_weights(torch.device("cpu"))
+            check_trained_whole(held, self.lora_config.modules_to_save, self.config)
+        if settings.shard_base and (own := self.quantization_config) is not None:
+            check_shards(own)
         self.model: PeftModel | None = None
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.fast: FastEngine | None = None
@@ -139,6 +146,7 @@ class QwenModule(L.LightningModule):
         """
         self.folder = fetch(self.name, self.settings.hub, weights=True)
         check_weights(self.folder)
+        check_stored(self.folder, empty_model(self.config))
         check_stored_model(self.folder)
 
     def configure_model(self) -> None:
@@ -175,7 +183,7 @@ class QwenModule(L.LightningModule):
         """
         if self.quantized is not None:
             return self.quantized
-        return planned_weights(self.config, self.quantization_config, device)
+        return planned_weights(self.config, self.quantization_config, device, self.folder)
 
     def release_memory(self) -> None:
         """Free what only training needs, for what comes after it."""
@@ -247,9 +255,10 @@ class QwenModule(L.LightningModule):
             configure_groups(optimizer, cast(LambdaLR, config.scheduler), factor, self.group_settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the settings and the step counts, which a resumed run is compared with."""
+        """Store the settings and the step counts, which a resumed run is compared with, and the prompts' form."""
         counts = {"skipped_steps": self.skipped_steps, "total_steps": self.total_steps}
-        checkpoint["settings"] = settings(self) | counts
+        form = self.data.form()
+        checkpoint["settings"] = settings(self) | counts | {"prompt_form": asdict(form) if form else None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the configuration of the checkpoint with this one.

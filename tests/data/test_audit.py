@@ -71,6 +71,30 @@ def test_faults_drops_and_cuts_make_it_fail(inspect, rows):
     assert code == 1 and "1 row cut: longest user text shortened" in out
 
 
+def test_how_many_rows_have_reasoning_is_told_with_the_form_in_which_they_will_be_asked(
+    inspect, rows, model_folder, tmp_path, caplog
+):
+    folder = shutil.copytree(model_folder, tmp_path / "qwen3")
+    (folder / "chat_template.jinja").write_text(template("qwen3"), encoding="utf-8")
+    options = ["--model.model_name_or_path", str(folder)]
+    code, out = inspect(rows[:6], *options)
+    told = "all without reasoning; trained, and so served, with enable_thinking false"
+    assert code == 0 and f"reasoning       {told}" in out.replace("\n  ", " ")
+    assert "verdict         nothing is lost" in out
+    thought = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "t"}]
+    }
+    code, out = inspect([*rows[:3], thought], *options)
+    mix = "1 of 4 with reasoning (25%)"
+    told = (
+        "each is asked as it was trained by enable_thinking true or false; served with false by default, as most are"
+    )
+    assert code == 0 and f"reasoning       {mix}; {told}" in out.replace("\n  ", " ")
+    assert (
+        f"look at: conversations {mix}: {told}; keep one kind" in out and f"conversations {mix}: {told}" in caplog.text
+    )
+
+
 def test_rows_of_which_each_answer_is_an_example_are_told_with_the_way_out(
     inspect, rows, model_folder, tmp_path, caplog
 ):

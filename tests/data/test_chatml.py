@@ -5,9 +5,10 @@ from importlib.resources import files
 
 import pytest
 
-from qwen_lit.data.chatml import EMPTY_THINK, Encoder
+from qwen_lit.data.chatml import Encoder
 from qwen_lit.data.faults import DataError, RowError
 from qwen_lit.data.records import parse_row
+from qwen_lit.thinking import EMPTY_THINK
 
 TEMPLATES = ["qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink"]
 U, A = {"role": "user", "content": "Where is 龙井 from?"}, {"role": "assistant", "content": "From 杭州。\n\nReally!"}

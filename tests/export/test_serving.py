@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from qwen_lit.export.card import ModelCardFacts
-from qwen_lit.export.serving import default_system, modelfile, untrained_end, write_serving_files
+from qwen_lit.export.modelfile import default_system, modelfile, rendered
+from qwen_lit.export.serving import STOP_TOKENS, untrained_end, write_serving_files
 from tests.export.test_merge import make_base
 
 CHAT = [
@@ -40,9 +41,9 @@ def ollama_renders(text: str, messages: list[dict[str, str]]) -> str:
 
 @pytest.mark.parametrize("chat", [CHAT, CHAT[1:], CHAT[:2]], ids=["system", "no system", "one question"])
 def test_ollama_renders_what_the_tokenizer_renders(tokenizer, chat):
-    text = modelfile(tokenizer, {"temperature": 0.7, "top_p": 0.8})
+    text = modelfile(tokenizer, {"temperature": 0.7, "top_p": 0.8}, STOP_TOKENS)
     wanted = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert ollama_renders(text, chat) == wanted
+    assert ollama_renders(text, chat) == rendered(text, chat) == wanted
     assert 'PARAMETER stop "<|im_end|>"' in text and "PARAMETER temperature 0.7" in text
 
 
@@ -54,7 +55,7 @@ def test_a_template_without_a_default_system_prompt_gets_none(qwen_tokenizer):
     qwen_tokenizer.chat_template = template
     assert default_system(qwen_tokenizer) == ""
     wanted = qwen_tokenizer.apply_chat_template(CHAT[1:], tokenize=False, add_generation_prompt=True)
-    assert ollama_renders(modelfile(qwen_tokenizer, {}), CHAT[1:]) == wanted
+    assert ollama_renders(modelfile(qwen_tokenizer, {}, STOP_TOKENS), CHAT[1:]) == wanted
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every family from its files to what is served: trained, merged, adapted, and loaded by plain transformers and PEFT."""
+"""Every family from its files to what is served: trained, merged, adapted, loaded by plain transformers and PEFT."""
 
 import json
 import warnings
