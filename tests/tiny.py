@@ -101,9 +101,11 @@ def make_model(kind: str, folder: Path, tokenizer: Any, **options: Any) -> Path:
     tokenizer.save_pretrained(folder)
     file = folder / "model.safetensors"
     tensors = {name: one.float() if _whole(name) else one for name, one in load_file(file).items()}
-    if kind.startswith("qwen3_5"):
-        # Every class leaves out the layer that predicts the token after the next one.
-        tensors |= {"mtp.fc.weight": torch.randn(64, 128).bfloat16(), "mtp.norm.weight": torch.randn(64).bfloat16()}
+    # A new model has ones or zeros in its norms and biases, which would hide a wrong order or a wrong place.
+    vectors = {name: one for name, one in tensors.items() if one.ndim == 1 and "visual" not in name}
+    tensors |= {name: one + 0.1 * torch.randn_like(one) for name, one in vectors.items()}
+    if kind.startswith(("qwen3_5", "qwen3_next")):
+        tensors |= _ahead(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
@@ -111,6 +113,17 @@ def make_model(kind: str, folder: Path, tokenizer: Any, **options: Any) -> Path:
 def _whole(name: str) -> bool:
     """Whether the releases hold a tensor in float32."""
     return name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
+
+
+def _ahead(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The layer that predicts the token after the next one, which every class leaves out: like the last layer."""
+    first = "input_layernorm.weight"
+    start = next(name for name in tensors if name.endswith(f"layers.1.{first}")).removesuffix(first)
+    last = {name.removeprefix(start): one.shape for name, one in tensors.items() if name.startswith(start)}
+    made = {f"layers.0.{name}": shape for name, shape in last.items()}
+    made |= {f"{name}.weight": [64] for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    made["fc.weight"] = [64, 128]
+    return {f"mtp.{name}": (0.08 * torch.randn(shape)).bfloat16() for name, shape in made.items()}
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

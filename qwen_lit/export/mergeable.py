@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 
@@ -12,7 +12,7 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import RESIDUAL_INITS, UNSUPPORTED
 from qwen_lit.families.layer import is_tied
 from qwen_lit.families.table import family_of
-from qwen_lit.model.load import empty_model
+from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.quantization import base_name
 
 
@@ -48,7 +48,7 @@ def _unwritable(lora: LoraConfig, config: Any) -> list[str]:
     plain = copy.deepcopy(lora)
     plain.init_lora_weights = True
     with torch.device("meta"):
-        model = get_peft_model(empty_model(config), plain)
+        model = put_adapter(empty_model(config), plain)
     family, tied = family_of(config), is_tied(config)
     ends = {family.embedding, family.head}
     layers = enumerate(family.layers(config))

@@ -1,6 +1,7 @@
 """What Qwen's dense families share: grouped-query attention and a gated MLP, each behind its norm."""
 
-from qwen_lit.families.layer import Config, Layer, Linear, Mixer, Vector, value_of
+from qwen_lit.families.gguf import Field, Stored, as_is, rope_fields
+from qwen_lit.families.layer import Config, Layer, Linear, Mixer, Vector, rope_of, value_of
 
 
 def dense_layers(config: Config, size: int, bias: tuple[bool, bool], query_key_norm: bool) -> tuple[Layer, ...]:
@@ -16,21 +17,21 @@ def dense_layers(config: Config, size: int, bias: tuple[bool, bool], query_key_n
     key_heads = value_of(config, "num_key_value_heads", heads)
     groups = (
         (
-            Linear("self_attn.q_proj", hidden, heads * size, bias[0], gguf="attn_q"),
-            Linear("self_attn.k_proj", hidden, key_heads * size, bias[0], gguf="attn_k"),
-            Linear("self_attn.v_proj", hidden, key_heads * size, bias[0], gguf="attn_v"),
+            Linear("self_attn.q_proj", hidden, heads * size, bias[0], gguf=as_is("attn_q")),
+            Linear("self_attn.k_proj", hidden, key_heads * size, bias[0], gguf=as_is("attn_k")),
+            Linear("self_attn.v_proj", hidden, key_heads * size, bias[0], gguf=as_is("attn_v")),
         ),
-        (Linear("self_attn.o_proj", heads * size, hidden, bias[1], gguf="attn_output"),),
+        (Linear("self_attn.o_proj", heads * size, hidden, bias[1], gguf=as_is("attn_output")),),
         *mlp_groups(hidden, value_of(config, "intermediate_size")),
     )
     vectors = [
-        Vector("input_layernorm.weight", hidden, "attn_norm"),
-        Vector("post_attention_layernorm.weight", hidden, "ffn_norm"),
+        Vector("input_layernorm.weight", hidden, Stored("attn_norm.weight")),
+        Vector("post_attention_layernorm.weight", hidden, Stored("ffn_norm.weight")),
     ]
     if query_key_norm:
         vectors += [
-            Vector("self_attn.q_norm.weight", size, "attn_q_norm"),
-            Vector("self_attn.k_norm.weight", size, "attn_k_norm"),
+            Vector("self_attn.q_norm.weight", size, Stored("attn_q_norm.weight")),
+            Vector("self_attn.k_norm.weight", size, Stored("attn_k_norm.weight")),
         ]
     return tuple(
         Layer(mixer, "mlp", groups, tuple(vectors), heads, key_heads, size, query_key_norm)
@@ -49,10 +50,10 @@ def mlp_groups(hidden: int, inner: int, path: str = "mlp", ending: str = "") -> 
     """
     return (
         (
-            Linear(f"{path}.gate_proj", hidden, inner, gguf=f"ffn_gate{ending}"),
-            Linear(f"{path}.up_proj", hidden, inner, gguf=f"ffn_up{ending}"),
+            Linear(f"{path}.gate_proj", hidden, inner, gguf=as_is(f"ffn_gate{ending}")),
+            Linear(f"{path}.up_proj", hidden, inner, gguf=as_is(f"ffn_up{ending}")),
         ),
-        (Linear(f"{path}.down_proj", inner, hidden, gguf=f"ffn_down{ending}"),),
+        (Linear(f"{path}.down_proj", inner, hidden, gguf=as_is(f"ffn_down{ending}")),),
     )
 
 
@@ -67,9 +68,9 @@ def attention_mixers(config: Config) -> list[Mixer]:
     return ["sliding-window attention" if kind == "sliding_attention" else "attention" for kind in kinds]
 
 
-def dense_fields(config: Config) -> dict[str, int | float]:
+def dense_fields(config: Config) -> dict[str, Field]:
     """A dense model's shape by GGUF's keys."""
-    rope = value_of(config, "rope_parameters", {})
+    rope = rope_of(config)
     heads = value_of(config, "num_attention_heads")
     return {
         "context_length": value_of(config, "max_position_embeddings"),
@@ -78,6 +79,7 @@ def dense_fields(config: Config) -> dict[str, int | float]:
         "feed_forward_length": value_of(config, "intermediate_size"),
         "attention.head_count": heads,
         "attention.head_count_kv": value_of(config, "num_key_value_heads", heads),
-        "rope.freq_base": float(rope.get("rope_theta") or value_of(config, "rope_theta", 10000.0)),
+        "rope.freq_base": float(rope["rope_theta"]),
         "attention.layer_norm_rms_epsilon": float(value_of(config, "rms_norm_eps")),
+        **rope_fields(rope),
     }

@@ -1,9 +1,11 @@
 """The words in which a family is described: linears, layers, and where a model has them."""
 
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
+
+from qwen_lit.families.gguf import AHEAD, Field, Gguf, GgufTensor, Stored, count_ahead, with_ahead
 
 Config = Any
 """transformers' config of a model, or the dict that its config.json holds."""
@@ -17,6 +19,12 @@ def value_of(config: Config, key: str, default: Any = None) -> Any:
     """What a config says of a key; the default where it says nothing, or null."""
     found = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
     return default if found is None else found
+
+
+def rope_of(config: Config) -> dict[str, Any]:
+    """Rotary positions, as ``rope_parameters`` or, in older configs, ``rope_scaling`` and ``rope_theta``."""
+    rope = dict(value_of(config, "rope_parameters") or value_of(config, "rope_scaling") or {})
+    return {"rope_theta": value_of(config, "rope_theta", 10000.0)} | {k: v for k, v in rope.items() if v is not None}
 
 
 def text_config(config: Config) -> Config:
@@ -54,8 +62,8 @@ class Linear:
     parts: tuple[str, ...] = ()
     """Names in the layer under which files may hold it in parts, each of them some of its rows, in order; files that
     hold it whole have the parameter's own name."""
-    gguf: str = ""
-    """Its module's name in a GGUF file's block: ``attn_q``; empty where the file cannot be written."""
+    gguf: tuple[Stored, ...] = ()
+    """Its tensors in a GGUF file; a bias has the name of the first one, with its own ending."""
 
     @property
     def name(self) -> str:
@@ -80,8 +88,8 @@ class Vector:
     name: str
     """In transformers' layer: ``input_layernorm.weight``."""
     size: int
-    gguf: str = ""
-    """In a GGUF file's block, without ``.weight``."""
+    gguf: Stored | None = None
+    """Its tensor in a GGUF file."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +122,6 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Gguf:
-    """How llama.cpp knows a family."""
-
-    arch: str
-    """A value of ``gguf.MODEL_ARCH_NAMES``."""
-    fields: Callable[[Config], dict[str, int | float]]
-    """The model's shape by GGUF's keys, without the architecture before them."""
-    tokenizer: str = "qwen2"
-    """llama.cpp's name of the pre-tokenizer."""
-
-
-@dataclass(frozen=True)
 class Family:
     """A kind of model: everything that the rest of the program must know of it."""
 
@@ -135,8 +131,6 @@ class Family:
     """What people call its models."""
     layers: Callable[[Config], tuple[Layer, ...]]
     """Of a model of this family, the first one first."""
-    packs: bool
-    """Whether every mixer keeps documents apart that lie end to end, by their positions."""
     float16: bool = True
     """Whether its gradients stay finite in float16."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -210,16 +204,71 @@ class Family:
                 found[block + vector.name] = (self.on_disk(block + vector.name),)
         return found
 
-    def gguf_names(self, config: Config) -> dict[str, str]:
-        """The name in a GGUF file of each tensor in the model's files; those without a name there are left out."""
-        ends = {self.embedding: "token_embd", self.norm: "output_norm", self.head: "output"}
-        found = {self.on_disk(f"{place}.weight"): f"{name}.weight" for place, name in ends.items()}
-        for number, layer in enumerate(self.layers(config)):
-            block = self.block(number) + "."
-            for linear in layer.linears:
-                for kind in ("weight", "bias")[: 1 + linear.bias] if linear.gguf else ():
-                    found[self.on_disk(f"{block}{linear.path}.{kind}")] = f"blk.{number}.{linear.gguf}.{kind}"
-            for vector in layer.vectors:
-                if vector.gguf:
-                    found[self.on_disk(block + vector.name)] = f"blk.{number}.{vector.gguf}.weight"
+    def gguf_tensors(self, config: Config, there: Container[str]) -> list[GgufTensor]:
+        """Every tensor of a GGUF file of a model, block by block.
+
+        Args:
+            config: of the model.
+            there: names in the model's files, which tell what they hold in parts, whether the head is the embedding's
+                matrix, and whether there are layers that predict further tokens.
+        """
+        assert self.gguf is not None
+        found = [
+            GgufTensor("token_embd.weight", (self.embedding_on_disk,), Stored("token_embd.weight")),
+            GgufTensor("output_norm.weight", (self.on_disk(f"{self.norm}.weight"),), self.gguf.norm),
+        ]
+        if self.head_on_disk in there:
+            found.append(GgufTensor("output.weight", (self.head_on_disk,), Stored("output.weight")))
+        blocks = [(layer, self.on_disk(f"{self.block(n)}.")) for n, layer in enumerate(self.layers(config))]
+        ahead = count_ahead(there) if self.gguf.ahead else 0
+        if ahead and self.gguf.ahead:
+            for name, stored in AHEAD.items():
+                found.append(GgufTensor(f"blk.{len(blocks)}.{stored.name}", (name,), stored))
+            blocks += [(self.gguf.ahead(config), f"mtp.layers.{number}.") for number in range(ahead)]
+        for number, (layer, block) in enumerate(blocks):
+            found += layer_tensors(layer, f"blk.{number}.", block, there)
         return found
+
+    def leaves_out_of_gguf(self, name: str, there: Container[str]) -> bool:
+        """Whether a GGUF file goes without a tensor of the model's files.
+
+        Args:
+            name: of the tensor.
+            there: names in the model's files.
+        """
+        assert self.gguf is not None
+        broken = self.gguf.ahead is not None and name.startswith("mtp.") and not count_ahead(there)
+        return broken or name.startswith(self.gguf.left_out)
+
+    def gguf_fields(self, config: Config, there: Container[str]) -> dict[str, Field]:
+        """The shape of a model by GGUF's keys, with its layers that predict further tokens.
+
+        Args:
+            config: of the model.
+            there: names in the model's files.
+        """
+        assert self.gguf is not None
+        return with_ahead(self.gguf.fields(config), count_ahead(there) if self.gguf.ahead else 0)
+
+
+def layer_tensors(layer: Layer, block: str, place: str, there: Container[str]) -> Iterator[GgufTensor]:
+    """The tensors of a layer in a GGUF file.
+
+    Args:
+        layer: what it is.
+        block: how their names begin there.
+        place: how its names begin in the model's files.
+        there: names in the model's files.
+    """
+    for linear in layer.linears:
+        whole = place + linear.weight
+        parts = tuple(place + name for name in linear.parts)
+        sources = parts if parts and whole not in there else (whole,)
+        for stored in linear.gguf:
+            yield GgufTensor(block + stored.name, sources, stored, linear.count)
+        if linear.bias and linear.gguf:
+            bias = replace(linear.gguf[0], name=linear.gguf[0].name.removesuffix("weight") + "bias", columns=())
+            yield GgufTensor(block + bias.name, (f"{place}{linear.path}.bias",), bias)
+    for vector in layer.vectors:
+        if vector.gguf:
+            yield GgufTensor(block + vector.gguf.name, (place + vector.name,), vector.gguf)

@@ -1,7 +1,8 @@
 """Qwen2 and Qwen2.5: biases on queries, keys and values."""
 
 from qwen_lit.families.dense import dense_fields, dense_layers
-from qwen_lit.families.layer import Config, Family, Gguf, Layer, value_of
+from qwen_lit.families.gguf import Gguf
+from qwen_lit.families.layer import Config, Family, Layer, value_of
 
 
 def layers(config: Config) -> tuple[Layer, ...]:
@@ -14,6 +15,5 @@ QWEN2 = Family(
     model_type="qwen2",
     releases=("Qwen2", "Qwen2.5"),
     layers=layers,
-    packs=True,
     gguf=Gguf("qwen2", dense_fields),
 )

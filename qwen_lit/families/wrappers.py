@@ -8,7 +8,9 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from qwen_lit.families.gguf import Gguf, in_wrapper
 from qwen_lit.families.layer import Family, text_config
+from qwen_lit.families.mixtures import from_peft
 
 OTHER_PARTS = r".*\bvisual\b.*"
 """PEFT's ``exclude_modules`` in the whole model, where names such as ``gate_proj`` fit its vision tower too."""
@@ -19,7 +21,13 @@ _IN_WHOLE = re.compile(r"^(\^?)model(\\?\.)language_model\\?\.")
 _NAMED = ("target_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern", "exclude_modules")
 
 
-def wrapped(text: Family, model_type: str, releases: tuple[str, ...], on_disk: str = "model.language_model") -> Family:
+def wrapped(
+    text: Family,
+    model_type: str,
+    releases: tuple[str, ...],
+    on_disk: str = "model.language_model",
+    gguf: Gguf | None = None,
+) -> Family:
     """The family of the files that hold a language model and more.
 
     Args:
@@ -27,6 +35,7 @@ def wrapped(text: Family, model_type: str, releases: tuple[str, ...], on_disk: s
         model_type: of the files' config.json.
         releases: what people call these models.
         on_disk: the decoder's place in the files.
+        gguf: the language model in GGUF, where it is another than the language model's own.
     """
     return replace(
         text,
@@ -36,7 +45,7 @@ def wrapped(text: Family, model_type: str, releases: tuple[str, ...], on_disk: s
         decoder_on_disk=on_disk,
         decoder_in_wrapper="model.language_model",
         text=text.model_type,
-        gguf=None,
+        gguf=gguf or in_wrapper(text.gguf, text_config),
     )
 
 
@@ -60,7 +69,7 @@ def for_language_model(config: dict[str, Any]) -> dict[str, Any]:
     found = _renamed(config, _IN_WHOLE, r"\1model\2")
     if found.get("exclude_modules") == OTHER_PARTS:
         found["exclude_modules"] = None
-    return found
+    return from_peft(found)
 
 
 def weight_for_language_model(name: str) -> str:

@@ -164,3 +164,19 @@ def test_the_plain_types_are_written_as_before(tmp_path, tokenizer):
     write_gguf(base, tmp_path / "a.gguf", "q8_0", tokenizer)
     write_plain(base, tmp_path / "b.gguf", "q8_0", tokenizer)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_the_quantiser_may_leave_out_ones_and_experts_are_compared_row_by_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen_lit.export.kquants.ROWS", 3)
+    numbers = np.random.default_rng(0).normal(size=(4, 2, 32)).astype(np.float32)
+    for name, shape in (("a", (32,)), ("b", (1, 32))):
+        writer = gguf.GGUFWriter(tmp_path / name, "qwen2")
+        writer.add_tensor("gate", np.ones(shape, dtype=np.float32))
+        kind = gguf.GGMLQuantizationType.Q8_0 if name == "a" else gguf.GGMLQuantizationType.F32
+        writer.add_tensor("experts", gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    worst, kinds = compare(tmp_path / "a", tmp_path / "b")
+    assert 1e-4 < worst < 0.01 and kinds == {"F32": 1, "Q8_0": 1}

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from qwen_lit.errors import UserError
 from qwen_lit.families.layer import Family, Layer, Linear, Vector
 from qwen_lit.families.table import FAMILIES, family_of
-from qwen_lit.model.load import check_packing, load_base
+from qwen_lit.model.load import load_base
 from qwen_lit.planner.flops import token_flops
-from qwen_lit.quantization import count_linears, loaded_weights, on_disk, planned_weights, usable
+from qwen_lit.quantization import Held, count_linears, loaded_weights, on_disk, planned_weights, usable
 
 SIZES = {
     "vocab_size": 96,
@@ -112,14 +112,15 @@ def test_every_layer_has_the_linears_of_transformers_with_their_sizes_and_biases
 def test_the_linears_of_a_family_are_those_written_here(kind):
     options = dict(CASES[kind][1])
     (layer, *_) = FAMILIES[kind].layers({"model_type": kind, **SIZES, **options})
-    assert {(one.path, one.inputs, one.outputs, one.bias, one.gguf) for one in layer.linears} == WRITTEN[kind]
+    found = {(one.path, one.inputs, one.outputs, one.bias, one.gguf[0].name) for one in layer.linears}
+    assert found == {(*rest, f"{name}.weight") for *rest, name in WRITTEN[kind]}
     assert [[one.name for one in group] for group in layer.groups] == [
         ["q_proj", "k_proj", "v_proj"],
         ["o_proj"],
         ["gate_proj", "up_proj"],
         ["down_proj"],
     ]
-    assert layer.query_key_norm == (kind == "qwen3") and FAMILIES[kind].packs
+    assert layer.query_key_norm == (kind == "qwen3")
 
 
 def test_a_config_and_its_json_give_the_same(built):
@@ -145,9 +146,10 @@ def test_the_names_in_gguf_are_those_of_gguf_py(built):
     family, config, folder = built
     arch = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf.arch)
     mapping = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    ours = family.gguf_names(config)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        assert set(file.keys()) <= set(ours)
+        there = set(file.keys())
+    ours = {one.sources[0]: one.name for one in family.gguf_tensors(config, there)}
+    assert set(ours) == there
     assert ours == {name: mapping.get_name(name, try_suffixes=(".weight", ".bias")) for name in ours}
     keys = {
         value.replace("{arch}", family.gguf.arch)
@@ -245,7 +247,6 @@ MADE_UP = Family(
     model_type="made_up",
     releases=("Made-up",),
     layers=lambda config: (EXPERTS, replace(EXPERTS, mixer="linear attention", state=30)),
-    packs=False,
     decoder_on_disk="model.language_model",
 )
 
@@ -272,20 +273,17 @@ def test_work_and_counts_follow_the_table(monkeypatch):
     mixing = 2 * 100 * 2 * 4 + 3 * 2 * 30
     assert token_flops(model, 100, 0.5) == (4 * (linear + 40) + 3 * mixing, 2 * linear + mixing)
     assert count_linears(config) == 1 + 2 * (1 + 1 + 1 + 4)
-    held = {"model.layers.1.mlp.experts.down_proj": "nf4", "model.layers.0.self_attn.q_proj.weight": "nf4"}
-    assert set(on_disk(held, config)) == {
-        "model.language_model.layers.0.self_attn.q_proj.weight",
-        *(f"model.language_model.layers.1.mlp.experts.{number}.down_proj.weight" for number in range(4)),
+    held = {
+        "model.layers.1.mlp.experts.down_proj": Held("nf4", 64, matrices=4),
+        "model.layers.0.self_attn.q_proj.weight": Held("nf4", 64),
     }
-
-
-def test_packing_is_refused_where_documents_would_meet(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "made_up", MADE_UP)
-    check_packing({"model_type": "made_up"}, False)
-    check_packing({"model_type": "qwen2"}, True)
-    told = r"data.packing is true, but a made_up model \(gated attention, linear attention\) does not keep packed rows"
-    with pytest.raises(UserError, match=told):
-        check_packing({"model_type": "made_up"}, True)
+    assert on_disk(held, config) == dict.fromkeys(
+        [
+            "model.language_model.layers.0.self_attn.q_proj.weight",
+            *(f"model.language_model.layers.1.mlp.experts.{number}.down_proj.weight" for number in range(4)),
+        ],
+        Held("nf4", 64),
+    )
 
 
 def test_a_window_is_read_as_transformers_reads_it():
