@@ -100,6 +100,17 @@ def check_values(config: Any) -> None:
             "model.quantization_config: load_in_4bit and load_in_8bit are both true, and a base is held in one of "
             "them; set the other to false."
         )
+    export = config.export
+    if export.gguf is not None and not export.merge:
+        raise UserError(
+            f"export.gguf is {export.gguf}, but export.merge is false, and a GGUF file is made of the merged model; "
+            "set export.merge to true, or export.gguf to null."
+        )
+    if export.merge and export.merge_base == "auto" and export.verdict_rows == 0:
+        raise UserError(
+            "export.merge_base is auto, which measures on export.verdict_rows rows, and these are 0; set it to "
+            "original or dequantized, or verdict_rows to 32."
+        )
     for key in NULLABLE:
         value = config.get(key)
         if isinstance(value, str) and value.lower() in NONE and not Path(value).exists():

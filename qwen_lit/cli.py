@@ -33,7 +33,7 @@ from qwen_lit.gpu import check_device, check_size
 from qwen_lit.keys import wrong_keys
 from qwen_lit.logs import set_up_logging
 from qwen_lit.model.base import fingerprint
-from qwen_lit.model.load import count_parameters, load_tokenizer
+from qwen_lit.model.load import check_precision, count_parameters, load_tokenizer
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.settings import ModelSettings
@@ -135,6 +135,13 @@ class QwenCLI(LightningCLI):
             ) from error
         self.run = dataclasses.replace(self.start.run, config=config, yaml=yaml)
 
+    def _name_targets(self) -> None:
+        """Write the targets of LoRA into the run's configuration where it left them to the model's family."""
+        lora = self.config.model.lora_config
+        if lora.target_modules is None and self.model.lora_config.target_modules:
+            lora.target_modules = list(self.model.lora_config.target_modules)
+            self.run = self.model.run = dataclasses.replace(self.run, config=self._plain(), yaml=self._yaml())
+
     def _plain(self) -> dict[str, Any]:
         """The configuration as plain values; of an adapter that is used, the one it was trained with."""
         if self.start.trained is not None and self.start.trained.config:
@@ -159,6 +166,7 @@ class QwenCLI(LightningCLI):
                 # The run has its own weights by now.
                 model.init_adapter = None
             self.model = QwenModule(model, self.run)
+            self._name_targets()
             self.datamodule = QwenDataModule(data, load_tokenizer(self.model.folder, self.model.name))
             self.saver = RunCheckpoint(self.run, **vars(sections.checkpoint))
             self.exporter = Export(self.run, self.saver, **vars(sections.export))
@@ -207,6 +215,8 @@ class QwenCLI(LightningCLI):
             check_size(count_parameters(model.config), device, self.config.trainer.accelerator)
         if command in LOADING or (command == "plan" and device.type == "cuda"):
             model.fetch_weights()
+        if command in ("fit", "plan", "verify_resume"):
+            check_precision(model.config, str(self.trainer.precision), model.quantization_config)
         if command in ("fit", "plan", "export"):
             self.exporter.check_base(model, fetches=command != "plan")
         compute_in_float32(self.trainer)

@@ -83,6 +83,14 @@ def has_weights(folder: Path) -> bool:
     return all((folder / one).is_file() for one in shards(folder) or [SINGLE])
 
 
+def stored_bytes(folder: Path) -> int:
+    """Bytes of all weights, those that are yet to be fetched included; 0 where neither files nor index tell."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((folder / INDEX).read_text(encoding="utf-8"))["metadata"]["total_size"])
+    there = shards(folder) or [SINGLE]
+    return sum((folder / one).stat().st_size for one in there) if has_weights(folder) else 0
+
+
 def missing_bytes(folder: Path, all_of_them: int) -> int:
     """Bytes of weights that are yet to be fetched.
 

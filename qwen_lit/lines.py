@@ -29,7 +29,8 @@ def start_lines(run: dict[str, Any], output_dir: Any) -> dict[str, str]:
     resumed = " (resumed)" if run["begins_at"] else ""
     return {
         "model": f"{run['model']} ({_count(total)} parameters)",
-        "trained": f"{trained:,} ({trained / total:.2%}): r={run['r']}, alpha={run['lora_alpha']} on {targets}{begun}",
+        "trained": f"{trained:,} ({trained / total:.2%}): r={run['r']}, alpha={run['lora_alpha']} on {targets}; "
+        f"{run['adapted']}{begun}",
         "base": f"quantisation {run['quantization']}",
         "engine": run["engine"],
         "data": f"{plural(run['rows'], 'row')}, {plural(tokens, 'token')}, "

@@ -81,7 +81,8 @@ KEYS = {
     "model.lora_config.r": "Rank of the adapter's matrices; a higher one learns more and takes more memory.",
     "model.lora_config.lora_alpha": "The adapter is scaled by lora_alpha / r; twice r is usual.",
     "model.lora_config.lora_dropout": "Dropout probability of the adapter's inputs in training.",
-    "model.lora_config.target_modules": "Names of the linears that are adapted, or all-linear.",
+    "model.lora_config.target_modules": "Names of the linears that are adapted, or all-linear; left out, those that "
+    "are usual in the model's family.",
     "model.lora_config.exclude_modules": "Names of linears that are left out of target_modules.",
     "model.lora_config.bias": "Which biases are trained: none, all or lora_only.",
     "model.lora_config.use_rslora": "Scale by lora_alpha / sqrt(r) instead, which suits high ranks.",

@@ -223,7 +223,8 @@ def test_the_start_says_what_is_trained_on_what_and_for_how_long(run, model_fold
     total = sum(p.numel() for p in base.parameters()) + trained
     assert told == {
         "model": f"{model_folder} ({total / 1e6:.1f} million parameters)",
-        "trained": f"{trained:,} ({trained / total:.2%}): r=4, alpha=64 on k_proj, o_proj, q_proj, v_proj",
+        "trained": f"{trained:,} ({trained / total:.2%}): r=4, alpha=64 on k_proj, o_proj, q_proj, v_proj; "
+        "2 of 2 layers, 8 of 14 linears adapted",
         "base": "quantisation nf4, double, 14 of 15 linears",
         "engine": "reference (there is no CUDA device)",
         "data": f"53 rows, {tokens:,} tokens, {supervised / tokens:.0%} supervised; 6 rows held out",

@@ -3,8 +3,12 @@
 import tomllib
 from pathlib import Path
 
+import pytest
+import yaml
+
 from qwen_lit import shipped
 from qwen_lit.cli import main
+from qwen_lit.families.table import FAMILIES
 
 
 def test_every_folder_of_the_package_and_the_configurations_are_built(monkeypatch):
@@ -33,3 +37,11 @@ def test_an_installed_package_has_its_configurations_inside(tmp_path, monkeypatc
     (tmp_path / "qwen_lit" / "configs").mkdir(parents=True)
     monkeypatch.setattr(shipped, "__file__", str(tmp_path / "qwen_lit" / "shipped.py"))
     assert shipped.configs() == tmp_path / "qwen_lit" / "configs"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("qwen3_5_9b", "qwen3_5"), ("qwen3_8_27b", "qwen3_5"), ("qwen3_30b_a3b", "qwen3_moe")]
+)
+def test_a_configuration_of_a_family_adapts_what_is_usual_in_it(name, kind):
+    lora = yaml.safe_load((Path("configs") / f"{name}.yaml").read_text())["model"]["lora_config"]
+    assert tuple(lora["target_modules"]) == FAMILIES[kind].targets

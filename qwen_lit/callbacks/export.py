@@ -25,13 +25,14 @@ from qwen_lit.data.rows import Rows
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import RESIDUAL_INITS, write_for_whole
 from qwen_lit.export.card import ModelCardFacts, finish_adapter
-from qwen_lit.export.folder import ExportError, commit_folder
+from qwen_lit.export.folder import ExportError, commit_folder, read_json
 from qwen_lit.export.gguf import GgufType, check_form
 from qwen_lit.export.kquants import missing_quantizer
 from qwen_lit.export.mergeable import check_mergeable
 from qwen_lit.export.original import check_original, original_at
 from qwen_lit.export.pipeline import Example, Job, MergeBase, adapter_from_checkpoint, part
 from qwen_lit.export.pipeline import run as run_job
+from qwen_lit.export.space import check_space
 from qwen_lit.hub import find, has_weights, missing_bytes
 from qwen_lit.model.module import QwenModule
 from qwen_lit.prequantized import own_quantization
@@ -103,9 +104,15 @@ class Export(Callback):
         if stage != "fit" or not self.merge or options_of(trainer).fast_dev_run:
             return
         module = cast(QwenModule, pl_module)
+        if self.merge_base == "dequantized" and module.quantization_config is None:
+            raise UserError(
+                "export.merge_base is dequantized, but the base is held in bf16; set it to original, or give "
+                "model.quantization_config."
+            )
         check_mergeable(module.lora_config, module.config)
+        check_space(self.run.merged, module.folder, module.config, self.gguf)
         self.check_gguf()
-        check_form(self.gguf, module.config)
+        check_form(self.gguf, read_json(module.folder / "config.json"))
 
     def check_base(self, module: QwenModule, fetches: bool) -> None:
         """Refuse, before rows are read, a merge that the base's files do not allow, and find the original.
@@ -227,7 +234,7 @@ class Export(Callback):
         """
         if self.merge:
             self.check_gguf()
-            check_form(self.gguf, module.config)
+            check_form(self.gguf, read_json(module.folder / "config.json"))
         adapter, self.made = path, trained_at(path)
         if path.is_file():
             adapter = self.run.adapter

@@ -22,6 +22,7 @@ from qwen_lit.callbacks.trackers import log_config
 from qwen_lit.data.datamodule import data_of
 from qwen_lit.environment import git, hardware, versions
 from qwen_lit.lines import end_lines, loss_lines, panel_lines, start_lines
+from qwen_lit.model.coverage import left_out
 from qwen_lit.model.module import QwenModule
 from qwen_lit.report import page
 from qwen_lit.run import PARTIAL, Run
@@ -77,10 +78,14 @@ class RunReport(Callback):
         if trainer.global_step:
             self.resumed.append(trainer.global_step)
         if trainer.is_global_zero:
-            self.facts = run_facts(trainer, cast(QwenModule, pl_module))
+            module = cast(QwenModule, pl_module)
+            self.facts = run_facts(trainer, module)
             for name, text in start_lines(self.facts, self.run.output_dir).items():
                 for line in textwrap.wrap(f"{name:<10} {text}", LINE, subsequent_indent=" " * 11):
                     log.info(line)
+            assert module.model is not None
+            if reason := left_out(module.model, module.lora_config):
+                log.warning(reason)
             if not options_of(trainer).fast_dev_run:
                 log_config(trainer.loggers, flat({**self.run.config, "run": self.facts}))
 

@@ -18,6 +18,7 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, step_files
 from qwen_lit.callbacks.export import Export
 from qwen_lit.commands.plan_advice import advice
+from qwen_lit.commands.plan_reference import reference
 from qwen_lit.commands.plan_text import lines
 from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import QwenDataModule, data_of
@@ -26,7 +27,8 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS
 from qwen_lit.export.kquants import gguf_bytes
 from qwen_lit.families.table import family_of
-from qwen_lit.hub import is_folder, missing_bytes
+from qwen_lit.hub import is_folder, missing_bytes, stored_bytes
+from qwen_lit.model.coverage import coverage, left_out
 from qwen_lit.model.duration import check_limits, epoch_share, epoch_steps, total_steps
 from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.model.module import QwenModule
@@ -162,6 +164,8 @@ def common(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checkpoint = trained * (4 + module.state_bytes)
     weights = 2 * sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    # Beside the language model the files may hold a vision tower and more, which is written back with it.
+    merged = max(weights, stored_bytes(module.folder))
     largest = max(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     gguf = exporter.gguf if exporter.merge else None
     file = gguf_bytes(gguf, weights // 2) if gguf else 0
@@ -173,6 +177,8 @@ def common(
     share = float(supervised.sum() / max(1, tokens))
     length = float((lengths.astype(float) ** 2).sum() / max(1, tokens))
     return {
+        "adapter": str(coverage(model)),
+        "left_out": left_out(model, module.lora_config),
         "rows": len(rows),
         "tokens_per_epoch": tokens,
         "supervised_share": round(share, 4),
@@ -184,9 +190,9 @@ def common(
         "heaviest_micro_batch_tokens": largest_batch,
         "flops_per_token": token_flops(model, length, share)[0],
         "checkpoint_mb": round(checkpoint / 1e6, 1),
-        "disk_gb": round((checkpoint * (keep + 1) + 4 * trained + weights + file + download) / 1e9, 2),
+        "disk_gb": round((checkpoint * (keep + 1) + 4 * trained + merged + file + download) / 1e9, 2),
         "download_gb": round(download / 1e9, 2),
-        "export_gb": round(weights / 1e9, 2),
+        "export_gb": round(merged / 1e9, 2),
         "gguf_gb": round(file / 1e9, 2),
         # The tensor in the making, one block of it in float32, and the adapter.
         "export_ram_gib": round((2 * largest + 8 * min(largest, CHUNK_ELEMENTS) + 4 * trained) / GIB + 0.6, 2),
@@ -219,8 +225,7 @@ def arithmetic(
     engine = f"reference ({reason})" if reason else "fast"
     result |= {"measured": False, "engine": engine, "weights_gib": round(static / GIB, 2)}
     if reason:
-        # The fast engine's arithmetic knows nothing of what PEFT's own path keeps for backward.
-        return result | {"plans": [], "fits": budget is None or static <= budget, "advice": []}
+        return result | {"plans": [], "advice": []} | reference(trainer, module, data, model, static, CARDS)
     memory = planned_memory(module, model, held)
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
@@ -345,9 +350,12 @@ def measure(
         "run_seconds": round(result["steps"] * of_step) if result["steps"] else None,
         "advice": [],
     }
-    if plan is not None:
-        held = module.held_weights(device)
-        memory, static = planned_memory(module, model, held), static_bytes(model, held)
+    held = module.held_weights(device)
+    static = static_bytes(model, held)
+    if plan is None:
+        result |= reference(trainer, module, data, model, static, CARDS)
+    else:
+        memory = planned_memory(module, model, held)
         result |= as_dict(plan)
         result["advice"] = advice(memory, static, plan, sizes, mean, module, data, model, static_bytes)
         if explained:

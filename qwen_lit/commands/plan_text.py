@@ -6,6 +6,7 @@ from typing import Any
 
 from qwen_lit.lines import plural
 from qwen_lit.planner.explain import table_lines
+from qwen_lit.planner.plan import GIB
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -15,6 +16,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{result['supervised_share']:.0%} supervised",
         *(f"not trained {line}" for line in result["lost"]),
         f"run         {_steps(result)}, about {result['tokens_per_step']:,} tokens each",
+        f"adapter     {result['adapter']}",
+        *[f"            {result['left_out']}"] * bool(result["left_out"]),
     ]
     if result["measured"]:
         out.append(f"card        {result['device']}, {result['card_tflops']} TFLOP/s in a large product")
@@ -25,7 +28,8 @@ def lines(result: dict[str, Any]) -> list[str]:
                 f"{result['measured_peak_gib']:.2f}, of {result['budget_gib']:.2f} GiB"
             )
         else:
-            out.append(f"memory      measured {result['measured_peak_gib']:.2f} GiB")
+            out.append(f"memory      {_estimate(result)}, measured {result['measured_peak_gib']:.2f}")
+            out += _loops(result)
         out += [
             f"speed       {result['tokens_per_second']:,} tokens/s, {result['share_of_limit']:.0%} of the "
             f"{result['limit_tokens_per_second']:,} this card can do",
@@ -37,10 +41,9 @@ def lines(result: dict[str, Any]) -> list[str]:
         out.append("no GPU is seen: this is arithmetic from the shapes, not a measurement")
         out.append(f"engine      on a GPU {result['engine']}")
         if not result["plans"]:
-            out.append(
-                f"memory      weights {result['weights_gib']:.2f} GiB{', which do not fit' * (not result['fits'])}; "
-                "what this engine needs beside them has no arithmetic: run plan on the GPU"
-            )
+            card = f"a card of {result['fits_gib']:.0f} GiB has room" if result["fits"] else "which does not fit"
+            out.append(f"memory      {_estimate(result)}; {card}")
+            out += _loops(result)
         for plan in result["plans"]:
             how = f"{plan['micro_batches_at_once']} at once, {plan['recomputed_layers']} layers recomputed"
             how += ", embedding on the CPU" * plan["embedding_on_cpu"]
@@ -63,6 +66,23 @@ def lines(result: dict[str, Any]) -> list[str]:
     tables = [one["explained"] for one in (result, *result.get("plans", [])) if "explained" in one]
     wrapped = [part for line in out for part in textwrap.wrap(line, 80, subsequent_indent=" " * 12)]
     return wrapped + [line for table in tables for line in table_lines(table)]
+
+
+def _estimate(result: dict[str, Any]) -> str:
+    """The estimate for PEFT's own path, and its largest parts."""
+    parts = sorted(result["parts_bytes"].items(), key=lambda part: -part[1])
+    said = [f"{name} {size / GIB:.2f}" for name, size in parts if size > result["estimated_peak_gib"] * GIB / 50]
+    return f"estimated {result['estimated_peak_gib']:.2f} GiB ({'; '.join(said)})"
+
+
+def _loops(result: dict[str, Any]) -> list[str]:
+    """What linear attention costs without its package."""
+    if not result["chunk_loops"]:
+        return []
+    return [
+        f"slow        {plural(result['chunk_loops'], 'layer')} of linear attention loop over chunks of 64 tokens in "
+        "float32, as flash-linear-attention is not installed"
+    ]
 
 
 def _steps(result: dict[str, Any]) -> str:

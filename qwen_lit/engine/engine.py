@@ -1,6 +1,7 @@
 """The fast engine: the decoder of a PEFT model run by fused functions over transformers' and PEFT's own modules."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,9 +50,8 @@ def unsupported_reason(model: PeftModel, device: torch.device) -> str | None:
         return f"model_type {config.model_type} is not {' or '.join(FAMILIES)}"
     family = family_of(config)
     layers = family.layers(config)
-    for layer in layers:
-        if layer.mixer != "attention" or layer.feed_forward != "mlp":
-            return f"the model has {layer.feed_forward if layer.mixer == 'attention' else layer.mixer}"
+    if foreign := without_kernels(layers):
+        return foreign
     if config.hidden_act != "silu":
         return f"hidden_act is {config.hidden_act}"
     size = layers[0].head_size
@@ -87,6 +87,17 @@ def unsupported_reason(model: PeftModel, device: torch.device) -> str | None:
             if kind not in ("Linear", "Linear4bit"):
                 return f"{name} is a {kind}"
     return None
+
+
+def without_kernels(layers: Sequence[Layer]) -> str | None:
+    """What of a model's layers the fast engine has no kernels for, in words; None where it has all of them."""
+    kinds = Counter(layer.mixer for layer in layers if layer.mixer != "attention")
+    found = [f"{count} have {kind}" for kind, count in kinds.items()]
+    experts = sum(layer.feed_forward == "experts" for layer in layers)
+    found += [f"{experts} have experts"] * (experts > 0)
+    if not found:
+        return None
+    return f"of {len(layers)} layers {' and '.join(found)}, for which the fast engine has no kernels"
 
 
 def linears_of(block: nn.Module, layer: Layer) -> dict[str, nn.Module]:

@@ -140,6 +140,12 @@ def joined_form(config: Config) -> dict[str, tuple[Stored, ...]]:
     }
 
 
+def delta_state(config: Config) -> int:
+    """Numbers of a gated DeltaNet's state: a matrix of key by value for each head."""
+    heads, _, key_size, value_size = delta_sizes(config)
+    return heads * key_size * value_size
+
+
 def hybrid_fields(config: Config) -> dict[str, Field]:
     """A hybrid's shape by GGUF's keys; without an MLP's width where there is no MLP."""
     heads, key_heads, key_size, value_size = delta_sizes(config)

@@ -107,6 +107,8 @@ class Layer:
     head_size: int = 0
     query_key_norm: bool = False
     """Whether queries and keys are normed, each head by itself."""
+    state: int = 0
+    """Numbers of linear attention's state, of all heads; each token reads it twice and writes it once."""
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
@@ -129,6 +131,8 @@ class Family:
     """What people call its models."""
     layers: Callable[[Config], tuple[Layer, ...]]
     """Of a model of this family, the first one first."""
+    float16: bool = True
+    """Whether its gradients stay finite in float16."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Linears that LoRA usually adapts."""
     decoder: str = "model"

@@ -5,7 +5,15 @@ from dataclasses import replace
 
 from qwen_lit.families.dense import mlp_groups
 from qwen_lit.families.gguf import Field, Gguf, Stored
-from qwen_lit.families.hybrid import delta_net, gated_attention, head_size, hybrid_cannot, hybrid_fields, is_linear
+from qwen_lit.families.hybrid import (
+    delta_net,
+    delta_state,
+    gated_attention,
+    head_size,
+    hybrid_cannot,
+    hybrid_fields,
+    is_linear,
+)
 from qwen_lit.families.layer import Config, Family, Layer, Vector, value_of
 from qwen_lit.families.mixtures import expert_fields, experts_cannot, feed_forward
 from qwen_lit.families.wrappers import wrapped
@@ -50,7 +58,7 @@ def hybrid_layer(config: Config, number: int, linear: bool, joined: bool, expert
     kind, groups = (
         feed_forward(config, number) if experts else ("mlp", mlp_groups(hidden, value_of(config, "intermediate_size")))
     )
-    layer = Layer("linear attention", kind, (*mixer, *groups), (*norms, *vectors))
+    layer = Layer("linear attention", kind, (*mixer, *groups), (*norms, *vectors), state=delta_state(config))
     if linear:
         return layer
     return replace(
@@ -60,6 +68,7 @@ def hybrid_layer(config: Config, number: int, linear: bool, joined: bool, expert
         key_heads=value_of(config, "num_key_value_heads", heads),
         head_size=head_size(config),
         query_key_norm=True,
+        state=0,
     )
 
 
@@ -103,6 +112,7 @@ QWEN3_5_TEXT = Family(
     model_type="qwen3_5_text",
     releases=(),
     layers=lambda config: hybrid_layers(config, joined=False, experts=False),
+    float16=False,
     targets=(*ATTENTION, "gate_proj", "up_proj", "down_proj"),
     gguf=hybrid_form("qwen35", fields, joined=False, experts=False),
 )
@@ -110,6 +120,7 @@ QWEN3_5_MOE_TEXT = Family(
     model_type="qwen3_5_moe_text",
     releases=(),
     layers=lambda config: hybrid_layers(config, joined=False, experts=True),
+    float16=False,
     targets=(*ATTENTION, "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"),
     gguf=hybrid_form("qwen35moe", moe_fields, joined=False, experts=True),
 )

@@ -31,5 +31,6 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     releases=("Qwen3 A3B",),
     layers=layers,
+    float16=False,
     gguf=Gguf("qwen3moe", fields, cannot=cannot),
 )

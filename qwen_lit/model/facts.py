@@ -4,6 +4,7 @@ from typing import Any
 
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
+from qwen_lit.model.coverage import coverage
 from qwen_lit.model.load import count_parameters
 from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.flops import token_flops
@@ -26,6 +27,7 @@ def module_facts(module: QwenModule) -> dict[str, Any]:
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "adapted": str(coverage(module.model)),
         "init_adapter": module.run.config.get("model", {}).get("init_adapter"),
         "quantization": described(module.held_weights(device), count_linears(module.config), product_dtype(device)),
         "engine": module.engine_description,

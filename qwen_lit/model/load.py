@@ -155,6 +155,17 @@ def _reason(error: Exception) -> str:
     return shortened(" ".join((str(error) or type(error).__name__).split()))
 
 
+def usual_targets(config: Any, lora: LoraConfig) -> None:
+    """Give an adapter that names no targets those of the model's family.
+
+    Args:
+        config: of the model.
+        lora: changed in place where neither ``target_modules`` nor ``target_parameters`` is set.
+    """
+    if lora.target_modules is None and not lora.target_parameters:
+        lora.target_modules = list(family_of(config).targets)
+
+
 def check_targets(config: Any, lora: LoraConfig) -> None:
     """Reject LoRA targets that PEFT would refuse or pass over, before any weight is read.
 
@@ -212,6 +223,30 @@ def computing_on(device: torch.device, quantization: BitsAndBytesConfig | None) 
     quantization = copy.deepcopy(quantization)
     quantization.bnb_4bit_compute_dtype = torch.float32
     return quantization
+
+
+def check_precision(config: Any, precision: str, quantization: BitsAndBytesConfig | None) -> None:
+    """Refuse float16 where a family's activations leave its range, and every gradient is NaN.
+
+    Args:
+        config: of the model.
+        precision: of the trainer.
+        quantization: of the base.
+
+    Raises:
+        UserError: with the key that asks for it.
+    """
+    family = family_of(config)
+    if family.float16:
+        return
+    asked = {"trainer.precision": (precision, "bf16-mixed")} if precision.startswith("16") else {}
+    if quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype == torch.float16:
+        asked["model.quantization_config.bnb_4bit_compute_dtype"] = ("float16", "bfloat16")
+    for key, (value, instead) in asked.items():
+        raise UserError(
+            f"{key} is {value}, but the gradients of a {family.model_type} model are not finite in float16; set it to "
+            f"{instead}, on a card that has bfloat16."
+        )
 
 
 def read_model(

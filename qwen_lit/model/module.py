@@ -26,6 +26,7 @@ from qwen_lit.export.folder import read_json
 from qwen_lit.families.table import family_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
+from qwen_lit.model.base_files import check_stored_model
 from qwen_lit.model.duration import check_limits, check_validation_share, total_steps, warmup_steps
 from qwen_lit.model.load import (
     add_adapter,
@@ -35,6 +36,7 @@ from qwen_lit.model.load import (
     load_base,
     load_config,
     shard_layers,
+    usual_targets,
 )
 from qwen_lit.model.loss import reference_loss
 from qwen_lit.model.neftune import add_noise
@@ -97,6 +99,7 @@ class QwenModule(L.LightningModule):
         """Of the base's files, which may hold more than the language model."""
         self.quantization_config = usable(settings.quantization_config, self.config)
         self.quantized: dict[str, Held] | None = None
+        usual_targets(self.config, self.lora_config)
         resolve_all(self.config, self.lora_config)
         check_targets(self.config, self.lora_config)
         if self.lora_config.modules_to_save:
@@ -142,11 +145,12 @@ class QwenModule(L.LightningModule):
         """See that the base's weights are on this machine and can be read.
 
         Raises:
-            UserError: they cannot be fetched, or are damaged.
+            UserError: they cannot be fetched, are damaged, or are not those of the model that config.json describes.
         """
         self.folder = fetch(self.name, self.settings.hub, weights=True)
         check_weights(self.folder)
         check_stored(self.folder, empty_model(self.config))
+        check_stored_model(self.folder)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 
 from qwen_lit.families.table import family_of
+from qwen_lit.quantization import base_name
 
 PEAKS = {
     "H200": 989e12,
@@ -48,7 +49,8 @@ def token_flops(model: PeftModel, length: float, supervised: float) -> tuple[flo
     """Floating-point operations of a trained token on frozen weights.
 
     A frozen weight costs 4 a parameter: forward, and the gradient of its input; its own gradient is not computed. A
-    LoRA weight costs 6. The head works on supervised tokens alone, an expert on its share of the tokens.
+    LoRA weight costs 6. The head works on supervised tokens alone, an expert on its share of the tokens. Attention
+    counts where it is; linear attention reads its state twice and writes it once, however that is computed.
 
     Args:
         model: a PEFT model; its weights may stand on the meta device.
@@ -62,11 +64,32 @@ def token_flops(model: PeftModel, length: float, supervised: float) -> tuple[flo
     config = base.config
     layers = family_of(config).layers(config)
     linear = sum(one.numbers * one.tokens for layer in layers for one in layer.linears)
-    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.ndim == 2)
+    shares = expert_shares(config)
+    lora = sum(
+        p.numel() * shares.get(base_name(name).partition(".lora_")[0], 1.0)
+        for name, p in model.named_parameters()
+        if "lora_" in name and p.ndim == 2
+    )
     # A causal token sees half of its document; two products forward, four backward.
     attention = 2 * length * sum(layer.heads * layer.head_size for layer in layers if layer.attends)
+    mixing = attention + 2 * 3 * sum(layer.state for layer in layers)
     head = config.vocab_size * config.hidden_size * supervised
-    return 4 * (linear + head) + 6 * lora + 3 * attention, 2 * (linear + lora) + attention
+    return 4 * (linear + head) + 6 * lora + 3 * mixing, 2 * (linear + lora) + mixing
+
+
+def expert_shares(config: Any) -> dict[str, float]:
+    """Share of the tokens that pass one expert, by the place of the experts in transformers' model.
+
+    Args:
+        config: of the base model.
+    """
+    family = family_of(config)
+    return {
+        f"{family.block(number)}.{one.path}".rpartition(".")[0]: one.tokens
+        for number, layer in enumerate(family.layers(config))
+        for one in layer.linears
+        if one.count > 1
+    }
 
 
 def measured_flops(device: torch.device, size: int = 8192) -> float:

@@ -41,16 +41,20 @@ def test_without_a_gpu_the_plan_is_arithmetic_and_says_so(command, tmp_path, cap
         (["--model.lora_config.target_modules", "[q_proj, lm_head]"], "lm_head has an adapter"),
     ],
 )
-def test_the_plan_tells_where_the_fast_engine_will_not_run_and_estimates_nothing_for_the_other(
+def test_the_plan_tells_where_the_fast_engine_will_not_run_and_estimates_the_other(
     command, tmp_path, capsys, options, reason
 ):
     arguments = ["plan", *command(tmp_path / "out")[1:], *options]
     assert main([*arguments, "--json", "true"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["engine"].startswith("reference (") and reason in result["engine"] and result["plans"] == []
+    assert round(sum(result["parts_bytes"].values()) / 2**30, 2) == result["estimated_peak_gib"]
     assert main(arguments) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert reason in text and "at once" not in text.split("disk")[0] and "has no arithmetic" in text
+    assert reason in text and "at once" not in text.split("disk")[0]
+    assert f"estimated {result['estimated_peak_gib']:.2f} GiB" in text and "a card of 8 GiB has room" in text
+    assert main([*arguments, "--memory_budget", "1MiB"]) == 1
+    assert "which does not fit" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_limit_in_optimizer_steps_keeps_no_micro_batches_apart(command, tmp_path, capsys):
@@ -159,3 +163,21 @@ def test_a_trial_has_a_trainer_of_its_own_and_takes_the_largest_batches_first(co
     tokens = [one for step in seen["tokens"] for one in step]
     assert tokens == sorted(tokens, reverse=True)
     assert tokens[0] == told["heaviest_micro_batch_tokens"]
+
+
+def test_the_plan_says_how_much_an_adapter_reaches(command, tmp_path, capsys):
+    lora = "--model.lora_config."
+    only = [f"{lora}target_modules", "[q_proj, up_proj]", f"{lora}layers_to_transform", "[1]"]
+    assert main(["plan", *command(tmp_path / "out")[1:], *only]) == 0
+    assert "adapter     1 of 2 layers, 2 of 14 linears adapted\n" in capsys.readouterr().out
+
+
+def test_a_vision_tower_in_the_files_is_counted_where_the_merged_model_is_written(command, model_folder, tmp_path):
+    from qwen_lit.hub import stored_bytes
+
+    folder = tmp_path / "indexed"
+    folder.mkdir()
+    assert stored_bytes(folder) == 0
+    assert stored_bytes(model_folder) == (model_folder / "model.safetensors").stat().st_size
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 77}, "weight_map": {}}')
+    assert stored_bytes(folder) == 77

@@ -52,9 +52,12 @@ def summary(out):
     return json.loads((out / "summary.json").read_text())
 
 
-def test_a_full_disk_leaves_adapter_report_and_the_command_that_exports_again(run, tmp_path, capsys, monkeypatch):
+def test_a_disk_that_fills_while_training_leaves_adapter_report_and_the_command_that_exports_again(
+    run, tmp_path, capsys, monkeypatch
+):
     out = tmp_path / "我的 out's"
     with monkeypatch.context() as patch:
+        patch.setattr("qwen_lit.export.space.free_bytes", lambda folder: 2**40)
         patch.setattr("qwen_lit.export.merge.shutil.disk_usage", lambda path: Usage(1, 1, 0))
         assert main([*run, "--output_dir", str(out)]) == 1
     line, again = told(capsys)

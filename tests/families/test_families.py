@@ -246,7 +246,7 @@ EXPERTS = Layer(
 MADE_UP = Family(
     model_type="made_up",
     releases=("Made-up",),
-    layers=lambda config: (EXPERTS, replace(EXPERTS, mixer="linear attention")),
+    layers=lambda config: (EXPERTS, replace(EXPERTS, mixer="linear attention", state=30)),
     decoder_on_disk="model.language_model",
 )
 
@@ -264,14 +264,14 @@ def test_experts_and_a_wrapper_can_be_told():
 
 
 def test_work_and_counts_follow_the_table(monkeypatch):
-    """Attention counts where it is, an expert by its share of the tokens."""
+    """Attention counts where it is, a state by its two reads and its write, an expert by its share of the tokens."""
     monkeypatch.setitem(FAMILIES, "made_up", MADE_UP)
     config = type("Config", (), {"model_type": "made_up", "vocab_size": 10, "hidden_size": 8})()
     model = nn.Linear(1, 1)
     model.base_model = type("Base", (), {"model": type("Causal", (), {"config": config})})
     linear = 2 * (8 * 16 + 8 * 8 + 8 * 4 + 4 * 6 * 8 / 2)
-    attention = 2 * 100 * 2 * 4
-    assert token_flops(model, 100, 0.5) == (4 * (linear + 40) + 3 * attention, 2 * linear + attention)
+    mixing = 2 * 100 * 2 * 4 + 3 * 2 * 30
+    assert token_flops(model, 100, 0.5) == (4 * (linear + 40) + 3 * mixing, 2 * linear + mixing)
     assert count_linears(config) == 1 + 2 * (1 + 1 + 1 + 4)
     held = {
         "model.layers.1.mlp.experts.down_proj": Held("nf4", 64, matrices=4),
