@@ -1,4 +1,4 @@
-"""Every family from its files to what is served: trained, merged, and asked through transformers, PEFT and llama.cpp."""
+"""Every family from its files to what is served: trained, merged, asked through transformers, PEFT and llama.cpp."""
 
 import json
 import warnings
