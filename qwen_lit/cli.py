@@ -33,7 +33,7 @@ from qwen_lit.gpu import check_device, check_size
 from qwen_lit.keys import wrong_keys
 from qwen_lit.logs import set_up_logging
 from qwen_lit.model.base import fingerprint
-from qwen_lit.model.load import check_packing, count_parameters, load_tokenizer
+from qwen_lit.model.load import count_parameters, load_tokenizer
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.settings import ModelSettings
@@ -209,7 +209,6 @@ class QwenCLI(LightningCLI):
             model.fetch_weights()
         if command in ("fit", "plan", "export"):
             self.exporter.check_base(model, fetches=command != "plan")
-        check_packing(model.config, self.datamodule.settings.packing)
         compute_in_float32(self.trainer)
         if self.before:
             compare(self.before, self.run.config, fingerprint(model.name, model.settings.hub))

@@ -9,7 +9,7 @@ import copy
 import logging
 import re
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qwen_lit.errors import UserError
+from qwen_lit.experts.stacked import held_4bit
 from qwen_lit.families.layer import is_tied
 from qwen_lit.families.table import family_of
 from qwen_lit.hub import has_weights
@@ -42,6 +43,8 @@ class Held:
     """Numbers that share a scale; 0 for int8, where each row has one."""
     double: bool = False
     """Whether the scales are quantised too."""
+    matrices: int = 1
+    """Matrices of one parameter that are quantised each by itself, as experts are."""
 
     def __str__(self) -> str:
         return self.kind + ", double" * self.double
@@ -50,18 +53,23 @@ class Held:
         """Memory of a weight, scales included: 4 bytes each, or, where they are quantised, 1 and 4 for each 256."""
         if self.kind == "int8":
             return numbers + 4 * rows
+        numbers //= self.matrices
         blocks = -(-numbers // self.blocksize)
-        return -(-numbers // 2) + (blocks + 4 * -(-blocks // 256) if self.double else 4 * blocks)
+        return self.matrices * (-(-numbers // 2) + (blocks + 4 * -(-blocks // 256) if self.double else 4 * blocks))
 
     def round_trip(self, weight: Tensor) -> Tensor:
         """What the products see of a weight that is loaded from its file.
 
         Args:
-            weight: ``[out, in]`` as stored, on the device where it is quantised.
+            weight: ``[out, in]`` as stored, or ``[experts, out, in]``, on the device where it is quantised.
 
         Returns:
-            ``[out, in]`` in bf16, or in float32 for int8, whose products are scaled in float32.
+            The same shape in bf16, or in float32 for int8, whose products are scaled in float32.
         """
+        if self.matrices > 1:
+            alone = replace(self, matrices=1)
+            parts = weight.reshape(self.matrices, -1, weight.shape[-1])
+            return torch.cat([alone.round_trip(part) for part in parts]).view(weight.shape)
         loaded = weight.to(torch.bfloat16).contiguous()
         if self.kind == "int8":
             values, scales, _ = F.int8_vectorwise_quant(loaded.to(torch.float16))
@@ -115,6 +123,11 @@ def usable(quantization: BitsAndBytesConfig | None, config: Any) -> BitsAndBytes
                 f"model.quantization_config.llm_int8_skip_modules: {pattern!r} is no name and no pattern ({error})."
             ) from error
     family = family_of(config)
+    if quantization.load_in_8bit and any(layer.feed_forward == "experts" for layer in family.layers(config)):
+        raise UserError(
+            "model.quantization_config.load_in_8bit leaves the experts, nearly all of the model, in 16 bits; set "
+            "load_in_4bit instead, which holds them in 4 bits, or quantization_config to null."
+        )
     plain = {one.path for layer in family.layers(config) for one in layer.linears if one.linear and not one.quantized}
     if skipped is None and not plain:
         # transformers skips the head by itself.
@@ -145,6 +158,9 @@ def loaded_weights(model: nn.Module) -> dict[str, Held]:
             found[own] = Held(weight.quant_type, weight.blocksize, weight.compress_statistics)
         elif isinstance(module, Linear8bitLt) and isinstance(weight, Int8Params):
             found[own] = Held("int8")
+        for parameter, form in held_4bit(module).items():
+            matrices = form.count * form.parts
+            found[f"{base_name(name)}.{parameter}"] = Held(form.kind, form.blocksize, form.double, matrices)
     return found
 
 
@@ -192,16 +208,19 @@ def described(held: dict[str, Held], linears: int, dtype: torch.dtype = torch.bf
     """
     kinds = " and ".join(sorted({str(one) for one in held.values()}))
     plain = "bf16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
-    return f"{kinds}, {len(held)} of {linears} linears" if held else f"none, {plain}"
+    count = sum(one.matrices for one in held.values())
+    return f"{kinds}, {count} of {linears} linears" if held else f"none, {plain}"
 
 
 def count_linears(config: Any) -> int:
-    """Linears of a model, its head included and each expert's counted.
+    """Linears of a model, its head included and each expert's counted, gate and up too.
 
     Args:
         config: of the base model.
     """
-    return 1 + sum(one.count for layer in family_of(config).layers(config) for one in layer.linears)
+    return 1 + sum(
+        max(one.count, len(one.parts)) for layer in family_of(config).layers(config) for one in layer.linears
+    )
 
 
 def on_disk(held: Mapping[str, Held], config: Any, there: Container[str] = ()) -> dict[str, Held]:
@@ -213,7 +232,12 @@ def on_disk(held: Mapping[str, Held], config: Any, there: Container[str] = ()) -
         there: names in the files, as of ``Family.weights``.
     """
     names = family_of(config).weights(config, there)
-    return {name: how for own, how in held.items() for name in names[own]}
+    # Each part of what is one parameter is quantised by itself.
+    return {
+        name: replace(how, matrices=max(1, how.matrices // len(names[own])))
+        for own, how in held.items()
+        for name in names[own]
+    }
 
 
 def check_trained_whole(held: dict[str, Held], modules: Iterable[str], config: Any) -> None:
@@ -232,7 +256,7 @@ def check_trained_whole(held: dict[str, Held], modules: Iterable[str], config: A
         remedy = f"add {module} to model.quantization_config.llm_int8_skip_modules"
         remedy = "the files hold it so: give the original bf16 model" if own_files else remedy
         for name, how in held.items():
-            own = name.removesuffix(".weight")
+            own = name.removesuffix(".weight") if name.endswith(".weight") else name.rpartition(".")[0]
             if own == module or own.endswith("." + module):
                 raise UserError(
                     f"model.lora_config.modules_to_save names {module}, but {own} is held in {how.kind} and cannot be "

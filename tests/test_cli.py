@@ -42,7 +42,7 @@ def test_a_folder_without_config_or_with_another_model_is_refused(arguments, tmp
     assert "no config.json" in capsys.readouterr().err
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert main([*arguments, "--model.model_name_or_path", str(tmp_path)]) == 2
-    assert "not a Qwen2" in capsys.readouterr().err
+    assert "which cannot be trained; give one of Qwen2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
-NOT_IMPORTED = {"accelerate": "transformers places a model on its device with it"}
+NOT_IMPORTED = {
+    "accelerate": "transformers places a model on its device with it",
+    "flash-linear-attention": "transformers calls its kernels",
+    "einops": "flash-linear-attention imports it",
+}
 """Libraries that are declared and not imported, with the reason."""
 NOT_DECLARED = {
     "triton": "a torch with CUDA brings the one that it was built with; without it, plain PyTorch computes"
@@ -52,7 +56,7 @@ def distributions(module):
 
 
 USED = imported("qwen_lit")
-OURS = DECLARED | EXTRAS["gguf"] | EXTRAS["modelscope"]
+OURS = DECLARED | EXTRAS["gguf"] | EXTRAS["modelscope"] | EXTRAS["fla"]
 
 
 def test_every_library_that_is_imported_is_declared():

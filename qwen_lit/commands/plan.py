@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, step_files
@@ -28,7 +28,7 @@ from qwen_lit.export.kquants import gguf_bytes
 from qwen_lit.families.table import family_of
 from qwen_lit.hub import is_folder, missing_bytes
 from qwen_lit.model.duration import check_limits, epoch_share, epoch_steps, total_steps
-from qwen_lit.model.load import empty_model
+from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.explain import explain
 from qwen_lit.planner.flops import measured_flops, token_flops
@@ -123,7 +123,7 @@ def arithmetic_model(module: QwenModule) -> PeftModel:
     """The PEFT model without weights, on the meta device."""
     base = empty_model(module.config, torch.bfloat16)
     with torch.device("meta"):
-        return cast(PeftModel, get_peft_model(base, module.lora_config))
+        return put_adapter(base, module.lora_config)
 
 
 def static_bytes(model: PeftModel, held: Mapping[str, Held]) -> int:

@@ -8,7 +8,6 @@ from peft import PeftModel
 
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.examples import RAW_TEXT
-from qwen_lit.families.table import family_of
 from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, Plan
@@ -64,7 +63,7 @@ def advice(
         gain, size = own / time_of(kept, mean) - 1, kept.budget / GIB
         if gain > WORTH:
             found.append(f"faster: with {size:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
-    if not data.settings.packing and family_of(module.config).packs:
+    if not data.settings.packing:
         full = data.settings.batch_size * data.settings.max_length
         now, then = (relative_time(0.0, max(1, int(one * plan.micro_batches_at_once)), held) for one in (mean, full))
         gain = now / then - 1

@@ -30,6 +30,8 @@ class Batch(TypedDict):
     """int64 ``[n]``, those next tokens."""
     cu_seqlens: Tensor
     """int32 ``[documents + 1]``, where each document starts in ``[b * t]``; padding belongs to the row's document."""
+    lengths: list[int]
+    """What ``cu_seqlens`` says, on the host: tokens of each document."""
     max_seqlen: int
     """The longest document."""
     tokens: int
@@ -58,6 +60,7 @@ def collate(examples: Sequence[tuple[Any, Any]], pad_id: int) -> Batch:
         "target_index": where,
         "targets": ids[where + 1],
         "cu_seqlens": torch.as_tensor(starts.astype(np.int32)),
+        "lengths": lengths,
         "max_seqlen": max(lengths),
         "tokens": sum(len(tokens) for tokens, _ in examples),
     }
@@ -84,6 +87,7 @@ def join(parts: Sequence[Batch]) -> Batch:
                 *(part["cu_seqlens"][1:] + at for part, at in zip(filled, starts, strict=True)),
             ]
         ),
+        "lengths": [length for part in filled for length in part["lengths"]],
         "max_seqlen": max(part["max_seqlen"] for part in filled),
         "tokens": sum(part["tokens"] for part in filled),
     }
@@ -109,6 +113,7 @@ def padded(batch: Batch, pad_id: int) -> Batch:
         "target_index": place[batch["target_index"]],
         "targets": batch["targets"],
         "cu_seqlens": (torch.arange(documents + 1, device=device) * width).int(),
+        "lengths": [width] * documents,
         "max_seqlen": width,
         "tokens": batch["tokens"],
     }

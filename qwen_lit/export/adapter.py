@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen_lit.export.experts import each_expert, parameter_named
 from qwen_lit.export.folder import ExportError, open_tensors, read_json, write_json
 from qwen_lit.families.layer import Family
+from qwen_lit.families.mixtures import for_peft
 from qwen_lit.families.wrappers import for_language_model, for_whole, weight_for_language_model
 
 CONVERTED_MARKER = "residual_converted"
@@ -50,6 +52,8 @@ class Pair:
     magnitude: torch.Tensor | None = None
     embedding: bool = False
     scaling: float = 1.0
+    stack: int = 1
+    """Experts whose A are one below the other, and whose B's columns are told apart last, as PEFT has them."""
 
 
 @dataclass
@@ -58,6 +62,7 @@ class Adapter:
     pairs: dict[str, Pair] = field(default_factory=dict)  # by the name of the base weight
     full: dict[str, torch.Tensor] = field(default_factory=dict)  # modules_to_save, trained biases
     bias: dict[str, torch.Tensor] = field(default_factory=dict)  # lora_bias: already scaled
+    stacked: dict[str, Pair] = field(default_factory=dict)  # of experts, by the name in transformers' model
 
     def rename(self, name: Callable[[str], str]) -> None:
         """Give every weight another name."""
@@ -98,7 +103,8 @@ def read_adapter(adapter_dir: Path) -> Adapter:
     pattern = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.weight|\.bias)?$")
     with open_tensors(path) as handle:
         for key in handle.keys():
-            name = weight_for_language_model(key.removeprefix(PREFIX)).replace(".base_layer.", ".")
+            name = parameter_named(weight_for_language_model(key.removeprefix(PREFIX)), config)
+            name = name.replace(".base_layer.", ".")
             tensor = handle.get_tensor(key)
             match = pattern.match(name)
             if not key.startswith(PREFIX) or (match is None and not name.endswith((".weight", ".bias"))):
@@ -129,18 +135,19 @@ def read_adapter(adapter_dir: Path) -> Adapter:
 
 
 def write_for_whole(adapter_dir: Path, family: Family) -> None:
-    """Rename what is in an adapter's folder for the whole model that the base's files hold.
+    """Name what is in an adapter's folder for the whole model that the base's files hold, and as PEFT reads it.
 
     Args:
-        adapter_dir: as PEFT writes it for the language model; left as it is where the files hold nothing else.
+        adapter_dir: as PEFT writes it for the language model; its names stay where the files hold nothing else.
         family: of the base's files.
     """
-    if not family.text:
-        return
-    config, weights = adapter_dir / "adapter_config.json", adapter_dir / "adapter_model.safetensors"
-    named = {PREFIX + family.in_wrapper(name.removeprefix(PREFIX)): one for name, one in load_file(weights).items()}
-    save_file(named, weights, metadata={"format": "pt"})
-    write_json(config, for_whole(read_json(config)))
+    path, weights = adapter_dir / "adapter_config.json", adapter_dir / "adapter_model.safetensors"
+    config = for_peft(read_json(path))
+    if family.text:
+        named = {PREFIX + family.in_wrapper(key.removeprefix(PREFIX)): one for key, one in load_file(weights).items()}
+        save_file(named, weights, metadata={"format": "pt"})
+        config = for_whole(config)
+    write_json(path, config)
 
 
 def apply_pair(
@@ -149,7 +156,7 @@ def apply_pair(
     """Merge one pair in fp32, a block of rows at a time.
 
     Args:
-        weight: (out, in), as stored.
+        weight: (out, in), or (experts, out, in), as stored.
         pair: the adapter's share in it.
         device: where the products run; default the CPU.
         dtype: of the result.
@@ -162,6 +169,11 @@ def apply_pair(
     """
     assert pair.a is not None and pair.b is not None
     device = device or torch.device("cpu")
+    if pair.stack > 1:
+        done = [
+            apply_pair(one, its, device, dtype) for one, its in zip(weight, each_expert(pair, pair.stack), strict=True)
+        ]
+        return torch.stack([one for one, _ in done]), max(delta for _, delta in done)
     left, right = (pair.a.T, pair.b.T) if pair.embedding else (pair.b, pair.a)
     left, right = left.to(device), right.to(device)
     result = torch.empty(weight.shape, dtype=dtype)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from qwen_lit.export.adapter import Adapter, apply_pair, read_adapter
+from qwen_lit.export.experts import spread
 from qwen_lit.export.folder import (
     FLOATS,
     TORCH,
@@ -65,7 +66,9 @@ def fit_names(adapter: Adapter, base: BaseModel, config: dict[str, Any]) -> dict
         UserError: the base is of no family that is known.
     """
     family = family_of(config)
+    experts = spread(adapter, family.weights(config, base.where), {name: one[2] for name, one in base.where.items()})
     adapter.rename(family.on_disk)
+    adapter.pairs |= experts
     names = _untie(adapter, base, config, family.embedding_on_disk, family.head_on_disk)
     _check_fits(adapter, base, names)
     return names
@@ -113,7 +116,7 @@ def _check_fits(adapter: Adapter, base: BaseModel, names: dict[str, str]) -> Non
         if pair is not None and pair.a is not None and pair.b is not None:
             if pair.embedding and pair.magnitude is not None:
                 raise ExportError(f"{name}: DoRA on an embedding cannot be merged")
-            made = [pair.b.shape[0], pair.a.shape[1]]
+            made = [*([pair.stack] if pair.stack > 1 else []), pair.b.shape[0], pair.a.shape[1]]
             fits &= shape == (made[::-1] if pair.embedding else made) and pair.a.shape[0] == pair.b.shape[1]
             fits &= pair.magnitude is None or pair.magnitude.numel() == shape[0]
         if not fits:

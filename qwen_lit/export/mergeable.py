@@ -4,12 +4,12 @@ import copy
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import RESIDUAL_INITS, UNSUPPORTED
-from qwen_lit.model.load import empty_model
+from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.quantization import base_name
 
 
@@ -29,7 +29,7 @@ def check_mergeable(lora: LoraConfig, config: Any) -> None:
         options.append(f"init_lora_weights: {init}")
     if lora.lora_bias:
         with torch.device("meta"):
-            model = get_peft_model(empty_model(config), copy.deepcopy(lora))
+            model = put_adapter(empty_model(config), copy.deepcopy(lora))
         layers = [(name, one) for name, one in model.named_modules() if isinstance(one, LoraLayer)]
         options += [
             f"lora_bias on {base_name(name)}, which has no bias,"

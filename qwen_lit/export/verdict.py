@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
+from qwen_lit.experts.forward import Factors, experts_forward
+from qwen_lit.experts.stacked import PARAMETERS, stacks
 from qwen_lit.export.adapter import Pair, apply_pair, read_adapter
+from qwen_lit.export.experts import each_expert
 from qwen_lit.export.folder import TORCH, BaseModel, read_json
 from qwen_lit.export.merge import fit_names
 from qwen_lit.families.table import family_of
@@ -213,6 +217,9 @@ class _Weights:
                 pair = self.adapter.pairs.get(self.family.on_disk(f"{prefix}{name}.weight"))
                 if pair is not None and _stands_beside(pair):
                     hooks.append(one.register_forward_hook(_Added(pair, self.device)))
+            for name, one in stacks(module):
+                pairs = {own: self.adapter.stacked.get(f"{prefix}{name}.{own}") for own in PARAMETERS}
+                hooks.append(_Experts(one, {own: pair for own, pair in pairs.items() if pair}, self.device))
         return hooks
 
 
@@ -231,6 +238,22 @@ class _Added:
 
     def __call__(self, module: nn.Module | None, inputs: Any, output: Tensor) -> Tensor:
         return output + (inputs[0] @ self.a.T @ self.b.T) * self.scaling
+
+
+class _Experts:
+    """LoRA beside the experts of a layer, until it is removed."""
+
+    def __init__(self, module: Any, pairs: Mapping[str, Pair], device: torch.device) -> None:
+        self.module, dtype, lora = module, product_dtype(device), {}
+        for own, pair in pairs.items():
+            each = each_expert(pair, pair.stack)
+            a, b = (torch.stack([cast(Tensor, getattr(one, key)) for one in each]) for key in ("a", "b"))
+            lora[own] = Factors(a.to(device, dtype), b.to(device, dtype), pair.scaling)
+        module.forward = partial(experts_forward, module, lora=lora)
+
+    def remove(self) -> None:
+        """Let the experts compute alone."""
+        del self.module.forward
 
 
 def _compare(

@@ -129,8 +129,6 @@ class Family:
     """What people call its models."""
     layers: Callable[[Config], tuple[Layer, ...]]
     """Of a model of this family, the first one first."""
-    packs: bool
-    """Whether every mixer keeps documents apart that lie end to end, by their positions."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Linears that LoRA usually adapts."""
     decoder: str = "model"

@@ -15,6 +15,5 @@ QWEN2 = Family(
     model_type="qwen2",
     releases=("Qwen2", "Qwen2.5"),
     layers=layers,
-    packs=True,
     gguf=Gguf("qwen2", dense_fields),
 )

@@ -24,6 +24,5 @@ QWEN3 = Family(
     model_type="qwen3",
     releases=("Qwen3 dense",),
     layers=layers,
-    packs=True,
     gguf=Gguf("qwen3", fields),
 )

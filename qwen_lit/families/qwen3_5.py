@@ -103,7 +103,6 @@ QWEN3_5_TEXT = Family(
     model_type="qwen3_5_text",
     releases=(),
     layers=lambda config: hybrid_layers(config, joined=False, experts=False),
-    packs=False,
     targets=(*ATTENTION, "gate_proj", "up_proj", "down_proj"),
     gguf=hybrid_form("qwen35", fields, joined=False, experts=False),
 )
@@ -111,7 +110,6 @@ QWEN3_5_MOE_TEXT = Family(
     model_type="qwen3_5_moe_text",
     releases=(),
     layers=lambda config: hybrid_layers(config, joined=False, experts=True),
-    packs=False,
     targets=(*ATTENTION, "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"),
     gguf=hybrid_form("qwen35moe", moe_fields, joined=False, experts=True),
 )

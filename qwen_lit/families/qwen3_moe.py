@@ -31,6 +31,5 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     releases=("Qwen3 A3B",),
     layers=layers,
-    packs=True,
     gguf=Gguf("qwen3moe", fields, cannot=cannot),
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen_lit.families.gguf import Gguf, in_wrapper
 from qwen_lit.families.layer import Family, text_config
+from qwen_lit.families.mixtures import from_peft
 
 OTHER_PARTS = r".*\bvisual\b.*"
 """PEFT's ``exclude_modules`` in the whole model, where names such as ``gate_proj`` fit its vision tower too."""
@@ -68,7 +69,7 @@ def for_language_model(config: dict[str, Any]) -> dict[str, Any]:
     found = _renamed(config, _IN_WHOLE, r"\1model\2")
     if found.get("exclude_modules") == OTHER_PARTS:
         found["exclude_modules"] = None
-    return found
+    return from_peft(found)
 
 
 def weight_for_language_model(name: str) -> str:

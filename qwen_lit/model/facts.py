@@ -4,6 +4,7 @@ from typing import Any
 
 from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
+from qwen_lit.model.load import count_parameters
 from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.flops import token_flops
 from qwen_lit.quantization import count_linears, described
@@ -12,12 +13,14 @@ from qwen_lit.quantization import count_linears, described
 def module_facts(module: QwenModule) -> dict[str, Any]:
     """The base, the adapter, the engine and the optimizer, as plain values."""
     assert module.model is not None
-    trained, total = module.model.get_nb_trainable_parameters()
+    trained, _ = module.model.get_nb_trainable_parameters()
     lora, settings, device = module.lora_config, module.settings, module.trainer.strategy.root_device
     targets = lora.target_modules or []
+    if not isinstance(targets, str):
+        targets = [*targets, *(lora.target_parameters or [])]
     return {
         "model": module.name,
-        "parameters": int(total),
+        "parameters": count_parameters(module.config) + int(trained),
         "trained_parameters": int(trained),
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,

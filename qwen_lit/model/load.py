@@ -1,6 +1,7 @@
 """Finding, checking and loading the base model, and putting the adapter on it."""
 
 import copy
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any, cast
 import torch
 import transformers
 from jinja2 import TemplateSyntaxError
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,13 +22,20 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from qwen_lit.errors import UserError, shortened
+from qwen_lit.experts import loading as loading  # puts experts in 4 bits into transformers' loader
+from qwen_lit.experts.lora import adapting
+from qwen_lit.experts.targets import check_experts, resolve_all
 from qwen_lit.families.table import family_of
 from qwen_lit.families.wrappers import TO_LANGUAGE_MODEL, for_language_model
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import INDEX, SINGLE
+from qwen_lit.model.delta_rule import choose_delta_rule
+from qwen_lit.model.documents import keep_apart
 from qwen_lit.model.stored import give_dtype, plain_linears
 from qwen_lit.prequantized import own_quantization
 from qwen_lit.progress import timed
+
+log = logging.getLogger(__name__)
 
 
 def check_weights(folder: Path) -> None:
@@ -163,6 +171,7 @@ def check_targets(config: Any, lora: LoraConfig) -> None:
     model = empty_model(config)
     modules = dict(model.named_modules())
     names = list(modules)
+    check_experts(config, lora, names)
     known = sorted({name.rsplit(".", 1)[-1] for name, one in modules.items() if isinstance(one, nn.Linear)})
     named = {"target_modules": [] if isinstance(targets, str) else targets, "modules_to_save": lora.modules_to_save}
     for key, listed in named.items():
@@ -173,7 +182,8 @@ def check_targets(config: Any, lora: LoraConfig) -> None:
         check_pattern(targets, names, known)
     plain = replace(copy.deepcopy(lora), init_lora_weights=True, use_dora=False)
     try:
-        inject_adapter_in_model(plain, model, low_cpu_mem_usage=True)
+        with adapting(model, plain):
+            inject_adapter_in_model(plain, model, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"model.lora_config: {' '.join(str(error).split())}") from error
 
@@ -202,25 +212,6 @@ def computing_on(device: torch.device, quantization: BitsAndBytesConfig | None) 
     quantization = copy.deepcopy(quantization)
     quantization.bnb_4bit_compute_dtype = torch.float32
     return quantization
-
-
-def check_packing(config: Any, packing: bool) -> None:
-    """Refuse to lay documents end to end in a model that would carry one's state into the next.
-
-    Args:
-        config: of the model.
-        packing: as configured.
-
-    Raises:
-        UserError: it is on, and the family's layers do not keep documents apart.
-    """
-    family = family_of(config)
-    if packing and not family.packs:
-        mixers = dict.fromkeys(layer.mixer for layer in family.layers(config))
-        raise UserError(
-            f"data.packing is true, but a {family.model_type} model ({', '.join(mixers)}) does not keep packed rows "
-            "apart: each would see those before it; set data.packing to false."
-        )
 
 
 def read_model(
@@ -282,6 +273,8 @@ def read_model(
         )
     if own is not None:
         give_dtype(model, dtype)
+    keep_apart(model)
+    choose_delta_rule(model, device)
     return model
 
 
@@ -305,6 +298,9 @@ def load_base(
     """The frozen base that an adapter is trained on; the arguments are those of ``read_model``."""
     with timed("loading the base"):
         model: nn.Module = read_model(folder, device, quantization, place)
+    computed = choose_delta_rule(model, device)
+    if computed:
+        log.info(computed)
     model.requires_grad_(False)
     model.config.use_cache = False  # type: ignore[union-attr]
     for module in model.modules():
@@ -327,6 +323,18 @@ def shard_layers(model: PeftModel, device: torch.device) -> None:
         fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
 
 
+def put_adapter(base: Any, lora: LoraConfig) -> PeftModel:
+    """A base with a new adapter on it.
+
+    Args:
+        base: loaded, or without weights.
+        lora: of the adapter; ``all-linear`` in it becomes the names of linears.
+    """
+    resolve_all(base.config, lora)
+    with adapting(base, lora):
+        return get_peft_model(base, lora)  # type: ignore[return-value]
+
+
 def read_adapted(base: Any, adapter: Path) -> Any:
     """A base with a saved adapter on it, to be asked.
 
@@ -340,10 +348,11 @@ def read_adapted(base: Any, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            config = PeftConfig.from_pretrained(str(adapter))
+            config = LoraConfig.from_pretrained(str(adapter))
             vars(config).update(for_language_model(vars(config)), inference_mode=True)
             names = TO_LANGUAGE_MODEL
-            return PeftModel.from_pretrained(base, str(adapter), config=config, key_mapping=names).eval()
+            with adapting(base, config):
+                return PeftModel.from_pretrained(base, str(adapter), config=config, key_mapping=names).eval()
         except UserWarning as error:
             raise UserError(f"{adapter} is not an adapter of this base ({_reason(error)}); give its own.") from error
 
@@ -354,7 +363,7 @@ def add_adapter(base: nn.Module, lora: LoraConfig, checkpointing: bool) -> PeftM
     The base's norms and embeddings stay bf16: Qwen's RMSNorm computes in fp32 by itself.
     """
     lora.task_type = "CAUSAL_LM"
-    model = get_peft_model(base, lora)  # type: ignore[arg-type]
+    model = put_adapter(base, lora)
     if checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", None)
         if enable is not None:
@@ -363,4 +372,4 @@ def add_adapter(base: nn.Module, lora: LoraConfig, checkpointing: bool) -> PeftM
             base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             base.enable_input_require_grads()  # type: ignore[operator]
     model.train()
-    return model  # type: ignore[return-value]
+    return model

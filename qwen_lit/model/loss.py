@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qwen_lit.data.batches import Batch
 from qwen_lit.families.layer import Family
+from qwen_lit.model.documents import Documents
 
 
 def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -39,7 +40,8 @@ def reference_loss(model: nn.Module, family: Family, batch: Batch) -> Tensor:
     """The summed loss of a batch by the modules of transformers and PEFT.
 
     Args:
-        model: transformers' model for causal language modelling, with adapters in its layers.
+        model: transformers' model for causal language modelling, with adapters in its layers, for which
+            ``keep_apart`` was called.
         family: where the decoder and the head stand in it.
         batch: on the model's device.
 
@@ -48,6 +50,9 @@ def reference_loss(model: nn.Module, family: Family, batch: Batch) -> Tensor:
     """
     decoder = model.get_submodule(family.decoder)
     ids, positions = batch["input_ids"], batch["position_ids"]
-    hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    packed = ids.shape[0] == 1 and len(batch["lengths"]) > 1
+    # Attention finds the borders in the positions; linear attention is told them.
+    borders = {"documents": Documents(batch)} if packed else {}
+    hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False, **borders).last_hidden_state
     rows = hidden.flatten(0, 1).index_select(0, batch["target_index"])
     return summed_loss(model.get_submodule(family.head), rows, batch["targets"])

@@ -20,6 +20,7 @@ from qwen_lit.data.datamodule import QwenDataModule, data_of
 from qwen_lit.distributed import agree, reduce_trained_alone, watch_children
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError, UserError
+from qwen_lit.experts.targets import resolve_all
 from qwen_lit.export.adapter import saved_name
 from qwen_lit.export.folder import read_json
 from qwen_lit.families.table import family_of
@@ -38,6 +39,7 @@ from qwen_lit.model.load import (
 from qwen_lit.model.loss import reference_loss
 from qwen_lit.model.neftune import add_noise
 from qwen_lit.model.optim import configure_groups, optimizer_of, parameter_groups, repage
+from qwen_lit.model.packing_check import check_packing
 from qwen_lit.model.precision import full_precision
 from qwen_lit.model.resume import go_on, settings, shared, stored
 from qwen_lit.model.schedules import WITHOUT_WARMUP, schedule
@@ -95,6 +97,7 @@ class QwenModule(L.LightningModule):
         """Of the base's files, which may hold more than the language model."""
         self.quantization_config = usable(settings.quantization_config, self.config)
         self.quantized: dict[str, Held] | None = None
+        resolve_all(self.config, self.lora_config)
         check_targets(self.config, self.lora_config)
         if self.lora_config.modules_to_save:
             held = self.held_weights(torch.device("cpu"))
@@ -230,6 +233,15 @@ class QwenModule(L.LightningModule):
     def state_bytes(self) -> float:
         """Bytes of optimizer state for each trained parameter."""
         return self.optimizer.state_bytes
+
+    def on_fit_start(self) -> None:
+        """Look whether documents that are computed end to end keep apart.
+
+        Raises:
+            UserError: they do not.
+        """
+        if not self.pads:
+            check_packing(self)
 
     def on_train_start(self) -> None:
         """Give a resumed optimizer its paged memory and the settings of this configuration, which may differ.

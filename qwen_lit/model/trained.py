@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from peft import get_peft_model
 from safetensors import SafetensorError, safe_open
 
 from qwen_lit.config import LoraSection
@@ -17,7 +16,7 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CONVERTED_MARKER, RESIDUAL_INITS, saved_name
 from qwen_lit.families.wrappers import for_language_model, weight_for_language_model
 from qwen_lit.model.base import fingerprint
-from qwen_lit.model.load import empty_model
+from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.model.resume import FREE, canonical, differences, meaning, stored
 from qwen_lit.names import expanded
 from qwen_lit.run import Run, is_adapter, training_config
@@ -231,7 +230,7 @@ def check_shapes(config: Any, lora: Any, source: Path) -> None:
         UserError: names or shapes differ.
     """
     with torch.device("meta"):
-        model = get_peft_model(empty_model(config), dataclasses.replace(lora))
+        model = put_adapter(empty_model(config), dataclasses.replace(lora))
     mine = {saved_name(name): p.shape for name, p in model.named_parameters() if p.requires_grad}
     theirs = {name: tensor.shape for name, tensor in weights(source).items()}
     wrong = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))

@@ -59,21 +59,6 @@ def test_a_head_in_four_bits_is_found_by_the_place_of_the_table(adapted, monkeyp
     assert reference_because(module, adapted, {"model.layers.0.mlp.up_proj.weight": Held("nf4", 64)}) is None
 
 
-def test_packing_is_refused_before_anything_is_loaded(arguments, monkeypatch, capsys):
-    monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], packs=False))
-    monkeypatch.setattr("qwen_lit.model.module.load_base", lambda *a: pytest.fail("the model is loaded"))
-    assert main([*arguments, "--data.packing", "true"]) == 2
-    told = capsys.readouterr().err
-    assert "data.packing is true, but a qwen2 model (attention) does not keep packed rows apart" in told
-
-
-@pytest.mark.parametrize("packs", [True, False])
-def test_plan_advises_packing_where_it_is_possible(arguments, monkeypatch, capsys, packs):
-    monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], packs=packs))
-    assert main(["plan", *arguments[1:], "--data.max_length", "512"]) in (0, 1)
-    assert ("data.packing: true fills" in " ".join(capsys.readouterr().out.split())) == packs
-
-
 def test_plan_says_that_a_mixer_has_no_fast_engine(arguments, monkeypatch, capsys):
     monkeypatch.setitem(FAMILIES, "qwen2", ending(FAMILIES["qwen2"], mixer="linear attention"))
     assert main(["plan", *arguments[1:]]) == 0

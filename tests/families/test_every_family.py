@@ -1,8 +1,10 @@
-"""Every family from its files to what is served: trained, merged, asked through transformers, PEFT and llama.cpp."""
+"""Every family from its files to what is served: trained, merged, asked by transformers, PEFT and llama.cpp."""
 
 import json
+import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -10,10 +12,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qwen_lit.cli import main
+from qwen_lit.data.batches import collate
 from qwen_lit.export.gguf import write_plain
-from qwen_lit.families.table import FAMILIES
+from qwen_lit.families.table import FAMILIES, family_of
 from qwen_lit.model.load import read_adapted, read_model
+from qwen_lit.model.loss import reference_loss
 from tests.ask_llama import answer
+from tests.runs import adapter, stopping
 from tests.tiny import FAMILIES as TINY
 from tests.tiny import config_file, make_model, tensors_of
 
@@ -22,12 +27,8 @@ CPU = torch.device("cpu")
 IDS = torch.arange(20, 60)[None]
 
 
-@pytest.fixture(params=TINY, scope="module")
-def trained(request, tokenizer, dataset, tmp_path_factory):
-    """A family's name, its tiny base, and the output folder of a short fit of its own targets."""
-    kind = request.param
-    folder = tmp_path_factory.mktemp(kind)
-    base, out = make_model(kind, folder / "base", tokenizer), folder / "out"
+def fit(kind, base, dataset, out, *options):
+    """Five steps of a family's own targets, with dropout; returns what the command returns."""
     given = {
         "--config": "configs/qwen7b.yaml",
         "--output_dir": out,
@@ -46,7 +47,16 @@ def trained(request, tokenizer, dataset, tmp_path_factory):
         "--export.smoke_rows": 0,
         "--export.merge_base": "dequantized",
     }
-    assert main(["fit", *(str(part) for pair in given.items() for part in pair)]) == 0
+    return main(["fit", *(str(part) for pair in given.items() for part in pair), *options])
+
+
+@pytest.fixture(params=TINY, scope="module")
+def trained(request, tokenizer, dataset, tmp_path_factory):
+    """A family's name, its tiny base, and the output folder of a short fit."""
+    kind = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    base, out = make_model(kind, folder / "base", tokenizer), folder / "out"
+    assert fit(kind, base, dataset, out) == 0
     return kind, base, out
 
 
@@ -94,7 +104,8 @@ def test_the_adapter_works_on_the_whole_model_by_plain_peft_as_on_the_language_m
         warnings.filterwarnings("error", message="Found missing adapter keys")
         adapted = PeftModel.from_pretrained(whole, out / "lora_adapter")
     ours = logits(read_adapted(read_model(base, CPU, dtype=torch.float32), out / "lora_adapter"))
-    assert not torch.allclose(ours, plain, atol=0.1) and torch.equal(logits(adapted), ours)
+    # PEFT adds the share in a shared expert to its weight, and ours beside it.
+    assert not torch.allclose(ours, plain, atol=0.1) and torch.allclose(logits(adapted), ours, atol=1e-4)
     assert not any("visual" in name for name, one in adapted.named_modules() if hasattr(one, "lora_A"))
 
 
@@ -103,6 +114,37 @@ def test_the_merge_answers_as_was_trained(trained):
     verdict = json.loads((out / "summary.json").read_text(encoding="utf-8"))["verdict"]
     dequantized = verdict["merges"]["dequantized"]
     assert abs(dequantized["loss"] - verdict["adapter_loss"]) < 0.02 and dequantized["kl"] < 0.002
+
+
+def test_a_packed_row_has_the_loss_that_it_has_alone(trained):
+    _, base, out = trained
+    model = read_adapted(read_model(base, CPU, dtype=torch.float32), out / "lora_adapter").get_base_model()
+    family, draw = family_of(model.config), np.random.default_rng(0)
+    rows = [(draw.integers(0, 300, length), np.array([[0, length]])) for length in (37, 3, 21, 66)]
+    with torch.no_grad():
+        alone = [float(reference_loss(model, family, collate([row], 0))) for row in rows]
+        for count in range(1, len(rows) + 1):
+            packed = float(reference_loss(model, family, collate(rows[:count], 0)))
+            assert packed == pytest.approx(sum(alone[:count]), rel=1e-4), count
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(trained, dataset, tmp_path):
+    kind, base, out = trained
+    assert fit(kind, base, dataset, tmp_path, *stopping(3), "--export.merge", "false") == 143
+    assert fit(kind, base, dataset, tmp_path, "--ckpt_path", "last", "--export.merge", "false") == 0
+    whole, resumed = adapter(out), adapter(tmp_path)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_plan_names_the_engine_and_the_memory(trained, dataset, tmp_path, capsys):
+    kind, base, _ = trained
+    given = ["--config", "configs/qwen7b.yaml", "--output_dir", str(tmp_path), "--data.dataset_path", str(dataset)]
+    given += ["--model.model_name_or_path", str(base), "--trainer.accelerator", "cpu"]
+    assert main(["plan", *given]) == 0
+    said = capsys.readouterr().out
+    fast = kind in ("qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
+    assert ("engine      on a GPU fast" in said) == fast and ("on a GPU reference" in said) != fast
+    assert re.search(r"\d GiB", said)
 
 
 def test_llama_cpp_computes_the_gguf_of_the_merge_as_transformers_computes_the_merge(trained, tokenizer, tmp_path):

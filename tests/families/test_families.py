@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from qwen_lit.errors import UserError
 from qwen_lit.families.layer import Family, Layer, Linear, Vector
 from qwen_lit.families.table import FAMILIES, family_of
-from qwen_lit.model.load import check_packing, load_base
+from qwen_lit.model.load import load_base
 from qwen_lit.planner.flops import token_flops
-from qwen_lit.quantization import count_linears, loaded_weights, on_disk, planned_weights, usable
+from qwen_lit.quantization import Held, count_linears, loaded_weights, on_disk, planned_weights, usable
 
 SIZES = {
     "vocab_size": 96,
@@ -120,7 +120,7 @@ def test_the_linears_of_a_family_are_those_written_here(kind):
         ["gate_proj", "up_proj"],
         ["down_proj"],
     ]
-    assert layer.query_key_norm == (kind == "qwen3") and FAMILIES[kind].packs
+    assert layer.query_key_norm == (kind == "qwen3")
 
 
 def test_a_config_and_its_json_give_the_same(built):
@@ -247,7 +247,6 @@ MADE_UP = Family(
     model_type="made_up",
     releases=("Made-up",),
     layers=lambda config: (EXPERTS, replace(EXPERTS, mixer="linear attention")),
-    packs=False,
     decoder_on_disk="model.language_model",
 )
 
@@ -274,20 +273,17 @@ def test_work_and_counts_follow_the_table(monkeypatch):
     attention = 2 * 100 * 2 * 4
     assert token_flops(model, 100, 0.5) == (4 * (linear + 40) + 3 * attention, 2 * linear + attention)
     assert count_linears(config) == 1 + 2 * (1 + 1 + 1 + 4)
-    held = {"model.layers.1.mlp.experts.down_proj": "nf4", "model.layers.0.self_attn.q_proj.weight": "nf4"}
-    assert set(on_disk(held, config)) == {
-        "model.language_model.layers.0.self_attn.q_proj.weight",
-        *(f"model.language_model.layers.1.mlp.experts.{number}.down_proj.weight" for number in range(4)),
+    held = {
+        "model.layers.1.mlp.experts.down_proj": Held("nf4", 64, matrices=4),
+        "model.layers.0.self_attn.q_proj.weight": Held("nf4", 64),
     }
-
-
-def test_packing_is_refused_where_documents_would_meet(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "made_up", MADE_UP)
-    check_packing({"model_type": "made_up"}, False)
-    check_packing({"model_type": "qwen2"}, True)
-    told = r"data.packing is true, but a made_up model \(gated attention, linear attention\) does not keep packed rows"
-    with pytest.raises(UserError, match=told):
-        check_packing({"model_type": "made_up"}, True)
+    assert on_disk(held, config) == dict.fromkeys(
+        [
+            "model.language_model.layers.0.self_attn.q_proj.weight",
+            *(f"model.language_model.layers.1.mlp.experts.{number}.down_proj.weight" for number in range(4)),
+        ],
+        Held("nf4", 64),
+    )
 
 
 def test_a_window_is_read_as_transformers_reads_it():
