@@ -31,20 +31,22 @@ class Matrices:
         """Of a matrix."""
         return 1 if len(self.shape) == 1 else self.shape[-1]
 
-    def parts(self, number: int) -> list[torch.Tensor]:
-        """The tensors whose rows, one after the other, are those of a matrix, as the files have them."""
+    def each(self) -> Iterator[list[torch.Tensor]]:
+        """Of each matrix, the tensors whose rows, one after the other, are its rows, as the files have them."""
         names, count = self.tensor.sources, self.tensor.count
-        if len(names) == 1 and count > 1:
-            return [self.base.get(names[0])[number]]
-        each = len(names) // count
-        found = [self.base.get(name) for name in names[number * each : (number + 1) * each]]
-        return [one.reshape(len(one), -1) for one in found]
+        if len(names) == 1:
+            # Mapped once, not once an expert.
+            whole = self.base.get(names[0])
+            yield from ([one] for one in (whole if count > 1 else [whole.reshape(len(whole), -1)]))
+            return
+        size = len(names) // count
+        for start in range(0, len(names), size):
+            yield [self.base.get(name) for name in names[start : start + size]]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """All rows in the file's order, float32 [n, columns]; a vector as [1, n]."""
         most = max(1, MOST_NUMBERS // self.columns)
-        for number in range(self.tensor.count):
-            parts = self.parts(number)
+        for parts in self.each():
             for runs in cut(self.rows, most):
                 found = torch.cat([piece for run in runs for piece in rows_of(parts, run)])
                 if self.tensor.stored.columns:
