@@ -12,8 +12,9 @@ from torch import Tensor
 
 from qwen_lit.experts.stacked import Stacked4bit
 
-GROUP_BYTES = 2**27
-"""Matrices that are in 16 bits at a time have at most so many bytes, or are one."""
+GROUP_BYTES = 2**29
+"""Matrices that are in 16 bits at a time have at most so many bytes, or are one. Each group costs a dozen launches,
+for which small steps wait."""
 
 
 class Rows:
@@ -96,17 +97,18 @@ class _Frozen(torch.autograd.Function):
 def _product(rows: Tensor, weight: Tensor, form: Stacked4bit | None, shape: Rows, back: bool) -> Tensor:
     dtype = form.compute if form is not None else weight.dtype
     count, out, columns = (form.count, form.rows, form.columns) if form is not None else weight.shape
-    result = torch.empty(len(rows), columns if back else out, dtype=dtype, device=rows.device)
     size = max(1, GROUP_BYTES // (out * columns * dtype.itemsize)) if form is not None else count
+    made = []
     for experts in shape.groups(size):
         matrices = chosen(weight, experts)
         if form is not None:
             matrices = form.dequantize(matrices).to(dtype)
-        where = shape.where(experts)
-        result[where] = grouped(rows[where].to(dtype), matrices if back else matrices.mT, shape, experts)
+        made.append(grouped(rows[shape.where(experts)].to(dtype), matrices if back else matrices.mT, shape, experts))
         # The next group's matrices stand in the same memory.
         del matrices
-    return result
+    if not made:
+        return rows.new_empty(0, columns if back else out, dtype=dtype)
+    return made[0] if len(made) == 1 else torch.cat(made)
 
 
 def frozen_product(rows: Tensor, weight: Tensor, form: Stacked4bit | None, shape: Rows) -> Tensor:

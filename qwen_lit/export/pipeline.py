@@ -190,7 +190,10 @@ def try_prompts(job: Job) -> tuple[int, int]:
     """
     model, stopped, facts = read_model(job.out_dir, job.device), 0, job.facts
     tokenizer = load_tokenizer(job.out_dir, str(job.out_dir))
-    text, names = (job.out_dir / "Modelfile").read_text(encoding="utf-8"), dict[str, None]()
+    names = dict[str, None]()
+    # Beside one that the user has edited.
+    beside = job.out_dir / "Modelfile.new"
+    text = (beside if beside.is_file() else job.out_dir / "Modelfile").read_text(encoding="utf-8")
     for prompt, following in job.taught:
         trained = prompt.tolist()
         found = sent(text, tokenizer, facts.form, trained) if facts.form else {}

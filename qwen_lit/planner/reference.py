@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel
 
+from qwen_lit.experts.products import GROUP_BYTES
 from qwen_lit.families.layer import Layer, Linear
 from qwen_lit.families.table import family_of
 from qwen_lit.planner.memory import MEMORY
@@ -22,8 +23,6 @@ ROWS = 1024
 """Rows of logits at a time, as of ``model.loss.summed_loss``."""
 LOSS = 3 * FLOAT
 """Bytes of a logit in the loss's backward: its log-probability, and two gradients."""
-EXPERTS = 2**27
-"""Bytes of experts that are dequantised at a time, at most."""
 
 
 @dataclass(frozen=True)
@@ -159,4 +158,4 @@ def _linears(layers: tuple[Layer, ...]) -> list[Linear]:
 def _dequantised(linear: Linear) -> int:
     """Bytes of what is dequantised for a product; experts are, a few at a time."""
     size = SIZE * linear.numbers
-    return max(SIZE * linear.inputs * linear.outputs, min(size, EXPERTS)) if linear.count > 1 else size
+    return max(SIZE * linear.inputs * linear.outputs, min(size, GROUP_BYTES)) if linear.count > 1 else size

@@ -36,9 +36,15 @@ REAL = {
 @pytest.fixture(params=HYBRIDS)
 def module(request, tmp_path, monkeypatch):
     """A 4-bit base with LoRA on the device, as a packed fit in bf16 has it."""
-    hybrid(request.param, **REAL).to(torch.bfloat16).save_pretrained(tmp_path)
+    return adapted(request.param, torch.bfloat16, tmp_path, monkeypatch)
+
+
+def adapted(kind, dtype, tmp_path, monkeypatch):
+    """A 4-bit base with LoRA on the device, all else and all products in one dtype."""
+    hybrid(kind, **REAL).to(torch.bfloat16).save_pretrained(tmp_path)
+    monkeypatch.setattr("qwen_lit.model.load.product_dtype", lambda device: dtype)
     lora = LoraSection(r=4, target_modules=["q_proj", "v_proj", "out_proj"])
-    held = QuantizationSection(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    held = QuantizationSection(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     made = QwenModule(ModelSettings(str(tmp_path), lora, held))
     made.model = add_adapter(load_base(tmp_path, made.quantization_config, DEVICE), lora, True)
     for name, parameter in made.named_parameters():
@@ -55,15 +61,18 @@ def on_device(batches):
     ]
 
 
-def test_a_pack_learns_on_the_device_what_its_documents_do(module):
-    made = documents()
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-3), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_a_pack_learns_on_the_device_what_its_documents_do(kind, dtype, most, tmp_path, monkeypatch):
+    """In bf16 short documents take other kernels than a pack, which round otherwise; in float32 these are equal."""
+    module, made = adapted(kind, dtype, tmp_path, monkeypatch), documents()
     pack = on_device([collate(made, 0)])
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         wanted = loss_and_gradients(module, on_device(alone(made)))
         near = distance(loss_and_gradients(module, pack), wanted)
         leaking = distance(loss_and_gradients(module, [pack[0] | {"lengths": [pack[0]["tokens"]]}]), wanted)
-    print(f"{module.config.model_type}: packed differs by {near:.1e}, leaking by {leaking:.1e}")
-    assert near < 5e-2 < leaking
+    print(f"{kind}, {dtype}: packed differs by {near:.1e}, leaking by {leaking:.1e}")
+    assert near < most and leaking > 0.5
 
 
 def test_the_layout_of_a_pack_waits_for_nothing(module):
