@@ -97,6 +97,9 @@ def language_model(config: Any) -> Any:
     if not family.text:
         return config
     text = config.get_text_config()
+    if hasattr(text, "quantization_config") and not text.quantization_config:
+        # transformers reads an empty one as that of a quantised model.
+        del text.quantization_config
     if text.model_type != family.text:
         values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
         # The rotation of three equal positions is that of one.

@@ -109,6 +109,36 @@ def test_the_adapter_works_on_the_whole_model_by_plain_peft_as_on_the_language_m
     assert not any("visual" in name for name, one in adapted.named_modules() if hasattr(one, "lora_A"))
 
 
+def test_plain_peft_takes_the_adapter_on_the_language_models_class_by_a_mapping_of_names(trained):
+    kind, base, out = trained
+    if kind in ("qwen3_vl", "qwen2_5_vl"):
+        # transformers has no class of their language model alone.
+        return
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    mapping = {r"^model\.language_model\.": "model."} if FAMILIES[kind].text else None
+    found = logits(PeftModel.from_pretrained(plain, out / "lora_adapter", key_mapping=mapping))
+    ours = logits(read_adapted(read_model(base, CPU, dtype=torch.float32), out / "lora_adapter"))
+    assert torch.allclose(found, ours, atol=1e-4)
+
+
+def test_older_and_odd_configs_of_qwen2_5_vl_are_read_alike(tokenizer, tmp_path):
+    base = make_model("qwen2_5_vl", tmp_path, tokenizer)
+    config = config_file(base)
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    older = {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    flat = {key: value for key, value in text.items() if key not in ("model_type", "layer_types")}
+    wanted = logits(read_model(base, CPU, dtype=torch.float32))
+    (base / "config.json").write_text(json.dumps(config | flat | older), encoding="utf-8")
+    assert torch.equal(logits(read_model(base, CPU, dtype=torch.float32)), wanted)
+    empty = config | {"text_config": text | {"rope_parameters": rope, "quantization_config": {}}}
+    (base / "config.json").write_text(json.dumps(empty), encoding="utf-8")
+    assert torch.equal(logits(read_model(base, CPU, dtype=torch.float32)), wanted)
+
+
 def test_the_merge_answers_as_was_trained(trained):
     _, _, out = trained
     verdict = json.loads((out / "summary.json").read_text(encoding="utf-8"))["verdict"]
