@@ -72,9 +72,11 @@ def check_experts(config: Any, lora: LoraConfig, names: Iterable[str]) -> None:
     bare = [one for one in PROJECTIONS if not isinstance(wanted, str) and one in wanted]
     if bare:
         instead = [f"shared_expert.{one}" for one in bare]
+        dense = [f"mlp.{one}" for one in bare] if any(layer.feed_forward == "mlp" for layer in layers) else []
         raise UserError(
             f"lora_config.target_modules names {', '.join(bare)}, which says nothing clear in a mixture of experts: "
             + (f"the shared expert's linears are [{', '.join(instead)}], and " if shared else "")
+            + (f"those of layers without experts are [{', '.join(dense)}], and " if dense else "")
             + f"the experts are parameters; leave {'them' if len(bare) > 1 else 'it'} out, or adapt the experts with "
             f"lora_config.target_parameters: [{', '.join(EXPERTS)}]."
         )
@@ -101,6 +103,11 @@ def _check_parameters(lora: LoraConfig, mixture: bool) -> None:
                 f"lora_config.target_parameters: {one!r} cannot be adapted; the parameters that can are {there}. "
                 "Linears are named in target_modules."
             )
+    if wanted and lora.layers_to_transform is not None:
+        raise UserError(
+            f"lora_config.layers_to_transform is {lora.layers_to_transform}, but PEFT adapts the experts of every "
+            "layer all the same; leave it out, or leave target_parameters out."
+        )
     plain = {"lora_dropout": "0", "use_dora": "false", "lora_bias": "false", "init_lora_weights": "true"}
     refused = {key for key in ("lora_dropout", "use_dora", "lora_bias") if getattr(lora, key)}
     if lora.init_lora_weights not in (True, False, "gaussian"):
