@@ -156,6 +156,16 @@ def test_names_of_an_mlp_are_refused_with_those_of_layers_without_experts(tokeni
         check_targets(load_config(base), LoraConfig(target_modules=["q_proj", "up_proj"]))
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "mlp.up_proj"]])
+@pytest.mark.parametrize("key", ["use_dora", "lora_bias"])
+def test_what_peft_could_not_read_of_an_mlp_in_a_mixture_is_refused(targets, key, tokenizer, tmp_path):
+    base = make_model("qwen3_moe", tmp_path, tokenizer, mlp_only_layers=[1])
+    lora = LoraConfig(target_modules=targets, **{key: True})
+    with pytest.raises(UserError, match=rf"{key} is True, but with it PEFT could not read .*mlp\.\w+_proj"):
+        check_targets(load_config(base), lora)
+    check_targets(load_config(base), LoraConfig(target_modules=["q_proj"], **{key: True}))
+
+
 def test_a_dense_model_s_adapter_keeps_its_targets(tmp_path):
     config = {"target_modules": ["mlp.gate_proj"], "target_parameters": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
