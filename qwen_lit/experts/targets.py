@@ -93,8 +93,8 @@ def _check_plain(lora: LoraConfig, linears: Sequence[str]) -> None:
     for key in ("use_dora", "lora_bias") if linears else ():
         if getattr(lora, key):
             raise UserError(
-                f"lora_config.{key} is {getattr(lora, key)}, but with it PEFT could not read an adapter of {linears[0]}, "
-                "which it would take for experts; set it to false, or leave that out of target_modules."
+                f"lora_config.{key} is {getattr(lora, key)}, but with it PEFT could not read an adapter of "
+                f"{linears[0]}, which it would take for experts; set it to false, or leave that out of target_modules."
             )
 
 
