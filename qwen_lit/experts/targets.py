@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peft import LoraConfig
@@ -69,15 +69,33 @@ def check_experts(config: Any, lora: LoraConfig, names: Iterable[str]) -> None:
                 f"lora_config.{key}: the text {listed!r} matches {shares[0]}, which PEFT would take for experts when "
                 "it reads the adapter; write the targets as a list."
             )
+        every = [one.path for layer in layers for one in layer.linears if one.linear and one.quantized]
+        _check_plain(lora, [one for one in every if listed == ALL and one.rpartition(".")[2] in PROJECTIONS] or shares)
     bare = [one for one in PROJECTIONS if not isinstance(wanted, str) and one in wanted]
     if bare:
         instead = [f"shared_expert.{one}" for one in bare]
+        dense = [f"mlp.{one}" for one in bare] if any(layer.feed_forward == "mlp" for layer in layers) else []
         raise UserError(
             f"lora_config.target_modules names {', '.join(bare)}, which says nothing clear in a mixture of experts: "
             + (f"the shared expert's linears are [{', '.join(instead)}], and " if shared else "")
+            + (f"those of layers without experts are [{', '.join(dense)}], and " if dense else "")
             + f"the experts are parameters; leave {'them' if len(bare) > 1 else 'it'} out, or adapt the experts with "
             f"lora_config.target_parameters: [{', '.join(EXPERTS)}]."
         )
+
+
+def _check_plain(lora: LoraConfig, linears: Sequence[str]) -> None:
+    """Refuse kinds of LoRA with which PEFT takes linears of an MLP for experts when it reads the adapter.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    for key in ("use_dora", "lora_bias") if linears else ():
+        if getattr(lora, key):
+            raise UserError(
+                f"lora_config.{key} is {getattr(lora, key)}, but with it PEFT could not read an adapter of "
+                f"{linears[0]}, which it would take for experts; set it to false, or leave that out of target_modules."
+            )
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -101,6 +119,11 @@ def _check_parameters(lora: LoraConfig, mixture: bool) -> None:
                 f"lora_config.target_parameters: {one!r} cannot be adapted; the parameters that can are {there}. "
                 "Linears are named in target_modules."
             )
+    if wanted and lora.layers_to_transform is not None:
+        raise UserError(
+            f"lora_config.layers_to_transform is {lora.layers_to_transform}, but PEFT adapts the experts of every "
+            "layer all the same; leave it out, or leave target_parameters out."
+        )
     plain = {"lora_dropout": "0", "use_dora": "false", "lora_bias": "false", "init_lora_weights": "true"}
     refused = {key for key in ("lora_dropout", "use_dora", "lora_bias") if getattr(lora, key)}
     if lora.init_lora_weights not in (True, False, "gaussian"):

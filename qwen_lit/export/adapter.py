@@ -142,7 +142,9 @@ def write_for_whole(adapter_dir: Path, family: Family) -> None:
         family: of the base's files.
     """
     path, weights = adapter_dir / "adapter_config.json", adapter_dir / "adapter_model.safetensors"
-    config = for_peft(read_json(path))
+    config = read_json(path)
+    if family.experts:
+        config = for_peft(config)
     if family.text:
         named = {PREFIX + family.in_wrapper(key.removeprefix(PREFIX)): one for key, one in load_file(weights).items()}
         save_file(named, weights, metadata={"format": "pt"})

@@ -133,6 +133,8 @@ class Family:
     """Of a model of this family, the first one first."""
     float16: bool = True
     """Whether its gradients stay finite in float16."""
+    experts: bool = False
+    """Whether it is a mixture of experts, though some layers may have none."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Linears that LoRA usually adapts."""
     decoder: str = "model"

@@ -105,28 +105,30 @@ def experts_cannot(layers: tuple[Layer, ...], shares_sum_to_one: bool) -> str:
     return f"layer {dense[0]} has no experts, and llama.cpp wants them in every layer" if dense else ""
 
 
-SHARED = re.compile(r"(?:.*\.)?shared_expert\.(?:gate|up|down)_proj")
+LINEARS = re.compile(r"(?:.*\.)?(?:mlp|shared_expert)\.(?:gate|up|down)_proj")
+"""Of a shared expert, or of a layer without experts, as targets name them."""
 WEIGHT = r"\.weight"
 
 
 def for_peft(config: dict[str, Any]) -> dict[str, Any]:
-    """An adapter's config with the linears of shared experts named as the parameters that they have.
+    """An adapter's config with the linears of MLPs and shared experts named as the parameters that they have.
 
     In a mixture of experts PEFT takes ``gate_proj``, ``up_proj`` and ``down_proj`` in ``target_modules``, whatever
     stands before them, for the experts of its earlier versions: it would put fresh weights on these, and none of the
-    file's on the shared expert. Parameters are taken as they are written, and have the same names in the file.
+    file's on the linear that is meant. Parameters are taken as they are written, and have the same names in the file.
 
     Args:
-        config: of an adapter_config.json; unchanged where no shared expert is adapted, or by what parameters have not.
+        config: of a mixture's adapter_config.json; unchanged where no such linear is adapted, or by what parameters
+            have not.
     """
     wanted = config.get("target_modules") or []
-    shared = [] if isinstance(wanted, str) else sorted(one for one in wanted if SHARED.fullmatch(one))
-    if not shared or config.get("use_dora") or config.get("lora_bias"):
+    linears = [] if isinstance(wanted, str) else sorted(one for one in wanted if LINEARS.fullmatch(one))
+    if not linears or config.get("use_dora") or config.get("lora_bias"):
         return config
-    parameters = [*(config.get("target_parameters") or []), *(f"{one}.weight" for one in shared)]
+    parameters = [*(config.get("target_parameters") or []), *(f"{one}.weight" for one in linears)]
     # PEFT drops out nothing of parameters, and refuses to read a config that says so; it is of training alone.
     found = config | {"target_parameters": parameters, "lora_dropout": 0.0}
-    found["target_modules"] = [one for one in wanted if one not in shared]
+    found["target_modules"] = [one for one in wanted if one not in linears]
     for key in ("rank_pattern", "alpha_pattern"):
         given = config.get(key) or {}
         found[key] = given | {f"(?:{name}){WEIGHT}": value for name, value in given.items()}
@@ -137,14 +139,17 @@ def from_peft(config: dict[str, Any]) -> dict[str, Any]:
     """What ``for_peft`` was given, its dropout aside.
 
     Args:
-        config: of an adapter_config.json.
+        config: of an adapter_config.json, of whichever model.
     """
     parameters = config.get("target_parameters") or []
-    shared = [one for one in parameters if SHARED.fullmatch(one.removesuffix(".weight"))]
-    if not shared or isinstance(config.get("target_modules"), str):
+    linears = [one for one in parameters if LINEARS.fullmatch(one.removesuffix(".weight"))]
+    if not linears or isinstance(config.get("target_modules"), str):
         return config
-    found = config | {"target_parameters": [one for one in parameters if one not in shared] or None}
-    found["target_modules"] = [*(config.get("target_modules") or []), *(one.removesuffix(".weight") for one in shared)]
+    found = config | {"target_parameters": [one for one in parameters if one not in linears] or None}
+    found["target_modules"] = [
+        *(config.get("target_modules") or []),
+        *(one.removesuffix(".weight") for one in linears),
+    ]
     for key in ("rank_pattern", "alpha_pattern"):
         given = config.get(key) or {}
         found[key] = {name: value for name, value in given.items() if not name.endswith(WEIGHT)}

@@ -120,6 +120,7 @@ QWEN3_5_MOE_TEXT = Family(
     model_type="qwen3_5_moe_text",
     releases=(),
     layers=lambda config: hybrid_layers(config, joined=False, experts=True),
+    experts=True,
     float16=False,
     targets=(*ATTENTION, "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"),
     gguf=hybrid_form("qwen35moe", moe_fields, joined=False, experts=True),

@@ -31,6 +31,7 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     releases=("Qwen3 A3B",),
     layers=layers,
+    experts=True,
     float16=False,
     gguf=Gguf("qwen3moe", fields, cannot=cannot),
 )

@@ -16,6 +16,7 @@ QWEN3_NEXT = Family(
     model_type="qwen3_next",
     releases=("Qwen3-Next",),
     layers=lambda config: hybrid_layers(config, joined=True, experts=True),
+    experts=True,
     targets=(
         *("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "out_proj"),
         *("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"),

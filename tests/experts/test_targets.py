@@ -16,6 +16,7 @@ from qwen_lit.families.mixtures import for_peft, from_peft
 from qwen_lit.families.table import FAMILIES
 from qwen_lit.model.load import add_adapter, check_targets, load_config, put_adapter, read_adapted, read_model
 from tests.experts.mixtures import mixture
+from tests.tiny import make_model
 
 CPU = torch.device("cpu")
 KINDS = ["qwen3_moe", "qwen3_next", "qwen3_5_moe_text"]
@@ -89,6 +90,7 @@ def test_names_of_an_mlp_are_refused_with_what_to_name_instead(folder):
         ({"lora_dropout": 0.1}, "lora_dropout is 0.1, but PEFT adapts parameters.*set it to 0"),
         ({"use_dora": True}, "use_dora is True.*set it to false"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa.*set it to true"),
+        ({"layers_to_transform": [0]}, r"layers_to_transform is \[0\], but PEFT adapts the experts of every layer"),
         ({"target_parameters": ["mlp.gate.weight"]}, "'mlp.gate.weight' cannot be adapted.*mlp.experts.gate_up_proj"),
     ],
 )
@@ -124,6 +126,51 @@ def test_plain_peft_reads_an_adapter_of_shared_expert_and_experts_as_it_was_trai
         again = read_adapted(read_model(base, CPU, dtype=torch.float32), tmp_path / "adapter")
         assert torch.allclose(theirs, ours, atol=1e-4) and not torch.allclose(before, ours, atol=0.1)
         assert torch.allclose(again(input_ids=ids).logits, ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "layers.1.mlp.up_proj", "mlp.down_proj"]])
+@pytest.mark.filterwarnings("ignore:The following")
+def test_plain_peft_reads_an_adapter_of_layers_without_experts(targets, tokenizer, tmp_path):
+    base = make_model("qwen3_moe", tmp_path / "base", tokenizer, num_hidden_layers=3, mlp_only_layers=[1])
+    lora = LoraConfig(r=2, lora_dropout=0.1, target_modules=targets, rank_pattern={"down_proj": 3})
+    check_targets(load_config(base), lora)
+    model = add_adapter(read_model(base, CPU, dtype=torch.float32), lora, checkpointing=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    write_for_whole(tmp_path / "adapter", FAMILIES["qwen3_moe"])
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        ours, before = model.eval()(input_ids=ids).logits, plain(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(input_ids=ids).logits
+        again = read_adapted(read_model(base, CPU, dtype=torch.float32), tmp_path / "adapter")
+        assert torch.allclose(theirs, ours, atol=1e-4) and not torch.allclose(before, ours, atol=0.1)
+        assert torch.allclose(again(input_ids=ids).logits, ours, atol=1e-5)
+
+
+def test_names_of_an_mlp_are_refused_with_those_of_layers_without_experts(tokenizer, tmp_path):
+    base = make_model("qwen3_moe", tmp_path, tokenizer, mlp_only_layers=[1])
+    with pytest.raises(UserError, match=r"layers without experts are \[mlp.up_proj\]"):
+        check_targets(load_config(base), LoraConfig(target_modules=["q_proj", "up_proj"]))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "mlp.up_proj"]])
+@pytest.mark.parametrize("key", ["use_dora", "lora_bias"])
+def test_what_peft_could_not_read_of_an_mlp_in_a_mixture_is_refused(targets, key, tokenizer, tmp_path):
+    base = make_model("qwen3_moe", tmp_path, tokenizer, mlp_only_layers=[1])
+    lora = LoraConfig(target_modules=targets, **{key: True})
+    with pytest.raises(UserError, match=rf"{key} is True, but with it PEFT could not read .*mlp\.\w+_proj"):
+        check_targets(load_config(base), lora)
+    check_targets(load_config(base), LoraConfig(target_modules=["q_proj"], **{key: True}))
+
+
+def test_a_dense_model_s_adapter_keeps_its_targets(tmp_path):
+    config = {"target_modules": ["mlp.gate_proj"], "target_parameters": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    write_for_whole(tmp_path, FAMILIES["qwen3"])
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == config
 
 
 def test_a_config_for_peft_comes_back_as_it_was():
