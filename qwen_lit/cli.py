@@ -33,8 +33,9 @@ from qwen_lit.gpu import check_device, check_size
 from qwen_lit.keys import wrong_keys
 from qwen_lit.logs import set_up_logging
 from qwen_lit.model.base import fingerprint
-from qwen_lit.model.load import check_precision, count_parameters, load_tokenizer
+from qwen_lit.model.load import count_parameters, load_tokenizer
 from qwen_lit.model.module import QwenModule
+from qwen_lit.model.precision import check_precision
 from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.model.trained import check_shapes
@@ -216,7 +217,7 @@ class QwenCLI(LightningCLI):
         if command in LOADING or (command == "plan" and device.type == "cuda"):
             model.fetch_weights()
         if command in ("fit", "plan", "verify_resume"):
-            check_precision(model.config, str(self.trainer.precision), model.quantization_config)
+            check_precision(model.family, str(self.trainer.precision), model.quantization_config)
         if command in ("fit", "plan", "export"):
             self.exporter.check_base(model, fetches=command != "plan")
         compute_in_float32(self.trainer)

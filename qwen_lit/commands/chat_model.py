@@ -19,15 +19,13 @@ from qwen_lit.families.table import family_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, find
 from qwen_lit.hub_libraries import Hub
+from qwen_lit.model.base_files import check_base
 from qwen_lit.model.load import (
-    check_weights,
-    empty_model,
     load_config,
     load_tokenizer,
     read_adapted,
     read_model,
 )
-from qwen_lit.model.stored import check_stored
 from qwen_lit.names import HUB_NAME, expanded
 from qwen_lit.prequantized import own_quantization
 from qwen_lit.progress import timed
@@ -104,8 +102,7 @@ class Choice:
                 f"base_model_name_or_path in {self.folder / 'adapter_config.json'}."
             )
         if base is not None:
-            check_weights(base)
-            check_stored(base, empty_model(load_config(base)))
+            check_base(base, load_config(base))
         config = adapter_config(self.folder) if self.adapter else {}
         # PEFT reads more kinds of adapters than can be merged.
         if base is None or not self.adapter or any(config.get(key) for key in UNSUPPORTED):

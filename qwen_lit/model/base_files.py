@@ -11,6 +11,8 @@ from qwen_lit.export.folder import TORCH, BaseModel, ExportError, read_json
 from qwen_lit.families.layer import Family, is_tied, text_config, value_of
 from qwen_lit.families.shapes import stored_shapes
 from qwen_lit.families.table import family_of
+from qwen_lit.model.load import check_weights, empty_model
+from qwen_lit.model.stored import check_stored
 
 log = logging.getLogger(__name__)
 SCALES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.", ".SCB", ".weight_format")
@@ -18,6 +20,21 @@ SCALES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quan
 BUFFERS = ("rotary_emb.inv_freq",)
 """At the end of names that earlier versions of transformers stored, and none reads."""
 Stored = Mapping[str, tuple[Path, str, list[int]]]
+
+
+def check_base(folder: Path, config: Any) -> None:
+    """Reject a base that cannot be read, loaded as config.json says, or merged.
+
+    Args:
+        folder: of the base, with its weights.
+        config: of the language model.
+
+    Raises:
+        UserError: with what is wrong.
+    """
+    check_weights(folder)
+    check_stored(folder, empty_model(config))
+    check_stored_model(folder)
 
 
 def check_stored_model(folder: Path) -> None:
@@ -84,9 +101,10 @@ def _check_form(folder: Path, plain: Stored, wanted: Mapping[str, tuple[int, ...
             )
         # A convolution's weight is told as the numbers in it.
         if math.prod(shape) != math.prod(expected) or (len(expected) > 1 and tuple(shape) != expected):
+            made = f"it {list(expected)}" if len(shape) == len(expected) else f"{math.prod(expected)} numbers of it"
             raise UserError(
-                f"model_name_or_path: {name} of {folder} is {shape}, and its config.json makes it {list(expected)}; "
-                "fetch the model again."
+                f"model_name_or_path: {name} of {folder} is {shape}, and its config.json makes {made}; fetch the "
+                "model again."
             )
 
 

@@ -6,14 +6,13 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from jinja2 import TemplateSyntaxError
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,7 +23,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.experts import loading as loading  # puts experts in 4 bits into transformers' loader
 from qwen_lit.experts.lora import adapting
-from qwen_lit.experts.targets import check_experts, resolve_all
+from qwen_lit.experts.targets import resolve_all
 from qwen_lit.families.table import family_of
 from qwen_lit.families.wrappers import TO_LANGUAGE_MODEL, for_language_model
 from qwen_lit.hardware import product_dtype
@@ -158,67 +157,6 @@ def _reason(error: Exception) -> str:
     return shortened(" ".join((str(error) or type(error).__name__).split()))
 
 
-def usual_targets(config: Any, lora: LoraConfig) -> None:
-    """Give an adapter that names no targets those of the model's family.
-
-    Args:
-        config: of the model.
-        lora: changed in place where neither ``target_modules`` nor ``target_parameters`` is set.
-    """
-    if lora.target_modules is None and not lora.target_parameters:
-        lora.target_modules = list(family_of(config).targets)
-
-
-def check_targets(config: Any, lora: LoraConfig) -> None:
-    """Reject LoRA targets that PEFT would refuse or pass over, before any weight is read.
-
-    PEFT takes a text for a regular expression that is a module's whole name, and passes over a name of a list that
-    matches nothing.
-
-    Raises:
-        UserError: a name matches no module of the model, or PEFT cannot adapt what it matches.
-    """
-    targets = lora.target_modules
-    if not targets and not lora.target_parameters:
-        usual = ", ".join(family_of(config).targets)
-        raise UserError(f"lora_config.target_modules is not set; name linears, for example [{usual}].")
-    model = empty_model(config)
-    modules = dict(model.named_modules())
-    names = list(modules)
-    check_experts(config, lora, names)
-    known = sorted({name.rsplit(".", 1)[-1] for name, one in modules.items() if isinstance(one, nn.Linear)})
-    named = {"target_modules": [] if isinstance(targets, str) else targets, "modules_to_save": lora.modules_to_save}
-    for key, listed in named.items():
-        for target in listed or []:
-            if not any(name == target or name.endswith("." + target) for name in names):
-                raise UserError(f"lora_config.{key}: {target!r} matches no linear; the model has {known}.")
-    if isinstance(targets, str) and targets != "all-linear":
-        check_pattern(targets, names, known)
-    plain = replace(copy.deepcopy(lora), init_lora_weights=True, use_dora=False)
-    try:
-        with adapting(model, plain):
-            inject_adapter_in_model(plain, model, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"model.lora_config: {' '.join(str(error).split())}") from error
-
-
-def check_pattern(pattern: str, names: list[str], known: list[str]) -> None:
-    """Reject a regular expression of targets that is none, or that no module's whole name matches.
-
-    Raises:
-        UserError: with how a name is written instead.
-    """
-    try:
-        matched = any(re.fullmatch(pattern, name) for name in names)
-    except re.error as error:
-        raise UserError(f"lora_config.target_modules: {pattern!r} is no regular expression ({error}).") from error
-    if not matched:
-        raise UserError(
-            f"lora_config.target_modules: the text {pattern!r} is a regular expression that matches no linear's whole "
-            f"name; write names as a list, [{pattern}], or all-linear. The model has {known}."
-        )
-
-
 def computing_on(device: torch.device, quantization: BitsAndBytesConfig | None) -> BitsAndBytesConfig | None:
     """The quantisation with 4-bit weights multiplied in float32 where bfloat16 is emulated."""
     if quantization is None or not quantization.load_in_4bit or product_dtype(device) == torch.bfloat16:
@@ -226,30 +164,6 @@ def computing_on(device: torch.device, quantization: BitsAndBytesConfig | None) 
     quantization = copy.deepcopy(quantization)
     quantization.bnb_4bit_compute_dtype = torch.float32
     return quantization
-
-
-def check_precision(config: Any, precision: str, quantization: BitsAndBytesConfig | None) -> None:
-    """Refuse float16 where a family's activations leave its range, and every gradient is NaN.
-
-    Args:
-        config: of the model.
-        precision: of the trainer.
-        quantization: of the base.
-
-    Raises:
-        UserError: with the key that asks for it.
-    """
-    family = family_of(config)
-    if family.float16:
-        return
-    asked = {"trainer.precision": (precision, "bf16-mixed")} if precision.startswith("16") else {}
-    if quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype == torch.float16:
-        asked["model.quantization_config.bnb_4bit_compute_dtype"] = ("float16", "bfloat16")
-    for key, (value, instead) in asked.items():
-        raise UserError(
-            f"{key} is {value}, but the gradients of a {family.model_type} model are not finite in float16; set it to "
-            f"{instead}, on a card that has bfloat16."
-        )
 
 
 def read_model(
@@ -276,6 +190,17 @@ def read_model(
     Raises:
         UserError: the files lack weights of the model.
     """
+    return _read(folder, device, quantization, place, dtype)[0]
+
+
+def _read(
+    folder: Path | str,
+    device: torch.device,
+    quantization: BitsAndBytesConfig | None,
+    place: torch.device | None,
+    dtype: torch.dtype | None,
+) -> tuple[Any, str]:
+    """What ``read_model`` gives, and what computes its linear attention."""
     place = place or device
     where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
     whole = AutoConfig.from_pretrained(folder)
@@ -312,8 +237,7 @@ def read_model(
     if own is not None:
         give_dtype(model, dtype)
     keep_apart(model)
-    choose_delta_rule(model, device)
-    return model
+    return model, choose_delta_rule(model, device)
 
 
 @contextmanager
@@ -335,12 +259,11 @@ def load_base(
 ) -> nn.Module:
     """The frozen base that an adapter is trained on; the arguments are those of ``read_model``."""
     with timed("loading the base"):
-        model: nn.Module = read_model(folder, device, quantization, place)
-    computed = choose_delta_rule(model, device)
+        model, computed = _read(folder, device, quantization, place, None)
     if computed:
         log.info(computed)
     model.requires_grad_(False)
-    model.config.use_cache = False  # type: ignore[union-attr]
+    model.config.use_cache = False
     for module in model.modules():
         # In eval mode bitsandbytes would repack CPU weights in place; training after a validation then fails.
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -19,47 +19,30 @@ from qwen_lit.data.batches import Batch, join, padded
 from qwen_lit.data.datamodule import QwenDataModule, data_of
 from qwen_lit.distributed import agree, reduce_trained_alone, watch_children
 from qwen_lit.engine.engine import FastEngine
-from qwen_lit.errors import RunError, UserError
-from qwen_lit.experts.targets import resolve_all
+from qwen_lit.errors import RunError
 from qwen_lit.export.adapter import saved_name
 from qwen_lit.export.folder import read_json
 from qwen_lit.families.table import family_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
-from qwen_lit.model.base_files import check_stored_model
+from qwen_lit.model.base_files import check_base
 from qwen_lit.model.duration import check_limits, check_validation_share, total_steps, warmup_steps
-from qwen_lit.model.load import (
-    add_adapter,
-    check_targets,
-    check_weights,
-    empty_model,
-    load_base,
-    load_config,
-    shard_layers,
-    usual_targets,
-)
+from qwen_lit.model.load import add_adapter, load_base, load_config, shard_layers
 from qwen_lit.model.loss import reference_loss
 from qwen_lit.model.neftune import add_noise
-from qwen_lit.model.optim import configure_groups, optimizer_of, parameter_groups, repage
+from qwen_lit.model.optim import built, configure_groups, optimizer_of, parameter_groups, repage
 from qwen_lit.model.packing_check import check_packing
 from qwen_lit.model.precision import full_precision
 from qwen_lit.model.resume import go_on, settings, shared, stored
 from qwen_lit.model.schedules import WITHOUT_WARMUP, schedule
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.model.step import StepSums, clip_gradients, first_of
-from qwen_lit.model.stored import check_stored
+from qwen_lit.model.targets import settle_targets
 from qwen_lit.model.trained import find_adapter, log_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.plan import Plan, parse_bytes
-from qwen_lit.quantization import (
-    Held,
-    check_shards,
-    check_trained_whole,
-    loaded_weights,
-    planned_weights,
-    usable,
-)
+from qwen_lit.quantization import Held, check_shards, check_trained_whole, loaded_weights, planned_weights, usable
 from qwen_lit.run import Run
 from qwen_lit.seams import options_of
 
@@ -99,9 +82,7 @@ class QwenModule(L.LightningModule):
         """Of the base's files, which may hold more than the language model."""
         self.quantization_config = usable(settings.quantization_config, self.config)
         self.quantized: dict[str, Held] | None = None
-        usual_targets(self.config, self.lora_config)
-        resolve_all(self.config, self.lora_config)
-        check_targets(self.config, self.lora_config)
+        settle_targets(self.config, self.lora_config)
         if self.lora_config.modules_to_save:
             held = self.held_weights(torch.device("cpu"))
             check_trained_whole(held, self.lora_config.modules_to_save, self.config)
@@ -148,9 +129,7 @@ class QwenModule(L.LightningModule):
             UserError: they cannot be fetched, are damaged, or are not those of the model that config.json describes.
         """
         self.folder = fetch(self.name, self.settings.hub, weights=True)
-        check_weights(self.folder)
-        check_stored(self.folder, empty_model(self.config))
-        check_stored_model(self.folder)
+        check_base(self.folder, self.config)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""
@@ -399,12 +378,7 @@ class QwenModule(L.LightningModule):
         groups = parameter_groups(
             self, self.settings.learning_rate, self.settings.weight_decay, self.settings.lora_plus_ratio
         )
-        try:
-            optimizer = self.optimizer.build(groups, self.settings.betas)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"model.optimizer: {self.optimizer_name} cannot train this adapter ({error}); give another."
-            ) from error
+        optimizer = built(self.optimizer_name, self.optimizer, groups, self.settings.betas)
         self.group_settings = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in groups]
         scheduler = LambdaLR(optimizer, self._schedule())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
@@ -412,14 +386,9 @@ class QwenModule(L.LightningModule):
     def _schedule(self) -> Callable[[int], float]:
         """The factor on the learning rate at each step, over the steps that the limits of this configuration allow."""
         self.total_steps = total_steps(self.trainer, self.data)
-        warmup = warmup_steps(self.warmup_ratio, self.trainer, self.data)
-        return schedule(
-            self.settings.lr_scheduler,
-            warmup,
-            self.total_steps,
-            self.settings.learning_rate,
-            self.settings.lr_scheduler_kwargs,
-        )
+        warmup, given = warmup_steps(self.warmup_ratio, self.trainer, self.data), self.settings
+        options = given.lr_scheduler_kwargs
+        return schedule(given.lr_scheduler, warmup, self.total_steps, given.learning_rate, options)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained parameters alone: the frozen base is read again from its own folder."""

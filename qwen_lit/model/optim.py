@@ -107,6 +107,24 @@ class Optimizer:
     """Bytes of its states for each trained number."""
 
 
+def built(name: str, optimizer: Optimizer, groups: Groups, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """An optimizer over the adapter's parameters.
+
+    Args:
+        name: as of ``optimizer_of``.
+        optimizer: as of ``optimizer_of``.
+        groups: with their settings.
+        betas: Adam's.
+
+    Raises:
+        UserError: it cannot be built over these.
+    """
+    try:
+        return optimizer.build(groups, betas)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.optimizer: {name} cannot train this adapter ({error}); give another.") from error
+
+
 OPTIMIZERS: dict[str, Optimizer] = {
     "paged_adamw_8bit": Optimizer(lambda groups, betas: PagedAdamW8bit(groups, betas=betas), 2),
     "paged_adamw_32bit": Optimizer(lambda groups, betas: PagedAdamW32bit(groups, betas=betas), 8),

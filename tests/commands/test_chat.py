@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qwen_lit.cli import main
 from qwen_lit.commands.chat import converse
@@ -245,12 +245,10 @@ def test_a_broken_folder_is_one_line(run, tmp_path, capsys, broken, monkeypatch)
         words = f"the base of {adapter} is not at /no/where/模型"
     elif broken == "another base":
         base = shutil.copytree(config["base_model_name_or_path"], tmp_path / "base")
-        from safetensors.torch import load_file, save_file
-
-        weights = load_file(base / "model.safetensors")
-        key = "model.layers.0.self_attn.q_proj.weight"
-        save_file(weights | {key: weights[key][:, :32].contiguous()}, base / "model.safetensors")
+        other = AutoConfig.from_pretrained(base, num_key_value_heads=4)
+        AutoModelForCausalLM.from_config(other).save_pretrained(base)
         config["base_model_name_or_path"] = str(base)
+        key = "model.layers.0.self_attn.k_proj.weight"
         words = f"is not an adapter of {base} ({key}: the adapter's shapes do not fit"
     (adapter / "adapter_config.json").write_text(json.dumps(config) if broken != "no JSON" else "{")
     if broken == "no JSON":

@@ -14,7 +14,8 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import write_for_whole
 from qwen_lit.families.mixtures import for_peft, from_peft
 from qwen_lit.families.table import FAMILIES
-from qwen_lit.model.load import add_adapter, check_targets, load_config, put_adapter, read_adapted, read_model
+from qwen_lit.model.load import add_adapter, load_config, put_adapter, read_adapted, read_model
+from qwen_lit.model.targets import check_targets
 from tests.experts.mixtures import mixture
 from tests.tiny import make_model
 

@@ -13,7 +13,7 @@ from qwen_lit.cli import main
 from qwen_lit.errors import UserError
 from qwen_lit.families.table import FAMILIES
 from qwen_lit.model.base_files import check_stored_model
-from qwen_lit.model.load import check_precision
+from qwen_lit.model.precision import check_precision
 from tests.tiny import FAMILIES as TINY
 from tests.tiny import make_model
 
@@ -84,16 +84,16 @@ def test_multi_token_prediction_that_is_announced_and_not_there_is_told(tokenize
 def test_float16_is_refused_where_gradients_are_not_finite_in_it():
     half = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)
     for kind, whole in (("qwen3_5", False), ("qwen3_moe", False), ("qwen3_5_moe_text", False), ("qwen3", True)):
-        config = {"model_type": kind}
-        check_precision(config, "bf16-mixed", None)
-        assert FAMILIES[kind].float16 is whole
+        family = FAMILIES[kind]
+        check_precision(family, "bf16-mixed", None)
+        assert family.float16 is whole
         if whole:
-            check_precision(config, "16-mixed", half)
+            check_precision(family, "16-mixed", half)
             continue
         with pytest.raises(UserError, match=f"trainer.precision is 16-mixed, but the gradients of a {kind} model"):
-            check_precision(config, "16-mixed", None)
+            check_precision(family, "16-mixed", None)
         with pytest.raises(UserError, match="bnb_4bit_compute_dtype is float16"):
-            check_precision(config, "bf16-mixed", half)
+            check_precision(family, "bf16-mixed", half)
 
 
 @pytest.mark.parametrize(
