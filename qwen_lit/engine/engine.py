@@ -26,6 +26,7 @@ from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.engine.qkv import qkv_rope
 from qwen_lit.families.layer import Layer
 from qwen_lit.families.table import FAMILIES, family_of
+from qwen_lit.frozen.store import store_of
 from qwen_lit.kernels.attention import attention
 from qwen_lit.kernels.launch import HAS_TRITON
 from qwen_lit.kernels.loss import head_loss
@@ -142,6 +143,7 @@ class FastEngine:
         self.decoder, self.layers = base.get_submodule(family.decoder), family.layers(base.config)
         self.policies = Policies.keep_all(len(self.layers)) if policies is None else policies
         self.arena = Arena()
+        self.store = store_of(base)
         self.trained: list[Tensor] = [p for name, p in model.named_parameters() if ".lora_" in name]
         self.compute: dict[int, Tensor] = {}
         self.resident: dict[int, Tensor] = {}
@@ -185,8 +187,9 @@ class FastEngine:
 
     def _linears(self, number: int, training: bool) -> dict[str, LoraLinear]:
         """The linears of a layer, with the copies that the engine keeps for them."""
+        arrive = None if self.store is None else self.store.arrival(number)
         return {
-            name: read_linear(module, training, self.compute, self.resident, self.arena.workspace)
+            name: read_linear(module, training, self.compute, self.resident, self.arena.workspace, arrive)
             for name, module in linears_of(self.decoder.layers[number], self.layers[number]).items()
         }
 
@@ -213,6 +216,8 @@ class FastEngine:
         on_host = self.policies.on_host if training else ()
         store = HostStore(residual.device, [cos, sin], fetches_ahead(len(residual), policies), self.arena.host)
         self._cast_adapters(residual.dtype)
+        if self.store is not None:
+            self.store.begin(turns=training)
         with torch.autocast(residual.device.type, enabled=False):
             for number, block in enumerate(decoder.layers):
                 recompute = training and policies[number].recomputes

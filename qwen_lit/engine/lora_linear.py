@@ -8,7 +8,7 @@ A weight is dequantised into a matrix with free space for the adapter on its rig
 Linears of one input can share one, one below the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -66,6 +66,9 @@ class LoraLinear:
     """Augmented weight kept in memory between steps, or None. Linears that share one store it on the first of them."""
     workspace: Workspace = field(default_factory=Workspace)
     """Where the weight is dequantised for a product. Linears share one, as only one weight is in use at a time."""
+    arrive: Callable[[], None] | None = None
+    """Brings the weight to hand where it is not always on the device. It is called before each use: nothing that is
+    kept may be a view of a weight, whose memory the next layer takes."""
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in the dtype of the products."""
@@ -96,6 +99,7 @@ def read_linear(
     compute: Mapping[int, Tensor] = MappingProxyType({}),
     resident: Mapping[int, Tensor] = MappingProxyType({}),
     workspace: Workspace | None = None,
+    arrive: Callable[[], None] | None = None,
 ) -> LoraLinear:
     """What a linear computes, from a plain linear, bitsandbytes' ``Linear4bit`` or PEFT's LoRA layer around either.
 
@@ -105,11 +109,12 @@ def read_linear(
         compute: copies of A and B in the dtype of the products, by the ``id`` of the parameter.
         resident: augmented weights that are kept, by the ``id`` of the weight.
         workspace: where weights are dequantised; one of its own where it is not given.
+        arrive: as of ``LoraLinear``.
     """
     base: Any = getattr(module, "base_layer", module)
     workspace = Workspace() if workspace is None else workspace
     kept = resident.get(id(base.weight))
-    plain = LoraLinear(base.weight, base.bias, None, None, 1.0, 0.0, None, None, kept, workspace)
+    plain = LoraLinear(base.weight, base.bias, None, None, 1.0, 0.0, None, None, kept, workspace, arrive)
     adapters: Any = getattr(module, "active_adapters", None)
     if (
         base is module
@@ -122,9 +127,8 @@ def read_linear(
     name = adapters[0]
     p = getattr(layer.lora_dropout[name], "p", 0.0) if training else 0.0
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return LoraLinear(
-        base.weight, base.bias, a, b, layer.scaling[name], p, compute.get(id(a)), compute.get(id(b)), kept, workspace
-    )
+    copies = compute.get(id(a)), compute.get(id(b))
+    return LoraLinear(base.weight, base.bias, a, b, layer.scaling[name], p, *copies, kept, workspace, arrive)
 
 
 def size_of(linear: LoraLinear, quantized: bool | None = None) -> LinearSize:
@@ -173,6 +177,8 @@ def augmented_weight(part: list[LoraLinear], dtype: torch.dtype, extra: int, hel
     whole = torch.empty(shape, dtype=dtype, device=device) if held else part[0].workspace.get(shape, dtype, device)
     start = 0
     for linear in part:
+        if linear.arrive is not None:
+            linear.arrive()
         state, inner = linear.quant_state, whole[start : start + linear.out, :width]
         start += linear.out
         if (

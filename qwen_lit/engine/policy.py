@@ -41,6 +41,10 @@ class Policies:
     """Whether the embedding stands on the CPU."""
     mlp_piece: int = 0
     """Tokens of which the MLP holds the activations at a time; 0 for all."""
+    streamed: frozenset[int] = frozenset()
+    """Numbers of the layers whose 4-bit weights wait on the host and come to the device for each pass over them."""
+    offload_head: bool = False
+    """Whether lm_head waits on the host, and is on the device at the loss alone."""
 
     @staticmethod
     def keep_all(layers: int) -> "Policies":
