@@ -61,6 +61,8 @@ class Policies:
         loss_chunk: int = 2048,
         offload_embedding: bool = False,
         mlp_piece: int = 0,
+        streamed: frozenset[int] = frozenset(),
+        offload_head: bool = False,
     ) -> "Policies":
         """The policies in which layers of one kind are placed as suits the engine best.
 
@@ -75,6 +77,8 @@ class Policies:
             loss_chunk: as of ``Policies``.
             offload_embedding: as of ``Policies``.
             mlp_piece: as of ``Policies``.
+            streamed: as of ``Policies``.
+            offload_head: as of ``Policies``.
         """
         offloaded = spread(layers, offload_activations)
         left = [number for number in range(layers) if number not in offloaded][:recompute]
@@ -86,6 +90,8 @@ class Policies:
             loss_chunk,
             offload_embedding,
             mlp_piece,
+            streamed,
+            offload_head,
         )
 
     def count(self, *policies: Policy) -> int:

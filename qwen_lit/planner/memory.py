@@ -4,7 +4,7 @@ The peak of a step is the largest ``Moment`` on the way forward to the loss and 
 has a policy of its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -14,8 +14,11 @@ from peft import PeftModel
 from qwen_lit.engine.engine import fetches_ahead
 from qwen_lit.engine.footprint import layer_sizes, loss_ops
 from qwen_lit.engine.policy import Policies, Policy
+from qwen_lit.frozen.store import store_of
 from qwen_lit.kernels.footprint import LayerSize, columns_of, rank_of
 from qwen_lit.planner.layer_memory import LayerMemory, Moment, augmented_bytes, layer_memory
+from qwen_lit.planner.streaming import Streaming, block_sizes
+from qwen_lit.quantization import Held
 
 
 @dataclass(frozen=True)
@@ -58,27 +61,41 @@ class ModelMemory:
     """Bytes that moving the embedding to the CPU frees; 0 when lm_head shares it."""
     head_size: int = 0
     """Width of a head; cos and sin take as much for each token."""
+    head: int = 0
+    """Bytes of lm_head, which are freed where it waits on the host; 0 where the embedding shares it."""
+    blocks: tuple[int, ...] = ()
+    """Bytes of each layer's block, as of ``Streaming``; empty where no layer can be streamed."""
 
     @staticmethod
-    def of(model: PeftModel, state_bytes: float, quantized: Callable[[str], bool] | None = None) -> "ModelMemory":
+    def of(model: PeftModel, state_bytes: float, held: Mapping[str, Held] | None = None) -> "ModelMemory":
         """Read from a PEFT model.
 
         Args:
             model: as for ``FastEngine``.
             state_bytes: bytes of optimizer state for each trained parameter.
-            quantized: as of ``layer_sizes``.
+            held: how the base's weights will be held, and by a store, where the model is on the meta device; as they
+                are, where this is not given.
         """
         base: Any = model.base_model.model
-        config, size = base.config, base.get_input_embeddings().weight.element_size()
+        config, size, store = base.config, base.get_input_embeddings().weight.element_size(), store_of(base)
+        own = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * size
+        blocks = block_sizes(config, held) if held is not None else () if store is None else store.sizes
         return ModelMemory(
-            layers=layer_sizes(model, quantized),
+            layers=layer_sizes(model, None if held is None else lambda name: f"{name}.weight" in held),
             vocabulary=config.vocab_size,
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
             state_bytes=state_bytes,
             size=size,
-            embedding=0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * size,
+            embedding=own,
             head_size=base.model.layers[0].self_attn.head_dim,
+            head=own,
+            blocks=blocks,
         )
+
+    @cached_property
+    def streaming(self) -> Streaming:
+        """The layers that may be streamed."""
+        return Streaming(self.blocks)
 
     def layer(self, number: int, piece: int = 0) -> LayerMemory:
         """The memory of one layer."""
@@ -136,25 +153,64 @@ class ModelMemory:
         """Bytes at the peak of a step.
 
         Args:
-            static: bytes allocated before the first step.
+            static: bytes allocated before the first step, where all layers, embedding and lm_head are on the device.
             tokens: of a micro-batch.
             policies: of the engine.
         """
         piece = policies.mlp_piece if policies.mlp_piece < tokens else 0
         at_loss, others = self.heights(policies.layers, fetches_ahead(tokens, policies.layers), piece)
-        loss = tokens * at_loss + min(policies.loss_chunk, tokens) * self.vocabulary * self.size
+        loss = tokens * at_loss + self.at_loss(tokens, policies)
         return self.beside(static, policies) + max(loss, *(moment.bytes(tokens) for moment in others))
+
+    def at_loss(self, tokens: int, policies: Policies) -> int:
+        """Bytes at the loss alone: logits, and lm_head where it comes from the host."""
+        logits = min(policies.loss_chunk, tokens) * self.vocabulary * self.size
+        return logits + self.head * policies.offload_head
 
     def beside(self, static: int, policies: Policies) -> int:
         """The part of ``peak`` that does not depend on the tokens."""
-        static -= self.embedding * policies.offload_embedding
+        return self.weights(static, policies) + sum(self.constants.values())
+
+    def weights(self, static: int, policies: Policies) -> int:
+        """Bytes of all weights that stay on the device, slots of streamed layers and dequantised ones included.
+
+        Args:
+            static: as of ``peak``.
+            policies: of the engine.
+        """
+        away = self.embedding * policies.offload_embedding + self.head * policies.offload_head
         held = sum(self.resident[number] for number in policies.resident)
-        return static + held + sum(self.constants.values())
+        return static - away - self.streaming.freed(policies.streamed) + held
+
+    def waiting(self, policies: Policies) -> int:
+        """Bytes a token that wait on the host between forward and backward."""
+        layers = self.table()
+        return sum(
+            layers[number].input if policies.layers[number].recomputes else layers[number].saved
+            for number in policies.on_host
+        )
+
+    def on_host(self, tokens: int, policies: Policies, processes: int) -> dict[str, int]:
+        """Bytes of the machine's memory that its processes take for a plan, by name; what does not wait there is left
+        out.
+
+        Args:
+            tokens: of a micro-batch.
+            policies: of the engine.
+            processes: on the machine. They share the blocks of streamed layers.
+        """
+        parts = {
+            "blocks of streamed layers": self.streaming.held(policies.streamed),
+            "embedding": processes * self.embedding * policies.offload_embedding,
+            "lm_head": processes * self.head * policies.offload_head,
+            "kept by layers": processes * tokens * self.waiting(policies),
+        }
+        return {name: size for name, size in parts.items() if size}
 
     def moments(self, tokens: int, policies: Policies) -> list[Moment]:
         """The moments of a step that may be its peak: at the loss, and within the backward of each layer."""
         piece = policies.mlp_piece if policies.mlp_piece < tokens else 0
-        logits = min(policies.loss_chunk, tokens) * self.vocabulary * self.size
+        at_loss = self.at_loss(tokens, policies)
         found = []
         for number, kept, moments in self._walk(policies.layers, fetches_ahead(tokens, policies.layers), piece):
             where = "" if number is None else f"layer {number}: "
@@ -162,7 +218,7 @@ class ModelMemory:
                 Moment(
                     where + one.name,
                     kept + one.per_token,
-                    one.fixed + logits * (one is moments[0] and number is None),
+                    one.fixed + at_loss * (one is moments[0] and number is None),
                     kept,
                 )
                 for one in moments
@@ -171,7 +227,7 @@ class ModelMemory:
 
     @lru_cache(2**14)  # noqa: B019
     def heights(self, policies: tuple[Policy, ...], ahead: bool, piece: int = 0) -> tuple[int, tuple[Moment, ...]]:
-        """Bytes a token at the loss, logits aside; and of all other moments those that may be the largest.
+        """Bytes a token at the loss, without ``at_loss``; and of all other moments those that may be the largest.
 
         Args:
             policies: one for each layer.
@@ -204,7 +260,7 @@ class ModelMemory:
         norm, loss = loss_ops(hidden, self.vocabulary, 0, 0, self.size)
         # The last layer's input and result are alive in the frame of the engine's forward, though nothing saves them.
         two = 2 * hidden * self.size
-        # Logits are added by ``moments``, as they do not grow with the tokens.
+        # Logits and lm_head are added by ``moments``, as they do not grow with the tokens.
         ends = [Moment("loss", norm.saved_bytes + norm.output + loss.saved_bytes + two)]
         if not policies[-1].recomputes:
             # A recomputed layer takes more in its backward than in its first forward.

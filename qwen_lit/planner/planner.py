@@ -13,10 +13,11 @@ from peft import PeftModel
 from qwen_lit.data.batches import Batch
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.measure import STEPS, is_full
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, Plan
-from qwen_lit.planner.search import HostProfile, choose, limit
+from qwen_lit.planner.search import choose, limit
 
 log = logging.getLogger(__name__)
 NEVER = 2**62

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from qwen_lit.planner import measure as probe
+from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.measure import host_memory, is_full, measure_host
-from qwen_lit.planner.search import HostProfile
 
 
 @pytest.fixture

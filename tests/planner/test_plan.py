@@ -11,9 +11,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from qwen_lit.engine.policy import Policies, Policy, spread
 from qwen_lit.errors import UserError
 from qwen_lit.kernels.footprint import LayerSize, LinearSize
+from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, parse_bytes
-from qwen_lit.planner.search import HostProfile, choose, limit
+from qwen_lit.planner.search import choose, limit
 from qwen_lit.planner.speed import time_of
 
 
@@ -48,7 +49,7 @@ def test_a_plan_stays_under_its_budget(budget):
 
 def test_more_memory_never_gives_a_slower_plan():
     plans = [choose(SEVEN, STATIC, budget * GIB // 8, EIGHT) for budget in range(8 * 8, 80 * 8)]
-    costs = [time_of(plan, 2048) for plan in plans]
+    costs = [time_of(plan, 2048, SEVEN_WITH_EMBEDDING) for plan in plans]
     assert costs == sorted(costs, reverse=True)
     assert plans[-1].micro_batches_at_once == 8 and plans[-1].policies.recomputed == 0
     assert plans[0].policies.recomputed > 20
@@ -59,7 +60,7 @@ def test_nor_does_it_for_a_small_model(sizes):
     """Holding a layer's weights can be worth recomputing another."""
     small = model_of(1024, 3072, 1024, 512, 16)
     static, budgets = GIB // 2, [budget * GIB // 16 for budget in range(24, 24 * 16)]
-    costs = [time_of(choose(small, static, budget, sizes), sizes[1]) for budget in budgets]
+    costs = [time_of(choose(small, static, budget, sizes), sizes[1], small) for budget in budgets]
     assert costs == sorted(costs, reverse=True)
 
 
@@ -95,7 +96,7 @@ def test_one_long_row_does_not_keep_short_ones_from_sharing_a_micro_batch():
     sizes, machine = {8: 10_000, 4: 9000, 2: 8500, 1: 8192}, HostProfile(launch=3500)
     shared, alone = (choose(SEVEN, STATIC, 24 * GIB, one, machine, mean=250.0) for one in (sizes, {1: 8192}))
     assert shared.micro_batches_at_once == 8 > choose(SEVEN, STATIC, 24 * GIB, sizes, machine).micro_batches_at_once
-    assert time_of(shared, 250.0, 3500) < 0.5 * time_of(alone, 250.0, 3500)
+    assert time_of(shared, 250.0, SEVEN, machine) < 0.5 * time_of(alone, 250.0, SEVEN, machine)
 
 
 def test_a_long_row_leaves_room_for_the_gaps_between_large_blocks_at_every_budget():
@@ -231,7 +232,7 @@ def test_offloading_is_planned_where_the_link_has_room_and_the_host_memory():
         for share in (0.0, 0.25, 0.5, 1.0):
             plan = choose(memory, STATIC, budget * GIB, EIGHT, HostProfile(share))
             assert plan.policies.offloaded <= share * 28 and plan.estimate < budget * GIB
-            times.append(time_of(plan, 2048))
+            times.append(time_of(plan, 2048, SEVEN_WITH_EMBEDDING))
         assert times == sorted(times, reverse=True) and times[-1] < times[0]
     full = choose(memory, STATIC, 8 * GIB, EIGHT, HostProfile(1.0, 3 * GIB))
     assert 0 < full.policies.offloaded < choose(memory, STATIC, 8 * GIB, EIGHT, HostProfile(1.0)).policies.offloaded
@@ -246,9 +247,10 @@ def test_inputs_are_not_sent_to_a_host_without_the_memory_for_them():
 
 
 def test_a_host_that_launches_slowly_is_given_larger_micro_batches():
-    plans = [choose(SEVEN, STATIC, 16 * GIB, EIGHT, HostProfile(launch=launch)) for launch in (0, 3500)]
+    slow = HostProfile(launch=3500)
+    plans = [choose(SEVEN, STATIC, 16 * GIB, EIGHT, host) for host in (HostProfile(), slow)]
     assert [plan.micro_batches_at_once for plan in plans] == [1, 2]
-    assert time_of(plans[0], 2048, 3500) > 1.1 * time_of(plans[1], 2048, 3500)
+    assert time_of(plans[0], 2048, SEVEN, slow) > 1.1 * time_of(plans[1], 2048, SEVEN, slow)
 
 
 def test_layers_that_go_to_the_host_are_spread_evenly():

@@ -11,9 +11,10 @@ import torch
 
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.planner import TRIES, Planner, Work, more_beside, possible_at_once
-from qwen_lit.planner.search import HostProfile, limit
+from qwen_lit.planner.search import limit
 from tests.engine.test_engine import adapted, batch
 
 BUDGET = 2 * GIB
