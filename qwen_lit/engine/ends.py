@@ -14,15 +14,16 @@ from torch.nn import functional as F
 
 from qwen_lit.engine.offload import beside, side_stream
 from qwen_lit.families.table import family_of
+from qwen_lit.kernels.rows import can_read_host, host_rows, host_rows_reference
 
-PORTABLE = 1
-"""cudaHostRegisterPortable: memory counts as pinned on every device."""
+MAPPED = 3
+"""cudaHostRegisterPortable | cudaHostRegisterMapped: every device copies it beside its computation, and reads it."""
 
 
 def place_ends(base: Any, embedding_waits: bool, head_waits: bool) -> None:
     """Have the embedding and lm_head wait on the host, or be parameters on the device of the rest.
 
-    The head waits in pinned memory where the system allows it. A tied head is the embedding, which it is never moved
+    They wait in pinned memory where the system allows it. A tied head is the embedding, which it is never moved
     from; then neither waits.
 
     Args:
@@ -39,8 +40,6 @@ def place_ends(base: Any, embedding_waits: bool, head_waits: bool) -> None:
         _move(embedding, device, _look_up if embedding_waits else None)
     if moved[1]:
         _move(head, device, _multiply if head_waits else None)
-        if head_waits and device.type == "cuda":
-            head.weight = pinned(head.weight)
     if any(moved) and device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -76,13 +75,14 @@ def _move(module: Any, device: torch.device, on_host: Any) -> None:
         del module.forward
         module.weight = nn.Parameter(weight.to(device), requires_grad=False)
     else:
-        module.weight = weight.to("cpu")
+        module.weight = weight.to("cpu") if device.type == "cpu" else pinned(weight)
         module.forward = partial(on_host, module)
 
 
 def _look_up(embedding: Any, ids: Tensor) -> Tensor:
     """The rows of an embedding on the host, where the ids are."""
-    return F.embedding(ids.to(embedding.weight.device), embedding.weight, embedding.padding_idx).to(ids.device)
+    rows = host_rows if ids.is_cuda and can_read_host(embedding.weight) else host_rows_reference
+    return rows(embedding.weight, ids.flatten()).view(*ids.shape, -1)
 
 
 def _multiply(head: Any, x: Tensor) -> Tensor:
@@ -91,13 +91,13 @@ def _multiply(head: Any, x: Tensor) -> Tensor:
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """A copy of it in memory of its own that a device reads by itself; where the system refuses, just a copy.
+    """A copy on the host in memory that a device reads by itself; where the system refuses, just a copy.
 
     torch's own pinned memory takes the next power of two: 2 GiB for the head of a 7B.
     """
-    copy = tensor.clone()
+    copy = torch.empty_like(tensor, device="cpu").copy_(tensor)
     cuda: Any = torch.cuda.cudart()
-    if int(cuda.cudaHostRegister(copy.data_ptr(), copy.nbytes, PORTABLE)) == 0:
+    if int(cuda.cudaHostRegister(copy.data_ptr(), copy.nbytes, MAPPED)) == 0:
         # What is registered must be given up before its memory is.
         weakref.finalize(copy, cuda.cudaHostUnregister, copy.data_ptr())
     return copy

@@ -98,6 +98,7 @@ class FrozenStore:
         """Of the streamed layers, where there are any."""
         self.placing: tuple[frozenset[int], int] | None = None
         """What ``place`` was given last."""
+        self.hooks: list[Any] = []
         for layer in layers:
             layer.unbind(device)
 
@@ -202,7 +203,7 @@ class FrozenStore:
             blocks: the decoder layers of transformers, in order.
         """
         for number, block in enumerate(blocks):
-            block.register_forward_pre_hook(partial(self._before, number))
+            self.hooks.append(block.register_forward_pre_hook(partial(self._before, number)))
 
     def _placed(self) -> None:
         """Place the layers again, where ``release`` has taken them off the device."""
@@ -246,3 +247,16 @@ def store_of(base: nn.Module) -> FrozenStore | None:
     """
     found: FrozenStore | None = getattr(base, "frozen", None)
     return found
+
+
+def disband(base: Any) -> None:
+    """Let a base's modules hold their weights by themselves from now on, as they are.
+
+    Args:
+        base: transformers' model, with all layers resident where it has a store.
+    """
+    store = store_of(base)
+    if store is not None:
+        for hook in store.hooks:
+            hook.remove()
+        base.frozen = None

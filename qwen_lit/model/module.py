@@ -21,10 +21,10 @@ from qwen_lit.distributed import agree, reduce_trained_alone, watch_children
 from qwen_lit.engine.ends import cast_ends
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError
-from qwen_lit.export.adapter import saved_name
+from qwen_lit.export.adapter import RESIDUAL_INITS, saved_name
 from qwen_lit.export.folder import read_json
 from qwen_lit.families.table import family_of
-from qwen_lit.frozen.store import FrozenStore, store_of
+from qwen_lit.frozen.store import FrozenStore, disband, store_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
 from qwen_lit.model.base_files import check_base
@@ -44,6 +44,7 @@ from qwen_lit.model.trained import find_adapter, log_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.plan import Plan, parse_bytes
+from qwen_lit.planner.settle import hold_all
 from qwen_lit.quantization import Held, check_shards, check_trained_whole, loaded_weights, planned_weights, usable
 from qwen_lit.run import Run
 from qwen_lit.seams import options_of
@@ -146,6 +147,10 @@ class QwenModule(L.LightningModule):
         # Shards are moved to the device one layer at a time.
         base = load_base(self.folder, self.quantization_config, device, torch.device("cpu") if sharded else device)
         self.quantized = loaded_weights(base)
+        start = str(self.lora_config.init_lora_weights).lower()
+        if start.startswith(RESIDUAL_INITS):
+            hold_all(base, f"model.lora_config.init_lora_weights is {start}, which reads and changes the base's weights")
+            disband(base)
         self.model = add_adapter(base, self.lora_config, self.settings.gradient_checkpointing)
         if self.init_adapter is not None:
             put(self, weights(self.init_adapter))
@@ -160,6 +165,8 @@ class QwenModule(L.LightningModule):
         before = stored(self.run.checkpoint).get("micro_batches_at_once")
         choice = choose_engine(self, self.trainer, self.data, before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
+        if self.store is not None and self.store.placing is None:
+            hold_all(base, f"the engine is {choice.description}, which streams nothing")
         if sharded or self.store is not None:
             reduce_trained_alone(self)
 
