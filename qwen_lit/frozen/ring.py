@@ -91,7 +91,8 @@ class Ring:
         if self.current is not None:
             self._slot_of(self.current).free = self.copies.mark()
         forward = self.current is None or number > self.current or self.places[number] == 0
-        self.current = number
+        # Whatever breaks off below, the next call begins anew.
+        self.current = None
         wanted = [number, *self._followers(number, 1 if forward else -1)]
         slot = self._bring(number, wanted)
         if slot.copy is not None:
@@ -101,6 +102,7 @@ class Ring:
         slot.used = self.uses
         for follower in wanted[1:]:
             self._bring(follower, wanted)
+        self.current = number
         return slot
 
     def forget(self) -> None:
@@ -140,6 +142,8 @@ class Ring:
         slot = min((one for one in self.slots if one.holds not in wanted), key=lambda one: one.used)
         if slot.holds is not None:
             self.gives_up(slot.holds)
-        slot.holds = number
+        # It holds nothing should the copy not begin.
+        slot.holds = None
         slot.copy = self.copies.begin(number, slot.memory[: self.sizes[number]], slot.free)
+        slot.holds = number
         return slot
