@@ -38,13 +38,13 @@ class Policies:
     loss_chunk: int = 2048
     """Rows of logits that exist at a time."""
     offload_embedding: bool = False
-    """Whether the embedding stands on the CPU."""
+    """Whether the embedding waits on the host."""
     mlp_piece: int = 0
     """Tokens of which the MLP holds the activations at a time; 0 for all."""
     streamed: frozenset[int] = frozenset()
     """Numbers of the layers whose 4-bit weights wait on the host and come to the device for each pass over them."""
     offload_head: bool = False
-    """Whether lm_head waits on the host, and is on the device at the loss alone."""
+    """Whether lm_head waits on the host, and is on the device from the last layer's forward to the loss alone."""
 
     @staticmethod
     def keep_all(layers: int) -> "Policies":
@@ -112,6 +112,11 @@ class Policies:
     def offload_inputs(self) -> bool:
         """Whether inputs of recomputed layers wait on the host."""
         return Policy.RECOMPUTE_INPUT_ON_HOST in self.layers
+
+    @property
+    def ends_on_host(self) -> tuple[bool, bool]:
+        """Whether the embedding and lm_head wait on the host."""
+        return self.offload_embedding, self.offload_head
 
     @property
     def on_host(self) -> tuple[int, ...]:

@@ -2,33 +2,37 @@
 
 from dataclasses import dataclass
 
+H100 = 78_000
+"""``HostProfile.link`` of an H100: 55 GB/s beside 705 TFLOP/s, where a copy is harder to hide than on consumer cards."""
+
 
 @dataclass(frozen=True)
 class HostProfile:
-    """What is measured of a machine before a plan is made; the defaults are safe on any machine."""
+    """What is measured of a machine before a plan is made; the defaults are safe on any usual one."""
 
     share: float = 0.0
     """Share of the layers whose saved tensors can be copied to the host while all layers compute."""
     memory: int = 2**62
-    """Bytes of the host's memory that this process may pin for what it alone holds."""
+    """Bytes of the host's memory that this process may pin for what it alone holds: its part of half of all that is
+    free."""
     launch: int = 0
     """Tokens that the device computes in the time in which the host launches a micro-batch."""
-    link: int = 78_000
-    """Bytes that come to the device out of pinned memory in the time of a billion operations of a large product. The
-    default is an H100's, 55 GB/s beside 705 TFLOP/s, where a copy is harder to hide than on any card for consumers."""
-    unpinned: int = 13_000
-    """The same for memory that is not pinned; the default is an H100's, 9.7 GB/s."""
-    shared: int = 2**62
-    """Bytes of the host's memory that all processes on the machine may pin together, blocks of streamed layers
-    included, which they share; 0 where the system pins no blocks."""
+    link: int = H100
+    """Bytes that come to the device out of pinned memory in the time of a billion operations of a large product."""
+    blocks: int = H100
+    """The same of streamed layers, pinned or not."""
     processes: int = 1
     """On this machine."""
 
-    def rate(self, blocks: int, waiting: int) -> int:
-        """Bytes of streamed layers that come in the time of a billion operations.
+    def has_room(self, blocks: int, own: int) -> bool:
+        """Whether so much can wait in the host's memory.
+
+        Streamed layers are pinned in up to half of the memory that is free; where they are larger, the rest of them is
+        read from their file each time. A quarter of it stays free.
 
         Args:
-            blocks: bytes of all streamed layers.
-            waiting: bytes of host memory that each process pins beside.
+            blocks: bytes of streamed layers, which all processes share.
+            own: bytes that each process pins beside.
         """
-        return self.link if blocks + self.processes * waiting <= self.shared else self.unpinned
+        half = self.processes * self.memory
+        return own <= self.memory and 2 * (min(blocks, half) + self.processes * own) <= 3 * half

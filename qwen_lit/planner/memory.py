@@ -44,6 +44,15 @@ class MemoryConstants:
 MEMORY = MemoryConstants()
 
 
+@dataclass(frozen=True)
+class Ends:
+    """Bytes a token at the end of forward, logits and lm_head aside."""
+
+    loss: int
+    last: int
+    """In the forward of the last layer."""
+
+
 @dataclass(frozen=True, eq=False)
 class ModelMemory:
     """The memory that a model takes while it trains, beside its weights."""
@@ -158,14 +167,26 @@ class ModelMemory:
             policies: of the engine.
         """
         piece = policies.mlp_piece if policies.mlp_piece < tokens else 0
-        at_loss, others = self.heights(policies.layers, fetches_ahead(tokens, policies.layers), piece)
-        loss = tokens * at_loss + self.at_loss(tokens, policies)
-        return self.beside(static, policies) + max(loss, *(moment.bytes(tokens) for moment in others))
+        ends, others = self.heights(policies.layers, fetches_ahead(tokens, policies.layers), piece)
+        moments = max(self.end(tokens, ends, policies), *(moment.bytes(tokens) for moment in others))
+        return self.beside(static, policies) + moments
 
-    def at_loss(self, tokens: int, policies: Policies) -> int:
-        """Bytes at the loss alone: logits, and lm_head where it comes from the host."""
-        logits = min(policies.loss_chunk, tokens) * self.vocabulary * self.size
-        return logits + self.head * policies.offload_head
+    def end(self, tokens: int, ends: Ends, policies: Policies) -> int:
+        """Bytes at the end of forward: logits, and lm_head where it comes from the host, beside the last layer.
+
+        Args:
+            tokens: of a micro-batch.
+            ends: of ``heights``.
+            policies: of the engine.
+        """
+        at_loss = tokens * ends.loss + self.logits(tokens, policies)
+        if not policies.offload_head:
+            return at_loss
+        return self.head + max(at_loss, tokens * ends.last)
+
+    def logits(self, tokens: int, policies: Policies) -> int:
+        """Bytes of the logits that exist at a time."""
+        return min(policies.loss_chunk, tokens) * self.vocabulary * self.size
 
     def beside(self, static: int, policies: Policies) -> int:
         """The part of ``peak`` that does not depend on the tokens."""
@@ -210,37 +231,38 @@ class ModelMemory:
     def moments(self, tokens: int, policies: Policies) -> list[Moment]:
         """The moments of a step that may be its peak: at the loss, and within the backward of each layer."""
         piece = policies.mlp_piece if policies.mlp_piece < tokens else 0
-        at_loss = self.at_loss(tokens, policies)
-        found = []
+        head, found = self.head * policies.offload_head, []
         for number, kept, moments in self._walk(policies.layers, fetches_ahead(tokens, policies.layers), piece):
-            where = "" if number is None else f"layer {number}: "
+            if number is None:
+                loss, last = moments
+                found.append(Moment(loss.name, kept + loss.per_token, self.logits(tokens, policies) + head, kept))
+                if head or not policies.layers[-1].recomputes:
+                    found.append(Moment(last.name, kept + last.per_token, head, kept))
+                continue
             found += [
-                Moment(
-                    where + one.name,
-                    kept + one.per_token,
-                    one.fixed + at_loss * (one is moments[0] and number is None),
-                    kept,
-                )
-                for one in moments
+                Moment(f"layer {number}: {one.name}", kept + one.per_token, one.fixed, kept) for one in moments
             ]
         return found
 
     @lru_cache(2**14)  # noqa: B019
-    def heights(self, policies: tuple[Policy, ...], ahead: bool, piece: int = 0) -> tuple[int, tuple[Moment, ...]]:
-        """Bytes a token at the loss, without ``at_loss``; and of all other moments those that may be the largest.
+    def heights(self, policies: tuple[Policy, ...], ahead: bool, piece: int = 0) -> tuple[Ends, tuple[Moment, ...]]:
+        """Bytes a token at the end of forward; and of all other moments those that may be the largest.
 
         Args:
             policies: one for each layer.
             ahead: as of ``fetches_ahead``.
             piece: as of ``Policies.mlp_piece``.
         """
-        (_, kept, (loss, *more)), *layers = self._walk(policies, ahead, piece)
-        at_loss, most = kept + loss.per_token, {0: kept + max((one.per_token for one in more), default=0)}
+        (_, kept, (loss, last)), *layers = self._walk(policies, ahead, piece)
+        # A recomputed layer takes more in its backward than in its first forward.
+        ends, most = Ends(kept + loss.per_token, kept + last.per_token), {0: 0}
+        if not policies[-1].recomputes:
+            most[0] = ends.last
         for (_, kept, _), number in zip(layers, reversed(range(len(policies))), strict=True):
             table = self.layer(number, piece)
             for one in table.highest_recompute if policies[number].recomputes else table.highest_backward:
                 most[one.fixed] = max(most.get(one.fixed, 0), kept + one.per_token)
-        return at_loss, tuple(Moment("backward", per_token, fixed) for fixed, per_token in most.items())
+        return ends, tuple(Moment("backward", per_token, fixed) for fixed, per_token in most.items())
 
     def _walk(
         self, policies: tuple[Policy, ...], ahead: bool, piece: int
@@ -260,12 +282,10 @@ class ModelMemory:
         norm, loss = loss_ops(hidden, self.vocabulary, 0, 0, self.size)
         # The last layer's input and result are alive in the frame of the engine's forward, though nothing saves them.
         two = 2 * hidden * self.size
-        # Logits and lm_head are added by ``moments``, as they do not grow with the tokens.
-        ends = [Moment("loss", norm.saved_bytes + norm.output + loss.saved_bytes + two)]
-        if not policies[-1].recomputes:
-            # A recomputed layer takes more in its backward than in its first forward.
-            ends.append(Moment("forward of the last layer", layers[-1].forward - layers[-1].saved + two // 2))
-        yield None, live, tuple(ends)
+        # Logits and lm_head are added elsewhere, as they do not grow with the tokens.
+        loss_moment = Moment("loss", norm.saved_bytes + norm.output + loss.saved_bytes + two)
+        last = Moment("forward of the last layer", layers[-1].forward - held[-1] + two // 2)
+        yield None, live, (loss_moment, last)
         for number in reversed(range(len(policies))):
             if policies[number].uses_host:
                 place = on_host.index(number)

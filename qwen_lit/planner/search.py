@@ -15,7 +15,7 @@ from qwen_lit.engine.engine import PIECE
 from qwen_lit.engine.offload import BLOCK
 from qwen_lit.engine.policy import Policies
 from qwen_lit.planner.host import HostProfile
-from qwen_lit.planner.memory import MEMORY, ModelMemory
+from qwen_lit.planner.memory import MEMORY, Ends, ModelMemory
 from qwen_lit.planner.plan import Plan
 from qwen_lit.planner.speed import Clock, Shares, relative_time
 
@@ -110,8 +110,8 @@ class Candidate(NamedTuple):
     offloaded: int
     recomputed: int
     policies: Policies
-    at_loss: int
-    """Bytes a token at the loss."""
+    ends: Ends
+    """The end of forward."""
     other: int
     """Bytes a token at the largest other moment."""
     waiting: int
@@ -131,9 +131,9 @@ def _candidates(memory: ModelMemory, most: int, ahead: bool) -> list[Candidate]:
     for offloaded, recomputed in product(range(most + 1), range(layers + 1)):
         if offloaded + recomputed <= layers:
             policies = Policies.of_counts(layers, recomputed, offloaded)
-            at_loss, (other,) = memory.heights(policies.layers, ahead or offloaded > 0)
+            ends, (other,) = memory.heights(policies.layers, ahead or offloaded > 0)
             waiting = memory.waiting(policies)
-            found.append(Candidate(offloaded, recomputed, policies, at_loss, other.per_token, waiting))
+            found.append(Candidate(offloaded, recomputed, policies, ends, other.per_token, waiting))
     return found
 
 
@@ -200,20 +200,22 @@ def _usual(task: Task, ends: Policies) -> Plan | None:
     chosen: Plan | None = None
     for count in task.counts:
         tokens, usual = task.sizes[count], task.usual * count
-        gaps, at_loss = _gaps(task.sizes[1], tokens), memory.at_loss(tokens, ends)
+        gaps = _gaps(task.sizes[1], tokens)
         # A layer takes whole blocks of the host's memory.
         most = max(0, min(int(task.host.share * layers), task.host.memory // (tokens * memory.saved + BLOCK)))
-        for one in _candidates(memory, most, tokens <= PIECE):
-            step = constant + max(tokens * one.at_loss + at_loss, tokens * one.other)
+        for one in _candidates(memory, int(task.host.share * layers), tokens <= PIECE):
+            if one.offloaded > most:
+                break
+            step = constant + max(memory.end(tokens, one.ends, ends), tokens * one.other)
             left = usable - weights - step - gaps * step
             streamed = streaming.least(-left)
-            if streamed is None:
+            if streamed is None or not task.host.has_room(streaming.held(streamed), tokens * one.waiting):
                 continue
             # What lies between activations of different sizes is lost to weights that stay.
             left = usable - weights - step - int(max(MEMORY.fragments, gaps) * step)
             resident = bisect_right(held, left) - 1 if left > 0 else 0
             shares = (one.recomputed, resident, one.waiting / memory.saved, len(streamed))
-            traffic = clock.traffic(usual, streamed, one.waiting, ends.offload_head)
+            traffic = clock.traffic(usual, streamed, one.waiting, ends.ends_on_host)
             of_all = Shares(*(share / layers for share in shares))
             time = relative_time(of_all, usual, task.host.launch, traffic, slowed=slowed)
             if best is None or (time, one.offloaded, len(streamed)) < best:
@@ -240,14 +242,14 @@ def _small(task: Task) -> Iterator[Plan]:
         ways += [(*ways[-1][:3], PIECE // parts) for parts in SMALLER_PIECES]
     for (inputs, embedding, head, piece), count in product(ways, counts):
         tokens = task.sizes[count]
-        if inputs and count > counts[-1] and task.host.memory < tokens * input_bytes:
-            continue
         policies = _least(memory, inputs, embedding, head, piece)
         estimate = memory.peak(task.static, tokens, policies)
         gaps = int(_gaps(longest, tokens) * (estimate - memory.weights(task.static, policies)))
         streamed = memory.streaming.least(estimate + gaps - limit(task.budget))
-        fits = streamed is not None
         # Where nothing fits, the smallest plan is told.
-        streamed = memory.streaming.steps[-1] if streamed is None else streamed
+        fits, streamed = streamed is not None, memory.streaming.steps[-1] if streamed is None else streamed
+        own = tokens * memory.waiting(policies)
+        if inputs and not task.host.has_room(memory.streaming.held(streamed), own):
+            continue
         estimate -= memory.streaming.freed(streamed)
         yield Plan(count, replace(policies, streamed=streamed), estimate, task.budget, fits)

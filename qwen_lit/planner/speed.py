@@ -19,7 +19,7 @@ class Costs:
     offload: float = 0.045
     """Share of a layer's time that sending its saved tensors to the host adds, as copies take the memory's time from
     the products: the row "limited to 16 GiB", with 7 of 28 layers."""
-    stream: float = 0.01
+    stream: float = 0.011
     """Share of a layer's time that streaming it adds by the same, where its copies hide: 0.3 to 1.1 % with all layers
     (28 copies of 120 MB a pass beside the 7B's computation)."""
     launch_tokens: float = 220
@@ -27,9 +27,6 @@ class Costs:
     dequantise_tokens: float = 260
     """Tokens that dequantising all weights costs in each micro-batch: the rows "limited to 24 GiB", with half of them
     held, and "limited to 16 GiB", with none. Each piece of the MLP dequantises again."""
-    embedding: float = 0.05
-    """Share of a token's time that its embedding takes on the CPU: one thread gathers a row of 7 KB, and the link
-    brings it out of memory that is not pinned, in 2 of 51 microseconds."""
     logits: float = 250
     """Rows of logits whose products take as long as reading lm_head from the device's memory (705 TFLOP/s beside 3
     TB/s); fewer rows at a time wait for that."""
@@ -113,26 +110,29 @@ class Clock:
         # Billions of operations in whose time a token is computed; a frozen weight has 2 forward and 2 backward.
         self.token = 4e-9 * layers / COSTS.products
 
-    def traffic(self, tokens: float, streamed: frozenset[int], waiting: int, head: bool) -> Traffic:
+    def traffic(self, tokens: float, streamed: frozenset[int], waiting: int, ends: tuple[bool, bool]) -> Traffic:
         """What a micro-batch brings over the link.
 
         Args:
             tokens: of the micro-batch.
             streamed: as of ``Policies``.
             waiting: bytes a token that wait on the host for backward.
-            head: lm_head comes for the loss.
+            ends: whether the embedding and lm_head wait on the host.
         """
-        if not (streamed or waiting or head):
+        if not (streamed or waiting or ends != (False, False)):
             return NOTHING
-        streaming, link = self.memory.streaming, self.host.link * self.token
-        rate = self.host.rate(streaming.held(streamed), int(waiting * tokens)) * self.token
-        weights = streaming.copied(streamed) / rate
-        return Traffic(weights, weights + waiting * tokens / link, self.memory.head * head / link)
+        memory, link, (embedding, head) = self.memory, self.host.link * self.token, ends
+        weights = memory.streaming.copied(streamed) / (self.host.blocks * self.token)
+        # The link carries both ways at once: what goes to the host in forward comes back in backward.
+        kept = waiting * tokens / link
+        # The head comes beside the last layer, rows of the embedding beside nothing.
+        alone = max(0.0, memory.head * head / link - tokens / 2 / len(memory.layers))
+        alone += embedding * tokens * memory.layers[0].hidden * memory.size / link
+        return Traffic(max(weights, kept), weights + kept, alone)
 
     def slowed(self, policies: Policies) -> float:
-        """The factor of time that moving the embedding and cutting the logits cost."""
-        rows = max(0.0, COSTS.logits / policies.loss_chunk - 1)
-        return 1 + COSTS.embedding * policies.offload_embedding + self.head_share * rows
+        """The factor of time that few logits at a time cost."""
+        return 1 + self.head_share * max(0.0, COSTS.logits / policies.loss_chunk - 1)
 
     def time(self, policies: Policies, tokens: float) -> float:
         """``relative_time`` of policies.
@@ -148,7 +148,7 @@ class Clock:
             waiting / layers / self.memory.saved,
             len(policies.streamed) / layers,
         )
-        traffic = self.traffic(tokens, policies.streamed, waiting, policies.offload_head)
+        traffic = self.traffic(tokens, policies.streamed, waiting, policies.ends_on_host)
         passes = math.ceil(tokens / policies.mlp_piece) if policies.mlp_piece else 1
         return relative_time(shares, tokens, self.host.launch, traffic, passes, self.slowed(policies))
 

@@ -18,7 +18,7 @@ from qwen_lit.planner.search import limit
 from tests.engine.test_engine import adapted, batch
 
 BUDGET = 2 * GIB
-HOST = HostProfile(1.0, 2**40, 100)
+HOST = HostProfile(1.0, 2**40, 100, 2**40)
 COUNTS = tuple(possible_at_once(8))
 
 
@@ -130,7 +130,7 @@ def test_ranks_that_measure_differently_train_the_same_plan(failure):
             return 0
 
         share = 0.0 if number == 1 and failure == "slow link" else 1.0
-        gpu = FakeGpu(peak_of, HostProfile(share, 2**40, 100))
+        gpu = FakeGpu(peak_of, HostProfile(share, 2**40, 100, 2**40))
         return planner(gpu, least).plan(work_of(150_000)), len(gpu.tried)
 
     with ThreadPoolExecutor(2) as pool:
