@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 H100 = 78_000
-"""``HostProfile.link`` of an H100: 55 GB/s beside 705 TFLOP/s, where a copy is harder to hide than on consumer cards."""
+"""``HostProfile.link`` of an H100: 55 GB/s beside 705 TFLOP/s. On consumer cards copies are easier to hide."""
 
 
 @dataclass(frozen=True)

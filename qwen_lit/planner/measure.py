@@ -15,10 +15,10 @@ from peft import PeftModel
 from qwen_lit.data.batches import Batch, collate
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
-from qwen_lit.planner.host import HostProfile
 from qwen_lit.frozen.ring import Ring, Slot
 from qwen_lit.frozen.store import FrozenStore
 from qwen_lit.planner.flops import measured_flops
+from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.speed import COSTS
 

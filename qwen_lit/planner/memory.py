@@ -239,9 +239,7 @@ class ModelMemory:
                 if head or not policies.layers[-1].recomputes:
                     found.append(Moment(last.name, kept + last.per_token, head, kept))
                 continue
-            found += [
-                Moment(f"layer {number}: {one.name}", kept + one.per_token, one.fixed, kept) for one in moments
-            ]
+            found += [Moment(f"layer {number}: {one.name}", kept + one.per_token, one.fixed, kept) for one in moments]
         return found
 
     @lru_cache(2**14)  # noqa: B019

@@ -94,9 +94,7 @@ def choose(
         small = list(_small(task))
         plans = [plan for plan in (*_usual_plans(task), *small) if plan.fits]
         if plans:
-            best = min(
-                plans, key=lambda plan: (task.time(plan), plan.policies.offloaded, len(plan.policies.streamed))
-            )
+            best = min(plans, key=lambda plan: (task.time(plan), plan.policies.offloaded, len(plan.policies.streamed)))
             break
     else:
         best = small[-1]

@@ -71,4 +71,3 @@ def test_rates_are_rounded_to_eight_steps_between_two_powers_of_two():
     assert [rounded(rate) for rate in (0.5, 7.9, 16.0, 17.9, 18.0, 1000.0, 1024.0)] == [0, 7, 16, 16, 18, 960, 1024]
     for rate in (70_000, 78_000, 100_000, 3 * 10**9):
         assert 8 / 9 < rounded(rate) / rate <= 1
-
