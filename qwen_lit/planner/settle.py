@@ -74,6 +74,17 @@ def cache_bytes(config: Any, tokens: int) -> int:
     return 4 * tokens * sum(layer.key_heads * layer.head_size for layer in layers)
 
 
+def least_bytes(config: Any, blocks: Sequence[int], tokens: int) -> int:
+    """Bytes that layers take on the device, with room for a conversation, where all of them are streamed.
+
+    Args:
+        config: of the model.
+        blocks: bytes of each layer.
+        tokens: of the conversation.
+    """
+    return SLOTS * max(blocks) + cache_bytes(config, tokens) + BESIDE
+
+
 def streamed_in(sizes: Sequence[int], room: int) -> frozenset[int]:
     """The layers that are streamed so that the others, and the slots, fit.
 
