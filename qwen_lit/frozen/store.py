@@ -6,7 +6,8 @@ their weights and scales are views of that memory, and of nothing while the laye
 scales gets an error, so that what computes with them cannot pass unseen.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -86,6 +87,9 @@ class FrozenStore:
         """The blocks of resident layers on the device, uint8."""
         self.ring: Ring | None = None
         """Of the streamed layers, where there are any."""
+        self.placing: tuple[frozenset[int], int] | None = None
+        """What ``place`` was given last."""
+        self.hooks: list[Any] = []
         for layer in layers:
             layer.unbind(device)
 
@@ -115,6 +119,7 @@ class FrozenStore:
         Raises:
             torch.OutOfMemoryError: the device has no room for the resident ones.
         """
+        self.placing = frozenset(streamed), slots
         for number in [one for one in self.resident if one in streamed]:
             self._leave(number)
         slots = min(slots, len(streamed))
@@ -149,6 +154,13 @@ class FrozenStore:
         self.ring.copies.close()
         self.ring = None
 
+    def release(self) -> None:
+        """Give all of the device's memory back; the next pass places the layers again as they were."""
+        for number in list(self.resident):
+            self._leave(number)
+        if self.ring is not None:
+            self._close_ring()
+
     def _leave(self, number: int) -> None:
         """Take a resident layer off the device."""
         self.layers[number].unbind(self.device)
@@ -170,11 +182,12 @@ class FrozenStore:
             self.layers[number].bind(slot.memory)
 
     def begin(self, turns: bool) -> None:
-        """Say what the next pass is.
+        """Say what the next pass is, and see that every layer is placed.
 
         Args:
             turns: a backward follows it.
         """
+        self._placed()
         if self.ring is not None:
             self.ring.begin(turns)
 
@@ -185,9 +198,31 @@ class FrozenStore:
             blocks: the decoder layers of transformers, in order.
         """
         for number, block in enumerate(blocks):
-            block.register_forward_pre_hook(partial(self._before, number))
+            self.hooks.append(block.register_forward_pre_hook(partial(self._before, number)))
+
+    def _placed(self) -> None:
+        """Place the layers again, where ``release`` has taken them off the device."""
+        if len(self.resident) + len(self.streamed) == len(self.layers):
+            return
+        if self.placing is None:
+            raise RuntimeError("the layers of this model were never placed, so they have no weights")
+        self.place(*self.placing)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Keep the weights out of what is done meanwhile to all parameters, such as moving them: they would be copied
+        into memory of their own."""
+        weights = {module: module.weight for layer in self.layers for module in layer.modules.values()}
+        for module in weights:
+            module.weight = None
+        try:
+            yield
+        finally:
+            for module, weight in weights.items():
+                module.weight = weight
 
     def _before(self, number: int, block: nn.Module, arguments: Any) -> None:
+        self._placed()
         if self.ring is None or number not in self.ring.sizes:
             return
         if torch.is_grad_enabled() and (block.training or any(one.requires_grad for one in block.parameters())):
@@ -207,3 +242,16 @@ def store_of(base: nn.Module) -> FrozenStore | None:
     """
     found: FrozenStore | None = getattr(base, "frozen", None)
     return found
+
+
+def disband(base: Any) -> None:
+    """Let a base's modules hold their weights by themselves from now on, as they are.
+
+    Args:
+        base: transformers' model, with all layers resident where it has a store.
+    """
+    store = store_of(base)
+    if store is not None:
+        for hook in store.hooks:
+            hook.remove()
+        base.frozen = None
