@@ -185,7 +185,8 @@ class Export(Callback):
                 self.made = {"checkpoint": "best", "step": saver.best_step, "val_loss": saver.best}
         elif saver.best_step == trainer.global_step:
             self.made["val_loss"] = saver.best
-        with part(adapter.name, self.missing), holding(module, weights):
+        # PEFT asks each module what it would save, and a base that is away has nothing.
+        with part(adapter.name, self.missing), holding(module, weights), module.left_out():
             shutil.rmtree(partial, ignore_errors=True)
             initial = module.initial_adapter.name if module.initial_adapter else None
             module.model.save_pretrained(

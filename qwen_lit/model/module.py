@@ -4,7 +4,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -149,7 +149,9 @@ class QwenModule(L.LightningModule):
         self.quantized = loaded_weights(base)
         start = str(self.lora_config.init_lora_weights).lower()
         if start.startswith(RESIDUAL_INITS):
-            hold_all(base, f"model.lora_config.init_lora_weights is {start}, which reads and changes the base's weights")
+            hold_all(
+                base, f"model.lora_config.init_lora_weights is {start}, which reads and changes the base's weights"
+            )
             disband(base)
         self.model = add_adapter(base, self.lora_config, self.settings.gradient_checkpointing)
         if self.init_adapter is not None:
@@ -223,8 +225,12 @@ class QwenModule(L.LightningModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QwenModule":
         """Move or cast all but what the store holds, which is views of memory that stays where it is."""
-        with nullcontext() if self.store is None else self.store.left_out():
+        with self.left_out():
             return super()._apply(fn, recurse)
+
+    def left_out(self) -> AbstractContextManager[None]:
+        """A context in which the modules of the base lack the weights that the store holds."""
+        return nullcontext() if self.store is None else self.store.left_out()
 
     @property
     def state_bytes(self) -> float:

@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from peft import PeftModel
@@ -17,6 +15,7 @@ from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
 from qwen_lit.frozen.ring import Ring, Slot
 from qwen_lit.frozen.store import FrozenStore
+from qwen_lit.hardware import host_memory
 from qwen_lit.planner.flops import measured_flops
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.memory import ModelMemory
@@ -33,27 +32,6 @@ PRODUCT = 4096
 
 TIMES = 4
 """Runs of what is timed, of which the shortest counts; the first one compiles, allocates and wakes the device."""
-
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
-OWN_CONTROL_GROUP = Path("/proc/self/cgroup")
-"""Names the control group of this process."""
-
-
-def host_memory() -> int:
-    """Bytes of host memory that are free to this process: the machine's, or what its control groups leave."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        mine = next(line[3:] for line in OWN_CONTROL_GROUP.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return free
-    group = CONTROL_GROUPS / mine.strip("/")
-    for one in (group, *group.parents):
-        if one.is_relative_to(CONTROL_GROUPS):
-            # A group without a limit says max, and the outermost has no such file.
-            with suppress(OSError, ValueError):
-                most, used = ((one / name).read_text().strip() for name in ("memory.max", "memory.current"))
-                free = min(free, int(most) - int(used))
-    return max(0, free)
 
 
 def measure_host(engine: FastEngine, memory: ModelMemory, batch: Batch, processes: int) -> HostProfile:
@@ -107,18 +85,21 @@ def _speeds(engine: FastEngine, memory: ModelMemory, batch: Batch) -> tuple[floa
     return share, launch / (2 * forward * len(memory.layers)), link, blocks
 
 
-def pass_seconds(store: FrozenStore) -> float:
+def pass_seconds(store: FrozenStore, passes: int = 2) -> float:
     """Seconds in which all streamed layers of a store come to the device, one after the other.
 
-    The second pass counts, as the first may read their file; where that takes long they will always come from there.
+    Args:
+        store: with streamed layers.
+        passes: of which the last is timed; the first may read their file, where there is memory to keep it.
     """
     took = 0.0
-    for _ in range(2):
+    for _ in range(passes):
         store.begin(turns=False)
         started = time.perf_counter()
         for number in store.streamed:
             store.arrive(number)
-        torch.cuda.synchronize(store.device)
+        if store.device.type == "cuda":
+            torch.cuda.synchronize(store.device)
         took = time.perf_counter() - started
     return took
 
@@ -150,14 +131,17 @@ def without_copies(store: FrozenStore) -> Iterator[None]:
     if ring is None:
         yield
         return
+    # The slots keep what they hold, but from here on no layer is bound to them.
+    ring.begin(ring.turns)
     slots = [Slot(one.memory) for one in ring.slots]
     store.ring = Ring(ring.sizes, slots, NoCopies(), ring.gives_up)
     try:
         yield
     finally:
-        store.ring.forget()
-        # The slots hold what they held, but their layers have to be bound anew.
-        ring.current, store.ring = None, ring
+        for slot in slots:
+            if slot.holds is not None:
+                ring.gives_up(slot.holds)
+        store.ring = ring
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -4,16 +4,18 @@ import psutil
 import pytest
 import torch
 
+from qwen_lit import hardware
+from qwen_lit.hardware import host_memory
 from qwen_lit.planner import measure as probe
 from qwen_lit.planner.host import HostProfile
-from qwen_lit.planner.measure import host_memory, is_full, measure_host, rounded
+from qwen_lit.planner.measure import is_full, measure_host, rounded
 
 
 @pytest.fixture
 def group(monkeypatch, tmp_path):
     """A process in a control group of another, on a machine with 5,000 bytes free; ``limit`` gives one a limit."""
-    monkeypatch.setattr(probe, "CONTROL_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(probe, "OWN_CONTROL_GROUP", tmp_path / "mine")
+    monkeypatch.setattr(hardware, "CONTROL_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(hardware, "OWN_CONTROL_GROUP", tmp_path / "mine")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5000})())
     inner = tmp_path / "groups" / "job" / "step"
     inner.mkdir(parents=True)
@@ -39,7 +41,7 @@ def test_host_memory_is_what_the_machine_and_every_control_group_leave(group):
 
 
 def test_host_memory_is_the_machines_where_there_is_no_control_group(monkeypatch, tmp_path):
-    monkeypatch.setattr(probe, "OWN_CONTROL_GROUP", tmp_path / "none")
+    monkeypatch.setattr(hardware, "OWN_CONTROL_GROUP", tmp_path / "none")
     assert 0 < host_memory() <= psutil.virtual_memory().total
 
 
