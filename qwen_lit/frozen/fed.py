@@ -67,8 +67,8 @@ class Reader:
                 done += got
         except (OSError, EOFError) as error:
             raise UserError(
-                f"{self.path}: byte {start + done} cannot be read: {error}. Check the disk; where the file is damaged, "
-                "delete it, and the next run makes it anew"
+                f"{self.path}: byte {start + done} cannot be read: {error}. Check the disk; where the file is "
+                "damaged, delete it, and the next run makes it anew"
             ) from error
 
     def fetch(self, start: int, size: int) -> None:

@@ -262,13 +262,18 @@ def load_base(
         model, computed = _read(folder, device, quantization, place, None)
     if computed:
         log.info(computed)
+    freeze(model)
+    return model  # type: ignore[no-any-return]
+
+
+def freeze(model: Any) -> None:
+    """Make of a loaded model the base of an adapter, of which nothing is trained."""
     model.requires_grad_(False)
     model.config.use_cache = False
     for module in model.modules():
         # In eval mode bitsandbytes would repack CPU weights in place; training after a validation then fails.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-    return model
 
 
 def shard_layers(model: PeftModel, device: torch.device) -> None:
