@@ -2,8 +2,8 @@
 
 A layer's block is on the host. A resident layer has a copy of it on the device, for good. A streamed one is copied
 into a slot of a ring each time it is asked for (``ring.py``). bitsandbytes' own modules hold no bytes of their own:
-their weights and scales are views of that memory, and of nothing while the layer is away: then the scales read as NaN,
-so that what computes with them cannot pass unseen.
+their weights and scales are views of that memory, and of nothing while the layer is away: then whoever asks for the
+scales gets an error, so that what computes with them cannot pass unseen.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_lit.frozen.blocks import Layout, quant_state
+from qwen_lit.frozen.blocks import Layout, away_state, quant_state
 from qwen_lit.frozen.host import Blocks, copies_of
 from qwen_lit.frozen.ring import SLOTS, Ring, Slot
 
@@ -51,29 +51,20 @@ class LayerModules:
             weight.data, weight.quant_state = packed, state
 
     def unbind(self, device: torch.device) -> None:
-        """Let the modules read nothing: shapes stay as they are, scales are NaN.
+        """Let the modules read nothing: shapes stay as they are, scales are an error.
 
         Args:
             device: where they compute.
         """
-        for path, (packed, state) in self._nothing(device).items():
-            weight = self.modules[path].weight
-            weight.data, weight.quant_state = packed, state
-
-    def _nothing(self, device: torch.device) -> dict[str, tuple[Tensor, Any]]:
-        """What stands for each weight and its state while the layer is away: one number for all of a tensor's."""
         if 0 not in self.bound:
-            views = {
-                name: torch.full((), torch.nan if piece.dtype.is_floating_point else 0, dtype=piece.dtype)
-                .to(device)
-                .expand(piece.shape)
-                for name, piece in self.layout.pieces.items()
-            }
+            pieces, nothing = self.layout.pieces, torch.zeros((), dtype=torch.uint8, device=device)
             self.bound[0] = {
-                one.path: (views[f"{one.path}.weight"], quant_state(one, views, self.dtype))
+                one.path: (nothing.expand(pieces[f"{one.path}.weight"].shape), away_state(one, self.dtype, device))
                 for one in self.layout.linears
             }
-        return self.bound[0]
+        for path, (packed, state) in self.bound[0].items():
+            weight = self.modules[path].weight
+            weight.data, weight.quant_state = packed, state
 
     def forget(self) -> None:
         """Let go of the memory that was bound."""
@@ -123,7 +114,7 @@ class FrozenStore:
 
         Args:
             streamed: numbers of layers.
-            slots: of the ring, at least 2.
+            slots: of the ring, at least 2; fewer streamed layers than that take one each.
 
         Raises:
             torch.OutOfMemoryError: the device has no room for the resident ones.
@@ -131,11 +122,9 @@ class FrozenStore:
         self.placing = frozenset(streamed), slots
         for number in [one for one in self.resident if one in streamed]:
             self._leave(number)
+        slots = min(slots, len(streamed))
         if self.ring is not None and (set(self.ring.order) != set(streamed) or len(self.ring.slots) != slots):
-            self._close()
-        if self.ring is not None:
-            # The pass before may have broken off.
-            self.ring.forget()
+            self._close_ring()
         # Memory that lives across steps is not made in validation's inference mode.
         with torch.inference_mode(False), torch.no_grad():
             for number, layer in enumerate(self.layers):
@@ -144,27 +133,33 @@ class FrozenStore:
                     self.resident[number] = memory.copy_(self.blocks.read(number))
                     layer.bind(memory)
             if streamed and self.ring is None:
-                sizes = {number: self.layers[number].layout.size for number in streamed}
-                most = max(sizes.values())
-                made = [Slot(torch.empty(most, dtype=torch.uint8, device=self.device)) for _ in range(slots)]
-                copies = copies_of(self.blocks, sorted(streamed), self.device)
-                self.ring = Ring(sizes, made, copies, self._give_up)
+                self._open_ring(sorted(streamed), slots)
 
-    def release(self) -> None:
-        """Give all of the device's memory back; the next pass places the layers again as they were."""
-        for number in list(self.resident):
-            self._leave(number)
-        if self.ring is not None:
-            self._close()
+    def _open_ring(self, streamed: list[int], slots: int) -> None:
+        sizes = {number: self.layers[number].layout.size for number in streamed}
+        most = max(sizes.values())
+        made = [Slot(torch.empty(most, dtype=torch.uint8, device=self.device)) for _ in range(slots)]
+        copies = copies_of(self.blocks, streamed, self.device)
+        # Their memory may be what was given up before, and be read by what the device was given then.
+        free = copies.mark()
+        for slot in made:
+            slot.free = free
+        self.ring = Ring(sizes, made, copies, self._give_up)
 
-    def _close(self) -> None:
-        """Take the streamed layers and their slots off the device."""
+    def _close_ring(self) -> None:
         assert self.ring is not None
         for number in self.ring.order:
             self.layers[number].unbind(self.device)
             self.layers[number].forget()
         self.ring.copies.close()
         self.ring = None
+
+    def release(self) -> None:
+        """Give all of the device's memory back; the next pass places the layers again as they were."""
+        for number in list(self.resident):
+            self._leave(number)
+        if self.ring is not None:
+            self._close_ring()
 
     def _leave(self, number: int) -> None:
         """Take a resident layer off the device."""
@@ -194,7 +189,7 @@ class FrozenStore:
         """
         self._placed()
         if self.ring is not None:
-            self.ring.turns = turns
+            self.ring.begin(turns)
 
     def hook(self, blocks: Sequence[nn.Module]) -> None:
         """Have weights at hand wherever decoder layers are called as modules, without gradients.
@@ -230,7 +225,7 @@ class FrozenStore:
         self._placed()
         if self.ring is None or number not in self.ring.sizes:
             return
-        if torch.is_grad_enabled() and block.training:
+        if torch.is_grad_enabled() and (block.training or any(one.requires_grad for one in block.parameters())):
             raise RuntimeError(
                 "a layer whose weights are streamed was called with gradients: its backward would read the weights "
                 "of another layer; model.engine: reference needs the whole base on the device"
