@@ -99,7 +99,7 @@ def write_blocks(file: BinaryIO, layouts: Sequence[Layout], key: str, blocks: It
     file.write(header_of(layouts, key))
     with Progress("quantising the base", sum(one.size for one in layouts), "B") as progress:
         for layout, block in zip(layouts, blocks, strict=True):
-            file.write(memoryview(block.cpu().numpy()))
+            file.write(block.cpu().numpy().data)
             progress.advance(layout.size)
     file.flush()
 

@@ -58,7 +58,7 @@ class Reader:
         if self.file is None:
             into.copy_(self.memory[start : start + into.numel()])
             return
-        room, done = memoryview(into.numpy()), 0
+        room, done = into.numpy().data, 0
         try:
             while done < len(room):
                 got = os.preadv(self.file, [room[done:]], start + done)
