@@ -15,8 +15,6 @@ from jinja2 import TemplateSyntaxError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -269,19 +267,6 @@ def load_base(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return model
-
-
-def shard_layers(model: PeftModel, device: torch.device) -> None:
-    """Shard the frozen weights of every decoder layer over all ranks by FSDP2; the adapter stays whole on each.
-
-    Args:
-        model: the base with its adapter, in host memory; every rank has the same.
-        device: of this rank; the shards and all else are moved there, a layer at a time.
-    """
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    base: Any = model.base_model.model
-    for layer in base.get_submodule(family_of(base.config).decoder).layers:
-        fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
 
 
 def put_adapter(base: Any, lora: LoraConfig) -> PeftModel:

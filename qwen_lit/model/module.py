@@ -27,7 +27,7 @@ from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
 from qwen_lit.model.base_files import check_base
 from qwen_lit.model.duration import check_limits, check_validation_share, total_steps, warmup_steps
-from qwen_lit.model.load import add_adapter, load_base, load_config, shard_layers
+from qwen_lit.model.load import add_adapter, load_base, load_config
 from qwen_lit.model.loss import reference_loss
 from qwen_lit.model.neftune import add_noise
 from qwen_lit.model.optim import built, configure_groups, optimizer_of, parameter_groups, repage
@@ -42,7 +42,7 @@ from qwen_lit.model.trained import find_adapter, log_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.plan import Plan, parse_bytes
-from qwen_lit.quantization import Held, check_shards, check_trained_whole, loaded_weights, planned_weights, usable
+from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 from qwen_lit.run import Run
 from qwen_lit.seams import options_of
 
@@ -86,8 +86,6 @@ class QwenModule(L.LightningModule):
         if self.lora_config.modules_to_save:
             held = self.held_weights(torch.device("cpu"))
             check_trained_whole(held, self.lora_config.modules_to_save, self.config)
-        if settings.shard_base and (own := self.quantization_config) is not None:
-            check_shards(own)
         self.model: PeftModel | None = None
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.fast: FastEngine | None = None
@@ -136,15 +134,11 @@ class QwenModule(L.LightningModule):
         if self.model is not None:
             return
         device = self.trainer.strategy.root_device
-        sharded = self.settings.shard_base and self.trainer.world_size > 1
-        # Shards are moved to the device one layer at a time.
-        base = load_base(self.folder, self.quantization_config, device, torch.device("cpu") if sharded else device)
+        base = load_base(self.folder, self.quantization_config, device)
         self.quantized = loaded_weights(base)
         self.model = add_adapter(base, self.lora_config, self.settings.gradient_checkpointing)
         if self.init_adapter is not None:
             put(self, weights(self.init_adapter))
-        if sharded:
-            shard_layers(self.model, device)
         if str(self.lora_config.init_lora_weights).lower().startswith(("pissa", "olora")):
             # These change the base; the exported adapter is the difference from where it started.
             self.initial_adapter = tempfile.TemporaryDirectory(prefix="qwen_lit_")
@@ -154,7 +148,7 @@ class QwenModule(L.LightningModule):
         before = stored(self.run.checkpoint).get("micro_batches_at_once")
         choice = choose_engine(self, self.trainer, self.data, before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
-        if sharded or self.offload_embedding:
+        if self.offload_embedding:
             reduce_trained_alone(self)
 
     def held_weights(self, device: torch.device) -> dict[str, Held]:
