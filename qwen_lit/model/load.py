@@ -168,7 +168,6 @@ def read_model(
     folder: Path | str,
     device: torch.device,
     quantization: BitsAndBytesConfig | None = None,
-    place: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
     """A model for causal language modelling; nothing else in this program reads whole models.
@@ -182,25 +181,22 @@ def read_model(
         device: where it computes.
         quantization: of its linears, done while they are read; None for none. Of quantised files it gives the dtype
             of the products alone.
-        place: where it is put; None puts it where it computes.
         dtype: of all that is not quantised; None takes ``product_dtype(device)``.
 
     Raises:
         UserError: the files lack weights of the model.
     """
-    return _read(folder, device, quantization, place, dtype)[0]
+    return _read(folder, device, quantization, dtype)[0]
 
 
 def _read(
     folder: Path | str,
     device: torch.device,
     quantization: BitsAndBytesConfig | None,
-    place: torch.device | None,
     dtype: torch.dtype | None,
 ) -> tuple[Any, str]:
     """What ``read_model`` gives, and what computes its linear attention."""
-    place = place or device
-    where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
+    where = str(device) if device.index is not None or device.type == "cpu" else f"{device.type}:0"
     whole = AutoConfig.from_pretrained(folder)
     family = family_of(whole)
     # The names of a language model in files that hold more; those of its own files stay as they are.
@@ -253,11 +249,10 @@ def load_base(
     folder: Path | str,
     quantization: BitsAndBytesConfig | None,
     device: torch.device,
-    place: torch.device | None = None,
 ) -> nn.Module:
     """The frozen base that an adapter is trained on; the arguments are those of ``read_model``."""
     with timed("loading the base"):
-        model, computed = _read(folder, device, quantization, place, None)
+        model, computed = _read(folder, device, quantization, None)
     if computed:
         log.info(computed)
     model.requires_grad_(False)
