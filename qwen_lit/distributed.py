@@ -99,7 +99,7 @@ def _watch_parent(parent: int) -> None:
 
 
 def reduce_trained_alone(module: torch.nn.Module) -> None:
-    """Keep DDP from frozen parameters and buffers: shards differ between ranks, and DDP takes nothing from the CPU.
+    """Keep DDP from frozen parameters and buffers: DDP takes nothing from the CPU.
 
     Args:
         module: that DDP will wrap.

@@ -102,8 +102,6 @@ def test_what_cannot_be_merged_is_refused_before_training(nf4, dataset, tmp_path
     assert "set it to null" in refused(capsys, fit(out, original, dataset, "--export.original", str(original)))
     whole = ["--model.lora_config.modules_to_save", "[k_proj]"]
     assert "the files hold it so: give the original bf16 model" in refused(capsys, fit(out, base, dataset, *whole))
-    stored = ["--model.shard_base", "true", "--model.quantization_config.bnb_4bit_quant_storage", "bfloat16"]
-    assert "the files of this base hold theirs in uint8" in refused(capsys, fit(out, base, dataset, *stored))
     assert not (out / "checkpoints").exists()
 
 

@@ -225,7 +225,7 @@ def arithmetic(
     engine = f"reference ({reason})" if reason else "fast"
     result |= {"measured": False, "engine": engine, "weights_gib": round(static / GIB, 2)}
     if reason:
-        return result | {"plans": [], "advice": []} | reference(trainer, module, data, model, static, CARDS)
+        return result | {"plans": [], "advice": []} | reference(module, data, model, static, CARDS)
     memory = planned_memory(module, model, held)
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
@@ -258,8 +258,6 @@ def reference_because(module: QwenModule, model: PeftModel, held: Mapping[str, H
     """
     if module.settings.engine == "reference":
         return "as model.engine says"
-    if module.settings.shard_base:
-        return "the base is sharded"
     for name, one in held.items():
         if one.kind == "int8" or name.startswith(family_of(module.config).head):
             return f"{name.removesuffix('.weight')} is held in {one}"
@@ -353,7 +351,7 @@ def measure(
     held = module.held_weights(device)
     static = static_bytes(model, held)
     if plan is None:
-        result |= reference(trainer, module, data, model, static, CARDS)
+        result |= reference(module, data, model, static, CARDS)
     else:
         memory = planned_memory(module, model, held)
         result |= as_dict(plan)
