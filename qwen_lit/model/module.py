@@ -45,9 +45,8 @@ from qwen_lit.model.trained import find_adapter, log_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.plan import Plan, parse_bytes
-        if self.store is not None and self.store.placing is None:
-            hold_all(base, f"the engine is {choice.description}, which streams nothing")
-        if self.store is not None:
+from qwen_lit.planner.settle import hold_all
+from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 from qwen_lit.run import Run
 from qwen_lit.seams import options_of
 
@@ -175,13 +174,9 @@ class QwenModule(L.LightningModule):
         before = stored(self.run.checkpoint).get("micro_batches_at_once")
         choice = choose_engine(self, self.trainer, self.data, before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
-<<<<<<< HEAD
         if self.store is not None and self.store.placing is None:
             hold_all(base, f"the engine is {choice.description}, which streams nothing")
-        if sharded or self.store is not None:
-=======
-        if self.offload_embedding:
->>>>>>> ranks
+        if self.store is not None:
             reduce_trained_alone(self)
 
     def held_weights(self, device: torch.device) -> dict[str, Held]:

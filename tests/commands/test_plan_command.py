@@ -51,7 +51,7 @@ def test_the_plan_tells_where_the_fast_engine_will_not_run_and_estimates_the_oth
     assert main(arguments) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert reason in text and "at once" not in text.split("disk")[0]
-    assert f"estimated {result['estimated_peak_gib']:.2f} GiB" in text and "a card of 8 GiB has room" in text
+    assert f"estimated {result['estimated_peak_gib']:.2f} GiB" in text and "a card of 4 GiB has room" in text
     assert main([*arguments, "--memory_budget", "1MiB"]) == 1
     assert "which does not fit" in " ".join(capsys.readouterr().out.split())
 
