@@ -85,18 +85,21 @@ def _speeds(engine: FastEngine, memory: ModelMemory, batch: Batch) -> tuple[floa
     return share, launch / (2 * forward * len(memory.layers)), link, blocks
 
 
-def pass_seconds(store: FrozenStore) -> float:
+def pass_seconds(store: FrozenStore, passes: int = 2) -> float:
     """Seconds in which all streamed layers of a store come to the device, one after the other.
 
-    The second pass counts, as the first may read their file; where that takes long they will always come from there.
+    Args:
+        store: with streamed layers.
+        passes: of which the last is timed; the first may read their file, where there is memory to keep it.
     """
     took = 0.0
-    for _ in range(2):
+    for _ in range(passes):
         store.begin(turns=False)
         started = time.perf_counter()
         for number in store.streamed:
             store.arrive(number)
-        torch.cuda.synchronize(store.device)
+        if store.device.type == "cuda":
+            torch.cuda.synchronize(store.device)
         took = time.perf_counter() - started
     return took
 
@@ -128,14 +131,17 @@ def without_copies(store: FrozenStore) -> Iterator[None]:
     if ring is None:
         yield
         return
+    # The slots keep what they hold, but from here on no layer is bound to them.
+    ring.begin(ring.turns)
     slots = [Slot(one.memory) for one in ring.slots]
     store.ring = Ring(ring.sizes, slots, NoCopies(), ring.gives_up)
     try:
         yield
     finally:
-        store.ring.forget()
-        # The slots hold what they held, but their layers have to be bound anew.
-        ring.current, store.ring = None, ring
+        for slot in slots:
+            if slot.holds is not None:
+                ring.gives_up(slot.holds)
+        store.ring = ring
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:

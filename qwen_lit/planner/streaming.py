@@ -55,15 +55,15 @@ class Streaming:
 
     def slots(self, streamed: Collection[int]) -> int:
         """Bytes on the device for what is streamed."""
-        return SLOTS * max((self.blocks[number] for number in streamed), default=0)
+        return min(SLOTS, len(streamed)) * max((self.blocks[number] for number in streamed), default=0)
 
     def freed(self, streamed: Collection[int]) -> int:
-        """Bytes of the device that streaming gives back; below 0 for fewer layers than slots."""
+        """Bytes of the device that streaming gives back; none where all of it lies in the slots."""
         return self.held(streamed) - self.slots(streamed)
 
     def copied(self, streamed: Collection[int]) -> int:
         """Bytes that come over the link in a pass over all layers: those of the turn lie in the slots."""
-        return max(0, self.freed(streamed))
+        return self.freed(streamed)
 
 
 def block_sizes(config: Any, held: Mapping[str, Held]) -> tuple[int, ...]:
