@@ -6,6 +6,7 @@ import torch
 
 from qwen_lit import hardware
 from qwen_lit.hardware import host_memory
+from qwen_lit.planner import measure
 from qwen_lit.planner.measure import is_full, measure_host
 from qwen_lit.planner.search import HostProfile
 
@@ -62,7 +63,7 @@ def test_a_device_too_full_to_be_measured_is_planned_for_as_any(monkeypatch, gro
     def full(*_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(hardware, "_share_and_launch", full)
+    monkeypatch.setattr(measure, "_share_and_launch", full)
     assert measure_host(None, None, None, 2) == HostProfile(0.0, 1250, 0)
-    monkeypatch.setattr(hardware, "_share_and_launch", lambda *_: (0.3, 900.7))
+    monkeypatch.setattr(measure, "_share_and_launch", lambda *_: (0.3, 900.7))
     assert measure_host(None, None, None, 1) == HostProfile(0.25, 2500, 900)
