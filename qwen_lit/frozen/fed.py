@@ -186,7 +186,7 @@ class Feeder:
         self.link.follow(delivery.arrived)
 
     def close(self) -> None:
-        """End the threads and all copies; what is not sent stays away."""
+        """End the threads; what is not sent stays away, and what is sent is under way."""
         with self.changed:
             self.closed = True
             self.pieces.clear()
@@ -197,7 +197,6 @@ class Feeder:
             delivery.error = delivery.error or RuntimeError("the feeder of blocks was closed")
             delivery.issued.set()
         self.reader.close()
-        self.link.drain()
 
     def _work(self, buffer: Tensor) -> None:
         """Fill and send, until the feeder is closed."""
