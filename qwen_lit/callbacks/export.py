@@ -4,8 +4,8 @@ import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
+from qwen_lit.callbacks.as_trained import as_trained, can_be_asked, holding
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import is_whole, step_of
 from qwen_lit.callbacks.trackers import log_verdict
@@ -184,7 +185,8 @@ class Export(Callback):
                 self.made = {"checkpoint": "best", "step": saver.best_step, "val_loss": saver.best}
         elif saver.best_step == trainer.global_step:
             self.made["val_loss"] = saver.best
-        with part(adapter.name, self.missing), holding(module, weights):
+        # PEFT asks each module what it would save, and a base that is away has nothing.
+        with part(adapter.name, self.missing), holding(module, weights), module.left_out():
             shutil.rmtree(partial, ignore_errors=True)
             initial = module.initial_adapter.name if module.initial_adapter else None
             module.model.save_pretrained(
@@ -207,7 +209,7 @@ class Export(Callback):
             shutil.rmtree(partial, ignore_errors=True)
         elif NO_BEST not in self.missing:
             with part(self.run.merged.name, self.missing):
-                self.export(adapter, module, data, trainer.strategy.root_device, trainer.loggers, metrics)
+                self.export(adapter, module, data, trainer.strategy.root_device, trainer.loggers, metrics, weights)
         if self.missing:
             print(f"error: {self.said()}", file=sys.stderr)
 
@@ -255,8 +257,19 @@ class Export(Callback):
         device: torch.device,
         loggers: Sequence[Logger],
         losses: dict[str, float],
+        weights: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Merge an adapter folder and write what belongs to it; what fails is in ``missing``."""
+        """Merge an adapter folder and write what belongs to it; what fails is in ``missing``.
+
+        Args:
+            adapter: PEFT's folder.
+            module: as of ``from_checkpoint``; its model may be loaded.
+            data: as of ``from_checkpoint``.
+            device: as of ``from_checkpoint``.
+            loggers: get the verdict.
+            losses: of the run, for the card.
+            weights: of the adapter, by their names in ``QwenModule``, where the loaded model has others.
+        """
         if not self.merge:
             return
         assert data.train_rows is not None and data.val_rows is not None
@@ -285,6 +298,7 @@ class Export(Callback):
             kind="held-out" if len(data.val_rows) else "training",
             taught=prompts(data.train_rows.that_end(), self.smoke_rows),
             device=device,
+            trained=partial(as_trained, module, adapter, device, weights) if can_be_asked(module, device) else None,
         )
         self.facts = job.facts
         step = self.made.get("step") or 0
@@ -332,25 +346,6 @@ def best_weights(saver: RunCheckpoint) -> dict[str, torch.Tensor]:
         raise ExportError(f"{path} is of step {step}; that of step {saver.best_step} could not be written")
     found: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     return found
-
-
-@contextmanager
-def holding(module: QwenModule, weights: dict[str, torch.Tensor] | None) -> Iterator[None]:
-    """Let a module have other trained weights for a while; its own are put back bit for bit.
-
-    Args:
-        module: to which they are lent.
-        weights: all of its trained ones, by its names; None changes nothing.
-    """
-    if weights is None:
-        yield
-        return
-    own = {name: tensor.to("cpu", copy=True) for name, tensor in module.state_dict().items()}
-    module.load_state_dict(weights)
-    try:
-        yield
-    finally:
-        module.load_state_dict(own)
 
 
 def prompts(rows: Rows, count: int) -> list[Example]:

@@ -89,28 +89,29 @@ class Samples(Callback):
         assert module.model is not None
         if not self.asked or not trainer.is_global_zero or options_of(trainer).fast_dev_run:
             return
-        embedding = module.model.get_input_embeddings().weight
-        if embedding.device != trainer.strategy.root_device:
-            log.info("no samples: the embedding stands on the CPU, to save GPU memory")
-            self.asked = []
-            return
         tokenizer = data_of(trainer).tokenizer
+        prompts = [prompt for prompt, _ in self.asked]
+        # Streamed layers come once for each token of a batch, however many prompts are in it.
+        batches = [prompts] if module.store is not None and module.store.streamed else [[one] for one in prompts]
         training = module.model.training
         module.model.eval()
-        lines = []
-        for prompt, wanted in self.asked:
-            with trainer.precision_plugin.forward_context():
-                (answer,) = generate(module.model, tokenizer, [prompt], self.max_new_tokens, use_cache=True)
-            lines.append(
-                {
-                    "step": trainer.global_step,
-                    "prompt": tokenizer.decode(prompt),
-                    "answer": answer.text,
-                    "stopped": answer.ended,
-                    "wanted": wanted,
-                }
-            )
+        with trainer.precision_plugin.forward_context():
+            answers = [
+                answer
+                for batch in batches
+                for answer in generate(module.model, tokenizer, batch, self.max_new_tokens, use_cache=True)
+            ]
         module.model.train(training)
+        lines = [
+            {
+                "step": trainer.global_step,
+                "prompt": tokenizer.decode(prompt),
+                "answer": answer.text,
+                "stopped": answer.ended,
+                "wanted": wanted,
+            }
+            for (prompt, wanted), answer in zip(self.asked, answers, strict=True)
+        ]
         self._write(trainer, lines)
 
     def _write(self, trainer: L.Trainer, lines: list[dict[str, Any]]) -> None:

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
@@ -27,6 +26,7 @@ from qwen_lit.model.load import (
     read_model,
 )
 from qwen_lit.names import HUB_NAME, expanded
+from qwen_lit.planner.settle import free_bytes, least_bytes, settle
 from qwen_lit.prequantized import own_quantization
 from qwen_lit.progress import timed
 from qwen_lit.quantization import on_disk, planned_weights, usable
@@ -34,6 +34,8 @@ from qwen_lit.run import Run, is_adapter, is_model, training_config
 
 ROOM = 1.1
 """Memory that a conversation takes, over its weights."""
+TOKENS = 4096
+"""Of a conversation for whose keys and values there is room beside layers that are on the device."""
 FOUR_BITS = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True
 )
@@ -50,6 +52,8 @@ class Choice:
     quantization: BitsAndBytesConfig | None = None
     hub: Hub = "huggingface"
     """The hub that a base without a folder of its own is fetched from."""
+    streams: bool = False
+    """Whether layers that do not fit the device wait on the host."""
 
     @property
     def adapter(self) -> bool:
@@ -61,7 +65,8 @@ class Choice:
         """In what the weights are held, where they are quantised."""
         if self.quantization is None:
             return ""
-        return f"4 bits ({self.quantization.bnb_4bit_quant_type})" if self.quantization.load_in_4bit else "8 bits"
+        kind = f"4 bits ({self.quantization.bnb_4bit_quant_type})" if self.quantization.load_in_4bit else "8 bits"
+        return kind + ", layers on the host" * self.streams
 
     def __str__(self) -> str:
         if self.adapter:
@@ -72,22 +77,50 @@ class Choice:
     def bytes_needed(self, device: torch.device) -> int:
         """Memory of the loaded weights; 0 where the files are not on this machine.
 
+        Of a model whose layers are streamed, what it takes at least, with room for a conversation.
+
         Raises:
             UserError: the folder or its base is broken.
         """
         base = find(self.base, self.hub)
         if base is None:
             return 0
+        sizes = self._sizes(base, device)
+        total = sum(sizes.values())
+        if self.streams:
+            config = load_config(base)
+            family = family_of(config)
+            blocks = [
+                sum(sizes[f"{family.block(number)}.{one.path}.weight"] for one in layer.linears)
+                for number, layer in enumerate(family.layers(config))
+            ]
+            total += least_bytes(config, blocks, TOKENS) - sum(blocks)
+        return total + sum(file.stat().st_size for file in self.folder.glob("adapter_model.safetensors"))
+
+    def _sizes(self, base: Path, device: torch.device) -> dict[str, int]:
+        """Bytes of each weight once it is loaded, by its name in the model."""
         config, there = read_json(base / "config.json"), BaseModel(base).where
         held = on_disk(planned_weights(load_config(base), self.quantization, device, base), config, there)
         size = product_dtype(device).itemsize
-        loaded = {name for names in family_of(config).weights(config, there).values() for name in names}
-        total = sum(
-            held[name].bytes_of(math.prod(shape), shape[0]) if name in held else math.prod(shape) * size
-            for name, (_, _, shape) in there.items()
-            if name in loaded
-        )
-        return total + sum(file.stat().st_size for file in self.folder.glob("adapter_model.safetensors"))
+
+        def bytes_of(name: str) -> int:
+            shape = there[name][2]
+            numbers = math.prod(shape)
+            return held[name].bytes_of(numbers, shape[0]) if name in held else numbers * size
+
+        return {
+            own: sum(bytes_of(name) for name in names if name in there)
+            for own, names in family_of(config).weights(config, there).items()
+        }
+
+    def can_stream(self, device: torch.device) -> bool:
+        """Whether its layers can wait on the host: in 4 bits that this program quantises, and without experts."""
+        base = find(self.base, self.hub)
+        if device.type != "cuda" or base is None or self.quantization is None or not self.quantization.load_in_4bit:
+            return False
+        config = load_config(base)
+        dense = all(layer.feed_forward != "experts" for layer in family_of(config).layers(config))
+        return dense and own_quantization(config) is None
 
     def check(self) -> None:
         """Reject what cannot be loaded, from the heads of its files.
@@ -130,10 +163,10 @@ def choose(path: str, quantize: bool | None, device: torch.device) -> tuple[Choi
     Raises:
         UserError: there is none, or none that fits.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_bytes(device)
     passed: list[str] = []
     try:
-        for choice in choices(Path(expanded(path)), quantize):
+        for choice in offered(Path(expanded(path)), quantize, device):
             choice.check()
             needed = ROOM * choice.bytes_needed(device)
             if needed <= free:
@@ -152,6 +185,21 @@ def choose(path: str, quantize: bool | None, device: torch.device) -> tuple[Choi
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
+
+
+def offered(given: Path, quantize: bool | None, device: torch.device) -> Iterator[Choice]:
+    """Each of ``choices``, and then the last one with layers on the host, where the device and its form allow that.
+
+    Args:
+        given: as of ``choices``.
+        quantize: as of ``choose``.
+        device: as of ``choose``.
+    """
+    last = None
+    for last in choices(given, quantize):
+        yield last
+    if last is not None and last.can_stream(device):
+        yield replace(last, streams=True)
 
 
 def choices(given: Path, quantize: bool | None) -> Iterator[Choice]:
@@ -228,6 +276,7 @@ def load(choice: Choice, device: torch.device) -> tuple[Any, Any]:
     try:
         with timed(f"loading {choice}"):
             model = read_model(base, device, choice.quantization)
+            settle(model, TOKENS)
             tokenizer = load_tokenizer(base, choice.base)
             if choice.adapter:
                 model = read_adapted(model, choice.folder)

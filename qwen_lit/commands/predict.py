@@ -22,6 +22,7 @@ from qwen_lit.model.load import load_base, read_adapted
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import stored
 from qwen_lit.names import ADAPTER
+from qwen_lit.planner.settle import settle
 from qwen_lit.progress import Progress
 from qwen_lit.thinking import Form, form_of, read_form
 
@@ -66,6 +67,7 @@ def answer_rows(
             path, adapter = adapter, Path(folder) / ADAPTER
             adapter_from_checkpoint(path, module.lora_config, module.name, module.family, adapter, {})
         base: Any = load_base(module.folder, module.quantization_config, device)
+        settle(base, batch_size * (max((len(prompt) for _, prompt in rows), default=0) + max_new_tokens))
         base.config.use_cache = True
         model = read_adapted(base, adapter)
     now, before = predict(model, data.tokenizer, rows, target, batch_size, max_new_tokens)

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qwen_lit.engine.ends import HeadAtHand
 from qwen_lit.engine.linear import group_linear
 from qwen_lit.engine.lora_linear import (
     LoraLinear,
@@ -133,9 +134,9 @@ class FastEngine:
         """Holds the model; nothing of it is changed.
 
         Args:
-            model: a ``PeftModel`` for which ``unsupported_reason`` is None. Its embedding may stand on the CPU.
+            model: a ``PeftModel`` for which ``unsupported_reason`` is None.
             policies: how memory is saved, with one policy for each layer; without them every layer keeps all that its
-                backward needs.
+                backward needs. What waits on the host is placed by ``place_ends`` and ``FrozenStore.place``.
         """
         self.model = model
         base: Any = model.base_model.model
@@ -202,7 +203,7 @@ class FastEngine:
         base: Any = self.model.base_model.model
         decoder = self.decoder
         ids = batch["input_ids"]
-        residual = decoder.embed_tokens(ids.to(decoder.embed_tokens.weight.device)).flatten(0, 1).to(ids.device)
+        residual = decoder.embed_tokens(ids).flatten(0, 1)
         positions = batch["position_ids"].flatten()
         cos, sin = decoder.rotary_emb(residual, positions[None])
         half = cos.shape[-1] // 2
@@ -218,6 +219,7 @@ class FastEngine:
         self._cast_adapters(residual.dtype)
         if self.store is not None:
             self.store.begin(turns=training)
+        head = HeadAtHand(base.get_output_embeddings(), residual.device)
         with torch.autocast(residual.device.type, enabled=False):
             for number, block in enumerate(decoder.layers):
                 recompute = training and policies[number].recomputes
@@ -227,6 +229,8 @@ class FastEngine:
                 layer, linears = self.layers[number], self._linears(number, training)
                 # Of the last layer, only the rows that predict something are needed after attention.
                 rows = batch["target_index"] if block is decoder.layers[-1] else None
+                if rows is not None:
+                    head.begin()
                 seeds = seed + 4 * number
                 arguments = (residual, delta, block, layer, linears, cos, sin, batch, seeds, rows, columns_back)
                 columns_back = lora_columns([linears[one.name] for one in layer.groups[-1]])
@@ -245,8 +249,7 @@ class FastEngine:
                         residual, delta = self._layer(*arguments)
             assert delta is not None
             _, normed = add_norm(residual, delta, decoder.norm.weight, decoder.norm.variance_epsilon, 0, columns_back)
-            head: Any = base.get_output_embeddings()
-            return head_loss(normed, head.weight.to(normed.dtype), batch["targets"], self.policies.loss_chunk)
+            return head_loss(normed, head.take(normed.dtype), batch["targets"], self.policies.loss_chunk)
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """The contexts of a recomputed layer's first and second forward."""

@@ -53,17 +53,18 @@ class HostBlocks:
 
 
 @cache
-def _side(device: torch.device) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which tensors are copied between the host and a device, beside the computation."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
+def beside(device: torch.device) -> Iterator[None]:
     """Run on the side stream, after all that the current stream has been given so far; on the CPU, just run."""
     if device.type != "cuda":
         yield
         return
-    side = _side(device)
+    side = side_stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         yield
@@ -150,7 +151,7 @@ class _Layer:
             # It is wrapped, so that its use is seen here: the layer before has to come back then.
             return (tensor.detach(),)
         if address not in self.memories:
-            with _beside(self.device):
+            with beside(self.device):
                 self.memories[address] = _Memory(tensor, self.tape)
         memory = self.memories[address]
         memory.readers += 1
@@ -159,7 +160,7 @@ class _Layer:
     def leave(self) -> None:
         """Give up the memory on the device, once it is copied."""
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).wait_stream(_side(self.device))
+            torch.cuda.current_stream(self.device).wait_stream(side_stream(self.device))
         for memory in self.memories.values():
             memory.here = None
         self.here = False
@@ -170,7 +171,7 @@ class _Layer:
             return
         self.here = True
         rooms = [torch.empty(one.size, dtype=torch.uint8, device=self.device) for one in self.memories.values()]
-        with _beside(self.device):
+        with beside(self.device):
             for memory, here in zip(self.memories.values(), rooms, strict=True):
                 memory.fetch(here)
             # Copies of the side stream run in order, so later ones into these blocks come after the ones out of them.
@@ -218,7 +219,7 @@ class HostStore:
         self.last: _Layer | None = None
         if device.type == "cuda":
             # Where an earlier backward broke off, memory that it gave up may still be written to.
-            torch.cuda.current_stream(device).wait_stream(_side(device))
+            torch.cuda.current_stream(device).wait_stream(side_stream(device))
 
     @contextmanager
     def layer(self, last: bool = False) -> Iterator[None]:

@@ -75,6 +75,8 @@ class ModelCardFacts:
     """What the base was held in while training, as nf4; empty for bf16."""
     stopped: tuple[int, int] | None = None
     """Prompts that ended by themselves, of so many."""
+    asked: str = ""
+    """What answered them, where that is not the merged model."""
     adapter: AdapterFacts | None = None
     adapter_path: str = f"../{ADAPTER}"
     """Path of the adapter, relative to the model folder, or absolute."""
@@ -139,7 +141,9 @@ def model_card(facts: ModelCardFacts) -> str:
             f"| adapter on its base | {facts.verdict['adapter_loss']:.4f} | | |\n{rows}",
         ]
     if facts.stopped:
-        parts.append(f"{facts.stopped[0]} of {facts.stopped[1]} trained prompts ended at `<|im_end|>` by themselves.")
+        asked = f" They were answered by {facts.asked}: this model did not fit the device." if facts.asked else ""
+        ended = f"{facts.stopped[0]} of {facts.stopped[1]} trained prompts ended at `<|im_end|>` by themselves."
+        parts.append(ended + asked)
     if facts.served:
         parts.append(f"Asked through {' and '.join(facts.served)}, which send them as trained, token by token.")
     parts += [f"**Asked otherwise than trained** through {name}: {what}" for name, what in facts.unlike.items()]

@@ -6,7 +6,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from qwen_lit.export.adapter import RESIDUAL_INITS, write_for_whole
 from qwen_lit.export.card import AdapterFacts, ModelCardFacts, finish_adapter, model_card
@@ -27,6 +28,7 @@ from qwen_lit.families.layer import Family
 from qwen_lit.generate import generate
 from qwen_lit.model.load import load_tokenizer, read_model
 from qwen_lit.model.trained import weights
+from qwen_lit.planner.measure import free_memory
 from qwen_lit.quantization import Held
 from qwen_lit.thinking import Form
 
@@ -35,6 +37,9 @@ Merge = Literal["original", "dequantized"]
 MergeBase = Literal["auto", "original", "dequantized"]
 Example = tuple[Any, Any]
 """Token ids ``[t]`` and trained ranges ``[k, 2]``; of a prompt, its ids and those that follow."""
+Question = tuple[int, list[int], int]
+"""Number of the prompt, token ids of a form of it, and the most tokens of its answer."""
+AS_TRAINED = "the adapter on its base, as it was trained"
 EXPECTED = (ExportError, OSError, MemoryError, SafetensorError, torch.OutOfMemoryError)
 """Errors that a user can fix, reported in one line; any other is logged with its traceback."""
 
@@ -64,6 +69,9 @@ class Job:
     taught: Sequence[Example] = ()
     """Token ids of the prompts that the merged model is tried on, and of what was taught to follow each."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    trained: Callable[[], AbstractContextManager[Any]] | None = None
+    """Lends the adapter on its base as it was trained, on the device, to be asked where the merged model does not fit;
+    None where that is not asked."""
 
     @property
     def merges(self) -> tuple[Merge, ...]:
@@ -94,9 +102,15 @@ def run(job: Job, on_verdict: Callable[[Verdict], None] = lambda verdict: None) 
             _measure(job, on_verdict)
     with part(job.out_dir.name, facts.missing):
         report = _merge(job)
-    if job.out_dir.name not in facts.missing and job.taught and fits(report.bytes, job.device):
+    if job.out_dir.name in facts.missing or not job.taught:
+        return facts
+    merged = fits(report.bytes, job.device)
+    if merged or job.trained is not None:
         with part("the answers to trained prompts", facts.missing):
-            facts.stopped = try_prompts(job)
+            if not merged:
+                facts.asked = AS_TRAINED
+                log.info("the merged model does not fit %s: %s is asked instead", job.device, AS_TRAINED)
+            facts.stopped = try_prompts(job, merged)
             said = "%d of %d trained prompts ended by themselves"
             (log.info if facts.stopped[0] == facts.stopped[1] else log.warning)(said, *facts.stopped)
             for name, what in facts.unlike.items():
@@ -176,37 +190,71 @@ def _seen_from(folder: Path, adapter: Path) -> str:
 def fits(size: int, device: torch.device) -> bool:
     """Whether a model of ``size`` bytes can be tried where it is: on a card with room for it, or small on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] > 1.15 * size + 2**30
+        return free_memory(device) - torch.cuda.memory_allocated(device) > 1.15 * size + 2**30
     return size < 2**31
 
 
-def try_prompts(job: Job) -> tuple[int, int]:
+def try_prompts(job: Job, merged: bool) -> tuple[int, int]:
     """Answer prompts of trained rows with plain transformers, as each served form sends them.
 
     Which forms send them as they were trained, and what is otherwise in those which do not, is noted in the facts.
 
+    Args:
+        job: whose merged model is written.
+        merged: ask that; otherwise what was trained.
+
     Returns:
         How many ended by themselves, however they were asked, of how many.
     """
-    model, stopped, facts = read_model(job.out_dir, job.device), 0, job.facts
-    tokenizer = load_tokenizer(job.out_dir, str(job.out_dir))
+    tokenizer, facts = load_tokenizer(job.out_dir, str(job.out_dir)), job.facts
     names = dict[str, None]()
     # Beside one that the user has edited.
     beside = job.out_dir / "Modelfile.new"
     text = (beside if beside.is_file() else job.out_dir / "Modelfile").read_text(encoding="utf-8")
-    for prompt, following in job.taught:
+    questions: list[Question] = []
+    for number, (prompt, following) in enumerate(job.taught):
         trained = prompt.tolist()
         found = sent(text, tokenizer, facts.form, trained) if facts.form else {}
         for name, ids in found.items():
             names[name] = None
             if what := difference(trained, ids, name, tokenizer):
                 facts.unlike.setdefault(name, what)
-        ways = [list(one) for one in dict.fromkeys(map(tuple, found.values() or [trained]))]
         most = 2 * len(following) + 64
-        answers = [generate(model, tokenizer, [ids], most, own_ends=True)[0] for ids in ways]
-        stopped += all(answer.ended for answer in answers)
+        questions += [(number, list(one), most) for one in dict.fromkeys(map(tuple, found.values() or [trained]))]
+    went_on = _went_on(job, merged, tokenizer, questions)
     facts.served = tuple(name for name in names if name not in facts.unlike)
-    return stopped, len(job.taught)
+    return len(job.taught) - len(went_on), len(job.taught)
+
+
+def _went_on(job: Job, merged: bool, tokenizer: Any, questions: list[Question]) -> set[int]:
+    """The prompts of which an answer did not end by itself.
+
+    Args:
+        job: as of ``try_prompts``.
+        merged: as of ``try_prompts``.
+        tokenizer: of the merged model.
+        questions: one or more for each prompt.
+    """
+    # Layers that are streamed come once for each token of a batch, however many prompts are in it.
+    batches = [[one] for one in questions] if merged else [questions]
+    # What was trained is asked with the merged model's own config, as a server reads that.
+    own: dict[str, Any] = {"generation_config": GenerationConfig.from_pretrained(job.out_dir), "use_cache": True}
+    options = {} if merged else own
+    went_on = set[int]()
+    with _lent(job) if merged or job.trained is None else job.trained() as model:
+        for batch in batches:
+            most = max(most for _, _, most in batch)
+            answers = generate(model, tokenizer, [ids for _, ids, _ in batch], most, own_ends=True, **options)
+            for (number, _, most), answer in zip(batch, answers, strict=True):
+                if not answer.ended or len(answer.ids) > most:
+                    went_on.add(number)
+    return went_on
+
+
+@contextmanager
+def _lent(job: Job) -> Iterator[Any]:
+    """The merged model, on the device."""
+    yield read_model(job.out_dir, job.device)
 
 
 def adapter_from_checkpoint(

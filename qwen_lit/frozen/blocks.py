@@ -145,6 +145,51 @@ def _scale_codes(device: torch.device) -> Tensor:
     return F.create_dynamic_map().to(device)
 
 
+class AwayState(F.QuantState):  # type: ignore[misc]
+    """Quantisation state of a weight that is not at hand: its form alone.
+
+    A kernel that was given anything for the scales would read past the end of it, so whoever asks for them gets an
+    error instead.
+    """
+
+    @property
+    def absmax(self) -> Tensor:
+        """Scales, which every product asks for.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("the weight of a layer that lives on the host is read before it is on the device")
+
+    @absmax.setter
+    def absmax(self, value: Tensor | None) -> None:
+        """There is nothing to keep."""
+
+    def to(self, device: torch.device) -> None:
+        """There is nothing to move."""
+
+
+def away_state(linear: FrozenLinear, dtype: torch.dtype, device: torch.device) -> AwayState:
+    """What stands for the quantisation state of a weight that is not at hand.
+
+    Args:
+        linear: in the block.
+        dtype: of the numbers that would come out.
+        device: where they would.
+    """
+    held = linear.held
+    inner = AwayState(None, blocksize=NESTED_BLOCK, code=_scale_codes(device), dtype=torch.float32)
+    return AwayState(
+        None,
+        shape=torch.Size(linear.shape),
+        code=_codes(held.kind, device),
+        blocksize=held.blocksize,
+        quant_type=held.kind,
+        dtype=dtype,
+        state2=inner if held.double else None,
+    )
+
+
 def quant_state(linear: FrozenLinear, views: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
     """bitsandbytes' quantisation state of a weight, over the memory of its block.
 

@@ -63,19 +63,28 @@ class Ring:
     sizes: Mapping[int, int]
     """Bytes of each streamed layer's block, by its number."""
     slots: Sequence[Slot]
-    """At least two, each as large as the largest block."""
+    """At least two where there are two layers, each as large as the largest block."""
     copies: Copies
     gives_up: Callable[[int], None] = lambda number: None
     """Called with the number of a layer before its slot is overwritten."""
     turns: bool = True
     """Whether a backward follows the forward under way; otherwise another forward may."""
     current: int | None = None
-    """The layer that was asked for last."""
+    """The layer that was asked for last in the pass under way."""
     uses: int = 0
 
     def __post_init__(self) -> None:
         self.order = sorted(self.sizes)
         self.places = {number: place for place, number in enumerate(self.order)}
+
+    def begin(self, turns: bool) -> None:
+        """Begin a pass, whether or not the one before came to its end; the slots keep what they have.
+
+        Args:
+            turns: a backward follows it.
+        """
+        self._leave()
+        self.turns = turns
 
     def arrive(self, number: int) -> Slot | None:
         """Have a layer's block on the device for what is computed next, and those after it on their way.
@@ -88,28 +97,35 @@ class Ring:
         """
         if number == self.current:
             return None
-        if self.current is not None:
-            self._slot_of(self.current).free = self.copies.mark()
         forward = self.current is None or number > self.current or self.places[number] == 0
-        self.current = number
+        self._leave()
         wanted = [number, *self._followers(number, 1 if forward else -1)]
         slot = self._bring(number, wanted)
-        if slot.copy is not None:
-            self.copies.finish(slot.copy)
-            slot.copy = None
+        self._finish(slot)
         self.uses += 1
         slot.used = self.uses
         for follower in wanted[1:]:
             self._bring(follower, wanted)
+        # Last, so that a layer whose arrival broke off is asked for anew.
+        self.current = number
         return slot
 
-    def forget(self) -> None:
-        """Take what the slots hold for nothing, as after a pass that broke off."""
-        for slot in self.slots:
-            if slot.holds is not None:
-                self.gives_up(slot.holds)
+    def _leave(self) -> None:
+        """The layer that was asked for last is not used from here on."""
+        if self.current is not None:
+            self._slot_of(self.current).free = self.copies.mark()
+            self.current = None
+
+    def _finish(self, slot: Slot) -> None:
+        """Let what is computed next see what a slot holds; one whose copy failed holds nothing."""
+        if slot.copy is None:
+            return
+        copy, slot.copy = slot.copy, None
+        try:
+            self.copies.finish(copy)
+        except BaseException:
             slot.holds = None
-        self.current = None
+            raise
 
     def _followers(self, number: int, step: int) -> list[int]:
         """The layers that are asked for after this one, as many as there are slots for; fewer where passes turn."""
@@ -140,6 +156,8 @@ class Ring:
         slot = min((one for one in self.slots if one.holds not in wanted), key=lambda one: one.used)
         if slot.holds is not None:
             self.gives_up(slot.holds)
-        slot.holds = number
+        # It holds nothing should the copy not begin.
+        slot.holds = None
         slot.copy = self.copies.begin(number, slot.memory[: self.sizes[number]], slot.free)
+        slot.holds = number
         return slot

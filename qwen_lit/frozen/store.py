@@ -2,11 +2,12 @@
 
 A layer's block is on the host. A resident layer has a copy of it on the device, for good. A streamed one is copied
 into a slot of a ring each time it is asked for (``ring.py``). bitsandbytes' own modules hold no bytes of their own:
-their weights and scales are views of that memory, and of nothing while the layer is away: then the scales read as NaN,
-so that what computes with them cannot pass unseen.
+their weights and scales are views of that memory, and of nothing while the layer is away: then whoever asks for the
+scales gets an error, so that what computes with them cannot pass unseen.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_lit.frozen.blocks import Layout, quant_state
+from qwen_lit.frozen.blocks import Layout, away_state, quant_state
 from qwen_lit.frozen.host import Blocks, copies_of
 from qwen_lit.frozen.ring import SLOTS, Ring, Slot
 
@@ -50,29 +51,20 @@ class LayerModules:
             weight.data, weight.quant_state = packed, state
 
     def unbind(self, device: torch.device) -> None:
-        """Let the modules read nothing: shapes stay as they are, scales are NaN.
+        """Let the modules read nothing: shapes stay as they are, scales are an error.
 
         Args:
             device: where they compute.
         """
-        for path, (packed, state) in self._nothing(device).items():
-            weight = self.modules[path].weight
-            weight.data, weight.quant_state = packed, state
-
-    def _nothing(self, device: torch.device) -> dict[str, tuple[Tensor, Any]]:
-        """What stands for each weight and its state while the layer is away: one number for all of a tensor's."""
         if 0 not in self.bound:
-            views = {
-                name: torch.full((), torch.nan if piece.dtype.is_floating_point else 0, dtype=piece.dtype)
-                .to(device)
-                .expand(piece.shape)
-                for name, piece in self.layout.pieces.items()
-            }
+            pieces, nothing = self.layout.pieces, torch.zeros((), dtype=torch.uint8, device=device)
             self.bound[0] = {
-                one.path: (views[f"{one.path}.weight"], quant_state(one, views, self.dtype))
+                one.path: (nothing.expand(pieces[f"{one.path}.weight"].shape), away_state(one, self.dtype, device))
                 for one in self.layout.linears
             }
-        return self.bound[0]
+        for path, (packed, state) in self.bound[0].items():
+            weight = self.modules[path].weight
+            weight.data, weight.quant_state = packed, state
 
     def forget(self) -> None:
         """Let go of the memory that was bound."""
@@ -95,6 +87,9 @@ class FrozenStore:
         """The blocks of resident layers on the device, uint8."""
         self.ring: Ring | None = None
         """Of the streamed layers, where there are any."""
+        self.placing: tuple[frozenset[int], int] | None = None
+        """What ``place`` was given last."""
+        self.hooks: list[Any] = []
         for layer in layers:
             layer.unbind(device)
 
@@ -119,19 +114,17 @@ class FrozenStore:
 
         Args:
             streamed: numbers of layers.
-            slots: of the ring, at least 2.
+            slots: of the ring, at least 2; fewer streamed layers than that take one each.
 
         Raises:
             torch.OutOfMemoryError: the device has no room for the resident ones.
         """
+        self.placing = frozenset(streamed), slots
         for number in [one for one in self.resident if one in streamed]:
             self._leave(number)
+        slots = min(slots, len(streamed))
         if self.ring is not None and (set(self.ring.order) != set(streamed) or len(self.ring.slots) != slots):
-            for number in self.ring.order:
-                self.layers[number].unbind(self.device)
-                self.layers[number].forget()
-            self.ring.copies.close()
-            self.ring = None
+            self._close_ring()
         # Memory that lives across steps is not made in validation's inference mode.
         with torch.inference_mode(False), torch.no_grad():
             for number, layer in enumerate(self.layers):
@@ -140,11 +133,33 @@ class FrozenStore:
                     self.resident[number] = memory.copy_(self.blocks.read(number))
                     layer.bind(memory)
             if streamed and self.ring is None:
-                sizes = {number: self.layers[number].layout.size for number in streamed}
-                most = max(sizes.values())
-                made = [Slot(torch.empty(most, dtype=torch.uint8, device=self.device)) for _ in range(slots)]
-                copies = copies_of(self.blocks, sorted(streamed), self.device)
-                self.ring = Ring(sizes, made, copies, self._give_up)
+                self._open_ring(sorted(streamed), slots)
+
+    def _open_ring(self, streamed: list[int], slots: int) -> None:
+        sizes = {number: self.layers[number].layout.size for number in streamed}
+        most = max(sizes.values())
+        made = [Slot(torch.empty(most, dtype=torch.uint8, device=self.device)) for _ in range(slots)]
+        copies = copies_of(self.blocks, streamed, self.device)
+        # Their memory may be what was given up before, and be read by what the device was given then.
+        free = copies.mark()
+        for slot in made:
+            slot.free = free
+        self.ring = Ring(sizes, made, copies, self._give_up)
+
+    def _close_ring(self) -> None:
+        assert self.ring is not None
+        for number in self.ring.order:
+            self.layers[number].unbind(self.device)
+            self.layers[number].forget()
+        self.ring.copies.close()
+        self.ring = None
+
+    def release(self) -> None:
+        """Give all of the device's memory back; the next pass places the layers again as they were."""
+        for number in list(self.resident):
+            self._leave(number)
+        if self.ring is not None:
+            self._close_ring()
 
     def _leave(self, number: int) -> None:
         """Take a resident layer off the device."""
@@ -167,13 +182,14 @@ class FrozenStore:
             self.layers[number].bind(slot.memory)
 
     def begin(self, turns: bool) -> None:
-        """Say what the next pass is.
+        """Say what the next pass is, and see that every layer is placed.
 
         Args:
             turns: a backward follows it.
         """
+        self._placed()
         if self.ring is not None:
-            self.ring.turns = turns
+            self.ring.begin(turns)
 
     def hook(self, blocks: Sequence[nn.Module]) -> None:
         """Have weights at hand wherever decoder layers are called as modules, without gradients.
@@ -182,12 +198,34 @@ class FrozenStore:
             blocks: the decoder layers of transformers, in order.
         """
         for number, block in enumerate(blocks):
-            block.register_forward_pre_hook(partial(self._before, number))
+            self.hooks.append(block.register_forward_pre_hook(partial(self._before, number)))
+
+    def _placed(self) -> None:
+        """Place the layers again, where ``release`` has taken them off the device."""
+        if len(self.resident) + len(self.streamed) == len(self.layers):
+            return
+        if self.placing is None:
+            raise RuntimeError("the layers of this model were never placed, so they have no weights")
+        self.place(*self.placing)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Keep the weights out of what is done meanwhile to all parameters, such as moving them: they would be copied
+        into memory of their own."""
+        weights = {module: module.weight for layer in self.layers for module in layer.modules.values()}
+        for module in weights:
+            module.weight = None
+        try:
+            yield
+        finally:
+            for module, weight in weights.items():
+                module.weight = weight
 
     def _before(self, number: int, block: nn.Module, arguments: Any) -> None:
+        self._placed()
         if self.ring is None or number not in self.ring.sizes:
             return
-        if torch.is_grad_enabled() and block.training:
+        if torch.is_grad_enabled() and (block.training or any(one.requires_grad for one in block.parameters())):
             raise RuntimeError(
                 "a layer whose weights are streamed was called with gradients: its backward would read the weights "
                 "of another layer; model.engine: reference needs the whole base on the device"
@@ -204,3 +242,16 @@ def store_of(base: nn.Module) -> FrozenStore | None:
     """
     found: FrozenStore | None = getattr(base, "frozen", None)
     return found
+
+
+def disband(base: Any) -> None:
+    """Let a base's modules hold their weights by themselves from now on, as they are.
+
+    Args:
+        base: transformers' model, with all layers resident where it has a store.
+    """
+    store = store_of(base)
+    if store is not None:
+        for hook in store.hooks:
+            hook.remove()
+        base.frozen = None

@@ -4,7 +4,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -18,11 +18,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from qwen_lit.data.batches import Batch, join, padded
 from qwen_lit.data.datamodule import QwenDataModule, data_of
 from qwen_lit.distributed import agree, reduce_trained_alone, watch_children
+from qwen_lit.engine.ends import cast_ends
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError
-from qwen_lit.export.adapter import saved_name
+from qwen_lit.export.adapter import RESIDUAL_INITS, saved_name
 from qwen_lit.export.folder import read_json
 from qwen_lit.families.table import family_of
+from qwen_lit.frozen.store import FrozenStore, disband, store_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
 from qwen_lit.model.base_files import check_base
@@ -42,6 +44,7 @@ from qwen_lit.model.trained import find_adapter, log_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.plan import Plan, parse_bytes
+from qwen_lit.planner.settle import hold_all
 from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 from qwen_lit.run import Run
 from qwen_lit.seams import options_of
@@ -120,6 +123,10 @@ class QwenModule(L.LightningModule):
             log_measured(self.name, self.run.checkpoint or self.init_adapter, data)
             check_validation_share(self.trainer, data)
 
+    def teardown(self, stage: str) -> None:
+        """Leave nothing on the device, as Lightning has moved all else to the CPU."""
+        self.release_memory()
+
     def fetch_weights(self) -> None:
         """See that the base's weights are on this machine and can be read.
 
@@ -136,6 +143,12 @@ class QwenModule(L.LightningModule):
         device = self.trainer.strategy.root_device
         base = load_base(self.folder, self.quantization_config, device)
         self.quantized = loaded_weights(base)
+        start = str(self.lora_config.init_lora_weights).lower()
+        if start.startswith(RESIDUAL_INITS):
+            hold_all(
+                base, f"model.lora_config.init_lora_weights is {start}, which reads and changes the base's weights"
+            )
+            disband(base)
         self.model = add_adapter(base, self.lora_config, self.settings.gradient_checkpointing)
         if self.init_adapter is not None:
             put(self, weights(self.init_adapter))
@@ -148,7 +161,9 @@ class QwenModule(L.LightningModule):
         before = stored(self.run.checkpoint).get("micro_batches_at_once")
         choice = choose_engine(self, self.trainer, self.data, before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
-        if self.offload_embedding:
+        if self.store is not None and self.store.placing is None:
+            hold_all(base, f"the engine is {choice.description}, which streams nothing")
+        if self.store is not None:
             reduce_trained_alone(self)
 
     def held_weights(self, device: torch.device) -> dict[str, Held]:
@@ -162,9 +177,11 @@ class QwenModule(L.LightningModule):
         return planned_weights(self.config, self.quantization_config, device, self.folder)
 
     def release_memory(self) -> None:
-        """Free what only training needs, for what comes after it."""
+        """Free what only training needs, for what comes after it; the next pass takes it again."""
         if self.fast is not None:
             self.fast.release()
+        if self.store is not None:
+            self.store.release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -188,23 +205,26 @@ class QwenModule(L.LightningModule):
         return (len(batch["cu_seqlens"]) - 1) * batch["max_seqlen"] if self.pads else batch["input_ids"].numel()
 
     @property
-    def offload_embedding(self) -> bool:
-        """Whether the plan has put the embedding on the CPU."""
-        return self.plan is not None and self.plan.policies.offload_embedding
+    def store(self) -> FrozenStore | None:
+        """What holds the base's frozen linears; None where their modules do, or nothing is loaded."""
+        return None if self.model is None else store_of(self.model.get_base_model())
 
     def to(self, *args: Any, **kwargs: Any) -> "QwenModule":
-        """Move or cast as ``nn.Module.to`` does, but leave an embedding on the CPU that the plan has put there."""
-        if not self.offload_embedding:
-            return super().to(*args, **kwargs)
-        embedding = cast(Any, self.model).base_model.model.get_input_embeddings()
-        weight, embedding.weight = embedding.weight, None
-        try:
-            super().to(*args, **kwargs)
-        finally:
-            embedding.weight = weight
-        for dtype in (one for one in (*args, *kwargs.values()) if isinstance(one, torch.dtype)):
-            embedding.to(dtype)
+        """Move or cast as ``nn.Module.to`` does, but leave what waits on the host there."""
+        super().to(*args, **kwargs)
+        if self.model is not None:
+            for dtype in (one for one in (*args, *kwargs.values()) if isinstance(one, torch.dtype)):
+                cast_ends(self.model.get_base_model(), dtype)
         return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QwenModule":
+        """Move or cast all but what the store holds, which is views of memory that stays where it is."""
+        with self.left_out():
+            return super()._apply(fn, recurse)
+
+    def left_out(self) -> AbstractContextManager[None]:
+        """A context in which the modules of the base lack the weights that the store holds."""
+        return nullcontext() if self.store is None else self.store.left_out()
 
     @property
     def state_bytes(self) -> float:

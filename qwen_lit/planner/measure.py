@@ -2,12 +2,9 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from peft import PeftModel
@@ -15,6 +12,7 @@ from peft import PeftModel
 from qwen_lit.data.batches import Batch, collate
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.hardware import host_memory
 from qwen_lit.planner.flops import measured_flops
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.search import HostProfile
@@ -30,27 +28,6 @@ PRODUCT = 4096
 
 TIMES = 4
 """Runs of what is timed, of which the shortest counts; the first one compiles, allocates and wakes the device."""
-
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
-OWN_CONTROL_GROUP = Path("/proc/self/cgroup")
-"""Names the control group of this process."""
-
-
-def host_memory() -> int:
-    """Bytes of host memory that are free to this process: the machine's, or what its control groups leave."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        mine = next(line[3:] for line in OWN_CONTROL_GROUP.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return free
-    group = CONTROL_GROUPS / mine.strip("/")
-    for one in (group, *group.parents):
-        if one.is_relative_to(CONTROL_GROUPS):
-            # A group without a limit says max, and the outermost has no such file.
-            with suppress(OSError, ValueError):
-                most, used = ((one / name).read_text().strip() for name in ("memory.max", "memory.current"))
-                free = min(free, int(most) - int(used))
-    return max(0, free)
 
 
 def measure_host(engine: FastEngine, memory: ModelMemory, batch: Batch, processes: int) -> HostProfile:

@@ -4,16 +4,17 @@ import psutil
 import pytest
 import torch
 
-from qwen_lit.planner import measure as probe
-from qwen_lit.planner.measure import host_memory, is_full, measure_host
+from qwen_lit import hardware
+from qwen_lit.hardware import host_memory
+from qwen_lit.planner.measure import is_full, measure_host
 from qwen_lit.planner.search import HostProfile
 
 
 @pytest.fixture
 def group(monkeypatch, tmp_path):
     """A process in a control group of another, on a machine with 5,000 bytes free; ``limit`` gives one a limit."""
-    monkeypatch.setattr(probe, "CONTROL_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(probe, "OWN_CONTROL_GROUP", tmp_path / "mine")
+    monkeypatch.setattr(hardware, "CONTROL_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(hardware, "OWN_CONTROL_GROUP", tmp_path / "mine")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5000})())
     inner = tmp_path / "groups" / "job" / "step"
     inner.mkdir(parents=True)
@@ -39,7 +40,7 @@ def test_host_memory_is_what_the_machine_and_every_control_group_leave(group):
 
 
 def test_host_memory_is_the_machines_where_there_is_no_control_group(monkeypatch, tmp_path):
-    monkeypatch.setattr(probe, "OWN_CONTROL_GROUP", tmp_path / "none")
+    monkeypatch.setattr(hardware, "OWN_CONTROL_GROUP", tmp_path / "none")
     assert 0 < host_memory() <= psutil.virtual_memory().total
 
 
@@ -61,7 +62,7 @@ def test_a_device_too_full_to_be_measured_is_planned_for_as_any(monkeypatch, gro
     def full(*_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(probe, "_share_and_launch", full)
+    monkeypatch.setattr(hardware, "_share_and_launch", full)
     assert measure_host(None, None, None, 2) == HostProfile(0.0, 1250, 0)
-    monkeypatch.setattr(probe, "_share_and_launch", lambda *_: (0.3, 900.7))
+    monkeypatch.setattr(hardware, "_share_and_launch", lambda *_: (0.3, 900.7))
     assert measure_host(None, None, None, 1) == HostProfile(0.25, 2500, 900)
