@@ -28,6 +28,7 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS, RESIDUAL_INITS
 from qwen_lit.export.kquants import gguf_bytes
 from qwen_lit.families.table import family_of
+from qwen_lit.frozen.loading import BESIDE
 from qwen_lit.hub import is_folder, missing_bytes, stored_bytes
 from qwen_lit.model.coverage import coverage, left_out
 from qwen_lit.model.duration import check_limits, epoch_share, epoch_steps, total_steps
@@ -227,10 +228,13 @@ def arithmetic(
     engine = f"reference ({reason})" if reason else "fast"
     result |= {"measured": False, "engine": engine, "weights_gib": round(static / GIB, 2)}
     if reason:
-        return result | {"plans": [], "advice": []} | reference(trainer, module, data, model, static, CARDS)
-    memory = planned_memory(module, model, held)
+        return result | {"plans": [], "advice": []} | reference(module, data, model, static, CARDS)
+    planned = planned_memory(module, model, held)
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
+        # Without a cache, a base for which there is room is loaded as a whole.
+        whole = module.settings.base_cache is None and static + BESIDE <= size
+        memory = replace(planned, blocks=()) if whole else planned
         plan = choose(memory, static, size, sizes, HostProfile(processes=trainer.num_devices), mean=mean)
         plans.append(as_dict(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, mean, memory), 3)})
         if explained and plan.fits:
@@ -266,8 +270,6 @@ def reference_because(module: QwenModule, model: PeftModel, held: Mapping[str, H
     """
     if module.settings.engine == "reference":
         return "as model.engine says"
-    if module.settings.shard_base:
-        return "the base is sharded"
     for name, one in held.items():
         if one.kind == "int8" or name.startswith(family_of(module.config).head):
             return f"{name.removesuffix('.weight')} is held in {one}"
@@ -361,7 +363,7 @@ def measure(
     held = module.held_weights(device)
     static = static_bytes(model, held)
     if plan is None:
-        result |= reference(trainer, module, data, model, static, CARDS)
+        result |= reference(module, data, model, static, CARDS)
     else:
         memory = planned_memory(module, model, held)
         result |= as_dict(plan)
