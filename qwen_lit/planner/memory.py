@@ -17,7 +17,7 @@ from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.frozen.quantize import layouts_of
 from qwen_lit.frozen.store import store_of
 from qwen_lit.kernels.footprint import LayerSize, columns_of, rank_of
-from qwen_lit.planner.layer_memory import LayerMemory, Moment, augmented_bytes, layer_memory
+from qwen_lit.planner.layer_memory import Ends, LayerMemory, Moment, augmented_bytes, layer_memory
 from qwen_lit.planner.streaming import Streaming
 from qwen_lit.quantization import Held
 
@@ -43,15 +43,6 @@ class MemoryConstants:
 
 
 MEMORY = MemoryConstants()
-
-
-@dataclass(frozen=True)
-class Ends:
-    """Bytes a token at the end of forward, logits and lm_head aside."""
-
-    loss: int
-    last: int
-    """In the forward of the last layer."""
 
 
 @dataclass(frozen=True, eq=False)

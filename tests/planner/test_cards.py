@@ -1,16 +1,20 @@
 """Which model trains on which card, by the planner's arithmetic: promised budgets, and the table of the page."""
 
+import re
 import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2Config
 
 from qwen_lit.commands.plan import static_bytes
+from qwen_lit.commands.plan_advice import advice
 from qwen_lit.model.load import empty_model
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.memory import ModelMemory
@@ -86,6 +90,25 @@ def test_a_search_over_80_layers_takes_less_than_a_second():
     started = time.process_time()
     assert choose(memory, static, 24 * GIB, SIZES, HostProfile(0.25, launch=1000)).fits
     assert time.process_time() - started < 1
+
+
+def test_the_advice_names_the_card_on_which_nothing_is_streamed():
+    memory, static = shape("7B")
+    plan = choose(memory, static, 8 * GIB, SIZES)
+    lora = SimpleNamespace(r=32)
+    module = SimpleNamespace(lora_config=lora, state_bytes=2, quantization_config=None, config=SimpleNamespace())
+    data = SimpleNamespace(settings=SimpleNamespace(packing=True), train_rows=rows_of([2048] * 8))
+    lines = advice(memory, static, plan, SIZES, 2048, module, data, torch.nn.Linear(1, 1), static_bytes)
+    told = re.search(r"faster: with ([\d.]+) GiB no layer is streamed, about \d+% faster", "\n".join(lines))
+    size = float(told[1])
+    assert 16 < size < 48
+    streamed = [choose(memory, static, int(one * GIB), SIZES).policies.streamed for one in (size - 2, size + 0.1)]
+    assert streamed[0] and not streamed[1]
+
+
+def rows_of(lengths):
+    """Rows of a data set, none of raw text."""
+    return SimpleNamespace(column=lambda _: np.array(lengths), of_kind=lambda _: np.zeros(len(lengths), bool))
 
 
 def cell(name, card):
