@@ -156,6 +156,7 @@ class Ring:
         slot = min((one for one in self.slots if one.holds not in wanted), key=lambda one: one.used)
         if slot.holds is not None:
             self.gives_up(slot.holds)
+        # It holds nothing should the copy not begin.
         slot.holds = None
         slot.copy = self.copies.begin(number, slot.memory[: self.sizes[number]], slot.free)
         slot.holds = number
