@@ -48,7 +48,7 @@ def test_what_the_store_holds_stays_where_it_is_when_all_else_is_moved(model_fol
     assert [one.data_ptr() for one in weights] == places and {one.device.type for one in weights} == {"cpu"}
     # What stands for a layer that is away takes no memory.
     assert weights[1].untyped_storage().nbytes() == 1
-    module.release_memory()
+    module.teardown("fit")
     assert not store.resident and store.ring is None and store.away == sum(store.sizes)
 
 
