@@ -14,6 +14,7 @@ from qwen_lit.kernels.loss import head_loss, head_loss_reference
 from qwen_lit.kernels.nf4 import can_dequantize, dequantize, dequantize_reference
 from qwen_lit.kernels.norm import add_norm
 from qwen_lit.kernels.rope import rope, rope_backward, rope_reference
+from qwen_lit.kernels.rows import can_read_host, host_rows, host_rows_reference
 from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_reference
 
 pytestmark = pytest.mark.gpu
@@ -344,3 +345,15 @@ def test_the_dropout_mask_is_a_function_of_seed_and_place_and_keeps_its_share():
     assert abs(float((one == 0).float().mean()) - 0.1) < 0.005
     added = torch.ones_like(x)
     assert torch.equal(dropped(x, 0.1, 5, add=added), one + 1)
+
+
+@pytest.mark.parametrize(("rows", "width", "count"), [(5, 64, 9), (301, 1536, 1), (77, 3584, TOKENS)])
+def test_rows_read_from_the_host_are_those_of_the_matrix(rows, width, count, dtype):
+    table = torch.randn(rows, width).to(dtype)
+    if not INTERPRETED:
+        table = table.pin_memory()
+    ids = torch.randint(rows, (count,), device=DEVICE)
+    ids[0] = rows - 1
+    assert can_read_host(table)
+    found = host_rows(table, ids)
+    assert found.device == ids.device and torch.equal(found, host_rows_reference(table, ids))
