@@ -10,24 +10,25 @@ import resource
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
 from cases import GIB, QKVO, documents, limit_memory
 from lightning.fabric.utilities import move_data_to_device
+from made import NF4, made_base
 from peft import LoraConfig, PeftModel
-from transformers import BitsAndBytesConfig
 
 from qwen_lit.data.batches import Batch, collate
 from qwen_lit.data.packing import best_fit
 from qwen_lit.engine.engine import FastEngine, unsupported_reason
-from qwen_lit.model.load import add_adapter, load_base
+from qwen_lit.frozen.loading import load_frozen
+from qwen_lit.model.load import add_adapter
 from qwen_lit.model.optim import OPTIMIZERS
 from qwen_lit.planner.measure import Gpu
-from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.planner import Planned, Planner, Work, possible_at_once
-from qwen_lit.planner.search import HostProfile
 
+DEVICE = torch.device("cuda:0")
 OPTIMIZER = OPTIMIZERS["paged_adamw_8bit"]
 TOLD = ("share", "launch")
 """What a case may say of the machine instead of measuring it."""
@@ -80,32 +81,35 @@ class ToldGpu(Gpu):
         super().__init__(device)
         self.told = told
 
-    def profile(self, model: PeftModel, memory: ModelMemory, processes: int) -> HostProfile:
+    def profile(self, *of: Any) -> Any:
         """As measured, but for what is told."""
-        return replace(super().profile(model, memory, processes), **self.told)
+        return replace(super().profile(*of), **self.told)
 
 
 def ours(model_path: str, case: dict[str, Any]) -> dict[str, Any]:
     """Steps of the fast engine with the plan it makes for the memory it has."""
-    device = torch.device("cuda:0")
     limit_memory(case)
     began = time.perf_counter()
-    model = adapted(model_path, case, device)
+    model = adapted(model_path, case, DEVICE)
     loaded = {"load_s": round(time.perf_counter() - began, 1), "load_gib": gib(torch.cuda.max_memory_allocated())}
     rows = Rows.of(case)
-    planned = plan(model, case, rows, device)
-    return {**measured(planned, model, case, rows, device), **loaded, **described(planned), **host_memory(model)}
+    planned = plan(model, case, rows, DEVICE)
+    return {**measured(planned, model, case, rows, DEVICE), **loaded, **described(planned), **host_memory(model)}
 
 
 def adapted(model_path: str, case: dict[str, Any], device: torch.device) -> PeftModel:
-    """The base in NF4 with a new adapter."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_use_double_quant=True,
-    )
-    base = load_base(model_path, quantization, device)
+    """The base in NF4 with a new adapter.
+
+    Args:
+        model_path: a checkpoint's folder, or a shape of ``random_base.py``.
+        case: what is trained.
+        device: where.
+    """
+    there = Path(model_path).is_dir()
+    if there:
+        base = load_frozen(Path(model_path), NF4, device, case.get("base_cache", "auto"), limit_of(case))
+    else:
+        base = made_base(model_path, NF4, device, case.get("layers"))
     lora = LoraConfig(
         r=32, lora_alpha=64, lora_dropout=case.get("dropout", 0.0), target_modules=case.get("targets", QKVO)
     )
@@ -115,9 +119,14 @@ def adapted(model_path: str, case: dict[str, Any], device: torch.device) -> Peft
     return model
 
 
+def limit_of(case: dict[str, Any]) -> int | None:
+    """Bytes of the device that a case may use; None for all."""
+    return int(case["memory"] * GIB) if "memory" in case else None
+
+
 def plan(model: PeftModel, case: dict[str, Any], rows: Rows, device: torch.device) -> Planned:
     """What the planner chooses, and the engine that runs it."""
-    budget = 1 if case.get("least") else int(case["memory"] * GIB) if "memory" in case else None
+    budget = 1 if case.get("least") else limit_of(case)
     planner = Planner(
         model,
         ToldGpu(device, {key: case[key] for key in TOLD if key in case}),

@@ -10,6 +10,7 @@ there is a hole in their place, which takes no room and reads as zeros.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -103,6 +104,22 @@ TEXT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Where Qwen's tokenizer cuts a text."""
+
+
+def config_of(shape: str, layers: int | None = None) -> Any:
+    """transformers' config of a shape.
+
+    Args:
+        shape: a name of ``SHAPES``, or a config.json.
+        layers: instead of the shape's.
+    """
+    said = SHAPES.get(shape) or json.loads(Path(shape).read_text(encoding="utf-8"))
+    if layers:
+        said = copy.deepcopy(said)
+        said.get("text_config", said)["num_hidden_layers"] = layers
+    config = AutoConfig.for_model(said["model_type"], **{k: v for k, v in said.items() if k != "model_type"})
+    config.dtype = "bfloat16"
+    return config
 
 
 def tokenizer() -> Any:
@@ -223,11 +240,7 @@ def main() -> None:
         "--cache", type=Path, help="folder for the quantised decoder layers, which the files leave out"
     )
     given = parser.parse_args()
-    said = SHAPES.get(given.shape) or json.loads(Path(given.shape).read_text(encoding="utf-8"))
-    if given.layers:
-        said.get("text_config", said)["num_hidden_layers"] = given.layers
-    config = AutoConfig.for_model(said["model_type"], **{k: v for k, v in said.items() if k != "model_type"})
-    config.dtype = "bfloat16"
+    config = config_of(given.shape, given.layers)
     given.folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(given.folder)
     tokenizer().save_pretrained(given.folder)

@@ -4,8 +4,10 @@
                                [--json OUT]
 
 MODEL is a folder with a checkpoint of the shape to measure and a tokenizer; random weights will do (``random_base.py``
-writes them). Each case of ``cases.py`` trains the same number of tokens a step: 16,384, every token supervised unless
-it says otherwise. A peer runs beside each case where it is installed.
+writes them). It may be a shape of ``random_base.py`` too, such as qwen2.5-72b: then ``made.py`` makes it in memory,
+quantised and with its layers on the host, which no peer can load. Each case of ``cases.py`` trains the same number of
+tokens a step: 16,384, every token supervised unless it says otherwise. A peer runs beside each case where it is
+installed.
 """
 
 import argparse
