@@ -99,7 +99,8 @@ def _watch_parent(parent: int) -> None:
 
 
 def reduce_trained_alone(module: torch.nn.Module) -> None:
-    """Keep DDP from frozen parameters and buffers: shards differ between ranks, and DDP takes nothing from the CPU.
+    """Keep DDP from frozen parameters and buffers: it would write the first rank's into what stands for a layer that
+    is away, which has no memory of its own.
 
     Args:
         module: that DDP will wrap.

@@ -16,11 +16,12 @@ log = logging.getLogger("qwen_lit")
 OUT_OF_MEMORY = """out of GPU memory. The levers, in order:
   data.batch_size {batch_size} (lower it, raise trainer.accumulate_grad_batches {accumulate} by as much)
   model.gradient_checkpointing {checkpointing} (true keeps only layer inputs)
-  model.memory_budget {budget} (for the fast engine: a size below what the card has free, such as 7GiB)
-  model.engine {engine} (the fast engine streams layers in 4 bits that do not fit; reference keeps all on the card)
+  model.memory_budget {budget} (for the fast engine: a size below what the card has free, such as 7GiB; layers of a
+    base in 4 bits that have no room then wait in host memory)
+  model.engine {engine} (reference needs the whole base on the card; auto and fast do not)
   data.max_length {max_length} (rows that are longer are shortened, or dropped where their answer does not fit)
   model.lora_config.r {r} (fewer trained parameters)
-  model.quantization_config (nf4 with bnb_4bit_use_double_quant: true is the smallest, and alone streamed)"""
+  model.quantization_config (nf4 with bnb_4bit_use_double_quant: true is the smallest)"""
 
 
 def exit_code(

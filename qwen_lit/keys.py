@@ -80,6 +80,11 @@ ALIASES = {
     "warmup_steps": "model.warmup_ratio",
 }
 """What other trainers call a key, by its last part."""
+REMOVED = {
+    "model.shard_base": "with model.engine: auto, 4-bit layers that a card has no room for wait in host memory, in "
+    "one copy for all cards of a machine",
+}
+"""What does the work of a key that once was."""
 
 
 def wrong_keys(args: list[str], known: Collection[str], all_keys: Collection[str]) -> list[str]:
@@ -106,7 +111,9 @@ def configurations(args: list[str]) -> list[str]:
 
 
 def meant(key: str, all_keys: Collection[str]) -> str:
-    """The question after the key that was meant, as it ends a message; where to look if nothing is near."""
+    """What ends a message about a key: what is done in its place, or which key was meant, or where all are listed."""
+    if key in REMOVED:
+        return f" any more, leave it out: {REMOVED[key]}"
     found = nearest(key, all_keys)
     return f"; did you mean {found}?" if found else "; --help lists all"
 

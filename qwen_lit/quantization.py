@@ -262,17 +262,3 @@ def check_trained_whole(held: dict[str, Held], modules: Iterable[str], config: A
                     f"model.lora_config.modules_to_save names {module}, but {own} is held in {how.kind} and cannot be "
                     f"trained whole; {remedy}."
                 )
-
-
-def check_shards(quantization: BitsAndBytesConfig) -> None:
-    """Refuse to shard 4-bit weights in bytes: FSDP shards floating-point numbers alone.
-
-    Raises:
-        UserError: the base's files hold them so.
-    """
-    if quantization.load_in_4bit and quantization.bnb_4bit_quant_storage != torch.bfloat16:
-        raise UserError(
-            "model.shard_base needs weights that shard, and the files of this base hold theirs in "
-            f"{str(quantization.bnb_4bit_quant_storage).removeprefix('torch.')}; give the original bf16 model, with "
-            "model.quantization_config.bnb_4bit_quant_storage: bfloat16."
-        )

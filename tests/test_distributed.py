@@ -93,16 +93,6 @@ def test_two_ranks_learn_what_one_with_twice_the_accumulation_learns(command, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_base_that_is_sharded_over_two_ranks_learns_what_a_whole_one_learns(command, two, tmp_path):
-    storage = ["--model.quantization_config.bnb_4bit_quant_storage", "bfloat16"]
-    options = [*ALIKE, *storage, "--trainer.max_epochs", "1", *TWO]
-    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    for out, more in ((whole, []), (sharded, ["--model.shard_base", "true"])):
-        code, text = run(command(out, *options, *more))
-        assert code == 0, text
-    assert same(whole, sharded)
-
-
 def test_each_row_is_trained_once_an_epoch_over_all_ranks(two):
     other = [json.loads(line) for line in (two / "trace.jsonl.1").read_text().splitlines()]
     for epoch in (0, 1):

@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 
 from qwen_lit import hardware
 from qwen_lit.cli import main
-from qwen_lit.model.load import load_base
+from qwen_lit.model.load import computing_on, load_base
 from tests.runs import begun, recording
 
 
@@ -37,13 +37,13 @@ def test_a_cpu_has_bf16_where_it_has_the_instructions_and_torch_may_use_them(
     assert hardware.cpu_has_bf16.__wrapped__() is has
 
 
-def test_a_base_that_is_put_in_host_memory_for_a_gpu_is_in_the_dtype_of_the_gpu(model_folder, monkeypatch):
+def test_a_gpu_computes_in_bf16_whatever_the_cpu_beside_it_has(model_folder, monkeypatch):
     monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: False)
-    cpu, bits = torch.device("cpu"), BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    for device, dtype in ((torch.device("cuda:0"), torch.bfloat16), (cpu, torch.float32)):
-        base = load_base(str(model_folder), bits, device, cpu)
-        assert {p.device for p in base.parameters()} == {cpu} and base.lm_head.weight.dtype == dtype
-        assert base.model.layers[0].self_attn.q_proj.compute_dtype == dtype
+    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    assert hardware.product_dtype(gpu) == computing_on(gpu, bits).bnb_4bit_compute_dtype == torch.bfloat16
+    base = load_base(model_folder, bits, cpu)
+    assert base.lm_head.weight.dtype == base.model.layers[0].self_attn.q_proj.compute_dtype == torch.float32
 
 
 @pytest.mark.parametrize("has", [True, False])

@@ -336,6 +336,9 @@ def test_a_plan_is_told_as_the_planner_chose_it(plan, monkeypatch):
         "layers_offloaded": 3,
         "mlp_piece_tokens": 512,
         "layers_held_in_bf16": 2,
+        "layers_streamed": 0,
+        "head_on_host": False,
+        "host_memory_gib": 0.0,
         "fits": True,
     }
 
@@ -344,7 +347,7 @@ def test_the_budget_of_the_configuration_is_the_one_that_is_planned_for(plan):
     _, told = plan("--model.memory_budget", "6GiB")
     assert [one["budget_gib"] for one in told["plans"]] == [6.0]
     _, told = plan()
-    assert [one["budget_gib"] for one in told["plans"]] == [8, 16, 24, 40, 80]
+    assert [one["budget_gib"] for one in told["plans"]] == [4, 8, 12, 16, 24, 40, 80]
 
 
 def test_predictions_come_from_the_checkpoint_that_is_asked_for(arguments, tmp_path):

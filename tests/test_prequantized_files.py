@@ -41,7 +41,7 @@ def nf4(tokenizer, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def unloaded(monkeypatch):
-    monkeypatch.setattr("qwen_lit.model.module.load_base", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *a: pytest.fail("the model is loaded"))
 
 
 def test_with_its_original_named_both_merges_are_compared_and_either_is_written(nf4, dataset, tmp_path):
@@ -102,8 +102,6 @@ def test_what_cannot_be_merged_is_refused_before_training(nf4, dataset, tmp_path
     assert "set it to null" in refused(capsys, fit(out, original, dataset, "--export.original", str(original)))
     whole = ["--model.lora_config.modules_to_save", "[k_proj]"]
     assert "the files hold it so: give the original bf16 model" in refused(capsys, fit(out, base, dataset, *whole))
-    stored = ["--model.shard_base", "true", "--model.quantization_config.bnb_4bit_quant_storage", "bfloat16"]
-    assert "the files of this base hold theirs in uint8" in refused(capsys, fit(out, base, dataset, *stored))
     assert not (out / "checkpoints").exists()
 
 

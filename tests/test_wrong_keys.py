@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from qwen_lit import front, help
 from qwen_lit.cli import QwenCLI, main
 from qwen_lit.errors import UserError
-from qwen_lit.keys import ALIASES, nearest, wrong_keys
+from qwen_lit.keys import ALIASES, REMOVED, nearest, wrong_keys
+from qwen_lit.model.resume import compare
 
 QWEN7B = str(Path("configs/qwen7b.yaml").absolute())
 KEYS = help.keys_of(help.load(), "fit")
@@ -66,6 +67,22 @@ def test_every_name_of_another_trainer_leads_to_a_key_of_ours():
     for name, key in ALIASES.items():
         assert key in KEYS or any(one.startswith(key + ".") for one in KEYS), name
         assert name not in {one.rpartition(".")[2] for one in KEYS}, name
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_a_key_that_once_was_is_told_with_what_does_its_work(key, tmp_path, capsys):
+    assert key not in KEYS
+    section, _, last = key.rpartition(".")
+    (tmp_path / "run.yaml").write_text(f"{section}:\n  {last}: true\n")
+    lines = told(["--config", str(tmp_path / "run.yaml"), f"--{key}", "false"], capsys)
+    text = f"there is no key {key} any more, leave it out: {REMOVED[key]}"
+    assert lines == [f"error: {tmp_path}/run.yaml: {text}", f"error: {text}"]
+
+
+@pytest.mark.parametrize(("value", "told"), [(True, True), (False, False)])
+def test_a_resumed_run_that_set_it_is_told_and_not_refused(value, told, caplog):
+    compare({"config": {"model": {"shard_base": value, "engine": "auto"}}}, {"model": {"engine": "auto"}}, None)
+    assert ("model.shard_base was True until here, and there is no such key any more: " in caplog.text) == told
 
 
 def test_part_of_a_key_is_no_key(capsys):

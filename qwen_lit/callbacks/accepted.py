@@ -141,8 +141,8 @@ def _check_options(trainer: Any) -> None:
     strategy = trainer.strategy
     if isinstance(strategy, str) and strategy not in STRATEGIES:
         raise UserError(
-            f"trainer.strategy is {strategy}; this trainer runs {', '.join(STRATEGIES)}. A base that does not fit one "
-            "card is sharded by model.shard_base with strategy ddp."
+            f"trainer.strategy is {strategy}; this trainer runs {', '.join(STRATEGIES)}. A base in 4 bits that "
+            "does not fit a card needs no other strategy: the layers that do not fit wait in host memory."
         )
     for plugin in _listed(trainer.plugins):
         if not isinstance(plugin, str) and issubclass(class_of(plugin), CheckpointIO):

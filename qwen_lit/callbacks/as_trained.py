@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qwen_lit.model.load import load_base, read_adapted
+from qwen_lit.model.load import read_adapted
 from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.settle import settle
 
@@ -39,7 +39,7 @@ def as_trained(
             own.
     """
     if module.model is None:
-        base = load_base(module.folder, module.quantization_config, device)
+        base = module.load_base(device)
         settle(base, TOKENS)
         yield read_adapted(base, adapter)
         return

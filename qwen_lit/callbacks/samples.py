@@ -87,12 +87,7 @@ class Samples(Callback):
 
     def _answer(self, trainer: L.Trainer, module: QwenModule) -> None:
         assert module.model is not None
-        if (
-            not self.asked
-            or not trainer.is_global_zero
-            or options_of(trainer).fast_dev_run
-            or module.settings.shard_base
-        ):
+        if not self.asked or not trainer.is_global_zero or options_of(trainer).fast_dev_run:
             return
         tokenizer = data_of(trainer).tokenizer
         prompts = [prompt for prompt, _ in self.asked]

@@ -15,6 +15,7 @@ from qwen_lit.export.adapter import UNSUPPORTED, read_adapter
 from qwen_lit.export.folder import BaseModel, ExportError, read_json
 from qwen_lit.export.merge import fit_names
 from qwen_lit.families.table import family_of
+from qwen_lit.frozen.loading import load_frozen
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, find
 from qwen_lit.hub_libraries import Hub
@@ -23,7 +24,6 @@ from qwen_lit.model.load import (
     load_config,
     load_tokenizer,
     read_adapted,
-    read_model,
 )
 from qwen_lit.names import HUB_NAME, expanded
 from qwen_lit.planner.settle import free_bytes, least_bytes, settle
@@ -275,8 +275,10 @@ def load(choice: Choice, device: torch.device) -> tuple[Any, Any]:
     base = fetch(choice.base, choice.hub, weights=True)
     try:
         with timed(f"loading {choice}"):
-            model = read_model(base, device, choice.quantization)
+            # The base of an adapter is quantised again and again; a merged model is not worth a file.
+            model = load_frozen(base, choice.quantization, device, "auto" if choice.adapter else None)
             settle(model, TOKENS)
+            model.config.use_cache = True
             tokenizer = load_tokenizer(base, choice.base)
             if choice.adapter:
                 model = read_adapted(model, choice.folder)

@@ -4,6 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import QwenDataModule, data_of
 from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.errors import UserError
-from qwen_lit.export.adapter import CHUNK_ELEMENTS
+from qwen_lit.export.adapter import CHUNK_ELEMENTS, RESIDUAL_INITS
 from qwen_lit.export.kquants import gguf_bytes
 from qwen_lit.families.table import family_of
 from qwen_lit.hub import is_folder, missing_bytes, stored_bytes
@@ -34,6 +35,7 @@ from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.explain import explain
 from qwen_lit.planner.flops import measured_flops, token_flops
+from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.planner import possible_at_once
@@ -46,7 +48,7 @@ from qwen_lit.seams import options_of
 
 STEPS = 4
 """Optimizer steps that are measured; the first one warms up and is left out."""
-CARDS = (8, 16, 24, 40, 80)
+CARDS = (4, 8, 12, 16, 24, 40, 80)
 """GiB for which the arithmetic answers when no budget is given."""
 NEVER = 10**9
 """Steps between two checkpoints of a trial, which saves at its end alone."""
@@ -225,14 +227,16 @@ def arithmetic(
     engine = f"reference ({reason})" if reason else "fast"
     result |= {"measured": False, "engine": engine, "weights_gib": round(static / GIB, 2)}
     if reason:
-        return result | {"plans": [], "advice": []} | reference(trainer, module, data, model, static, CARDS)
+        return result | {"plans": [], "advice": []} | reference(module, data, model, static, CARDS)
     memory = planned_memory(module, model, held)
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
-        plan = choose(memory, static, size, sizes, mean=mean)
-        plans.append(as_dict(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, mean), 3)})
+        plan = choose(memory, static, size, sizes, HostProfile(processes=trainer.num_devices), mean=mean)
+        plans.append(as_dict(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, mean, memory), 3)})
         if explained and plan.fits:
-            plans[-1]["explained"] = explain(memory, plan, static, sizes[plan.micro_batches_at_once])
+            plans[-1]["explained"] = explain(
+                memory, plan, static, sizes[plan.micro_batches_at_once], trainer.num_devices
+            )
     result |= {"plans": plans, "fits": any(one["fits"] for one in plans)}
     return result | {"advice": advice(memory, static, plan, sizes, mean, module, data, model, static_bytes)}
 
@@ -245,7 +249,11 @@ def planned_memory(module: QwenModule, model: PeftModel, held: Mapping[str, Held
         model: of ``arithmetic_model``.
         held: how the base's weights will be held.
     """
-    return ModelMemory.of(model, module.state_bytes, lambda name: f"{name}.weight" in held)
+    memory = ModelMemory.of(model, module.state_bytes, held)
+    start = str(module.lora_config.init_lora_weights).lower()
+    # A base that is quantised in its files is held as they are; one that the adapter's start changes, as it is then.
+    streams = own_quantization(module.config) is None and not start.startswith(RESIDUAL_INITS)
+    return memory if streams else replace(memory, blocks=())
 
 
 def reference_because(module: QwenModule, model: PeftModel, held: Mapping[str, Held]) -> str | None:
@@ -258,8 +266,6 @@ def reference_because(module: QwenModule, model: PeftModel, held: Mapping[str, H
     """
     if module.settings.engine == "reference":
         return "as model.engine says"
-    if module.settings.shard_base:
-        return "the base is sharded"
     for name, one in held.items():
         if one.kind == "int8" or name.startswith(family_of(module.config).head):
             return f"{name.removesuffix('.weight')} is held in {one}"
@@ -353,13 +359,13 @@ def measure(
     held = module.held_weights(device)
     static = static_bytes(model, held)
     if plan is None:
-        result |= reference(trainer, module, data, model, static, CARDS)
+        result |= reference(module, data, model, static, CARDS)
     else:
         memory = planned_memory(module, model, held)
         result |= as_dict(plan)
         result["advice"] = advice(memory, static, plan, sizes, mean, module, data, model, static_bytes)
         if explained:
-            result["explained"] = explain(memory, plan, static, sizes[plan.micro_batches_at_once])
+            result["explained"] = explain(memory, plan, static, sizes[plan.micro_batches_at_once], trainer.num_devices)
     return result
 
 
@@ -376,4 +382,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "layers_offloaded": policies.offloaded,
         "mlp_piece_tokens": policies.mlp_piece,
         "layers_held_in_bf16": len(policies.resident),
+        "layers_streamed": len(policies.streamed),
+        "head_on_host": policies.offload_head,
+        "host_memory_gib": round(plan.host / GIB, 2),
     }

@@ -1,6 +1,6 @@
 """What would make a run faster or smaller: the advice of ``plan``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from qwen_lit.model.module import QwenModule
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.search import choose
-from qwen_lit.planner.speed import relative_time, time_of
+from qwen_lit.planner.speed import time_of
 from qwen_lit.prequantized import own_quantization
 from qwen_lit.quantization import Held
 
@@ -20,7 +20,7 @@ MOST = 192 * GIB
 """Bytes of a card up to which more memory is advised."""
 
 STEP = GIB // 4
-"""Bytes between two sizes of a card that are tried."""
+"""Bytes between two sizes of a card that are tried, or more where these are large."""
 
 WORTH = 0.02
 """Share of time from which a gain is worth a line."""
@@ -53,19 +53,22 @@ def advice(
         model: of ``arithmetic_model``.
         weights: bytes of the model's weights, by how they are held.
     """
-    policies, layers = plan.policies, len(plan.policies.layers)
+    policies = plan.policies
     found = []
-    own, held = time_of(plan, mean), len(policies.resident) / layers
-    if policies.recomputed:
-        budgets = range(plan.budget, MOST, STEP)
-        larger = (choose(memory, static, budget, sizes, mean=mean) for budget in budgets)
-        kept = next((one for one in larger if not one.policies.recomputed), plan)
-        gain, size = own / time_of(kept, mean) - 1, kept.budget / GIB
-        if gain > WORTH:
-            found.append(f"faster: with {size:.1f} GiB no layer is recomputed, about {gain:.0%} faster")
+    if policies.recomputed or policies.streamed:
+        larger = [choose(memory, static, budget, sizes, mean=mean) for budget in _budgets(plan.budget)]
+        goals = {
+            "recomputed": [one for one in larger if not one.policies.recomputed] * bool(policies.recomputed),
+            "streamed": [one for one in larger if not one.policies.streamed] * bool(policies.streamed),
+        }
+        for what, there in goals.items():
+            gain = time_of(plan, mean, memory) / time_of(there[0], mean, memory) - 1 if there else 0.0
+            if gain > WORTH:
+                size = there[0].budget / GIB
+                found.append(f"faster: with {size:.1f} GiB no layer is {what}, about {gain:.0%} faster")
     if not data.settings.packing:
         full = data.settings.batch_size * data.settings.max_length
-        now, then = (relative_time(0.0, max(1, int(one * plan.micro_batches_at_once)), held) for one in (mean, full))
+        now, then = (time_of(plan, one, memory) for one in (mean, full))
         gain = now / then - 1
         if gain > WORTH:
             found.append(
@@ -99,3 +102,10 @@ def advice(
         less = weights(model, as_held) - weights(model, double)
         found.append(f"smaller: bnb_4bit_use_double_quant: true takes {less / GIB:.2f} GiB less")
     return found
+
+
+def _budgets(least: int) -> Iterator[int]:
+    """The sizes of a card that are tried."""
+    while least < MOST:
+        yield least
+        least += max(STEP, least // 32)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 from peft import PeftModel
 from transformers.utils import is_flash_linear_attention_available
 
@@ -16,12 +15,11 @@ from qwen_lit.planner.search import limit
 
 
 def reference(
-    trainer: L.Trainer, module: QwenModule, data: QwenDataModule, model: PeftModel, static: int, cards: Sequence[int]
+    module: QwenModule, data: QwenDataModule, model: PeftModel, static: int, cards: Sequence[int]
 ) -> dict[str, Any]:
     """The estimate, its parts, and the smallest card that it fits.
 
     Args:
-        trainer: of the run.
         module: with the settings.
         data: with its rows.
         model: of ``arithmetic_model``.
@@ -32,7 +30,7 @@ def reference(
     padded = (len(heaviest["cu_seqlens"]) - 1) * heaviest["max_seqlen"]
     memory = reference_memory(
         model,
-        static // trainer.world_size if settings.shard_base else static,
+        static,
         heaviest["input_ids"].numel() if data.settings.packing else padded,
         heaviest["targets"].numel(),
         module.state_bytes,

@@ -27,6 +27,8 @@ def lines(result: dict[str, Any]) -> list[str]:
                 f"memory      estimated {result['estimated_peak_gib']:.2f} GiB, measured "
                 f"{result['measured_peak_gib']:.2f}, of {result['budget_gib']:.2f} GiB"
             )
+            if result["host_memory_gib"]:
+                out.append(f"host        {_host(result)}")
         else:
             out.append(f"memory      {_estimate(result)}, measured {result['measured_peak_gib']:.2f}")
             out += _loops(result)
@@ -46,16 +48,20 @@ def lines(result: dict[str, Any]) -> list[str]:
             out += _loops(result)
         for plan in result["plans"]:
             how = f"{plan['micro_batches_at_once']} at once, {plan['recomputed_layers']} layers recomputed"
+            how += f", {plan['layers_streamed']} streamed" * (plan["layers_streamed"] > 0)
             how += ", embedding on the CPU" * plan["embedding_on_cpu"]
+            how += ", lm_head on the CPU" * plan["head_on_host"]
             how += ", inputs offloaded" * plan["inputs_offloaded"]
             how += f", {plan['layers_offloaded']} layers offloaded" * (plan["layers_offloaded"] > 0)
             how += f", MLP in pieces of {plan['mlp_piece_tokens']}" * (plan["mlp_piece_tokens"] > 0)
+            how += f", {plan['host_memory_gib']:.1f} GiB of RAM" * (plan["host_memory_gib"] > 0)
             fits = how if plan["fits"] else "does not fit"
             out.append(f"{plan['budget_gib']:>7.2f} GiB  peak {plan['estimated_peak_gib']:>6.2f}  {fits}")
         if result["plans"]:
             out.append(
                 "            at once: micro-batches of a step computed together; recomputed: layers whose forward "
-                "runs twice, to save memory; offloaded: kept in host memory until backward"
+                "runs twice, to save memory; streamed: layers whose weights wait in host memory; offloaded: what "
+                "layers keep there until backward"
             )
     gguf = f", {result['gguf_gb']} GB to make the GGUF file" if result["gguf_gb"] else ""
     download = f", {result['download_gb']} GB to download the base" if result["download_gb"] else ""
@@ -73,6 +79,15 @@ def _estimate(result: dict[str, Any]) -> str:
     parts = sorted(result["parts_bytes"].items(), key=lambda part: -part[1])
     said = [f"{name} {size / GIB:.2f}" for name, size in parts if size > result["estimated_peak_gib"] * GIB / 50]
     return f"estimated {result['estimated_peak_gib']:.2f} GiB ({'; '.join(said)})"
+
+
+def _host(result: dict[str, Any]) -> str:
+    """What waits in the host's memory, and how much that is."""
+    streamed = result["layers_streamed"]
+    there = [f"{plural(streamed, 'layer')} streamed from there"] * bool(streamed)
+    there += ["the embedding"] * result["embedding_on_cpu"] + ["lm_head"] * result["head_on_host"]
+    there += ["what layers keep until backward"] * (result["layers_offloaded"] > 0 or result["inputs_offloaded"])
+    return f"{result['host_memory_gib']:.2f} GiB of RAM: {', '.join(there)}"
 
 
 def _loops(result: dict[str, Any]) -> list[str]:

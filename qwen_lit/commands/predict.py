@@ -18,7 +18,7 @@ from qwen_lit.data.sources import read_rows
 from qwen_lit.errors import UserError
 from qwen_lit.export.pipeline import adapter_from_checkpoint
 from qwen_lit.generate import generate
-from qwen_lit.model.load import load_base, read_adapted
+from qwen_lit.model.load import read_adapted
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.resume import stored
 from qwen_lit.names import ADAPTER
@@ -66,7 +66,7 @@ def answer_rows(
         if adapter.is_file():
             path, adapter = adapter, Path(folder) / ADAPTER
             adapter_from_checkpoint(path, module.lora_config, module.name, module.family, adapter, {})
-        base: Any = load_base(module.folder, module.quantization_config, device)
+        base: Any = module.load_base(device)
         settle(base, batch_size * (max((len(prompt) for _, prompt in rows), default=0) + max_new_tokens))
         base.config.use_cache = True
         model = read_adapted(base, adapter)

@@ -292,7 +292,7 @@ PEER = Peer(
             "plugins unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_rms_norm "
             "unsloth_rope fused_attn_kernel sdpa_varlen large_head_attention flash_attn_d512 experts_implementation "
             "gemma4_hybrid_attn_impl s2_attention fp32_norms fp32_norm_classes selective_checkpointing "
-            "layer_offloading quantize_moe_experts fp8 fp8_config fp8_enable_fsdp_float8_all_gather deepcompile "
+            "quantize_moe_experts fp8 fp8_config fp8_enable_fsdp_float8_all_gather deepcompile "
             "ple_cpu_offload llama4_linearized_experts use_onebitllms",
             "the tokenizer's own chat template is used": "chat_template chat_template_jinja chat_template_kwargs "
             "eot_tokens tokenizer_save_jinja_files",
@@ -324,6 +324,7 @@ PEER = Peer(
             "set model.memory_budget for less than what is free": "max_memory gpu_memory_limit",
             "see the section `samples`": "generate_samples num_generation_samples generation_max_new_tokens "
             "generation_temperature generation_top_p generation_top_k generation_prompt_ratio generation_do_sample",
+            "layers in 4 bits that do not fit the card wait in host memory by themselves": "layer_offloading",
             hugging_face.SEVERAL: "fsdp_version fsdp_final_state_dict_type dp_shard_size dp_replicate_size",
             "of a method that is not done here": "trl vllm ebft num_labels dpo_use_weighting dpo_label_smoothing "
             "precompute_ref_log_probs dpo_use_liger_kernel dpo_padding_free dpo_loss_type dpo_loss_weights "

@@ -29,8 +29,8 @@ RENAMED = {"evaluation_strategy": "eval_strategy"}
 """Older names of them."""
 CHOSEN = "the engine chooses its own kernels"
 SEVERAL = (
-    "for several GPUs give --trainer.devices 2 --trainer.strategy ddp; for a base too large for one of them, "
-    "model.shard_base: true as well"
+    "for several GPUs give --trainer.devices 2 --trainer.strategy ddp; of a base in 4 bits too large for one of them, "
+    "the layers that do not fit wait in host memory by themselves"
 )
 ALWAYS = "done here in any case"
 INTERNAL = "an internal of that trainer"

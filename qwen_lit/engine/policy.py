@@ -38,13 +38,13 @@ class Policies:
     loss_chunk: int = 2048
     """Rows of logits that exist at a time."""
     offload_embedding: bool = False
-    """Whether the embedding stands on the CPU."""
+    """Whether the embedding waits on the host."""
     mlp_piece: int = 0
     """Tokens of which the MLP holds the activations at a time; 0 for all."""
     streamed: frozenset[int] = frozenset()
     """Numbers of the layers whose 4-bit weights wait on the host and come to the device for each pass over them."""
     offload_head: bool = False
-    """Whether lm_head waits on the host, and is on the device at the loss alone."""
+    """Whether lm_head waits on the host, and is on the device from the last layer's forward to the loss alone."""
 
     @staticmethod
     def keep_all(layers: int) -> "Policies":
@@ -61,6 +61,8 @@ class Policies:
         loss_chunk: int = 2048,
         offload_embedding: bool = False,
         mlp_piece: int = 0,
+        streamed: frozenset[int] = frozenset(),
+        offload_head: bool = False,
     ) -> "Policies":
         """The policies in which layers of one kind are placed as suits the engine best.
 
@@ -75,6 +77,8 @@ class Policies:
             loss_chunk: as of ``Policies``.
             offload_embedding: as of ``Policies``.
             mlp_piece: as of ``Policies``.
+            streamed: as of ``Policies``.
+            offload_head: as of ``Policies``.
         """
         offloaded = spread(layers, offload_activations)
         left = [number for number in range(layers) if number not in offloaded][:recompute]
@@ -86,6 +90,8 @@ class Policies:
             loss_chunk,
             offload_embedding,
             mlp_piece,
+            streamed,
+            offload_head,
         )
 
     def count(self, *policies: Policy) -> int:
@@ -106,6 +112,11 @@ class Policies:
     def offload_inputs(self) -> bool:
         """Whether inputs of recomputed layers wait on the host."""
         return Policy.RECOMPUTE_INPUT_ON_HOST in self.layers
+
+    @property
+    def ends_on_host(self) -> tuple[bool, bool]:
+        """Whether the embedding and lm_head wait on the host."""
+        return self.offload_embedding, self.offload_head
 
     @property
     def on_host(self) -> tuple[int, ...]:

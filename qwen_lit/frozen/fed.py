@@ -58,7 +58,7 @@ class Reader:
         if self.file is None:
             into.copy_(self.memory[start : start + into.numel()])
             return
-        room, done = memoryview(into.numpy()), 0
+        room, done = into.numpy().data, 0
         try:
             while done < len(room):
                 got = os.preadv(self.file, [room[done:]], start + done)
@@ -67,8 +67,8 @@ class Reader:
                 done += got
         except (OSError, EOFError) as error:
             raise UserError(
-                f"{self.path}: byte {start + done} cannot be read: {error}. Check the disk; where the file is damaged, "
-                "delete it, and the next run makes it anew"
+                f"{self.path}: byte {start + done} cannot be read: {error}. Check the disk; where the file is "
+                "damaged, delete it, and the next run makes it anew"
             ) from error
 
     def fetch(self, start: int, size: int) -> None:
@@ -186,7 +186,7 @@ class Feeder:
         self.link.follow(delivery.arrived)
 
     def close(self) -> None:
-        """End the threads and all copies; what is not sent stays away."""
+        """End the threads; what is not sent stays away, and what is sent is under way."""
         with self.changed:
             self.closed = True
             self.pieces.clear()
@@ -197,7 +197,6 @@ class Feeder:
             delivery.error = delivery.error or RuntimeError("the feeder of blocks was closed")
             delivery.issued.set()
         self.reader.close()
-        self.link.drain()
 
     def _work(self, buffer: Tensor) -> None:
         """Fill and send, until the feeder is closed."""

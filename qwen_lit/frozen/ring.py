@@ -97,7 +97,7 @@ class Ring:
         """
         if number == self.current:
             return None
-        forward = self.current is None or number > self.current or self.places[number] == 0
+        forward = self.current is None or number > self.current
         self._leave()
         wanted = [number, *self._followers(number, 1 if forward else -1)]
         slot = self._bring(number, wanted)

@@ -15,8 +15,6 @@ from jinja2 import TemplateSyntaxError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -170,7 +168,6 @@ def read_model(
     folder: Path | str,
     device: torch.device,
     quantization: BitsAndBytesConfig | None = None,
-    place: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
     """A model for causal language modelling; nothing else in this program reads whole models.
@@ -184,25 +181,22 @@ def read_model(
         device: where it computes.
         quantization: of its linears, done while they are read; None for none. Of quantised files it gives the dtype
             of the products alone.
-        place: where it is put; None puts it where it computes.
         dtype: of all that is not quantised; None takes ``product_dtype(device)``.
 
     Raises:
         UserError: the files lack weights of the model.
     """
-    return _read(folder, device, quantization, place, dtype)[0]
+    return _read(folder, device, quantization, dtype)[0]
 
 
 def _read(
     folder: Path | str,
     device: torch.device,
     quantization: BitsAndBytesConfig | None,
-    place: torch.device | None,
     dtype: torch.dtype | None,
 ) -> tuple[Any, str]:
     """What ``read_model`` gives, and what computes its linear attention."""
-    place = place or device
-    where = str(place) if place.index is not None or place.type == "cpu" else f"{place.type}:0"
+    where = str(device) if device.index is not None or device.type == "cpu" else f"{device.type}:0"
     whole = AutoConfig.from_pretrained(folder)
     family = family_of(whole)
     # The names of a language model in files that hold more; those of its own files stay as they are.
@@ -255,33 +249,24 @@ def load_base(
     folder: Path | str,
     quantization: BitsAndBytesConfig | None,
     device: torch.device,
-    place: torch.device | None = None,
 ) -> nn.Module:
     """The frozen base that an adapter is trained on; the arguments are those of ``read_model``."""
     with timed("loading the base"):
-        model, computed = _read(folder, device, quantization, place, None)
+        model, computed = _read(folder, device, quantization, None)
     if computed:
         log.info(computed)
+    freeze(model)
+    return model  # type: ignore[no-any-return]
+
+
+def freeze(model: Any) -> None:
+    """Make of a loaded model the base of an adapter, of which nothing is trained."""
     model.requires_grad_(False)
     model.config.use_cache = False
     for module in model.modules():
         # In eval mode bitsandbytes would repack CPU weights in place; training after a validation then fails.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-    return model
-
-
-def shard_layers(model: PeftModel, device: torch.device) -> None:
-    """Shard the frozen weights of every decoder layer over all ranks by FSDP2; the adapter stays whole on each.
-
-    Args:
-        model: the base with its adapter, in host memory; every rank has the same.
-        device: of this rank; the shards and all else are moved there, a layer at a time.
-    """
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    base: Any = model.base_model.model
-    for layer in base.get_submodule(family_of(base.config).decoder).layers:
-        fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
 
 
 def put_adapter(base: Any, lora: LoraConfig) -> PeftModel:

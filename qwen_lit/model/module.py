@@ -24,12 +24,13 @@ from qwen_lit.errors import RunError
 from qwen_lit.export.adapter import RESIDUAL_INITS, saved_name
 from qwen_lit.export.folder import read_json
 from qwen_lit.families.table import family_of
+from qwen_lit.frozen.loading import load_frozen, nameless
 from qwen_lit.frozen.store import FrozenStore, disband, store_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
 from qwen_lit.model.base_files import check_base
 from qwen_lit.model.duration import check_limits, check_validation_share, total_steps, warmup_steps
-from qwen_lit.model.load import add_adapter, load_base, load_config, shard_layers
+from qwen_lit.model.load import add_adapter, load_config
 from qwen_lit.model.loss import reference_loss
 from qwen_lit.model.neftune import add_noise
 from qwen_lit.model.optim import built, configure_groups, optimizer_of, parameter_groups, repage
@@ -45,7 +46,7 @@ from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.plan import Plan, parse_bytes
 from qwen_lit.planner.settle import hold_all
-from qwen_lit.quantization import Held, check_shards, check_trained_whole, loaded_weights, planned_weights, usable
+from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 from qwen_lit.run import Run
 from qwen_lit.seams import options_of
 
@@ -89,8 +90,6 @@ class QwenModule(L.LightningModule):
         if self.lora_config.modules_to_save:
             held = self.held_weights(torch.device("cpu"))
             check_trained_whole(held, self.lora_config.modules_to_save, self.config)
-        if settings.shard_base and (own := self.quantization_config) is not None:
-            check_shards(own)
         self.model: PeftModel | None = None
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.fast: FastEngine | None = None
@@ -138,14 +137,24 @@ class QwenModule(L.LightningModule):
         self.folder = fetch(self.name, self.settings.hub, weights=True)
         check_base(self.folder, self.config)
 
+    def load_base(self, device: torch.device) -> Any:
+        """The frozen base, whose layers are away where it has a store (``load_frozen``).
+
+        Args:
+            device: where it computes.
+        """
+        cache = self.settings.base_cache
+        return load_frozen(self.folder, self.quantization_config, device, cache, self.memory_budget)
+
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""
         if self.model is not None:
             return
         device = self.trainer.strategy.root_device
-        sharded = self.settings.shard_base and self.trainer.world_size > 1
-        # Shards are moved to the device one layer at a time.
-        base = load_base(self.folder, self.quantization_config, device, torch.device("cpu") if sharded else device)
+        base = self.load_base(device)
+        if self.trainer.world_size > 1:
+            self.trainer.strategy.barrier()
+            nameless(base)
         self.quantized = loaded_weights(base)
         start = str(self.lora_config.init_lora_weights).lower()
         if start.startswith(RESIDUAL_INITS):
@@ -156,8 +165,6 @@ class QwenModule(L.LightningModule):
         self.model = add_adapter(base, self.lora_config, self.settings.gradient_checkpointing)
         if self.init_adapter is not None:
             put(self, weights(self.init_adapter))
-        if sharded:
-            shard_layers(self.model, device)
         if str(self.lora_config.init_lora_weights).lower().startswith(("pissa", "olora")):
             # These change the base; the exported adapter is the difference from where it started.
             self.initial_adapter = tempfile.TemporaryDirectory(prefix="qwen_lit_")
@@ -169,7 +176,7 @@ class QwenModule(L.LightningModule):
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
         if self.store is not None and (self.fast is None or self.store.placing is None):
             hold_all(base, f"the engine is {choice.description}, which streams nothing")
-        if sharded or self.store is not None:
+        if self.store is not None:
             reduce_trained_alone(self)
 
     def held_weights(self, device: torch.device) -> dict[str, Held]:

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 
 from qwen_lit.errors import UserError, refuse_changes
+from qwen_lit.keys import REMOVED
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.run import Run
@@ -225,7 +226,8 @@ def compare(then: dict[str, Any], config: dict[str, Any], base: str | None) -> N
             that counts otherwise.
     """
     _refuse_earlier(then)
-    changes = differences(canonical(then.get("config", {})), canonical(config))
+    old = canonical(then.get("config", {}))
+    changes = differences(old, canonical(config))
     refused = {key: change for key, change in changes.items() if meaning(key) == REFUSE}
     name = "model.model_name_or_path"
     if name in changes and then.get("base") and base and then["base"] != base:
@@ -236,6 +238,9 @@ def compare(then: dict[str, Any], config: dict[str, Any], base: str | None) -> N
     for key, (before, after) in changes.items():
         if meaning(key) == WARN:
             log.warning("%s was %s until here, and is %s from here on", key, before, after)
+    for key, value in old.items():
+        if key in REMOVED and value:
+            log.warning("%s was %s until here, and there is no such key any more: %s", key, value, REMOVED[key])
 
 
 def check_end(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:

@@ -3,11 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from qwen_lit.checks import check_ranges
 from qwen_lit.config import LoraSection, QuantizationSection
-from qwen_lit.errors import UserError
 from qwen_lit.hub_libraries import Hub
 from qwen_lit.model.optim import OptimizerClass, OptimizerName
 from qwen_lit.model.schedules import ScheduleName, schedule
@@ -57,12 +54,12 @@ class ModelSettings:
     is fast on CUDA where the model and the adapter allow it, and else reference."""
     memory_budget: str | None = None
     """GPU memory that the fast engine may use on each card, such as 8GiB; null is all that is free."""
+    base_cache: str | None = "auto"
+    """folder that keeps the base quantised, so that later runs start from there: 3.4 GB for a 7B; layers that a card
+    has no room for are streamed from that file. auto is ~/.cache/qwen_lit/bases for runs on a GPU, null keeps none."""
     max_skipped_steps: int = 10
     """number of optimizer steps in a row with a loss or a gradient that is not finite, after which the run stops; each
     such step is skipped, and the log names its rows."""
-    shard_base: bool = False
-    """shard the frozen layers over the GPUs, for a base that does not fit one of them; needs trainer.strategy ddp and
-    bnb_4bit_quant_storage bfloat16."""
     init_adapter: str | None = None
     """an adapter folder or a checkpoint from whose weights the new run starts, with a fresh optimizer and schedule;
     its LoRA settings are taken over."""
@@ -74,16 +71,10 @@ class ModelSettings:
         """Check what can be known without the model.
 
         Raises:
-            UserError: a number is out of range, or two keys do not go together.
+            UserError: a number is out of range, or the schedule is none with these arguments.
         """
         check_ranges("model", vars(self))
         check_ranges("model.lora_config", vars(self.lora_config))
-        held = self.quantization_config
-        if self.shard_base and held and held.bnb_4bit_quant_storage != torch.bfloat16:
-            raise UserError(
-                "model.shard_base needs weights that shard; set "
-                "model.quantization_config.bnb_4bit_quant_storage to bfloat16."
-            )
         schedule(self.lr_scheduler, 1, 100, self.learning_rate, self.lr_scheduler_kwargs)
 
     @property

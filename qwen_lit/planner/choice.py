@@ -68,7 +68,7 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
     """
     assert module.model is not None
     asked, device = module.settings.engine, trainer.strategy.root_device
-    reason = "the base is sharded" if module.settings.shard_base else unsupported_reason(module.model, device)
+    reason = unsupported_reason(module.model, device)
     if asked == "auto" and device.type != "cuda":
         reason = reason or "there is no CUDA device"
     if asked == "fast" and reason:

@@ -8,7 +8,7 @@ from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, Plan
 
 
-def explain(memory: ModelMemory, plan: Plan, static: int, tokens: int) -> dict[str, Any]:
+def explain(memory: ModelMemory, plan: Plan, static: int, tokens: int, processes: int = 1) -> dict[str, Any]:
     """The table of a plan, in plain numbers; its parts add up to ``estimate_bytes``.
 
     Args:
@@ -16,6 +16,7 @@ def explain(memory: ModelMemory, plan: Plan, static: int, tokens: int) -> dict[s
         plan: made for it.
         static: bytes allocated before the first step, as the plan was made with.
         tokens: of the largest micro-batches that are computed as one.
+        processes: on the machine.
     """
     policies = plan.policies
     piece = policies.mlp_piece if policies.mlp_piece < tokens else 0
@@ -37,8 +38,10 @@ def explain(memory: ModelMemory, plan: Plan, static: int, tokens: int) -> dict[s
         distinct.setdefault(layer.ops, []).append(number)
     peak = max(memory.moments(tokens, policies), key=lambda moment: moment.bytes(tokens))
     held = sum(memory.resident[number] for number in policies.resident)
+    slots = memory.streaming.slots(policies.streamed)
     parts = {
-        "weights": static - memory.embedding * policies.offload_embedding,
+        "weights": memory.weights(static, policies) - held - slots,
+        "slots of streamed layers": slots,
         "weights held dequantised": held,
         **memory.constants,
         "kept by the layers at the peak": peak.kept * tokens,
@@ -66,6 +69,7 @@ def explain(memory: ModelMemory, plan: Plan, static: int, tokens: int) -> dict[s
         "policies": kinds,
         "parts_bytes": {name: size for name, size in parts.items() if size},
         "estimate_bytes": sum(parts.values()),
+        "host_bytes": memory.on_host(tokens, policies, processes),
     }
 
 
@@ -92,7 +96,11 @@ def table_lines(table: dict[str, Any]) -> list[str]:
         out.append(f"  {name:<40}{kind['keeps_bytes_per_token']:>9,}{kind['keeps_gib']:>8.3f}")
     out += ["", f"{'the estimate':<51}{'GiB':>8}"]
     out += [f"  {name:<49}{size / GIB:>8.3f}" for name, size in table["parts_bytes"].items()]
-    return [*out, f"  {'sum':<49}{table['estimate_bytes'] / GIB:>8.3f}"]
+    out.append(f"  {'sum':<49}{table['estimate_bytes'] / GIB:>8.3f}")
+    if host := table["host_bytes"]:
+        out += ["", f"{'what waits in host memory':<51}{'GiB':>8}"]
+        out += [f"  {name:<49}{size / GIB:>8.3f}" for name, size in host.items()]
+    return out
 
 
 def _ranges(numbers: list[int]) -> str:

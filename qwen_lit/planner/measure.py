@@ -1,7 +1,8 @@
 """What a machine does, measured: how fast it computes, launches and copies, and the peak of one micro-batch."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ from peft import PeftModel
 from qwen_lit.data.batches import Batch, collate
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.frozen.ring import Ring, Slot
+from qwen_lit.frozen.store import FrozenStore
 from qwen_lit.hardware import host_memory
 from qwen_lit.planner.flops import measured_flops
+from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.memory import ModelMemory
-from qwen_lit.planner.search import HostProfile
+from qwen_lit.planner.speed import COSTS
 
 COPIED = 2**26
 """Bytes that are copied to time the link."""
@@ -31,10 +35,10 @@ TIMES = 4
 
 
 def measure_host(engine: FastEngine, memory: ModelMemory, batch: Batch, processes: int) -> HostProfile:
-    """Time a copy to the host, a product, and the launching of a micro-batch, where there is memory for that.
+    """Time copies, a product, and the launching of a micro-batch, where there is memory for that.
 
     Args:
-        engine: on a CUDA device; it recomputes nothing.
+        engine: on a CUDA device; it recomputes nothing. All layers of its store get streamed.
         memory: of its model.
         batch: of few tokens, on that device.
         processes: on this machine, which share its memory.
@@ -42,28 +46,102 @@ def measure_host(engine: FastEngine, memory: ModelMemory, batch: Batch, processe
     # Half of the memory stays free: the export, the loader's workers and the page cache live there too.
     pinnable = host_memory() // 2 // processes
     try:
-        share, launch = _share_and_launch(engine, memory, batch)
+        share, launch, link, blocks = _speeds(engine, memory, batch)
     except RuntimeError as error:
         if not is_full(error):
             raise
         # With a share of 0, no layer is planned to be offloaded.
-        share = launch = 0.0
-    return HostProfile(share=min(1.0, int(share * STEPS) / STEPS), memory=pinnable, launch=int(launch))
+        return HostProfile(memory=pinnable, processes=processes)
+    share = min(1.0, int(share * STEPS) / STEPS)
+    return HostProfile(share, pinnable, int(launch), rounded(link), rounded(blocks), processes)
 
 
-def _share_and_launch(engine: FastEngine, memory: ModelMemory, batch: Batch) -> tuple[float, float]:
-    """``share``, not rounded yet, and ``launch`` of a ``HostProfile``."""
-    device = batch["input_ids"].device
+def rounded(rate: float) -> int:
+    """A rate rounded down to one of the eight steps between two powers of two, so that two runs on one machine plan
+    alike."""
+    step = 2 ** max(0, int(rate).bit_length() - 4)
+    return int(rate) // step * step
+
+
+def _speeds(engine: FastEngine, memory: ModelMemory, batch: Batch) -> tuple[float, float, float, float]:
+    """``share``, ``launch``, ``link`` and ``blocks`` of a ``HostProfile``, not rounded yet."""
+    device, store = batch["input_ids"].device, engine.store
     there = torch.empty(COPIED, dtype=torch.uint8, device=device)
     here = torch.empty(COPIED, dtype=torch.uint8, device="cpu", pin_memory=True)
-    copy = _seconds(lambda: here.copy_(there, non_blocking=True), device)
-    # A layer takes longer than its products, and products in a run take longer than in a burst: the share is on the
-    # safe side by both.
+    out = _seconds(lambda: here.copy_(there, non_blocking=True), device)
+    back = _seconds(lambda: there.copy_(here, non_blocking=True), device)
     with torch.random.fork_rng([device]):
-        forward = 2 * memory.products / measured_flops(device, PRODUCT)
-    launch = _seconds(lambda: measure_peak(engine, batch), device)
-    # Backward takes the input's gradient alone, and so as long as forward.
-    return forward / (memory.saved * copy / COPIED), launch / (2 * forward * len(memory.layers))
+        operations = measured_flops(device, PRODUCT)
+    link = blocks = COPIED / back / operations * 1e9
+    if store is not None:
+        store.place(range(len(store.layers)))
+        blocks = sum(store.sizes) / pass_seconds(store) / operations * 1e9
+    with nullcontext() if store is None else without_copies(store):
+        launch = _seconds(lambda: measure_peak(engine, batch), device)
+    # Products in a run take longer than in a burst: the share is on the safe side by that. Backward takes the input's
+    # gradient alone, and so as long as forward.
+    forward = 2 * memory.products / operations
+    share = forward / COSTS.products / (memory.saved * out / COPIED)
+    return share, launch / (2 * forward * len(memory.layers)), link, blocks
+
+
+def pass_seconds(store: FrozenStore, passes: int = 2) -> float:
+    """Seconds in which all streamed layers of a store come to the device, one after the other.
+
+    Args:
+        store: with streamed layers.
+        passes: of which the last is timed; the first may read their file, where there is memory to keep it.
+    """
+    took = 0.0
+    for _ in range(passes):
+        store.begin(turns=False)
+        started = time.perf_counter()
+        for number in store.streamed:
+            store.arrive(number)
+        if store.device.type == "cuda":
+            torch.cuda.synchronize(store.device)
+        took = time.perf_counter() - started
+    return took
+
+
+class NoCopies:
+    """Copies that are not made: slots keep what they have."""
+
+    def begin(self, number: int, slot: torch.Tensor, free: Any) -> Any:
+        """Copy nothing."""
+
+    def finish(self, copy: Any) -> None:
+        """There is nothing to wait for."""
+
+    def mark(self) -> Any:
+        """There is nothing to wait for."""
+
+    def close(self) -> None:
+        """There is nothing to give up."""
+
+
+@contextmanager
+def without_copies(store: FrozenStore) -> Iterator[None]:
+    """Let streamed layers compute with whatever their slots hold, so that what they take is the time of the rest.
+
+    Args:
+        store: with streamed layers.
+    """
+    ring = store.ring
+    if ring is None:
+        yield
+        return
+    # The slots keep what they hold, but from here on no layer is bound to them.
+    ring.begin(ring.turns)
+    slots = [Slot(one.memory) for one in ring.slots]
+    store.ring = Ring(ring.sizes, slots, NoCopies(), ring.gives_up)
+    try:
+        yield
+    finally:
+        for slot in slots:
+            if slot.holds is not None:
+                ring.gives_up(slot.holds)
+        store.ring = ring
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -4,7 +4,7 @@ The peak of a step is the largest ``Moment`` on the way forward to the loss and 
 has a policy of its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -14,8 +14,11 @@ from peft import PeftModel
 from qwen_lit.engine.engine import fetches_ahead
 from qwen_lit.engine.footprint import layer_sizes, loss_ops
 from qwen_lit.engine.policy import Policies, Policy
+from qwen_lit.frozen.store import store_of
 from qwen_lit.kernels.footprint import LayerSize, columns_of, rank_of
 from qwen_lit.planner.layer_memory import LayerMemory, Moment, augmented_bytes, layer_memory
+from qwen_lit.planner.streaming import Streaming, block_sizes
+from qwen_lit.quantization import Held
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class MemoryConstants:
 MEMORY = MemoryConstants()
 
 
+@dataclass(frozen=True)
+class Ends:
+    """Bytes a token at the end of forward, logits and lm_head aside."""
+
+    loss: int
+    last: int
+    """In the forward of the last layer."""
+
+
 @dataclass(frozen=True, eq=False)
 class ModelMemory:
     """The memory that a model takes while it trains, beside its weights."""
@@ -58,27 +70,41 @@ class ModelMemory:
     """Bytes that moving the embedding to the CPU frees; 0 when lm_head shares it."""
     head_size: int = 0
     """Width of a head; cos and sin take as much for each token."""
+    head: int = 0
+    """Bytes of lm_head, which are freed where it waits on the host; 0 where the embedding shares it."""
+    blocks: tuple[int, ...] = ()
+    """Bytes of each layer's block, as of ``Streaming``; empty where no layer can be streamed."""
 
     @staticmethod
-    def of(model: PeftModel, state_bytes: float, quantized: Callable[[str], bool] | None = None) -> "ModelMemory":
+    def of(model: PeftModel, state_bytes: float, held: Mapping[str, Held] | None = None) -> "ModelMemory":
         """Read from a PEFT model.
 
         Args:
             model: as for ``FastEngine``.
             state_bytes: bytes of optimizer state for each trained parameter.
-            quantized: as of ``layer_sizes``.
+            held: how the base's weights will be held, and by a store, where the model is on the meta device; as they
+                are, where this is not given.
         """
         base: Any = model.base_model.model
-        config, size = base.config, base.get_input_embeddings().weight.element_size()
+        config, size, store = base.config, base.get_input_embeddings().weight.element_size(), store_of(base)
+        own = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * size
+        blocks = block_sizes(config, held) if held is not None else () if store is None else store.sizes
         return ModelMemory(
-            layers=layer_sizes(model, quantized),
+            layers=layer_sizes(model, None if held is None else lambda name: f"{name}.weight" in held),
             vocabulary=config.vocab_size,
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
             state_bytes=state_bytes,
             size=size,
-            embedding=0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * size,
+            embedding=own,
             head_size=base.model.layers[0].self_attn.head_dim,
+            head=own,
+            blocks=blocks,
         )
+
+    @cached_property
+    def streaming(self) -> Streaming:
+        """The layers that may be streamed."""
+        return Streaming(self.blocks)
 
     def layer(self, number: int, piece: int = 0) -> LayerMemory:
         """The memory of one layer."""
@@ -136,55 +162,105 @@ class ModelMemory:
         """Bytes at the peak of a step.
 
         Args:
-            static: bytes allocated before the first step.
+            static: bytes allocated before the first step, where all layers, embedding and lm_head are on the device.
             tokens: of a micro-batch.
             policies: of the engine.
         """
         piece = policies.mlp_piece if policies.mlp_piece < tokens else 0
-        at_loss, others = self.heights(policies.layers, fetches_ahead(tokens, policies.layers), piece)
-        loss = tokens * at_loss + min(policies.loss_chunk, tokens) * self.vocabulary * self.size
-        return self.beside(static, policies) + max(loss, *(moment.bytes(tokens) for moment in others))
+        ends, others = self.heights(policies.layers, fetches_ahead(tokens, policies.layers), piece)
+        moments = max(self.end(tokens, ends, policies), *(moment.bytes(tokens) for moment in others))
+        return self.beside(static, policies) + moments
+
+    def end(self, tokens: int, ends: Ends, policies: Policies) -> int:
+        """Bytes at the end of forward: logits, and lm_head where it comes from the host, beside the last layer.
+
+        Args:
+            tokens: of a micro-batch.
+            ends: of ``heights``.
+            policies: of the engine.
+        """
+        at_loss = tokens * ends.loss + self.logits(tokens, policies)
+        if not policies.offload_head:
+            return at_loss
+        return self.head + max(at_loss, tokens * ends.last)
+
+    def logits(self, tokens: int, policies: Policies) -> int:
+        """Bytes of the logits that exist at a time."""
+        return min(policies.loss_chunk, tokens) * self.vocabulary * self.size
 
     def beside(self, static: int, policies: Policies) -> int:
         """The part of ``peak`` that does not depend on the tokens."""
-        static -= self.embedding * policies.offload_embedding
+        return self.weights(static, policies) + sum(self.constants.values())
+
+    def weights(self, static: int, policies: Policies) -> int:
+        """Bytes of all weights that stay on the device, slots of streamed layers and dequantised ones included.
+
+        Args:
+            static: as of ``peak``.
+            policies: of the engine.
+        """
+        away = self.embedding * policies.offload_embedding + self.head * policies.offload_head
         held = sum(self.resident[number] for number in policies.resident)
-        return static + held + sum(self.constants.values())
+        return static - away - self.streaming.freed(policies.streamed) + held
+
+    def waiting(self, policies: Policies) -> int:
+        """Bytes a token that wait on the host between forward and backward."""
+        layers = self.table()
+        return sum(
+            layers[number].input if policies.layers[number].recomputes else layers[number].saved
+            for number in policies.on_host
+        )
+
+    def on_host(self, tokens: int, policies: Policies, processes: int) -> dict[str, int]:
+        """Bytes of the machine's memory that its processes take for a plan, by name; what does not wait there is left
+        out.
+
+        Args:
+            tokens: of a micro-batch.
+            policies: of the engine.
+            processes: on the machine. They share the blocks of streamed layers.
+        """
+        parts = {
+            "blocks of streamed layers": self.streaming.held(policies.streamed),
+            "embedding": processes * self.embedding * policies.offload_embedding,
+            "lm_head": processes * self.head * policies.offload_head,
+            "kept by layers": processes * tokens * self.waiting(policies),
+        }
+        return {name: size for name, size in parts.items() if size}
 
     def moments(self, tokens: int, policies: Policies) -> list[Moment]:
         """The moments of a step that may be its peak: at the loss, and within the backward of each layer."""
         piece = policies.mlp_piece if policies.mlp_piece < tokens else 0
-        logits = min(policies.loss_chunk, tokens) * self.vocabulary * self.size
-        found = []
+        head, found = self.head * policies.offload_head, []
         for number, kept, moments in self._walk(policies.layers, fetches_ahead(tokens, policies.layers), piece):
-            where = "" if number is None else f"layer {number}: "
-            found += [
-                Moment(
-                    where + one.name,
-                    kept + one.per_token,
-                    one.fixed + logits * (one is moments[0] and number is None),
-                    kept,
-                )
-                for one in moments
-            ]
+            if number is None:
+                loss, last = moments
+                found.append(Moment(loss.name, kept + loss.per_token, self.logits(tokens, policies) + head, kept))
+                if head or not policies.layers[-1].recomputes:
+                    found.append(Moment(last.name, kept + last.per_token, head, kept))
+                continue
+            found += [Moment(f"layer {number}: {one.name}", kept + one.per_token, one.fixed, kept) for one in moments]
         return found
 
     @lru_cache(2**14)  # noqa: B019
-    def heights(self, policies: tuple[Policy, ...], ahead: bool, piece: int = 0) -> tuple[int, tuple[Moment, ...]]:
-        """Bytes a token at the loss, logits aside; and of all other moments those that may be the largest.
+    def heights(self, policies: tuple[Policy, ...], ahead: bool, piece: int = 0) -> tuple[Ends, tuple[Moment, ...]]:
+        """Bytes a token at the end of forward; and of all other moments those that may be the largest.
 
         Args:
             policies: one for each layer.
             ahead: as of ``fetches_ahead``.
             piece: as of ``Policies.mlp_piece``.
         """
-        (_, kept, (loss, *more)), *layers = self._walk(policies, ahead, piece)
-        at_loss, most = kept + loss.per_token, {0: kept + max((one.per_token for one in more), default=0)}
+        (_, kept, (loss, last)), *layers = self._walk(policies, ahead, piece)
+        # A recomputed layer takes more in its backward than in its first forward.
+        ends, most = Ends(kept + loss.per_token, kept + last.per_token), {0: 0}
+        if not policies[-1].recomputes:
+            most[0] = ends.last
         for (_, kept, _), number in zip(layers, reversed(range(len(policies))), strict=True):
             table = self.layer(number, piece)
             for one in table.highest_recompute if policies[number].recomputes else table.highest_backward:
                 most[one.fixed] = max(most.get(one.fixed, 0), kept + one.per_token)
-        return at_loss, tuple(Moment("backward", per_token, fixed) for fixed, per_token in most.items())
+        return ends, tuple(Moment("backward", per_token, fixed) for fixed, per_token in most.items())
 
     def _walk(
         self, policies: tuple[Policy, ...], ahead: bool, piece: int
@@ -204,12 +280,10 @@ class ModelMemory:
         norm, loss = loss_ops(hidden, self.vocabulary, 0, 0, self.size)
         # The last layer's input and result are alive in the frame of the engine's forward, though nothing saves them.
         two = 2 * hidden * self.size
-        # Logits are added by ``moments``, as they do not grow with the tokens.
-        ends = [Moment("loss", norm.saved_bytes + norm.output + loss.saved_bytes + two)]
-        if not policies[-1].recomputes:
-            # A recomputed layer takes more in its backward than in its first forward.
-            ends.append(Moment("forward of the last layer", layers[-1].forward - layers[-1].saved + two // 2))
-        yield None, live, tuple(ends)
+        # Logits and lm_head are added elsewhere, as they do not grow with the tokens.
+        loss_moment = Moment("loss", norm.saved_bytes + norm.output + loss.saved_bytes + two)
+        last = Moment("forward of the last layer", layers[-1].forward - held[-1] + two // 2)
+        yield None, live, (loss_moment, last)
         for number in reversed(range(len(policies))):
             if policies[number].uses_host:
                 place = on_host.index(number)

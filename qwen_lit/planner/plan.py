@@ -25,10 +25,14 @@ class Plan:
     """Bytes that may be used."""
     fits: bool = True
     """Whether the estimate is within the budget; False only for the smallest plan there is."""
+    host: int = 0
+    """Bytes of the host's memory that wait for the device, of all processes on the machine."""
 
     def __str__(self) -> str:
         policies, resident = self.policies, len(self.policies.resident)
-        moved = [", embedding on the CPU"] * policies.offload_embedding
+        moved = [f", {len(policies.streamed)} layers streamed"] * bool(policies.streamed)
+        moved += [", embedding on the CPU"] * policies.offload_embedding
+        moved += [", lm_head on the CPU"] * policies.offload_head
         moved += [", inputs offloaded"] * policies.offload_inputs
         moved += [f", MLP in pieces of {policies.mlp_piece} tokens"] * (policies.mlp_piece > 0)
         moved += [f", {policies.offloaded} layers' activations offloaded"] * (policies.offloaded > 0)
@@ -36,6 +40,7 @@ class Plan:
         return (
             f"{plural(self.micro_batches_at_once, 'micro-batch')} at once, {policies.recomputed} layers recomputed"
             f"{''.join(moved)}, estimated peak {self.estimate / GIB:.2f} of {self.budget / GIB:.2f} GiB"
+            + (f", {self.host / GIB:.2f} GiB of host memory" if self.host else "")
             + ("" if self.fits else ", WHICH MAY NOT FIT")
         )
 

@@ -11,12 +11,15 @@ import torch
 from peft import PeftModel
 
 from qwen_lit.data.batches import Batch
+from qwen_lit.engine.ends import place_ends, waits
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.frozen.store import store_of
+from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.measure import STEPS, is_full
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, Plan
-from qwen_lit.planner.search import HostProfile, choose, limit
+from qwen_lit.planner.search import choose, limit
 
 log = logging.getLogger(__name__)
 NEVER = 2**62
@@ -103,7 +106,7 @@ class Planner:
         free = meter.free()
         self.budget = agree(min(budget or free, free))
         self.memory = ModelMemory.of(model, state_bytes)
-        self.static = -agree(-meter.allocated())
+        self.static = -agree(-meter.allocated() - away(model, self.memory))
         self.host = HostProfile()
         self.engine: FastEngine | None = None
 
@@ -139,8 +142,9 @@ class Planner:
     def _profile(self) -> HostProfile:
         """The profile of the slowest rank."""
         found = self.meter.profile(self.model, self.memory, self.processes)
-        share, memory, launch = (self.agree(one) for one in (int(found.share * STEPS), found.memory, found.launch))
-        return HostProfile(share / STEPS, memory, launch)
+        numbers = (int(found.share * STEPS), found.memory, found.launch, found.link, found.blocks)
+        share, memory, launch, link, blocks = (self.agree(one) for one in numbers)
+        return HostProfile(share / STEPS, memory, launch, link, blocks, self.processes)
 
     def _choose(self, work: Work, beside: int) -> Plan:
         """The fastest plan by arithmetic when so many bytes are taken beside it."""
@@ -185,14 +189,33 @@ def more_beside(beside: int, plan: Plan, peak: int | None) -> int:
 
 
 def apply(plan: Plan, model: PeftModel) -> FastEngine:
-    """The engine of a plan; puts the embedding on the CPU or the device, as the plan says."""
+    """The engine of a plan; moves what the plan moves to the host, and back what it does not.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room for what is to be on it.
+    """
     base: Any = model.base_model.model
-    embedding, device = base.get_input_embeddings(), base.model.norm.weight.device
-    where = torch.device("cpu") if plan.policies.offload_embedding else device
-    if embedding.weight.device != where:
-        embedding.to(where)
-        torch.cuda.empty_cache()
-    return FastEngine(model, plan.policies)
+    policies, store = plan.policies, store_of(base)
+    before = waits(base.get_input_embeddings()), waits(base.get_output_embeddings())
+    # What leaves makes room for what comes.
+    place_ends(base, *(one or other for one, other in zip(before, policies.ends_on_host, strict=True)))
+    if store is not None:
+        store.place(policies.streamed)
+    place_ends(base, *policies.ends_on_host)
+    return FastEngine(model, policies)
+
+
+def away(model: PeftModel, memory: ModelMemory) -> int:
+    """Bytes that the device would take more if all that may wait on the host were on it.
+
+    Args:
+        model: on the device.
+        memory: of it.
+    """
+    base: Any = model.base_model.model
+    store = store_of(base)
+    ends = memory.embedding * waits(base.get_input_embeddings()) + memory.head * waits(base.get_output_embeddings())
+    return ends + (0 if store is None else store.away)
 
 
 def possible_at_once(per_step: int) -> list[int]:

@@ -1,18 +1,23 @@
 """The search for the fastest plan that fits, over the numbers of micro-batches, of recomputed and of offloaded
-layers."""
+layers, and what else may wait on the host.
+
+Only so many layers are streamed as a plan needs to fit; the others stay on the device.
+"""
 
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, product
+from typing import NamedTuple
 
 from qwen_lit.engine.engine import PIECE
 from qwen_lit.engine.offload import BLOCK
 from qwen_lit.engine.policy import Policies
-from qwen_lit.planner.memory import MEMORY, ModelMemory
+from qwen_lit.planner.host import HostProfile
+from qwen_lit.planner.memory import MEMORY, Ends, ModelMemory
 from qwen_lit.planner.plan import Plan
-from qwen_lit.planner.speed import relative_time, time_of
+from qwen_lit.planner.speed import Clock, Shares, relative_time
 
 FEW_LOGITS = 128
 """Rows of logits at a time of a plan that takes the least memory; those of others are a multiple of it."""
@@ -29,15 +34,27 @@ weights again."""
 
 
 @dataclass(frozen=True)
-class HostProfile:
-    """What is measured of a machine before a plan is made; the defaults are safe on any machine."""
+class Task:
+    """What a plan is searched for."""
 
-    share: float = 0.0
-    """Share of the layers whose saved tensors can be copied to the host while all layers compute."""
-    memory: int = 2**62
-    """Bytes of the host's memory that may be pinned."""
-    launch: int = 0
-    """Tokens that the device computes in the time in which the host launches a micro-batch."""
+    memory: ModelMemory
+    static: int
+    budget: int
+    sizes: Mapping[int, int]
+    counts: list[int]
+    """Of ``sizes``, those that may be chosen, from most to least."""
+    clock: Clock
+    usual: float
+    """Tokens of a micro-batch of the configuration by which time is judged."""
+
+    @property
+    def host(self) -> HostProfile:
+        """The machine that the plan is for."""
+        return self.clock.host
+
+    def time(self, plan: Plan) -> float:
+        """``relative_time`` of a plan."""
+        return self.clock.time(plan.policies, self.usual * plan.micro_batches_at_once)
 
 
 def limit(budget: int) -> int:
@@ -70,23 +87,38 @@ def choose(
     Returns:
         The plan; the smallest one when none fits.
     """
-    usual = sizes[1] if mean is None else mean
-    every = sorted(sizes, reverse=True)
-    small: list[Plan] = []
+    every, clock = sorted(sizes, reverse=True), Clock(memory, host)
+    usual, small = sizes[1] if mean is None else mean, list[Plan]()
     for counts in [[only], every] if only is not None and only in sizes else [every]:
-        small = _small(memory, static, budget, sizes, counts, host)
-        plans = [plan for plan in small if plan.fits]
-        if (best := _usual(memory, static, budget, sizes, counts, host, usual)) is not None:
-            plans.insert(0, best)
+        task = Task(memory, static, budget, sizes, counts, clock, usual)
+        small = list(_small(task))
+        plans = [plan for plan in (*_usual_plans(task), *small) if plan.fits]
         if plans:
-            return min(plans, key=lambda plan: (time_of(plan, usual, host.launch), plan.policies.offloaded))
-    return small[-1]
+            best = min(plans, key=lambda plan: (task.time(plan), plan.policies.offloaded, len(plan.policies.streamed)))
+            break
+    else:
+        best = small[-1]
+    tokens = sizes[best.micro_batches_at_once]
+    return replace(best, host=sum(memory.on_host(tokens, best.policies, host.processes).values()))
+
+
+class Candidate(NamedTuple):
+    """A number of offloaded layers and one of recomputed ones."""
+
+    offloaded: int
+    recomputed: int
+    policies: Policies
+    ends: Ends
+    """The end of forward."""
+    other: int
+    """Bytes a token at the largest other moment."""
+    waiting: int
+    """Bytes a token that wait on the host."""
 
 
 @lru_cache(64)
-def _candidates(memory: ModelMemory, most: int, ahead: bool) -> list[tuple[int, int, Policies, int, int]]:
-    """Every number of offloaded layers up to ``most`` and of recomputed ones, with their bytes a token: at the loss,
-    and at the largest other moment.
+def _candidates(memory: ModelMemory, most: int, ahead: bool) -> list[Candidate]:
+    """Every number of offloaded layers up to ``most`` and of recomputed ones.
 
     Args:
         memory: of the model.
@@ -94,20 +126,27 @@ def _candidates(memory: ModelMemory, most: int, ahead: bool) -> list[tuple[int, 
         ahead: whether tensors come back a layer ahead where no layer is offloaded.
     """
     layers, found = len(memory.layers), []
-    for offloaded, recompute in product(range(most + 1), range(layers + 1)):
-        if offloaded + recompute <= layers:
-            policies = Policies.of_counts(layers, recompute, offloaded)
-            at_loss, (other,) = memory.heights(policies.layers, ahead or offloaded > 0)
-            found.append((offloaded, recompute, policies, at_loss, other.per_token))
+    for offloaded, recomputed in product(range(most + 1), range(layers + 1)):
+        if offloaded + recomputed <= layers:
+            policies = Policies.of_counts(layers, recomputed, offloaded)
+            ends, (other,) = memory.heights(policies.layers, ahead or offloaded > 0)
+            waiting = memory.waiting(policies)
+            found.append(Candidate(offloaded, recomputed, policies, ends, other.per_token, waiting))
     return found
 
 
 @lru_cache(256)
-def _least(memory: ModelMemory, inputs: bool, embedding: bool, piece: int) -> Policies:
+def _least(memory: ModelMemory, inputs: bool, embedding: bool, head: bool, piece: int) -> Policies:
     """The policies that recompute every layer."""
     layers = len(memory.layers)
     return Policies.of_counts(
-        layers, layers, offload_inputs=inputs, loss_chunk=FEW_LOGITS, offload_embedding=embedding, mlp_piece=piece
+        layers,
+        layers,
+        offload_inputs=inputs,
+        loss_chunk=FEW_LOGITS,
+        offload_embedding=embedding,
+        mlp_piece=piece,
+        offload_head=head,
     )
 
 
@@ -124,66 +163,91 @@ def _gaps(longest: int, tokens: int) -> float:
     return MEMORY.long_fragments if longest > PIECE or tokens > 2 * PIECE else 0.0
 
 
-def _usual(
-    memory: ModelMemory,
-    static: int,
-    budget: int,
-    sizes: Mapping[int, int],
-    counts: list[int],
-    host: HostProfile,
-    usual: float,
-) -> Plan | None:
-    """The fastest plan that fits and leaves everything where it is but the activations of some layers."""
-    usable, layers = limit(budget), len(memory.layers)
+def _moved(memory: ModelMemory) -> list[tuple[bool, bool]]:
+    """Whether the embedding waits on the host, and whether lm_head does, in all ways that the model has."""
+    embeddings, heads = ((False, True) if size else (False,) for size in (memory.embedding, memory.head))
+    return list(product(embeddings, heads))
+
+
+def _usual_plans(task: Task) -> Iterator[Plan]:
+    """The fastest plan that fits of each way to keep embedding and lm_head."""
+    memory, layers = task.memory, len(task.memory.layers)
     logits = memory.vocabulary * memory.size
-    chunk = max(FEW_LOGITS, min(MOST_LOGITS, int(LOGITS_SHARE * budget) // logits // FEW_LOGITS * FEW_LOGITS))
+    chunk = int(LOGITS_SHARE * task.budget) // logits // FEW_LOGITS * FEW_LOGITS
+    for embedding, head in _moved(memory):
+        ends = Policies.of_counts(
+            layers,
+            loss_chunk=max(FEW_LOGITS, min(MOST_LOGITS, chunk)),
+            offload_embedding=embedding,
+            offload_head=head,
+        )
+        if (best := _usual(task, ends)) is not None:
+            yield best
+
+
+def _usual(task: Task, ends: Policies) -> Plan | None:
+    """The fastest plan that fits and leaves everything where ``ends`` says, but the activations and the weights of
+    some layers."""
+    memory, clock, usable = task.memory, task.clock, limit(task.budget)
+    layers, streaming, slowed = len(memory.layers), memory.streaming, clock.slowed(ends)
     # Weights are held from the first layer on; a layer that is not in 4 bits ends that.
     whole = memory.resident.index(0) if 0 in memory.resident else layers
     held = [0, *accumulate(memory.resident[:whole])]
-    beside = memory.beside(static, Policies.keep_all(layers))
-    best: tuple[float, int] | None = None
+    weights, constant = memory.weights(task.static, ends), sum(memory.constants.values())
+    best: tuple[float, int, int] | None = None
     chosen: Plan | None = None
-    for count in counts:
-        tokens = sizes[count]
-        gaps = _gaps(sizes[1], tokens)
+    for count in task.counts:
+        tokens, usual = task.sizes[count], task.usual * count
+        gaps = _gaps(task.sizes[1], tokens)
         # A layer takes whole blocks of the host's memory.
-        most = max(0, min(int(host.share * layers), host.memory // (tokens * memory.saved + BLOCK)))
-        for offloaded, recompute, policies, at_loss, other in _candidates(memory, most, tokens <= PIECE):
-            estimate = beside + max(tokens * at_loss + min(chunk, tokens) * logits, tokens * other)
-            if estimate + gaps * (estimate - static) > usable:
+        most = max(0, min(int(task.host.share * layers), task.host.memory // (tokens * memory.saved + BLOCK)))
+        for one in _candidates(memory, int(task.host.share * layers), tokens <= PIECE):
+            if one.offloaded > most:
+                break
+            step = constant + max(memory.end(tokens, one.ends, ends), tokens * one.other)
+            left = usable - weights - step - gaps * step
+            streamed = streaming.least(-left)
+            if streamed is None or not task.host.has_room(streaming.held(streamed), tokens * one.waiting):
                 continue
             # What lies between activations of different sizes is lost to weights that stay.
-            left = usable - estimate - int(max(MEMORY.fragments, gaps) * (estimate - static))
+            left = usable - weights - step - int(max(MEMORY.fragments, gaps) * step)
             resident = bisect_right(held, left) - 1 if left > 0 else 0
-            time = relative_time(recompute / layers, usual * count, resident / layers, host.launch, offloaded / layers)
-            if best is None or (time, offloaded) < best:
-                best = time, offloaded
-                policies = Policies(policies.layers, frozenset(range(resident)), chunk)
-                chosen = Plan(count, policies, estimate + held[resident], budget)
+            shares = (one.recomputed, resident, one.waiting / memory.saved, len(streamed))
+            traffic = clock.traffic(usual, streamed, one.waiting, ends.ends_on_host)
+            of_all = Shares(*(share / layers for share in shares))
+            time = relative_time(of_all, usual, task.host.launch, traffic, slowed=slowed)
+            if best is None or (time, one.offloaded, len(streamed)) < best:
+                best = time, one.offloaded, len(streamed)
+                policies = replace(
+                    ends, layers=one.policies.layers, resident=frozenset(range(resident)), streamed=streamed
+                )
+                estimate = weights + step + held[resident] - streaming.freed(streamed)
+                chosen = Plan(count, policies, estimate, task.budget)
     return chosen
 
 
-def _small(
-    memory: ModelMemory, static: int, budget: int, sizes: Mapping[int, int], counts: list[int], host: HostProfile
-) -> list[Plan]:
+def _small(task: Task) -> Iterator[Plan]:
     """Plans that recompute every layer, from what costs least time to what takes least memory."""
-    longest, layers = sizes[1], len(memory.layers)
+    memory, longest, counts, layers = task.memory, task.sizes[1], task.counts, len(task.memory.layers)
     input_bytes = layers * memory.layer(0).input
     ways = [
-        (embedding, piece, inputs)
-        for inputs in (False, True)[: 1 + (host.memory >= sizes[counts[-1]] * input_bytes)]
-        for embedding in ((False, True) if memory.embedding else (False,))
+        (inputs, embedding, head, piece)
+        for inputs in (False, True)[: 1 + (task.host.memory >= task.sizes[counts[-1]] * input_bytes)]
+        for embedding, head in _moved(memory)
         for piece in ((0, PIECE) if longest > PIECE else (0,))
     ]
     if longest > PIECE:
-        ways += [(bool(memory.embedding), PIECE // parts, ways[-1][2]) for parts in SMALLER_PIECES]
-    plans = []
-    for (embedding, piece, inputs), count in product(ways, counts):
-        tokens = sizes[count]
-        if inputs and count > counts[-1] and host.memory < tokens * input_bytes:
+        ways += [(*ways[-1][:3], PIECE // parts) for parts in SMALLER_PIECES]
+    for (inputs, embedding, head, piece), count in product(ways, counts):
+        tokens = task.sizes[count]
+        policies = _least(memory, inputs, embedding, head, piece)
+        estimate = memory.peak(task.static, tokens, policies)
+        gaps = int(_gaps(longest, tokens) * (estimate - memory.weights(task.static, policies)))
+        streamed = memory.streaming.least(estimate + gaps - limit(task.budget))
+        # Where nothing fits, the smallest plan is told.
+        fits, streamed = streamed is not None, memory.streaming.steps[-1] if streamed is None else streamed
+        own = tokens * memory.waiting(policies)
+        if inputs and not task.host.has_room(memory.streaming.held(streamed), own):
             continue
-        policies = _least(memory, inputs, embedding, piece)
-        estimate = memory.peak(static, tokens, policies)
-        gaps = int(_gaps(longest, tokens) * (estimate - static + memory.embedding * embedding))
-        plans.append(Plan(count, policies, estimate, budget, fits=estimate + gaps <= limit(budget)))
-    return plans
+        estimate -= memory.streaming.freed(streamed)
+        yield Plan(count, replace(policies, streamed=streamed), estimate, task.budget, fits)

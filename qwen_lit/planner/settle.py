@@ -1,7 +1,6 @@
 """Where the layers of a model are that is asked and not trained: on the device as many as fit, the others streamed."""
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ from qwen_lit.engine.policy import spread
 from qwen_lit.errors import UserError
 from qwen_lit.families.table import family_of
 from qwen_lit.frozen.ring import SLOTS
-from qwen_lit.frozen.store import FrozenStore, store_of
-from qwen_lit.planner.measure import free_memory
+from qwen_lit.frozen.store import store_of
+from qwen_lit.planner.measure import free_memory, pass_seconds
 
 log = logging.getLogger(__name__)
 BESIDE = 2**29
@@ -34,7 +33,7 @@ def settle(base: Any, tokens: int) -> None:
     room = free_bytes(store.device) - cache_bytes(base.config, tokens) - BESIDE
     store.place(streamed_in(store.sizes, room))
     if store.streamed:
-        count, seconds = len(store.streamed), seconds_a_pass(store)
+        count, seconds = len(store.streamed), pass_seconds(store, 1)
         log.info("%d of %d layers are streamed; about %.2g s a token", count, len(store.layers), seconds)
 
 
@@ -98,14 +97,3 @@ def streamed_in(sizes: Sequence[int], room: int) -> frozenset[int]:
         if slots + sum(size for number, size in enumerate(sizes) if number not in streamed) <= room:
             return streamed
     return frozenset(range(len(sizes)))
-
-
-def seconds_a_pass(store: FrozenStore) -> float:
-    """Time in which every streamed layer of a store comes to the device once, as it does for a token."""
-    store.begin(turns=False)
-    began = time.perf_counter()
-    for number in store.streamed:
-        store.arrive(number)
-    if store.device.type == "cuda":
-        torch.cuda.synchronize(store.device)
-    return time.perf_counter() - began

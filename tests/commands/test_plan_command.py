@@ -12,7 +12,6 @@ from qwen_lit.cli import main
 from qwen_lit.commands.plan import arithmetic, trial
 from qwen_lit.run import Run
 
-SHARDED = ["--model.shard_base", "true", "--model.quantization_config.bnb_4bit_quant_storage", "bfloat16"]
 BIASED = ["--model.lora_config.lora_bias", "true", "--model.lora_config.target_modules", "[q_proj]"]
 SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
 
@@ -52,7 +51,7 @@ def test_the_plan_tells_where_the_fast_engine_will_not_run_and_estimates_the_oth
     assert main(arguments) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert reason in text and "at once" not in text.split("disk")[0]
-    assert f"estimated {result['estimated_peak_gib']:.2f} GiB" in text and "a card of 8 GiB has room" in text
+    assert f"estimated {result['estimated_peak_gib']:.2f} GiB" in text and "a card of 4 GiB has room" in text
     assert main([*arguments, "--memory_budget", "1MiB"]) == 1
     assert "which does not fit" in " ".join(capsys.readouterr().out.split())
 
@@ -75,7 +74,6 @@ def test_a_budget_that_nothing_fits_is_said_with_exit_code_1(command, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (SHARDED, "is sharded"),
         (["--model.lora_config.trainable_token_indices", "[1, 2]"], "trainable_token_indices is set"),
         (
             ["--model.lora_config.lora_bias", "true", "--model.lora_config.target_modules", "[q_proj]"],

@@ -5,6 +5,7 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 import weakref
 
 import pytest
@@ -118,12 +119,19 @@ def test_copies_are_made_in_the_order_in_which_they_begin(blocks, pinnable):
 
 @pytest.mark.parametrize("pinnable", [2**62, 0], ids=["pinned", "fed"])
 def test_a_slot_in_use_is_not_written_to(blocks, pinnable):
-    copies, use = made(blocks, LateLink(pinnable)), Mark(done=False)
+    link, use = LateLink(pinnable), Mark(done=False)
+    copies = made(blocks, link)
     slot = torch.zeros(SIZES[1], dtype=torch.uint8)
     # Asking returns at once, though the block has more pieces than there are buffers.
     copy = copies.begin(1, slot, use)
-    assert not slot.any()
+    while not link.sent:
+        time.sleep(0.001)
+    device = threading.Thread(target=link.drain)
+    device.start()
+    device.join(0.1)
+    assert device.is_alive() and not slot.any()
     use.done.set()
+    device.join(10)
     copies.finish(copy)
     assert torch.equal(slot, blocks.read(1))
     copies.close()

@@ -6,8 +6,9 @@ import torch
 
 from qwen_lit import hardware
 from qwen_lit.hardware import host_memory
-from qwen_lit.planner.measure import is_full, measure_host
-from qwen_lit.planner.search import HostProfile
+from qwen_lit.planner import measure as probe
+from qwen_lit.planner.host import HostProfile
+from qwen_lit.planner.measure import is_full, measure_host, rounded
 
 
 @pytest.fixture
@@ -62,7 +63,13 @@ def test_a_device_too_full_to_be_measured_is_planned_for_as_any(monkeypatch, gro
     def full(*_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(hardware, "_share_and_launch", full)
-    assert measure_host(None, None, None, 2) == HostProfile(0.0, 1250, 0)
-    monkeypatch.setattr(hardware, "_share_and_launch", lambda *_: (0.3, 900.7))
-    assert measure_host(None, None, None, 1) == HostProfile(0.25, 2500, 900)
+    monkeypatch.setattr(probe, "_speeds", full)
+    assert measure_host(None, None, None, 2) == HostProfile(memory=1250, processes=2)
+    monkeypatch.setattr(probe, "_speeds", lambda *_: (0.3, 900.7, 79_999.0, 15.9))
+    assert measure_host(None, None, None, 1) == HostProfile(0.25, 2500, 900, 73_728, 15)
+
+
+def test_rates_are_rounded_to_eight_steps_between_two_powers_of_two():
+    assert [rounded(rate) for rate in (0.5, 7.9, 16.0, 17.9, 18.0, 1000.0, 1024.0)] == [0, 7, 16, 16, 18, 960, 1024]
+    for rate in (70_000, 78_000, 100_000, 3 * 10**9):
+        assert 8 / 9 < rounded(rate) / rate <= 1

@@ -11,13 +11,14 @@ import torch
 
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.planner import TRIES, Planner, Work, more_beside, possible_at_once
-from qwen_lit.planner.search import HostProfile, limit
+from qwen_lit.planner.search import limit
 from tests.engine.test_engine import adapted, batch
 
 BUDGET = 2 * GIB
-HOST = HostProfile(1.0, 2**40, 100)
+HOST = HostProfile(1.0, 2**40, 100, 2**40)
 COUNTS = tuple(possible_at_once(8))
 
 
@@ -129,7 +130,7 @@ def test_ranks_that_measure_differently_train_the_same_plan(failure):
             return 0
 
         share = 0.0 if number == 1 and failure == "slow link" else 1.0
-        gpu = FakeGpu(peak_of, HostProfile(share, 2**40, 100))
+        gpu = FakeGpu(peak_of, HostProfile(share, 2**40, 100, 2**40))
         return planner(gpu, least).plan(work_of(150_000)), len(gpu.tried)
 
     with ThreadPoolExecutor(2) as pool:

@@ -1,0 +1,84 @@
+"""What streaming layers saves on the device, and what it brings over the link."""
+
+from bisect import bisect_left
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from qwen_lit.engine.policy import spread
+from qwen_lit.families.table import family_of
+from qwen_lit.frozen.blocks import FrozenLinear, Layout
+from qwen_lit.frozen.ring import SLOTS
+from qwen_lit.quantization import Held
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Which layers of a model may be streamed, and how many bytes they are."""
+
+    blocks: tuple[int, ...]
+    """Bytes of each layer's block; 0 where the layer cannot be streamed."""
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that can be."""
+        return tuple(number for number, size in enumerate(self.blocks) if size)
+
+    @cached_property
+    def steps(self) -> tuple[frozenset[int], ...]:
+        """The layers that are streamed where so many are, from none to all."""
+        return tuple(self.chosen(count) for count in range(len(self.layers) + 1))
+
+    @cached_property
+    def most(self) -> tuple[int, ...]:
+        """Bytes that are freed at most by so many streamed layers or fewer, from none to all."""
+        return tuple(accumulate((self.freed(step) for step in self.steps), max))
+
+    def least(self, short: float) -> frozenset[int] | None:
+        """The fewest streamed layers that free so many bytes; None where all of them do not.
+
+        Args:
+            short: bytes that lack; 0 and less stream nothing.
+        """
+        count = bisect_left(self.most, short)
+        return self.steps[count] if count < len(self.steps) else None
+
+    def chosen(self, count: int) -> frozenset[int]:
+        """So many streamed layers, as far from each other as may be: each copy has as much computation beside it."""
+        return frozenset(self.layers[place] for place in spread(len(self.layers), count))
+
+    def held(self, streamed: Collection[int]) -> int:
+        """Bytes of the blocks of streamed layers on the host."""
+        return sum(self.blocks[number] for number in streamed)
+
+    def slots(self, streamed: Collection[int]) -> int:
+        """Bytes on the device for what is streamed."""
+        return min(SLOTS, len(streamed)) * max((self.blocks[number] for number in streamed), default=0)
+
+    def freed(self, streamed: Collection[int]) -> int:
+        """Bytes of the device that streaming gives back; none where all of it lies in the slots."""
+        return self.held(streamed) - self.slots(streamed)
+
+    def copied(self, streamed: Collection[int]) -> int:
+        """Bytes that come over the link in a pass over all layers: those of the turn lie in the slots."""
+        return self.freed(streamed)
+
+
+def block_sizes(config: Any, held: Mapping[str, Held]) -> tuple[int, ...]:
+    """Bytes of each layer's block, before one is read; 0 for layers whose linears are not all in 4 bits.
+
+    Args:
+        config: of the base model.
+        held: how its weights will be held, as of ``planned_weights``.
+    """
+    family, found = family_of(config), []
+    for number, layer in enumerate(family.layers(config)):
+        linears = []
+        for one in layer.linears:
+            how = held.get(f"{family.block(number)}.{one.weight}")
+            if one.linear and one.count == 1 and how is not None and how.kind in ("nf4", "fp4"):
+                linears.append(FrozenLinear(one.path, (one.outputs, one.inputs), how))
+        found.append(Layout(tuple(linears)).size if len(linears) == len(layer.linears) else 0)
+    return tuple(found)
