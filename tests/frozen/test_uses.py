@@ -15,13 +15,14 @@ from qwen_lit.commands.conversation import Chat
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import UserError
 from qwen_lit.export import pipeline
+from qwen_lit.frozen.loading import load_frozen
 from qwen_lit.frozen.store import disband, store_of
 from qwen_lit.generate import generate
 from qwen_lit.hardware import product_dtype
 from qwen_lit.model import module as module_file
-from qwen_lit.model.load import load_base, put_adapter, read_model
+from qwen_lit.model.load import load_base, put_adapter
 from qwen_lit.planner import settle as settling
-from qwen_lit.planner.settle import hold_all, seconds_a_pass, settle, streamed_in
+from qwen_lit.planner.settle import hold_all, settle, streamed_in
 from tests.engine.test_engine import batch
 from tests.frozen.stores import CPU, LateCopies, snapshot
 
@@ -127,7 +128,6 @@ def test_what_is_streamed_is_said_with_the_seconds_of_a_token(model_folder, monk
     monkeypatch.setattr(settling, "free_bytes", lambda device: 0)
     settle(base, 100)
     assert store.streamed == (0, 1) and "2 of 2 layers are streamed; about" in caplog.text
-    assert seconds_a_pass(store) > 0
     settle(load_base(str(model_folder), None, CPU), 100)
 
 
@@ -135,10 +135,11 @@ def test_what_is_streamed_is_said_with_the_seconds_of_a_token(model_folder, monk
 def run(model_folder, dataset, tmp_path_factory):
     """A run whose layers are streamed, and whose merged model does not fit."""
     out, stores = tmp_path_factory.mktemp("streamed") / "out", []
+    cache = str(out.parent / "cache")
 
     def streamed(*given):
-        base = load_base(*given)
-        stores.append(hooked(base))
+        base = load_frozen(*given)
+        stores.append(store_of(base))
         stores[-1].place((0, 1))
         return base
 
@@ -152,21 +153,22 @@ def run(model_folder, dataset, tmp_path_factory):
         "trainer.val_check_interval": 1,
         "trainer.enable_progress_bar": "false",
         "model.engine": "fast",
+        "model.base_cache": cache,
         "model.lora_config.r": 4,
         "samples.max_new_tokens": 4,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module_file, "load_base", streamed)
+        patch.setattr(module_file, "load_frozen", streamed)
         patch.setattr(pipeline, "fits", lambda size, device: False)
         patch.setattr("qwen_lit.callbacks.export.can_be_asked", lambda module, device: True)
         patch.setattr(as_trained, "settle", lambda base, tokens: stores[0].place((0, 1)))
         given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         assert main(["fit", "--config", "configs/qwen7b.yaml", *given]) == 0
-    return out, stores[0]
+    return out, stores[0], cache
 
 
 def test_a_streamed_run_validates_answers_exports_and_gives_its_memory_back(run):
-    out, store = run
+    out, store, _ = run
     lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} == {0, 1, 2} and all(line["wanted"] for line in lines)
     card = (out / "final_model" / "README.md").read_text("utf-8")
@@ -182,16 +184,13 @@ def test_chat_streams_what_does_not_fit_and_answers_as_if_it_did(run, monkeypatc
         model, tokenizer = chat_model.load(choice, CPU)
         return store_of(model.get_base_model()), "".join(Chat(model, tokenizer, 4, False).ask("Hi"))
 
-    def streamed(*given):
-        model = read_model(*given)
-        hooked(model)
-        return model
+    def cached(folder, held, device, cache):
+        assert cache == "auto"
+        return load_frozen(folder, held, device, run[2])
 
-    # On some CPUs bitsandbytes computes otherwise with what read_model gives.
-    monkeypatch.setattr(chat_model, "read_model", lambda folder, device, held: load_base(folder, held, device))
     store, wanted = answer()
     assert store is None
-    monkeypatch.setattr(chat_model, "read_model", streamed)
+    monkeypatch.setattr(chat_model, "load_frozen", cached)
     monkeypatch.setattr(settling, "free_bytes", lambda device: 0)
     store, found = answer()
     assert store.streamed == (0, 1) and found == wanted
