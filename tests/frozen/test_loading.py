@@ -1,9 +1,5 @@
 """A base from its file of blocks is, bit for bit, the base that transformers loads and quantises."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import BitsAndBytesConfig
@@ -157,24 +153,3 @@ def test_where_no_file_can_be_kept_the_base_is_loaded_all_the_same(dense, tmp_pa
 def test_without_a_cache_a_base_with_room_is_loaded_as_transformers_does(dense, monkeypatch):
     monkeypatch.setattr(loading, "_room", lambda device, room: 2**40)
     assert loading._blocks(loading._skeleton(dense, held(), CPU), dense, CPU, None, None) is None
-
-
-def test_two_processes_make_one_file(dense, tmp_path):
-    code = (
-        "import sys, torch; from pathlib import Path; from transformers import BitsAndBytesConfig\n"
-        "from qwen_lit.frozen import loading, quantize\n"
-        "made = loading.quantized_layers\n"
-        "def counted(*given):\n"
-        "    print('made', flush=True)\n"
-        "    yield from made(*given)\n"
-        "loading.quantized_layers = counted\n"
-        "config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)\n"
-        "base = loading.load_frozen(Path(sys.argv[1]), config, torch.device('cpu'), sys.argv[2])\n"
-        "base.frozen.place(()); print(float(base(torch.arange(5)[None]).logits.sum()))\n"
-    )
-    command = [sys.executable, "-c", code, str(dense), str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(2)]
-    said = [one.communicate()[0].split() for one in both]
-    assert [one.returncode for one in both] == [0, 0]
-    assert sorted(map(len, said)) == [1, 2] and said[0][-1] == said[1][-1]
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
