@@ -80,8 +80,9 @@ def _blocks(
     assert base is not None
     key = key_of(base, layouts, skeleton.dtype, device)
     made = partial(quantized_layers, folder, skeleton.config, layouts, skeleton.dtype, device)
+    name = _name(folder)
     if cache is not None:
-        found = cached_blocks(cache_folder(cache), folder.name, layouts, key, made)
+        found = cached_blocks(cache_folder(cache), name, layouts, key, made)
         if found is not None:
             return found
     size = skeleton.rest + sum(layout.size for layout in layouts)
@@ -89,9 +90,15 @@ def _blocks(
         return None
     if int(os.environ.get("LOCAL_WORLD_SIZE") or 1) > 1 and MEMORY.is_dir():
         # One copy for the ranks of this machine; ``nameless`` lets it go with the last of them.
-        return cached_blocks(_shared(), folder.name, layouts, key, made)
+        return cached_blocks(_shared(), name, layouts, key, made)
     log.info("the quantised base is held in host memory")
     return blocks_in_memory(layouts, key, made)
+
+
+def _name(folder: Path) -> str:
+    """What people call the model in a folder: Hugging Face's cache names its folders by revisions."""
+    found = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
+    return found.removeprefix("models--").replace("--", "/")
 
 
 def _room(device: torch.device, room: int | None) -> int:
