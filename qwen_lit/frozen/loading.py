@@ -79,7 +79,8 @@ def _blocks(
     assert base is not None
     key = key_of(base, layouts, skeleton.dtype, device)
     made = partial(quantized_layers, folder, skeleton.config, layouts, skeleton.dtype, device)
-    found = None if cache is None else cached_blocks(cache_folder(cache), folder.name, layouts, key, made)
+    name = _name(folder)
+    found = None if cache is None else cached_blocks(cache_folder(cache), name, layouts, key, made)
     size = skeleton.rest + sum(layout.size for layout in layouts)
     state = (found is not None, size + BESIDE <= _room(device, room))
     there, fits = (all(one) for one in zip(*ranks.gathered(state), strict=True))
@@ -87,6 +88,12 @@ def _blocks(
         return found if there else None
     log.info("the quantised base is held in host memory")
     return blocks_in_memory(layouts, key, made, ranks)
+
+
+def _name(folder: Path) -> str:
+    """What people call the model in a folder: Hugging Face's cache names its folders by revisions."""
+    found = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
+    return found.removeprefix("models--").replace("--", "/")
 
 
 def _room(device: torch.device, room: int | None) -> int:

@@ -47,7 +47,7 @@ from qwen_lit.model.trained import find_adapter, log_measured, weights
 from qwen_lit.names import expanded
 from qwen_lit.planner.choice import choose_engine
 from qwen_lit.planner.plan import Plan, parse_bytes
-from qwen_lit.planner.settle import hold_all
+from qwen_lit.planner.settle import hold_all, reads_base
 from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 from qwen_lit.run import Run
 from qwen_lit.seams import options_of
@@ -156,11 +156,9 @@ class QwenModule(L.LightningModule):
         device = self.trainer.strategy.root_device
         base = self.load_base(device)
         self.quantized = loaded_weights(base)
-        start = str(self.lora_config.init_lora_weights).lower()
-        if start.startswith(RESIDUAL_INITS):
-            hold_all(
-                base, f"model.lora_config.init_lora_weights is {start}, which reads and changes the base's weights"
-            )
+        if reason := reads_base(self.lora_config):
+            hold_all(base, f"model.lora_config has {reason}")
+        if str(self.lora_config.init_lora_weights).lower().startswith(RESIDUAL_INITS):
             disband(base)
         self.model = add_adapter(base, self.lora_config, self.settings.gradient_checkpointing)
         if self.init_adapter is not None:
