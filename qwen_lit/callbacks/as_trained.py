@@ -40,7 +40,7 @@ def as_trained(
     """
     if module.model is None:
         base = module.load_base(device)
-        settle(base, TOKENS)
+        settle(base, TOKENS, adapter)
         yield read_adapted(base, adapter)
         return
     training = module.model.training

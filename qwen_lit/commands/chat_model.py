@@ -277,7 +277,7 @@ def load(choice: Choice, device: torch.device) -> tuple[Any, Any]:
         with timed(f"loading {choice}"):
             # The base of an adapter is quantised again and again; a merged model is not worth a file.
             model = load_frozen(base, choice.quantization, device, "auto" if choice.adapter else None)
-            settle(model, TOKENS)
+            settle(model, TOKENS, choice.folder if choice.adapter else None)
             model.config.use_cache = True
             tokenizer = load_tokenizer(base, choice.base)
             if choice.adapter:

@@ -67,7 +67,8 @@ def answer_rows(
             path, adapter = adapter, Path(folder) / ADAPTER
             adapter_from_checkpoint(path, module.lora_config, module.name, module.family, adapter, {})
         base: Any = module.load_base(device)
-        settle(base, batch_size * (max((len(prompt) for _, prompt in rows), default=0) + max_new_tokens))
+        longest = max((len(prompt) for _, prompt in rows), default=0)
+        settle(base, batch_size * (longest + max_new_tokens), adapter)
         base.config.use_cache = True
         model = read_adapted(base, adapter)
     now, before = predict(model, data.tokenizer, rows, target, batch_size, max_new_tokens)

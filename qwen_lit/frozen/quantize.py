@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen_lit.errors import UserError
 from qwen_lit.families.table import family_of
-from qwen_lit.frozen.blocks import FrozenLinear, Layout
+from qwen_lit.frozen.blocks import PAGE, FrozenLinear, Layout
 from qwen_lit.hub import SINGLE, shards
 from qwen_lit.prequantized import names_on_disk
 from qwen_lit.quantization import Held
@@ -78,6 +78,15 @@ class Checkpoint:
         return self.opened[name].get_tensor(name)  # type: ignore[no-any-return]
 
 
+def touch(weight: Tensor) -> None:
+    """Have a tensor of a mapped file in memory: a page of it is read when a byte of it is.
+
+    Args:
+        weight: contiguous.
+    """
+    weight.view(-1).view(torch.uint8)[::PAGE].sum()
+
+
 def quantized_layers(
     folder: Path, config: Any, layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Tensor]:
@@ -98,7 +107,10 @@ def quantized_layers(
 
         def read(number: int) -> dict[str, Tensor]:
             prefix = family.block(number)
-            return {one.path: checkpoint.read(f"{prefix}.{one.path}.weight") for one in layouts[number].linears}
+            found = {one.path: checkpoint.read(f"{prefix}.{one.path}.weight") for one in layouts[number].linears}
+            for weight in found.values():
+                touch(weight)
+            return found
 
         coming = ahead.submit(read, 0)
         for number, layout in enumerate(layouts):

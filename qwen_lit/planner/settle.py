@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -10,6 +11,9 @@ from torch import nn
 
 from qwen_lit.engine.policy import spread
 from qwen_lit.errors import UserError
+from qwen_lit.export.adapter import RESIDUAL_INITS
+from qwen_lit.export.folder import read_json
+from qwen_lit.families.layer import value_of
 from qwen_lit.families.table import family_of
 from qwen_lit.frozen.ring import SLOTS
 from qwen_lit.frozen.store import store_of
@@ -20,15 +24,22 @@ BESIDE = 2**29
 """Bytes for the activations of a prompt and its logits."""
 
 
-def settle(base: Any, tokens: int) -> None:
+def settle(base: Any, tokens: int, adapter: Path | None = None) -> None:
     """Place the layers of a model's store, if it has one, so that it can be asked, and say what is streamed.
 
     Args:
         base: transformers' model, whose other weights are on the device.
         tokens: of all conversations at once, answers included, whose keys and values have to fit beside the layers.
+        adapter: folder of the one that is put on the base after this; None for none, or one that is on it already.
+
+    Raises:
+        UserError: the adapter needs all layers on the device, which has no room for them.
     """
     store = store_of(base)
     if store is None:
+        return
+    if adapter is not None and (reason := reads_base(read_json(adapter / "adapter_config.json"))):
+        hold_all(base, f"{adapter} has {reason}")
         return
     room = free_bytes(store.device) - cache_bytes(base.config, tokens) - BESIDE
     store.place(streamed_in(store.sizes, room))
@@ -58,6 +69,18 @@ def hold_all(base: nn.Module, why: str) -> None:
             f"{why}, so all layers have to be on the device: {size:.1f} GiB, which it has no room for; change that, "
             "or take a larger device or a smaller model."
         ) from error
+
+
+def reads_base(lora: Any) -> str:
+    """What makes an adapter read the base's weights when it is put on, in words; empty where nothing does.
+
+    Args:
+        lora: PEFT's config, or what its file holds.
+    """
+    start = str(value_of(lora, "init_lora_weights")).lower()
+    if start.startswith(RESIDUAL_INITS):
+        return f"init_lora_weights: {start}, which reads and changes the base's weights"
+    return "use_dora: true, which reads the base's weights" if value_of(lora, "use_dora") else ""
 
 
 def free_bytes(device: torch.device) -> int:

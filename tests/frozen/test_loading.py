@@ -1,20 +1,24 @@
 """A base from its file of blocks is, bit for bit, the base that transformers loads and quantises."""
 
 import os
-import subprocess
-import sys
+import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig
 
+from qwen_lit.errors import UserError
 from qwen_lit.frozen import cache, loading
 from qwen_lit.frozen.loading import load_frozen
 from qwen_lit.frozen.store import store_of
 from qwen_lit.model.load import load_base, load_config
 from qwen_lit.quantization import usable
 from tests.frozen.stores import CPU
-from tests.tiny import make_model
+from tests.runs import ended
+from tests.tiny import make_model, tensors_of
 
 
 def held(**options):
@@ -159,22 +163,61 @@ def test_without_a_cache_a_base_with_room_is_loaded_as_transformers_does(dense, 
     assert loading._blocks(loading._skeleton(dense, held(), CPU), dense, CPU, None, None) is None
 
 
-def test_two_processes_make_one_file(dense, tmp_path):
-    code = (
-        "import sys, torch; from pathlib import Path; from transformers import BitsAndBytesConfig\n"
-        "from qwen_lit.frozen import loading, quantize\n"
-        "made = loading.quantized_layers\n"
-        "def counted(*given):\n"
-        "    print('made', flush=True)\n"
-        "    yield from made(*given)\n"
-        "loading.quantized_layers = counted\n"
-        "config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)\n"
-        "base = loading.load_frozen(Path(sys.argv[1]), config, torch.device('cpu'), sys.argv[2])\n"
-        "base.frozen.place(()); print(float(base(torch.arange(5)[None]).logits.sum()))\n"
-    )
-    command = [sys.executable, "-c", code, str(dense), str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(2)]
-    said = [one.communicate()[0].split() for one in both]
-    assert [one.returncode for one in both] == [0, 0]
-    assert sorted(map(len, said)) == [1, 2] and said[0][-1] == said[1][-1]
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+def test_two_processes_make_one_file(dense, tmp_path, monkeypatch):
+    made = loading.quantized_layers
+
+    def slowly(*given):
+        (tmp_path / f"made by {os.getpid()}").touch()
+        time.sleep(0.3)
+        yield from made(*given)
+
+    monkeypatch.setattr(loading, "quantized_layers", slowly)
+    where, ids = str(tmp_path / "cache"), torch.arange(5)[None]
+    expected = load_base(dense, held(), CPU)(ids).logits
+
+    def alike():
+        found = load_frozen(dense, held(), CPU, where)
+        store_of(found).place(())
+        return torch.equal(found(ids).logits, expected)
+
+    children = []
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            torch.set_num_threads(1)
+            os._exit(0 if alike() else 1)
+        children.append(pid)
+    assert [ended(pid) for pid in children] == [0, 0]
+    assert len(list(tmp_path.glob("made by *"))) == 1
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_files_in_other_dtypes_are_quantised_as_transformers_does(dense, tmp_path, dtype):
+    folder = shutil.copytree(dense, tmp_path / "base")
+    tensors = {name: (1.01 * one.float()).to(dtype) for name, one in tensors_of(dense).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = load_frozen(folder, held(), CPU, str(tmp_path / "cache"))
+    store_of(found).place(())
+    there, here = numbers(load_base(folder, held(), CPU)), numbers(found)
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) and here[name].dtype == there[name].dtype for name in there)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_files_that_lack_a_weight_are_refused(dense, tmp_path, name):
+    folder = shutil.copytree(dense, tmp_path / "base")
+    tensors = tensors_of(dense)
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=name):
+        load_frozen(folder, held(), CPU, str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [("hub/models--Qwen--Qwen3-8B/snapshots/0a1b", "Qwen/Qwen3-8B"), ("/data/Qwen3-8B", "Qwen3-8B")],
+)
+def test_a_model_is_told_by_the_name_that_people_know(folder, said):
+    assert loading._name(Path(folder)) == said
