@@ -4,12 +4,11 @@ Its decoder layers lie in host memory as blocks, as those of a cache file do; al
 """
 
 import mmap
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Params4bit
-from random_base import SIGMA, config_of
+from random_base import config_of, drawn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -19,14 +18,6 @@ from qwen_lit.frozen.host import Blocks
 from qwen_lit.frozen.store import FrozenStore, LayerModules
 from qwen_lit.model.load import empty_model, language_model
 from qwen_lit.quantization import loaded_weights
-
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_compute_dtype=torch.bfloat16,
-    bnb_4bit_use_double_quant=True,
-)
-"""As configs/qwen7b.yaml has it."""
 
 
 def made_base(shape: str, quantization: BitsAndBytesConfig, device: torch.device, layers: int | None = None) -> Any:
@@ -84,11 +75,6 @@ def room(sizes: list[int]) -> Blocks:
     starts = tuple(sum(sizes[:number]) for number in range(len(sizes)))
     memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return Blocks(torch.frombuffer(memory, dtype=torch.uint8), starts, tuple(sizes))
-
-
-def drawn(shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Random weights in bf16."""
-    return torch.empty(tuple(shape), dtype=torch.bfloat16, device=device).normal_(0, SIGMA)
 
 
 def fill_rest(base: Any, device: torch.device) -> None:

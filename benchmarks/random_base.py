@@ -14,13 +14,17 @@ import copy
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 from qwen_lit.families.table import family_of
+from qwen_lit.frozen.assemble import Skeleton
+from qwen_lit.frozen.cache import cache_folder, cached_blocks, key_of
+from qwen_lit.model.base import fingerprint
 from qwen_lit.model.load import empty_model, language_model
 
 HYBRID: dict[str, Any] = {
@@ -98,6 +102,13 @@ PLAIN_NORMS = ("qwen2", "qwen3", "qwen3_moe", "qwen2_5_vl", "qwen3_vl")
 SHARD = 4 * 2**30
 """Bytes after which the next file begins."""
 SIGMA = 0.02
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_compute_dtype=torch.bfloat16,
+    bnb_4bit_use_double_quant=True,
+)
+"""As configs/qwen7b.yaml has it."""
 """Of the weights: what releases begin their training with."""
 TEXT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -230,6 +241,31 @@ def write_shard(
         file.truncate(8 + len(text) + end)
 
 
+def write_cache(folder: Path, config: Any, cache: Path, device: torch.device) -> None:
+    """Write the decoder layers of a folder as ``fit`` would quantise and keep them, out of random numbers.
+
+    Args:
+        folder: of the model, with its files.
+        config: of the files.
+        cache: as ``model.base_cache`` names it.
+        device: that quantises.
+    """
+    skeleton = Skeleton.of(language_model(config), NF4, device, torch.bfloat16)
+    layouts, base = skeleton.layouts, fingerprint(str(folder))
+    assert layouts is not None and base is not None
+
+    def blocks() -> Iterator[torch.Tensor]:
+        for layout in layouts:
+            yield layout.quantize({one.path: drawn(one.shape, device) for one in layout.linears})
+
+    cached_blocks(cache, folder.name, layouts, key_of(base, layouts, torch.bfloat16, device), blocks)
+
+
+def drawn(shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Random weights in bf16."""
+    return torch.empty(tuple(shape), dtype=torch.bfloat16, device=device).normal_(0, SIGMA)
+
+
 def main() -> None:
     """Write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -248,7 +284,7 @@ def main() -> None:
     holes = linears_on_disk(config) if given.cache else set()
     write_weights(given.folder, config, holes, device)
     if given.cache:
-        pass
+        write_cache(given.folder, config, cache_folder(str(given.cache)), device)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from qwen_lit.data.batches import collate
 from qwen_lit.engine.policy import Policy
+from qwen_lit.frozen.loading import load_frozen
 from tests.tiny import MLP, ROPE, SIZES
 
 
@@ -81,7 +82,8 @@ def test_a_base_that_is_made_in_memory_trains_alike_streamed_and_resident(load, 
     expected = trainer.run(Policy.RECOMPUTE, (), 2)
     assert expected[0][0] == pytest.approx(np.log(301), rel=0.05) and len(set(expected[0])) == 3
     assert equal.told(trainer.run(Policy.RECOMPUTE, (0, 1, 2), 2), expected) == "equal"
-    blocks.read(1).copy_(blocks.read(0))
+    # The middle layer stays in its slot, where passes turn.
+    blocks.read(2).copy_(blocks.read(0))
     assert "losses part at step 1" in equal.told(trainer.run(Policy.RECOMPUTE, (0, 1, 2), 2), expected)
 
 
@@ -91,7 +93,7 @@ def test_a_random_base_has_the_weights_of_its_config_in_files_that_safetensors_r
     made = load("random_base")
     monkeypatch.setattr(made, "SHARD", 2**14)
     config = made.config_of(shape, 2)
-    made.write_weights(tmp_path, config, torch.device("cpu"))
+    made.write_weights(tmp_path, config, set(), torch.device("cpu"))
     listed = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     wanted, found = made.shapes_on_disk(config), {}
     for file in set(listed["weight_map"].values()):
@@ -103,3 +105,16 @@ def test_a_random_base_has_the_weights_of_its_config_in_files_that_safetensors_r
     assert sum(one.nbytes for one in found.values()) == listed["metadata"]["total_size"]
     assert (found["model.layers.1.input_layernorm.weight"] == 1).all()
     assert found["model.layers.1.mlp.up_proj.weight"].float().std() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_random_base_leaves_holes_in_its_files_for_the_layers_that_its_cache_has(load, shape, tmp_path, monkeypatch):
+    made = load("random_base")
+    monkeypatch.setattr(made, "tokenizer", lambda: SimpleNamespace(save_pretrained=lambda folder: None))
+    arguments = [str(shape), str(tmp_path / "base"), "--cache", str(tmp_path / "cache")]
+    monkeypatch.setattr("sys.argv", ["random_base.py", *arguments])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    made.main()
+    base = load_frozen(tmp_path / "base", made.NF4, torch.device("cpu"), str(tmp_path / "cache"))
+    (file,) = (tmp_path / "cache").glob("*.safetensors")
+    base.frozen.place(())
+    assert file.stat().st_size > sum(base.frozen.sizes) and base(torch.arange(5)[None]).logits.std() > 0

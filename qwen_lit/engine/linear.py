@@ -131,7 +131,11 @@ class Group:
                         torch.mul(linear.pair(dtype)[1], linear.scale, out=weight[mine, there])
             else:
                 weight = full_weight(part, dtype)
-            y = F.linear(augmented, weight, _bias(part, dtype)) if out is None else torch.mm(augmented, weight.t(), out=out)
+            y = (
+                F.linear(augmented, weight, _bias(part, dtype))
+                if out is None
+                else torch.mm(augmented, weight.t(), out=out)
+            )
             for linear, mine, place in zip(part, rows, ranks, strict=True):
                 if linear.rank and xa is not None and not folded:
                     y[:, mine].addmm_(xa[:, place], linear.pair(dtype)[1].t(), alpha=linear.scale)
