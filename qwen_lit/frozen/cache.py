@@ -174,6 +174,9 @@ def cached_blocks(folder: Path, name: str, layouts: Sequence[Layout], key: str, 
 
 def _make(path: Path, name: str, layouts: Sequence[Layout], key: str, blocks: Makes) -> bool:
     """Write a file into its place; False where the disk has no room for it."""
+    partial = path.with_suffix(".tmp")
+    # What a killed process has left takes room, and is of no use.
+    partial.unlink(missing_ok=True)
     size, free = len(header_of(layouts, key)) + sum(one.size for one in layouts), free_bytes(path.parent)
     if size > free:
         log.warning(
@@ -182,7 +185,6 @@ def _make(path: Path, name: str, layouts: Sequence[Layout], key: str, blocks: Ma
         )
         return False
     log.info("quantising %s once, into %s: %s of %s free", name, path, in_gb(size), in_gb(free))
-    partial = path.with_suffix(".tmp")
     with whole_or_absent(partial, path), partial.open("wb") as file:
         write_blocks(file, layouts, key, blocks())
     fsync_dir(path.parent)
