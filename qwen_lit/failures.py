@@ -18,9 +18,10 @@ OUT_OF_MEMORY = """out of GPU memory. The levers, in order:
   model.gradient_checkpointing {checkpointing} (true keeps only layer inputs)
   model.memory_budget {budget} (for the fast engine: a size below what the card has free, such as 7GiB; layers of a
     base in 4 bits that have no room then wait in host memory)
+  model.engine {engine} (the fast engine alone streams layers; reference keeps all on the card)
   data.max_length {max_length} (rows that are longer are shortened, or dropped where their answer does not fit)
   model.lora_config.r {r} (fewer trained parameters)
-  model.quantization_config (nf4 with bnb_4bit_use_double_quant: true is the smallest)"""
+  model.quantization_config (nf4 with bnb_4bit_use_double_quant: true is the smallest, and alone streamed)"""
 
 
 def exit_code(
@@ -68,6 +69,7 @@ def levers(config: Any) -> str:
         accumulate=config.trainer.accumulate_grad_batches,
         checkpointing=config.model.gradient_checkpointing,
         budget=config.model.memory_budget,
+        engine=config.model.engine,
         max_length=config.data.max_length,
         r=config.model.lora_config.r,
     )

@@ -17,7 +17,7 @@ from qwen_lit.signals import WATCHED, Interrupted, Interrupts
 CONFIG = Namespace(
     data=Namespace(batch_size=4, max_length=352),
     trainer=Namespace(accumulate_grad_batches=3),
-    model=Namespace(gradient_checkpointing=True, memory_budget="7GiB", lora_config=Namespace(r=16)),
+    model=Namespace(gradient_checkpointing=True, memory_budget="7GiB", engine="auto", lora_config=Namespace(r=16)),
 )
 
 
@@ -50,8 +50,8 @@ def test_what_is_not_known_comes_with_its_traceback_and_says_whether_the_run_goe
 def test_memory_that_runs_out_names_the_levers_with_their_values_once_they_are_known(capsys):
     assert exit_code(torch.OutOfMemoryError("full"), "fit", config=CONFIG) == 1
     told = capsys.readouterr().err
-    for words in ("data.batch_size 4", "accumulate_grad_batches 3", "memory_budget 7GiB", "lora_config.r 16"):
-        assert words in told
+    levers = ["data.batch_size 4", "accumulate_grad_batches 3", "memory_budget 7GiB", "model.engine auto"]
+    assert all(words in told for words in [*levers, "lora_config.r 16"])
     assert "Traceback" not in told
     assert exit_code(torch.OutOfMemoryError("full"), "fit") == 1
     assert "fit failed: OutOfMemoryError: full" in capsys.readouterr().err

@@ -28,6 +28,7 @@ from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS, RESIDUAL_INITS
 from qwen_lit.export.kquants import gguf_bytes
 from qwen_lit.families.table import family_of
+from qwen_lit.frozen.loading import BESIDE
 from qwen_lit.hub import is_folder, missing_bytes, stored_bytes
 from qwen_lit.model.coverage import coverage, left_out
 from qwen_lit.model.duration import check_limits, epoch_share, epoch_steps, total_steps
@@ -228,9 +229,12 @@ def arithmetic(
     result |= {"measured": False, "engine": engine, "weights_gib": round(static / GIB, 2)}
     if reason:
         return result | {"plans": [], "advice": []} | reference(module, data, model, static, CARDS)
-    memory = planned_memory(module, model, held)
+    planned = planned_memory(module, model, held)
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
+        # Without a cache, a base for which there is room is loaded as a whole.
+        whole = module.settings.base_cache is None and static + BESIDE <= size
+        memory = replace(planned, blocks=()) if whole else planned
         plan = choose(memory, static, size, sizes, HostProfile(processes=trainer.num_devices), mean=mean)
         plans.append(as_dict(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, mean, memory), 3)})
         if explained and plan.fits:

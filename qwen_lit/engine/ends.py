@@ -4,6 +4,7 @@ A weight that waits is a plain attribute of its module and no parameter: what mo
 parameters leaves it alone, and transformers takes the device of the model from what is on the device.
 """
 
+import mmap
 import weakref
 from functools import partial
 from typing import Any
@@ -14,10 +15,8 @@ from torch.nn import functional as F
 
 from qwen_lit.engine.offload import beside, side_stream
 from qwen_lit.families.table import family_of
+from qwen_lit.frozen.link import CudaLink
 from qwen_lit.kernels.rows import can_read_host, host_rows, host_rows_reference
-
-MAPPED = 3
-"""cudaHostRegisterPortable | cudaHostRegisterMapped: every device copies it beside its computation, and reads it."""
 
 
 def place_ends(base: Any, embedding_waits: bool, head_waits: bool) -> None:
@@ -75,7 +74,7 @@ def _move(module: Any, device: torch.device, on_host: Any) -> None:
         del module.forward
         module.weight = nn.Parameter(weight.to(device), requires_grad=False)
     else:
-        module.weight = weight.to("cpu") if device.type == "cpu" else pinned(weight)
+        module.weight = weight.to("cpu") if device.type == "cpu" else pinned(weight, device)
         module.forward = partial(on_host, module)
 
 
@@ -90,16 +89,21 @@ def _multiply(head: Any, x: Tensor) -> Tensor:
     return F.linear(x, head.weight.to(x.device, non_blocking=True))
 
 
-def pinned(tensor: Tensor) -> Tensor:
-    """A copy on the host in memory that a device reads by itself; where the system refuses, just a copy.
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the host in memory that a device reads by itself; where the system refuses that, just a copy.
 
     torch's own pinned memory takes the next power of two: 2 GiB for the head of a 7B.
+
+    Args:
+        tensor: that is copied.
+        device: that reads it.
     """
-    copy = torch.empty_like(tensor, device="cpu").copy_(tensor)
-    cuda: Any = torch.cuda.cudart()
-    if int(cuda.cudaHostRegister(copy.data_ptr(), copy.nbytes, MAPPED)) == 0:
-        # What is registered must be given up before its memory is.
-        weakref.finalize(copy, cuda.cudaHostUnregister, copy.data_ptr())
+    memory = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=torch.uint8)
+    copy = memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    link = CudaLink(device)
+    if link.register(copy.data_ptr(), copy.nbytes, mapped=False) is None:
+        # What is registered is given up before its memory is.
+        weakref.finalize(copy, link.unregister, copy.data_ptr())
     return copy
 
 

@@ -31,7 +31,7 @@ LOUD_LOSS = 0.05
 NEAR = 0.01
 """Losses that differ by less, in nats a token, are taken as equal."""
 CHUNK = 256
-"""Rows of logits that exist at a time: 150 MB in float32 with 150,000 words, and about eight such are there."""
+"""Rows of logits that exist at a time: 150 MB in float32 for 150,000 words, and about eight such are there at once."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from torch import Tensor
 READ_ONLY = 8
 """cudaHostRegisterReadOnly: the device only reads the memory, which a mapping of a file without it is refused for."""
 
+MAPPED = 2
+"""cudaHostRegisterMapped: kernels read the memory too, as they do an embedding that waits on the host."""
+
 
 class Link(Protocol):
     """The way from host memory to one device. Copies run one after the other, beside what the device computes.
@@ -68,7 +71,7 @@ class CudaLink:
         cudart: Any = torch.cuda.cudart()
         # A thread begins on the first device, where the call would make a context.
         with torch.cuda.device(self.device):
-            for flags in (READ_ONLY, 0) if mapped else (0,):
+            for flags in (READ_ONLY, 0) if mapped else (MAPPED,):
                 error = cudart.cudaHostRegister(address, size, flags)
                 if error == cudart.cudaError.success:
                     return None

@@ -92,6 +92,9 @@ class FrozenStore:
         self.hooks: list[Any] = []
         for layer in layers:
             layer.unbind(device)
+            for module in layer.modules.values():
+                # On some CPUs bitsandbytes would repack what it reads, in place.
+                module.support_avx512bf16_for_cpu = False
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -172,7 +172,7 @@ class QwenModule(L.LightningModule):
         before = stored(self.run.checkpoint).get("micro_batches_at_once")
         choice = choose_engine(self, self.trainer, self.data, before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
-        if self.store is not None and self.store.placing is None:
+        if self.store is not None and (self.fast is None or self.store.placing is None):
             hold_all(base, f"the engine is {choice.description}, which streams nothing")
         if self.store is not None:
             reduce_trained_alone(self)

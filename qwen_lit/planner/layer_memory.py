@@ -31,6 +31,15 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """Bytes a token at the end of forward, logits and lm_head aside."""
+
+    loss: int
+    last: int
+    """In the forward of the last layer."""
+
+
+@dataclass(frozen=True)
 class LayerMemory:
     """One layer, in bytes a token."""
 

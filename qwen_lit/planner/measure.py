@@ -11,6 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from peft import PeftModel
 
 from qwen_lit.data.batches import Batch, collate
+from qwen_lit.engine.ends import place_ends
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
 from qwen_lit.frozen.ring import Ring, Slot
@@ -38,18 +39,24 @@ def measure_host(engine: FastEngine, memory: ModelMemory, batch: Batch, processe
     """Time copies, a product, and the launching of a micro-batch, where there is memory for that.
 
     Args:
-        engine: on a CUDA device; it recomputes nothing. All layers of its store get streamed.
+        engine: on a CUDA device; it recomputes nothing. All layers of its store get streamed, and where there is no
+            memory beside embedding and lm_head, these wait on the host.
         memory: of its model.
         batch: of few tokens, on that device.
         processes: on this machine, which share its memory.
     """
     # Half of the memory stays free: the export, the loader's workers and the page cache live there too.
     pinnable = host_memory() // 2 // processes
-    try:
-        share, launch, link, blocks = _speeds(engine, memory, batch)
-    except RuntimeError as error:
-        if not is_full(error):
-            raise
+    for short in (False, True):
+        try:
+            if short:
+                place_ends(engine.model.get_base_model(), True, True)
+            share, launch, link, blocks = _speeds(engine, memory, batch)
+            break
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
+    else:
         # With a share of 0, no layer is planned to be offloaded.
         return HostProfile(memory=pinnable, processes=processes)
     share = min(1.0, int(share * STEPS) / STEPS)

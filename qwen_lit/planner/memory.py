@@ -14,10 +14,11 @@ from peft import PeftModel
 from qwen_lit.engine.engine import fetches_ahead
 from qwen_lit.engine.footprint import layer_sizes, loss_ops
 from qwen_lit.engine.policy import Policies, Policy
+from qwen_lit.frozen.quantize import layouts_of
 from qwen_lit.frozen.store import store_of
 from qwen_lit.kernels.footprint import LayerSize, columns_of, rank_of
-from qwen_lit.planner.layer_memory import LayerMemory, Moment, augmented_bytes, layer_memory
-from qwen_lit.planner.streaming import Streaming, block_sizes
+from qwen_lit.planner.layer_memory import Ends, LayerMemory, Moment, augmented_bytes, layer_memory
+from qwen_lit.planner.streaming import Streaming
 from qwen_lit.quantization import Held
 
 
@@ -42,15 +43,6 @@ class MemoryConstants:
 
 
 MEMORY = MemoryConstants()
-
-
-@dataclass(frozen=True)
-class Ends:
-    """Bytes a token at the end of forward, logits and lm_head aside."""
-
-    loss: int
-    last: int
-    """In the forward of the last layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +80,9 @@ class ModelMemory:
         base: Any = model.base_model.model
         config, size, store = base.config, base.get_input_embeddings().weight.element_size(), store_of(base)
         own = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * size
-        blocks = block_sizes(config, held) if held is not None else () if store is None else store.sizes
+        blocks = () if store is None else store.sizes
+        if held is not None:
+            blocks = tuple(layout.size for layout in layouts_of(config, held) or ())
         return ModelMemory(
             layers=layer_sizes(model, None if held is None else lambda name: f"{name}.weight" in held),
             vocabulary=config.vocab_size,

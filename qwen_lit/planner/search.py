@@ -15,7 +15,8 @@ from qwen_lit.engine.engine import PIECE
 from qwen_lit.engine.offload import BLOCK
 from qwen_lit.engine.policy import Policies
 from qwen_lit.planner.host import HostProfile
-from qwen_lit.planner.memory import MEMORY, Ends, ModelMemory
+from qwen_lit.planner.layer_memory import Ends
+from qwen_lit.planner.memory import MEMORY, ModelMemory
 from qwen_lit.planner.plan import Plan
 from qwen_lit.planner.speed import Clock, Shares, relative_time
 

@@ -1,17 +1,13 @@
 """What streaming layers saves on the device, and what it brings over the link."""
 
 from bisect import bisect_left
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 from qwen_lit.engine.policy import spread
-from qwen_lit.families.table import family_of
-from qwen_lit.frozen.blocks import FrozenLinear, Layout
 from qwen_lit.frozen.ring import SLOTS
-from qwen_lit.quantization import Held
 
 
 @dataclass(frozen=True)
@@ -64,21 +60,3 @@ class Streaming:
     def copied(self, streamed: Collection[int]) -> int:
         """Bytes that come over the link in a pass over all layers: those of the turn lie in the slots."""
         return self.freed(streamed)
-
-
-def block_sizes(config: Any, held: Mapping[str, Held]) -> tuple[int, ...]:
-    """Bytes of each layer's block, before one is read; 0 for layers whose linears are not all in 4 bits.
-
-    Args:
-        config: of the base model.
-        held: how its weights will be held, as of ``planned_weights``.
-    """
-    family, found = family_of(config), []
-    for number, layer in enumerate(family.layers(config)):
-        linears = []
-        for one in layer.linears:
-            how = held.get(f"{family.block(number)}.{one.weight}")
-            if one.linear and one.count == 1 and how is not None and how.kind in ("nf4", "fp4"):
-                linears.append(FrozenLinear(one.path, (one.outputs, one.inputs), how))
-        found.append(Layout(tuple(linears)).size if len(linears) == len(layer.linears) else 0)
-    return tuple(found)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_lit.callbacks.export import holding
+from qwen_lit.callbacks.as_trained import holding
 from qwen_lit.cli import main
 from tests.runs import adapter, doing
 

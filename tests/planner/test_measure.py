@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from qwen_lit import hardware
+from qwen_lit.engine.ends import waits
+from qwen_lit.engine.engine import FastEngine
 from qwen_lit.hardware import host_memory
 from qwen_lit.planner import measure as probe
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.measure import is_full, measure_host, rounded
+from tests.engine.test_engine import adapted
 
 
 @pytest.fixture
@@ -63,10 +66,24 @@ def test_a_device_too_full_to_be_measured_is_planned_for_as_any(monkeypatch, gro
     def full(*_):
         raise torch.OutOfMemoryError("full")
 
+    engine = FastEngine(adapted("qwen2"))
     monkeypatch.setattr(probe, "_speeds", full)
-    assert measure_host(None, None, None, 2) == HostProfile(memory=1250, processes=2)
+    assert measure_host(engine, None, None, 2) == HostProfile(memory=1250, processes=2)
     monkeypatch.setattr(probe, "_speeds", lambda *_: (0.3, 900.7, 79_999.0, 15.9))
-    assert measure_host(None, None, None, 1) == HostProfile(0.25, 2500, 900, 73_728, 15)
+    assert measure_host(engine, None, None, 1) == HostProfile(0.25, 2500, 900, 73_728, 15)
+
+
+def test_a_device_too_full_for_the_ends_is_measured_without_them(monkeypatch, group):
+    engine = FastEngine(adapted("qwen2"))
+    head = engine.model.get_base_model().get_output_embeddings()
+
+    def speeds(*_):
+        if not waits(head):
+            raise torch.OutOfMemoryError("full")
+        return 1.0, 1.0, 16.0, 16.0
+
+    monkeypatch.setattr(probe, "_speeds", speeds)
+    assert measure_host(engine, None, None, 1) == HostProfile(1.0, 2500, 1, 16, 16)
 
 
 def test_rates_are_rounded_to_eight_steps_between_two_powers_of_two():

@@ -98,6 +98,9 @@ def test_launching_is_timed_without_copies_and_the_layers_are_bound_anew(loaded,
         assert store.ring is not ring
         FastEngine(model).loss_sum(batch(True))
     assert store.ring is ring and not made
+    for layer in store.layers:
+        with pytest.raises(RuntimeError, match="before it is on the device"):
+            next(iter(layer.modules.values())).weight.quant_state.absmax  # noqa: B018
     assert engine.loss_sum(batch(True)).item() == before
     apply(plan_of(()), model)
     with without_copies(store):
