@@ -21,7 +21,7 @@ OUT_OF_MEMORY = """out of GPU memory. The levers, in order:
   model.engine {engine} (the fast engine alone streams layers; reference keeps all on the card)
   data.max_length {max_length} (rows that are longer are shortened, or dropped where their answer does not fit)
   model.lora_config.r {r} (fewer trained parameters)
-  model.quantization_config (nf4 with bnb_4bit_use_double_quant: true is the smallest, and alone streamed)"""
+  model.quantization_config (nf4 with bnb_4bit_use_double_quant: true is the smallest)"""
 
 
 def exit_code(

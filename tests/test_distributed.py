@@ -75,10 +75,11 @@ def two(command, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("layout", [[], PADDED], ids=["packed", "padded"])
 def test_two_ranks_learn_what_one_with_twice_the_accumulation_learns(command, tmp_path, layout):
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, kept = tmp_path / "one", tmp_path / "two", tmp_path / "bases"
     assert main(command(one, *ALIKE, *layout, "--trainer.accumulate_grad_batches", "6")) == 0
-    code, text = run(command(two, *ALIKE, *layout, *TWO))
+    code, text = run(command(two, *ALIKE, *layout, *TWO, "--model.base_cache", str(kept)))
     assert code == 0, text
+    assert len(list(kept.glob("*.safetensors"))) == 1
     expected, found = trace(one), trace(two)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for line, other in zip(expected, found, strict=True):

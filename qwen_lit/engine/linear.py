@@ -45,8 +45,9 @@ def group_reference(x: Tensor, linears: list[LoraLinear], seed: int) -> tuple[Te
     return tuple(outputs)
 
 
-def _bias(part: list[LoraLinear]) -> Tensor | None:
-    found = [linear.bias for linear in part]
+def _bias(part: list[LoraLinear], dtype: torch.dtype) -> Tensor | None:
+    # bitsandbytes' own forward, such as that of samples, casts a bias to the dtype in which it computes.
+    found = [None if linear.bias is None else linear.bias.to(dtype) for linear in part]
     if len(part) == 1 or all(bias is None for bias in found):
         return found[0]
     like = next(bias for bias in found if bias is not None)
@@ -130,7 +131,11 @@ class Group:
                         torch.mul(linear.pair(dtype)[1], linear.scale, out=weight[mine, there])
             else:
                 weight = full_weight(part, dtype)
-            y = F.linear(augmented, weight, _bias(part)) if out is None else torch.mm(augmented, weight.t(), out=out)
+            y = (
+                F.linear(augmented, weight, _bias(part, dtype))
+                if out is None
+                else torch.mm(augmented, weight.t(), out=out)
+            )
             for linear, mine, place in zip(part, rows, ranks, strict=True):
                 if linear.rank and xa is not None and not folded:
                     y[:, mine].addmm_(xa[:, place], linear.pair(dtype)[1].t(), alpha=linear.scale)

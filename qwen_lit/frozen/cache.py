@@ -10,11 +10,13 @@ import json
 import logging
 import mmap
 import os
+import socket
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -32,8 +34,27 @@ log = logging.getLogger(__name__)
 FORMAT = "qwen_lit frozen layers, 1"
 Makes = Callable[[], Iterable[Tensor]]
 """Makes the block of each layer, uint8 ``[size]``, on any device."""
-MEMORY = Path("/dev/shm")
-"""Where a file is in memory and on no disk."""
+SILENT = 3600.0
+"""Seconds after which a file that is not written to is taken for one that nobody writes any more."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run, as one of them sees them."""
+
+    gathered: Callable[[Any], list[Any]] = lambda value: [value]
+    """What all ranks give, in their order; every rank calls it as often as the others."""
+    rank: int = 0
+    """This one's number."""
+    first: int = 0
+    """Number of the first one on this machine."""
+
+    def of_first(self, value: Any) -> Any:
+        """What the first rank of this machine gives; every rank calls it as often as the others."""
+        return self.gathered(value)[self.first]
+
+
+ALONE = Ranks()
 
 
 def cache_folder(given: str) -> Path:
@@ -174,9 +195,11 @@ def cached_blocks(folder: Path, name: str, layouts: Sequence[Layout], key: str, 
 
 def _make(path: Path, name: str, layouts: Sequence[Layout], key: str, blocks: Makes) -> bool:
     """Write a file into its place; False where the disk has no room for it."""
-    partial = path.with_suffix(".tmp")
-    # What a killed process has left takes room, and is of no use.
-    partial.unlink(missing_ok=True)
+    # Locks of some file systems hold on one machine alone, so each machine has a name of its own.
+    partial = path.with_suffix(f".{socket.gethostname()}.tmp")
+    for left in path.parent.glob(f"{key}.*.tmp"):
+        if left == partial or time.time() - left.stat().st_mtime > SILENT:
+            left.unlink(missing_ok=True)
     size, free = len(header_of(layouts, key)) + sum(one.size for one in layouts), free_bytes(path.parent)
     if size > free:
         log.warning(
@@ -207,24 +230,35 @@ def _alone(path: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def blocks_in_memory(layouts: Sequence[Layout], key: str, blocks: Makes) -> Blocks:
-    """The blocks of a base in the memory of this process, as a file without a name.
+def blocks_in_memory(layouts: Sequence[Layout], key: str, blocks: Makes, ranks: Ranks = ALONE) -> Blocks:
+    """The blocks of a base in memory, as a file without a name, which the first rank of a machine makes for all of it.
 
     Args:
         layouts: of the layers.
         key: of the file.
-        blocks: called once.
+        blocks: called once, by the rank that makes it.
+        ranks: that all call this.
 
     Raises:
-        UserError: there is not enough memory.
+        UserError: there is not enough memory, or this rank does not see that of the first one.
     """
-    file = os.fdopen(os.memfd_create("qwen_lit"), "w+b")
     try:
-        with file:
+        file = None
+        if ranks.rank == ranks.first:
+            file = os.fdopen(os.memfd_create("qwen_lit"), "w+b")
             write_blocks(file, layouts, key, blocks())
-            return map_blocks(file, layouts, key, None)
+        theirs = ranks.of_first(None if file is None else f"/proc/{os.getpid()}/fd/{file.fileno()}")
+        if file is None:
+            file = open(theirs, "r+b")
+            if not is_whole(Path(theirs), layouts, key):
+                raise OSError(f"{theirs} is of another process")
+        with file:
+            found = map_blocks(file, layouts, key, None)
+            # The first one keeps it open until all have opened it.
+            ranks.of_first(None)
+            return found
     except (OSError, MemoryError) as error:
         size = in_gb(sum(one.size for one in layouts))
         raise UserError(
-            f"the host has no memory for the quantised base, {size} ({error}); set model.base_cache to a folder."
+            f"the quantised base cannot be held in host memory, {size} ({error}); set model.base_cache to a folder."
         ) from error

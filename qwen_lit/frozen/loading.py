@@ -1,20 +1,17 @@
 """Loading a base: from its blocks where its layers are linears in 4 bits, and else as transformers does."""
 
 import logging
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from qwen_lit.frozen.assemble import Skeleton, assemble
-from qwen_lit.frozen.cache import MEMORY, blocks_in_memory, cache_folder, cached_blocks, key_of
+from qwen_lit.frozen.cache import ALONE, Ranks, blocks_in_memory, cache_folder, cached_blocks, key_of
 from qwen_lit.frozen.host import Blocks
 from qwen_lit.frozen.quantize import quantized_layers
-from qwen_lit.frozen.store import store_of
 from qwen_lit.hardware import product_dtype
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.delta_rule import choose_delta_rule
@@ -34,6 +31,7 @@ def load_frozen(
     device: torch.device,
     cache: str | None = "auto",
     room: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Any:
     """The frozen base that an adapter is trained on. Where it has a store (``store_of``), its layers are away.
 
@@ -44,6 +42,7 @@ def load_frozen(
         cache: folder of quantised bases; ``auto`` is that of the user, for CUDA devices; None keeps none, and a base
             goes through host memory only where the device has no room for it.
         room: bytes of the device that may be used; None for all that is free.
+        ranks: that all call this.
 
     Raises:
         UserError: the files lack weights of the model.
@@ -52,7 +51,7 @@ def load_frozen(
     with timed("loading the base"):
         if device.type == "cuda" or cache not in (None, "auto"):
             skeleton = _skeleton(folder, quantization, device)
-        if skeleton is not None and (blocks := _blocks(skeleton, folder, device, cache, room)) is not None:
+        if skeleton is not None and (blocks := _blocks(skeleton, folder, device, cache, room, ranks)) is not None:
             model = assemble(skeleton, blocks, folder, device)
             keep_apart(model)
             if computed := choose_delta_rule(model, device):
@@ -73,26 +72,22 @@ def _skeleton(folder: Path, quantization: BitsAndBytesConfig | None, device: tor
 
 
 def _blocks(
-    skeleton: Skeleton, folder: Path, device: torch.device, cache: str | None, room: int | None
+    skeleton: Skeleton, folder: Path, device: torch.device, cache: str | None, room: int | None, ranks: Ranks = ALONE
 ) -> Blocks | None:
-    """The blocks of a model on the host; None where it is loaded without."""
+    """The blocks of a model on the host, on all ranks or on none; None where it is loaded without."""
     layouts, base = skeleton.layouts or (), fingerprint(str(folder))
     assert base is not None
     key = key_of(base, layouts, skeleton.dtype, device)
     made = partial(quantized_layers, folder, skeleton.config, layouts, skeleton.dtype, device)
     name = _name(folder)
-    if cache is not None:
-        found = cached_blocks(cache_folder(cache), name, layouts, key, made)
-        if found is not None:
-            return found
+    found = None if cache is None else cached_blocks(cache_folder(cache), name, layouts, key, made)
     size = skeleton.rest + sum(layout.size for layout in layouts)
-    if size + BESIDE <= _room(device, room):
-        return None
-    if int(os.environ.get("LOCAL_WORLD_SIZE") or 1) > 1 and MEMORY.is_dir():
-        # One copy for the ranks of this machine; ``nameless`` lets it go with the last of them.
-        return cached_blocks(_shared(), name, layouts, key, made)
+    state = (found is not None, size + BESIDE <= _room(device, room))
+    there, fits = (all(one) for one in zip(*ranks.gathered(state), strict=True))
+    if there or fits:
+        return found if there else None
     log.info("the quantised base is held in host memory")
-    return blocks_in_memory(layouts, key, made)
+    return blocks_in_memory(layouts, key, made, ranks)
 
 
 def _name(folder: Path) -> str:
@@ -105,17 +100,3 @@ def _room(device: torch.device, room: int | None) -> int:
     """Bytes that a base may take on a device."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     return free if room is None else min(room, free)
-
-
-def _shared() -> Path:
-    """Where the ranks of one run share memory."""
-    return MEMORY / f"qwen_lit-{os.getuid()}-{os.environ.get('MASTER_PORT', '')}"
-
-
-def nameless(base: nn.Module) -> None:
-    """Let memory that ranks share go with them: every one of them has mapped it by now."""
-    store = store_of(base)
-    path = None if store is None else store.blocks.path
-    if path is not None and path.is_relative_to(MEMORY):
-        for file in (path, path.with_suffix(".lock")):
-            file.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +18,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qwen_lit.data.batches import Batch, join, padded
 from qwen_lit.data.datamodule import QwenDataModule, data_of
-from qwen_lit.distributed import agree, reduce_trained_alone, watch_children
+from qwen_lit.distributed import agree, gathered, reduce_trained_alone, watch_children
 from qwen_lit.engine.ends import cast_ends
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.errors import RunError
 from qwen_lit.export.adapter import RESIDUAL_INITS, saved_name
 from qwen_lit.export.folder import read_json
 from qwen_lit.families.table import family_of
-from qwen_lit.frozen.loading import load_frozen, nameless
+from qwen_lit.frozen.cache import Ranks
+from qwen_lit.frozen.loading import load_frozen
 from qwen_lit.frozen.store import FrozenStore, disband, store_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
@@ -143,8 +145,9 @@ class QwenModule(L.LightningModule):
         Args:
             device: where it computes.
         """
-        cache = self.settings.base_cache
-        return load_frozen(self.folder, self.quantization_config, device, cache, self.memory_budget)
+        trainer, cache = self.trainer, self.settings.base_cache
+        ranks = Ranks(partial(gathered, trainer), trainer.global_rank, trainer.global_rank - trainer.local_rank)
+        return load_frozen(self.folder, self.quantization_config, device, cache, self.memory_budget, ranks)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""
@@ -152,9 +155,6 @@ class QwenModule(L.LightningModule):
             return
         device = self.trainer.strategy.root_device
         base = self.load_base(device)
-        if self.trainer.world_size > 1:
-            self.trainer.strategy.barrier()
-            nameless(base)
         self.quantized = loaded_weights(base)
         if reason := reads_base(self.lora_config):
             hold_all(base, f"model.lora_config has {reason}")

@@ -32,6 +32,8 @@ class MemoryConstants:
     margin: float = 0.04
     """Share of a budget that is left free for the rounding of the allocator's blocks: the rows "limited to" 40 GiB and
     less."""
+    measured_margin: float = 0.03
+    """Share of a budget that is left free beside a measured peak, which has no estimate's error in it."""
     cublas: int = 2**26
     """Bytes of cuBLAS's workspaces: on Hopper torch gives 32 MiB to each of the threads of forward and backward."""
     fragments: float = 0.06

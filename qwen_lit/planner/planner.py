@@ -19,7 +19,7 @@ from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.measure import STEPS, is_full
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, Plan
-from qwen_lit.planner.search import choose, limit
+from qwen_lit.planner.search import choose, measured_limit
 
 log = logging.getLogger(__name__)
 NEVER = 2**62
@@ -121,7 +121,7 @@ class Planner:
         for left in reversed(range(TRIES)):
             plan = self._choose(work, beside)
             peak = self._measure(plan, work)
-            if not plan.fits or not left or (peak is not None and peak <= limit(plan.budget)):
+            if not plan.fits or not left or (peak is not None and peak <= measured_limit(plan.budget)):
                 break
             took = "did not fit" if peak is None else f"took {peak / GIB:.2f} GiB"
             log.warning("%s: %s; planning again", plan, took)
@@ -132,7 +132,7 @@ class Planner:
             plan = replace(plan, estimate=plan.estimate - beside)
         if peak is None or self.engine is None:
             raise torch.OutOfMemoryError(f"the heaviest micro-batch does not fit: {plan}")
-        return Planned(self.engine, replace(plan, fits=peak <= limit(plan.budget)), peak)
+        return Planned(self.engine, replace(plan, fits=peak <= measured_limit(plan.budget)), peak)
 
     def plan_unmeasured(self, work: Work) -> Planned:
         """The engine of the plan by arithmetic alone, for a command that trains nothing."""

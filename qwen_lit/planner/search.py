@@ -59,8 +59,13 @@ class Task:
 
 
 def limit(budget: int) -> int:
-    """Bytes that a plan may take of a budget."""
+    """Bytes that a plan may take of a budget by its estimate."""
     return int(budget * (1 - MEMORY.margin)) - MEMORY.libraries
+
+
+def measured_limit(budget: int) -> int:
+    """Bytes that a plan may take of a budget when it is run."""
+    return int(budget * (1 - MEMORY.measured_margin)) - MEMORY.libraries
 
 
 def choose(
