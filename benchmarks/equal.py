@@ -20,8 +20,9 @@ from typing import Any
 
 from cases import QKVO, documents
 from lightning.fabric.utilities import move_data_to_device
-from made import NF4, made_base
+from made import made_base
 from peft import LoraConfig, PeftModel
+from random_base import NF4
 
 from qwen_lit.data.batches import collate
 from qwen_lit.engine.engine import FastEngine

@@ -16,8 +16,9 @@ from typing import Any
 import psutil
 from cases import GIB, QKVO, documents, limit_memory
 from lightning.fabric.utilities import move_data_to_device
-from made import NF4, made_base
+from made import made_base
 from peft import LoraConfig, PeftModel
+from random_base import NF4
 
 from qwen_lit.data.batches import Batch, collate
 from qwen_lit.data.packing import best_fit

@@ -3,6 +3,7 @@ makes in memory is a model that trains."""
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_all_rows_of_a_step_are_trained_and_the_heaviest_ones_are_planned_for(lo
 
 def test_a_base_that_is_made_in_memory_trains_alike_streamed_and_resident(load, shape):
     equal, made = load("equal"), load("made")
-    base = made.made_base(shape, made.NF4, torch.device("cpu"))
+    base = made.made_base(shape, load("random_base").NF4, torch.device("cpu"))
     blocks = base.frozen.blocks
     assert len(blocks.sizes) == 3 and not torch.equal(blocks.read(0), blocks.read(1))
     torch.manual_seed(0)
