@@ -25,7 +25,7 @@ from qwen_lit.errors import RunError
 from qwen_lit.export.adapter import RESIDUAL_INITS, saved_name
 from qwen_lit.export.folder import read_json
 from qwen_lit.families.table import family_of
-from qwen_lit.frozen.cache import Ranks
+from qwen_lit.frozen.cache import ALONE, Ranks
 from qwen_lit.frozen.loading import load_frozen
 from qwen_lit.frozen.store import FrozenStore, disband, store_of
 from qwen_lit.hub import fetch, is_folder
@@ -139,22 +139,23 @@ class QwenModule(L.LightningModule):
         self.folder = fetch(self.name, self.settings.hub, weights=True)
         check_base(self.folder, self.config)
 
-    def load_base(self, device: torch.device) -> Any:
+    def load_base(self, device: torch.device, ranks: Ranks = ALONE) -> Any:
         """The frozen base, whose layers are away where it has a store (``load_frozen``).
 
         Args:
             device: where it computes.
+            ranks: that all call this; a command without a trainer, or one rank of a run for itself, is alone.
         """
-        trainer, cache = self.trainer, self.settings.base_cache
-        ranks = Ranks(partial(gathered, trainer), trainer.global_rank, trainer.global_rank - trainer.local_rank)
+        cache = self.settings.base_cache
         return load_frozen(self.folder, self.quantization_config, device, cache, self.memory_budget, ranks)
 
     def configure_model(self) -> None:
         """Load the base on this rank's device and put the adapter on it."""
         if self.model is not None:
             return
-        device = self.trainer.strategy.root_device
-        base = self.load_base(device)
+        trainer, device = self.trainer, self.trainer.strategy.root_device
+        ranks = Ranks(partial(gathered, trainer), trainer.global_rank, trainer.global_rank - trainer.local_rank)
+        base = self.load_base(device, ranks)
         self.quantized = loaded_weights(base)
         if reason := reads_base(self.lora_config):
             hold_all(base, f"model.lora_config has {reason}")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -105,6 +106,15 @@ def test_a_torn_file_is_set_aside_and_made_again(dense, tmp_path, left, caplog):
     assert torch.equal(
         found(torch.arange(5)[None]).logits, load_base(dense, held(), CPU)(torch.arange(5)[None]).logits
     )
+
+
+def test_what_a_killed_process_has_left_takes_no_room(dense, tmp_path, monkeypatch):
+    store = store_of(load_frozen(dense, held(), CPU, str(tmp_path)))
+    file = file_of(tmp_path)
+    left = file.rename(file.with_suffix(f".{socket.gethostname()}.tmp"))
+    monkeypatch.setattr(cache, "free_bytes", lambda folder: 0 if left.exists() else 2**30)
+    again = store_of(load_frozen(dense, held(), CPU, str(tmp_path)))
+    assert not left.exists() and torch.equal(again.blocks.memory, store.blocks.memory)
 
 
 def test_a_file_is_kept_for_each_checkpoint_and_quantisation(dense, tmp_path, tokenizer):
