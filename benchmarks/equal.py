@@ -23,11 +23,13 @@ from lightning.fabric.utilities import move_data_to_device
 from made import made_base
 from peft import LoraConfig, PeftModel
 from random_base import NF4
+from torch.nn.attention import SDPBackend
 
 from qwen_lit.data.batches import collate
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.frozen.store import FrozenStore
+from qwen_lit.kernels import attention
 from qwen_lit.model.load import add_adapter
 from qwen_lit.model.optim import OPTIMIZERS
 
@@ -95,6 +97,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dropout", type=float, default=0.1)
     given = parser.parse_args()
+    # Attention's fused backward adds in whatever order its blocks end.
+    attention.BACKENDS[:] = [SDPBackend.MATH]
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     base = made_base(given.shape, NF4, device, given.layers)
     torch.manual_seed(1)
