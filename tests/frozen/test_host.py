@@ -13,9 +13,12 @@ import torch
 
 from qwen_lit.errors import UserError
 from qwen_lit.frozen import host, pinned
+from qwen_lit.frozen.blocks import FrozenLinear, Layout
+from qwen_lit.frozen.cache import map_blocks, write_blocks
 from qwen_lit.frozen.fed import Feeder, Reader
 from qwen_lit.frozen.host import LinkCopies, pinning, rate_of
-from tests.frozen.links import PAGE, LateLink, Mark, blocks_of, mapped
+from qwen_lit.quantization import Held
+from tests.frozen.links import PAGE, LateLink, Mark, blocks_of
 
 SIZES = [3 * PAGE, 5 * PAGE, PAGE, 4 * PAGE, 6 * PAGE]
 WHOLE, NUMBERS = sum(SIZES), range(len(SIZES))
@@ -290,27 +293,35 @@ def shares(path):
     return counts["Rss"], counts["Private_Clean"] + counts["Private_Dirty"]
 
 
-def read_all(path, sizes, here, done):
-    """Reads all blocks of a file as a rank of its own, and says what they take."""
-    blocks = host.Blocks(mapped(path), tuple(here), tuple(sizes), path)
-    total = sum(int(blocks.read(number).sum()) for number in range(len(sizes)))
-    done.send((total, shares(path)))
-    done.recv()
+LAYOUT = Layout((FrozenLinear("mlp.up_proj", (64, 2048), Held("nf4", 64, True)),))
+
+
+def read_all(path):
+    """Maps a file of blocks as a rank does and reads all of it: the mapping, and what ``shares`` tells of it."""
+    with path.open("rb") as file:
+        blocks = map_blocks(file, [LAYOUT] * 3, "key", path)
+    blocks.memory.clone()
+    return blocks, *shares(path)
+
+
+def second_rank(path, done):
+    blocks, resident, own = read_all(path)
+    done.send((blocks.memory.numel(), resident, own))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 def test_processes_that_read_one_file_have_one_copy(tmp_path):
     path = tmp_path / "base"
-    blocks = blocks_of(SIZES, path)
-    total = sum(int(blocks.read(number).sum()) for number in NUMBERS)
-    assert shares(path)[0] * 1024 >= WHOLE
+    with path.open("wb") as file:
+        write_blocks(file, [LAYOUT] * 3, "key", torch.randint(0, 255, (3, LAYOUT.size), dtype=torch.uint8))
+    # The first rank has it to itself until the second one has read it.
+    blocks, resident, own = read_all(path)
+    assert resident == own and resident * 1024 >= blocks.memory.numel() >= 3 * LAYOUT.size
     here, there = multiprocessing.Pipe()
-    # A rank begins by itself and maps the file by itself.
-    rank = multiprocessing.get_context("fork").Process(target=read_all, args=(path, SIZES, blocks.starts, there))
+    rank = multiprocessing.get_context("spawn").Process(target=second_rank, args=(path, there))
     rank.start()
-    found, (resident, own) = here.recv()
-    assert found == total and resident * 1024 >= WHOLE and own == 0
-    assert shares(path)[1] == 0
-    here.send(None)
+    assert here.poll(60)
+    size, resident, own = here.recv()
+    assert resident * 1024 >= size >= 3 * LAYOUT.size and own == 0
     rank.join(10)
     assert rank.exitcode == 0

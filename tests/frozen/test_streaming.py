@@ -25,9 +25,9 @@ def folder(request, tmp_path_factory):
     return made
 
 
-def trained(folder, monkeypatch, streamed, slots=2, double=True, policy=Policy.KEEP, piece=0, late=True, steps=3):
+def trained(folder, monkeypatch, streamed, slots=2, double=True, policy=Policy.KEEP, piece=0, steps=2):
     """Losses and the adapter after some steps, with dropout; and the copies that were made."""
-    if late:
+    if monkeypatch is not None:
         monkeypatch.setattr("qwen_lit.frozen.store.copies_of", lambda blocks, numbers, device: LateCopies(blocks))
     held = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
     base = load_base(folder, held, CPU)
@@ -58,23 +58,41 @@ def trained(folder, monkeypatch, streamed, slots=2, double=True, policy=Policy.K
 EVERY = range(LAYERS)
 
 
-@pytest.mark.parametrize("double", [True, False], ids=["nested scales", "plain scales"])
+KEEP, AGAIN = Policy.KEEP, Policy.RECOMPUTE
+
+
+@pytest.fixture(scope="module")
+def resident(folder):
+    """What resident layers come to, computed once for each way of training."""
+    known = {}
+
+    def found(double, policy, piece):
+        if (double, policy, piece) not in known:
+            known[double, policy, piece] = trained(folder, None, None, double=double, policy=policy, piece=piece)[:2]
+        return known[double, policy, piece]
+
+    return found
+
+
 @pytest.mark.parametrize(
-    ("streamed", "slots", "policy", "piece"),
+    ("streamed", "slots", "policy", "piece", "double"),
     [
-        (EVERY, 2, Policy.KEEP, 0),
-        (EVERY, 2, Policy.RECOMPUTE, 0),
-        (EVERY, 3, Policy.RECOMPUTE, 0),
-        (EVERY, 2, Policy.OFFLOAD, 0),
-        (EVERY, 2, Policy.RECOMPUTE, 8),
-        ((0, 2, 4), 2, Policy.KEEP, 0),
-        ((1, 2), 3, Policy.RECOMPUTE, 0),
-        ((3,), 2, Policy.KEEP, 0),
+        (EVERY, 2, KEEP, 0, True),
+        (EVERY, 2, AGAIN, 0, True),
+        (EVERY, 3, AGAIN, 0, True),
+        (EVERY, 2, Policy.OFFLOAD, 0, True),
+        (EVERY, 2, AGAIN, 8, True),
+        (EVERY, 2, KEEP, 0, False),
+        ((0, 2, 4), 2, KEEP, 0, True),
+        ((1, 2), 3, AGAIN, 0, True),
+        ((3,), 2, KEEP, 0, True),
     ],
-    ids=lambda value: str(value),
+    ids=str,
 )
-def test_streamed_layers_train_as_resident_ones(folder, monkeypatch, streamed, slots, policy, piece, double):
-    expected, there, _ = trained(folder, monkeypatch, None, double=double, policy=policy, piece=piece)
+def test_streamed_layers_train_as_resident_ones(folder, resident, monkeypatch, streamed, slots, policy, piece, double):
+    if folder.name.startswith("qwen3") and (slots, piece) != (2, 0):
+        pytest.skip("rings of other sizes are the same for all families")
+    expected, there = resident(double, policy, piece)
     losses, adapter, store = trained(folder, monkeypatch, streamed, slots, double, policy, piece)
     assert losses == expected
     assert adapter.keys() == there.keys()
