@@ -15,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from qwen_lit.families.table import family_of
 from qwen_lit.frozen.assemble import Skeleton
+from qwen_lit.frozen.blocks import Layout
 from qwen_lit.frozen.cache import cache_folder, cached_blocks, key_of
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.load import empty_model, language_model
@@ -102,6 +104,7 @@ PLAIN_NORMS = ("qwen2", "qwen3", "qwen3_moe", "qwen2_5_vl", "qwen3_vl")
 SHARD = 4 * 2**30
 """Bytes after which the next file begins."""
 SIGMA = 0.02
+"""Of the weights: what releases begin their training with."""
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
@@ -109,7 +112,6 @@ NF4 = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
 )
 """As configs/qwen7b.yaml has it."""
-"""Of the weights: what releases begin their training with."""
 TEXT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -236,8 +238,8 @@ def write_shard(
                 continue
             # The norms of hybrids multiply by one and the weight, but for that of linear attention.
             is_one = name.endswith("norm.weight") and (model_type in PLAIN_NORMS or "linear_attn" in name)
-            weight = torch.ones(shape) if is_one else torch.randn(shape, device=device) * SIGMA
-            file.write(memoryview(weight.bfloat16().cpu().view(torch.uint8).numpy().reshape(-1)))
+            weight = torch.ones(shape, dtype=torch.bfloat16) if is_one else drawn(shape, device)
+            file.write(memoryview(weight.cpu().view(torch.uint8).numpy().reshape(-1)))
         file.truncate(8 + len(text) + end)
 
 
@@ -253,16 +255,23 @@ def write_cache(folder: Path, config: Any, cache: Path, device: torch.device) ->
     skeleton = Skeleton.of(language_model(config), NF4, device, torch.bfloat16)
     layouts, base = skeleton.layouts, fingerprint(str(folder))
     assert layouts is not None and base is not None
+    key = key_of(base, layouts, torch.bfloat16, device)
+    cached_blocks(cache, folder.name, layouts, key, partial(random_blocks, layouts, device))
 
-    def blocks() -> Iterator[torch.Tensor]:
-        for layout in layouts:
-            yield layout.quantize({one.path: drawn(one.shape, device) for one in layout.linears})
 
-    cached_blocks(cache, folder.name, layouts, key_of(base, layouts, torch.bfloat16, device), blocks)
+def random_blocks(layouts: Sequence[Layout], device: torch.device) -> Iterator[torch.Tensor]:
+    """The block of each layer, of random weights that are quantised on the device.
+
+    Args:
+        layouts: of the layers.
+        device: that makes and quantises the numbers.
+    """
+    for layout in layouts:
+        yield layout.quantize({one.path: drawn(one.shape, device) for one in layout.linears})
 
 
 def drawn(shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Random weights in bf16."""
+    """Random weights in bf16; half of the memory that float32 would take, which a case may limit."""
     return torch.empty(tuple(shape), dtype=torch.bfloat16, device=device).normal_(0, SIGMA)
 
 
