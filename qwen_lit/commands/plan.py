@@ -29,6 +29,7 @@ from qwen_lit.export.adapter import CHUNK_ELEMENTS, RESIDUAL_INITS
 from qwen_lit.export.kquants import gguf_bytes
 from qwen_lit.families.table import family_of
 from qwen_lit.frozen.loading import BESIDE
+from qwen_lit.frozen.quantize import layouts_of
 from qwen_lit.hub import is_folder, missing_bytes, stored_bytes
 from qwen_lit.model.coverage import coverage, left_out
 from qwen_lit.model.duration import check_limits, epoch_share, epoch_steps, total_steps
@@ -176,6 +177,7 @@ def common(
     stored = weights if own_quantization(module.config) is None else static_bytes(model, held) - 4 * trained
     download = 0 if is_folder(module.name) else missing_bytes(module.folder, stored)
     download += exporter.original_bytes(weights, module)
+    kept = kept_bytes(module, held, trainer.strategy.root_device)
     keep = exporter.saver.keep
     share = float(supervised.sum() / max(1, tokens))
     length = float((lengths.astype(float) ** 2).sum() / max(1, tokens))
@@ -193,13 +195,28 @@ def common(
         "heaviest_micro_batch_tokens": largest_batch,
         "flops_per_token": token_flops(model, length, share)[0],
         "checkpoint_mb": round(checkpoint / 1e6, 1),
-        "disk_gb": round((checkpoint * (keep + 1) + 4 * trained + merged + file + download) / 1e9, 2),
+        "disk_gb": round((checkpoint * (keep + 1) + 4 * trained + merged + file + download + kept) / 1e9, 2),
+        "base_cache_gb": round(kept / 1e9, 2),
         "download_gb": round(download / 1e9, 2),
         "export_gb": round(merged / 1e9, 2),
         "gguf_gb": round(file / 1e9, 2),
         # The tensor in the making, one block of it in float32, and the adapter.
         "export_ram_gib": round((2 * largest + 8 * min(largest, CHUNK_ELEMENTS) + 4 * trained) / GIB + 0.6, 2),
     }
+
+
+def kept_bytes(module: QwenModule, held: Mapping[str, Held], device: torch.device) -> int:
+    """Bytes of the file that keeps the base quantised.
+
+    Args:
+        module: with the settings.
+        held: how the base's weights will be held.
+        device: of the run.
+    """
+    cache = module.settings.base_cache
+    if cache is None or (cache == "auto" and device.type != "cuda") or own_quantization(module.config) is not None:
+        return 0
+    return sum(layout.size for layout in layouts_of(module.config, held) or ())
 
 
 def arithmetic(

@@ -66,7 +66,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     gguf = f", {result['gguf_gb']} GB to make the GGUF file" if result["gguf_gb"] else ""
     download = f", {result['download_gb']} GB to download the base" if result["download_gb"] else ""
     disk = f"{result['disk_gb']} GB for checkpoints and export, of it {result['export_gb']} GB merged"
-    out.append(f"disk        {disk}{gguf}{download}")
+    kept = f", {result['base_cache_gb']} the quantised base" if result["base_cache_gb"] else ""
+    out.append(f"disk        {disk}{gguf}{kept}{download}")
     out.append(f"export      about {result['export_ram_gib']} GiB of RAM")
     out += result["advice"]
     tables = [one["explained"] for one in (result, *result.get("plans", [])) if "explained" in one]

@@ -2,14 +2,19 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
+from transformers import Qwen2Config
 
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.cli import main
-from qwen_lit.commands.plan import arithmetic, trial
+from qwen_lit.commands.plan import arithmetic, kept_bytes, trial
+from qwen_lit.families.table import family_of
+from qwen_lit.quantization import Held
 from qwen_lit.run import Run
 
 BIASED = ["--model.lora_config.lora_bias", "true", "--model.lora_config.target_modules", "[q_proj]"]
@@ -179,3 +184,22 @@ def test_a_vision_tower_in_the_files_is_counted_where_the_merged_model_is_writte
     assert stored_bytes(model_folder) == (model_folder / "model.safetensors").stat().st_size
     (folder / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 77}, "weight_map": {}}')
     assert stored_bytes(folder) == 77
+
+
+def test_the_file_that_keeps_the_base_counts_as_disk():
+    config = Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_key_value_heads=4)
+    config.num_attention_heads = 28
+    held = {
+        f"model.layers.{number}.{one.weight}": Held("nf4", 64, True)
+        for number, layer in enumerate(family_of(config).layers(config))
+        for one in layer.linears
+    }
+    found = {
+        (cache, device): kept_bytes(
+            SimpleNamespace(config=config, settings=SimpleNamespace(base_cache=cache)), held, torch.device(device)
+        )
+        for cache in ("auto", "folder", None)
+        for device in ("cuda", "cpu")
+    }
+    assert found["auto", "cuda"] == found["folder", "cpu"] == pytest.approx(3.37e9, rel=0.01)
+    assert found["auto", "cpu"] == found[None, "cuda"] == 0
