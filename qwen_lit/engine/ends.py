@@ -69,13 +69,15 @@ def _move(module: Any, device: torch.device, on_host: Any) -> None:
         on_host: what computes with a weight on the host, of the module and its input; None brings it to the device.
     """
     weight: Tensor = module.weight.detach()
-    del module.weight
+    # Made before the one that is there is given up: a device without room for it leaves the module as it was.
     if on_host is None:
+        there: Tensor = nn.Parameter(weight.to(device), requires_grad=False)
         del module.forward
-        module.weight = nn.Parameter(weight.to(device), requires_grad=False)
     else:
-        module.weight = weight.to("cpu") if device.type == "cpu" else pinned(weight, device)
+        there = weight.to("cpu") if device.type == "cpu" else pinned(weight, device)
         module.forward = partial(on_host, module)
+    del module.weight
+    module.weight = there
 
 
 def _look_up(embedding: Any, ids: Tensor) -> Tensor:
@@ -108,7 +110,11 @@ def pinned(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class HeadAtHand:
-    """The weight of lm_head on the device for one loss, where it waits on the host."""
+    """The weight of lm_head on the device for one loss, where it waits on the host.
+
+    It is a context: where a pass breaks off, the memory of a copy that is under way is not given to anything before
+    the copy has ended.
+    """
 
     def __init__(self, head: Any, device: torch.device) -> None:
         """Copies nothing.
@@ -119,6 +125,13 @@ class HeadAtHand:
         """
         self.head, self.device = head, device
         self.copy: Tensor | None = None
+
+    def __enter__(self) -> "HeadAtHand":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+        self.copy = None
 
     def begin(self) -> None:
         """Begin to copy a weight that waits, beside what the device is given from now on."""
@@ -137,7 +150,11 @@ class HeadAtHand:
         """
         if self.copy is None:
             return self.head.weight.to(dtype)  # type: ignore[no-any-return]
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).wait_stream(side_stream(self.device))
+        self._end()
         copy, self.copy = self.copy, None
         return copy.to(dtype)
+
+    def _end(self) -> None:
+        """Let what the device is given from now on come after a copy that is under way."""
+        if self.copy is not None and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_stream(side_stream(self.device))

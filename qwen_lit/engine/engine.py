@@ -219,8 +219,8 @@ class FastEngine:
         self._cast_adapters(residual.dtype)
         if self.store is not None:
             self.store.begin(turns=training)
-        head = HeadAtHand(base.get_output_embeddings(), residual.device)
-        with torch.autocast(residual.device.type, enabled=False):
+        at_hand = HeadAtHand(base.get_output_embeddings(), residual.device)
+        with torch.autocast(residual.device.type, enabled=False), at_hand as head:
             for number, block in enumerate(decoder.layers):
                 recompute = training and policies[number].recomputes
                 if recompute and delta is not None:

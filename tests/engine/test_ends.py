@@ -74,6 +74,35 @@ def test_the_copy_of_the_head_is_what_the_loss_reads():
     assert at_hand.copy is None
 
 
+def test_a_copy_of_the_head_is_given_up_where_a_pass_breaks_off():
+    place_ends(model := adapted("qwen2").base_model.model, False, True)
+    with pytest.raises(torch.OutOfMemoryError), HeadAtHand(model.lm_head, torch.device("cpu")) as head:
+        head.begin()
+        assert head.copy is not None
+        raise torch.OutOfMemoryError
+    assert head.copy is None
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_without_memory_an_end_stays_where_it_is(back, monkeypatch):
+    base = adapted("qwen2").base_model.model
+    place_ends(base, back, back)
+    wanted, place = base.lm_head.weight.clone(), torch.Tensor.to
+
+    def full(tensor, *arguments, **options):
+        if tensor.shape == wanted.shape:
+            raise torch.OutOfMemoryError
+        return place(tensor, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, "to", full)
+        place_ends(base, not back, not back)
+    assert waits(base.lm_head) == back and torch.equal(base.lm_head.weight, wanted)
+    answers(base)
+    place_ends(base, False, False)
+    assert torch.equal(base.lm_head.weight, wanted)
+
+
 def test_a_tied_head_is_never_moved_nor_its_embedding():
     model = adapted("qwen3")
     place_ends(model.base_model.model, True, True)
