@@ -174,6 +174,10 @@ def cached_blocks(folder: Path, name: str, layouts: Sequence[Layout], key: str, 
     """
     path = folder / f"{key}.safetensors"
     try:
+        # A whole file stays as it is, so reading it needs no lock, which a folder of others may not let one take.
+        if path.is_file() and is_whole(path, layouts, key):
+            with path.open("rb") as file:
+                return map_blocks(file, layouts, key, path)
         with _alone(folder / f"{key}.lock", name):
             if path.is_file() and not is_whole(path, layouts, key):
                 broken = path.with_suffix(".broken")

@@ -108,6 +108,16 @@ def test_a_torn_file_is_set_aside_and_made_again(dense, tmp_path, left, caplog):
     )
 
 
+def test_a_whole_file_is_read_where_nothing_may_be_written(dense, tmp_path, monkeypatch):
+    load_frozen(dense, held(), CPU, str(tmp_path))
+
+    def refused(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache.FileLock, "acquire", refused)
+    assert store_of(load_frozen(dense, held(), CPU, str(tmp_path))).blocks.path == file_of(tmp_path)
+
+
 def test_what_a_killed_process_has_left_takes_no_room(dense, tmp_path, monkeypatch):
     store = store_of(load_frozen(dense, held(), CPU, str(tmp_path)))
     file = file_of(tmp_path)
