@@ -124,7 +124,7 @@ def test_a_checkpoint_of_a_version_that_counted_micro_batches_is_refused_with_th
     checkpoint["settings"]["merge"] = checkpoint["settings"].pop("micro_batches_at_once")
     write_checkpoint(checkpoint, path, {"step": 4})
     with monkeypatch.context() as patch:
-        patch.setattr(module_file, "load_base", lambda *_: pytest.fail("the model was loaded"))
+        patch.setattr(module_file, "load_frozen", lambda *_: pytest.fail("the model was loaded"))
         assert main(command(stopped, "--ckpt_path", "last")) == 2
     error = capsys.readouterr().err
     assert "an earlier version of qwen_lit wrote this checkpoint" in error and "set model.init_adapter" in error

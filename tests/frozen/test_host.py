@@ -1,7 +1,6 @@
 """How blocks come from the host to a device: pinned, through buffers, and what becomes of errors on the way."""
 
 import gc
-import multiprocessing
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ import torch
 from qwen_lit.errors import UserError
 from qwen_lit.frozen import host, pinned
 from qwen_lit.frozen.blocks import FrozenLinear, Layout
-from qwen_lit.frozen.cache import map_blocks, write_blocks
+from qwen_lit.frozen.cache import map_blocks
 from qwen_lit.frozen.fed import Feeder, Reader
 from qwen_lit.frozen.host import LinkCopies, pinning, rate_of
 from qwen_lit.quantization import Held
@@ -307,21 +306,3 @@ def read_all(path):
 def second_rank(path, done):
     blocks, resident, own = read_all(path)
     done.send((blocks.memory.numel(), resident, own))
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
-def test_processes_that_read_one_file_have_one_copy(tmp_path):
-    path = tmp_path / "base"
-    with path.open("wb") as file:
-        write_blocks(file, [LAYOUT] * 3, "key", torch.randint(0, 255, (3, LAYOUT.size), dtype=torch.uint8))
-    # The first rank has it to itself until the second one has read it.
-    blocks, resident, own = read_all(path)
-    assert resident == own and resident * 1024 >= blocks.memory.numel() >= 3 * LAYOUT.size
-    here, there = multiprocessing.Pipe()
-    rank = multiprocessing.get_context("spawn").Process(target=second_rank, args=(path, there))
-    rank.start()
-    assert here.poll(60)
-    size, resident, own = here.recv()
-    assert resident * 1024 >= size >= 3 * LAYOUT.size and own == 0
-    rank.join(10)
-    assert rank.exitcode == 0
