@@ -29,6 +29,7 @@ from qwen_lit.frozen.host import Blocks
 from qwen_lit.hub import free_bytes, in_gb
 from qwen_lit.names import expanded
 from qwen_lit.progress import Progress, timed
+from qwen_lit.run import training_config
 
 log = logging.getLogger(__name__)
 FORMAT = "qwen_lit frozen layers, 1"
@@ -66,6 +67,16 @@ def cache_folder(given: str) -> Path:
     if given != "auto":
         return Path(expanded(given))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_lit" / "bases"
+
+
+def cache_of_training(adapter: Path) -> str | None:
+    """What ``model.base_cache`` was for an adapter; ``auto`` where this machine lacks the folder that it names.
+
+    Args:
+        adapter: its folder.
+    """
+    given: str | None = training_config(adapter).get("model", {}).get("base_cache", "auto")
+    return given if given is None or Path(expanded(given)).is_dir() else "auto"
 
 
 def key_of(base: str, layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device) -> str:

@@ -1,5 +1,6 @@
 """A base from its file of blocks is, bit for bit, the base that transformers loads and quantises."""
 
+import json
 import os
 import shutil
 import socket
@@ -241,3 +242,11 @@ def test_files_that_lack_a_weight_are_refused(dense, tmp_path, name):
 )
 def test_a_model_is_told_by_the_name_that_people_know(folder, said):
     assert loading._name(Path(folder)) == said
+
+
+@pytest.mark.parametrize(("given", "found"), [("here", "here"), ("gone", "auto"), ("auto", "auto"), (None, None)])
+def test_the_base_of_an_adapter_is_kept_where_its_training_kept_it(given, found, tmp_path):
+    (tmp_path / "here").mkdir()
+    named = {name: str(tmp_path / name) for name in ("here", "gone")}
+    (tmp_path / "training_config.json").write_text(json.dumps({"model": {"base_cache": named.get(given, given)}}))
+    assert cache.cache_of_training(tmp_path) == named.get(found, found)
