@@ -179,6 +179,17 @@ def test_where_no_file_can_be_kept_the_base_is_loaded_all_the_same(dense, tmp_pa
     )
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_one_rank_of_a_machine_tells_why_no_file_is_kept(dense, tmp_path, monkeypatch, full, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cache, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(loading, "_room", lambda device, room: 2**40)
+    where = str(tmp_path if full else tmp_path / "file")
+    for rank in range(2):
+        load_frozen(dense, held(), CPU, where, ranks=cache.Ranks(rank=rank))
+    assert caplog.text.count("is not kept") == 1
+
+
 def test_without_a_cache_a_base_with_room_is_loaded_as_transformers_does(dense, monkeypatch):
     monkeypatch.setattr(loading, "_room", lambda device, room: 2**40)
     assert loading._blocks(loading._skeleton(dense, held(), CPU), dense, CPU, None, None) is None
