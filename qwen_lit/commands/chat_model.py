@@ -15,6 +15,7 @@ from qwen_lit.export.adapter import UNSUPPORTED, read_adapter
 from qwen_lit.export.folder import BaseModel, ExportError, read_json
 from qwen_lit.export.merge import fit_names
 from qwen_lit.families.table import family_of
+from qwen_lit.frozen.cache import cache_of_training
 from qwen_lit.frozen.loading import load_frozen
 from qwen_lit.hardware import product_dtype
 from qwen_lit.hub import fetch, find
@@ -276,7 +277,8 @@ def load(choice: Choice, device: torch.device) -> tuple[Any, Any]:
     try:
         with timed(f"loading {choice}"):
             # The base of an adapter is quantised again and again; a merged model is not worth a file.
-            model = load_frozen(base, choice.quantization, device, "auto" if choice.adapter else None)
+            cache = cache_of_training(choice.folder) if choice.adapter else None
+            model = load_frozen(base, choice.quantization, device, cache)
             settle(model, TOKENS, choice.folder if choice.adapter else None)
             model.config.use_cache = True
             tokenizer = load_tokenizer(base, choice.base)

@@ -29,6 +29,7 @@ from qwen_lit.frozen.host import Blocks
 from qwen_lit.hub import free_bytes, in_gb
 from qwen_lit.names import expanded
 from qwen_lit.progress import Progress, timed
+from qwen_lit.run import training_config
 
 log = logging.getLogger(__name__)
 FORMAT = "qwen_lit frozen layers, 1"
@@ -66,6 +67,16 @@ def cache_folder(given: str) -> Path:
     if given != "auto":
         return Path(expanded(given))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_lit" / "bases"
+
+
+def cache_of_training(adapter: Path) -> str | None:
+    """What ``model.base_cache`` was for an adapter; ``auto`` where this machine lacks the folder that it names.
+
+    Args:
+        adapter: its folder.
+    """
+    given: str | None = training_config(adapter).get("model", {}).get("base_cache", "auto")
+    return given if given is None or Path(expanded(given)).is_dir() else "auto"
 
 
 def key_of(base: str, layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device) -> str:
@@ -159,7 +170,9 @@ def map_blocks(file: BinaryIO, layouts: Sequence[Layout], key: str, path: Path |
     return Blocks(memory, tuple(start + sum(sizes[:number]) for number in range(len(sizes))), sizes, path)
 
 
-def cached_blocks(folder: Path, name: str, layouts: Sequence[Layout], key: str, blocks: Makes) -> Blocks | None:
+def cached_blocks(
+    folder: Path, name: str, layouts: Sequence[Layout], key: str, blocks: Makes, level: int = logging.WARNING
+) -> Blocks | None:
     """The blocks of a base from its file, which is made where there is none: once, however many processes ask.
 
     Args:
@@ -168,9 +181,10 @@ def cached_blocks(folder: Path, name: str, layouts: Sequence[Layout], key: str, 
         layouts: of the layers.
         key: of the file.
         blocks: called where they have to be made.
+        level: of the line that says why the file cannot be made.
 
     Returns:
-        None where the file cannot be made, which is said in one line.
+        None where the file cannot be made.
     """
     path = folder / f"{key}.safetensors"
     try:
@@ -183,13 +197,14 @@ def cached_blocks(folder: Path, name: str, layouts: Sequence[Layout], key: str, 
                 broken = path.with_suffix(".broken")
                 path.replace(broken)
                 log.warning("%s is not whole; it is set aside as %s and made again", path, broken.name)
-            if not path.is_file() and not _make(path, name, layouts, key, blocks):
+            if not path.is_file() and not _make(path, name, layouts, key, blocks, level):
                 return None
             with path.open("rb") as file:
                 return map_blocks(file, layouts, key, path)
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
-        log.warning(
+        log.log(
+            level,
             "the quantised base is not kept: %s cannot be used (%s); model.base_cache names another folder",
             folder,
             reason,
@@ -197,7 +212,7 @@ def cached_blocks(folder: Path, name: str, layouts: Sequence[Layout], key: str, 
         return None
 
 
-def _make(path: Path, name: str, layouts: Sequence[Layout], key: str, blocks: Makes) -> bool:
+def _make(path: Path, name: str, layouts: Sequence[Layout], key: str, blocks: Makes, level: int) -> bool:
     """Write a file into its place; False where the disk has no room for it."""
     # Locks of some file systems hold on one machine alone, so each machine has a name of its own.
     partial = path.with_suffix(f".{socket.gethostname()}.tmp")
@@ -206,7 +221,8 @@ def _make(path: Path, name: str, layouts: Sequence[Layout], key: str, blocks: Ma
             left.unlink(missing_ok=True)
     size, free = len(header_of(layouts, key)) + sum(one.size for one in layouts), free_bytes(path.parent)
     if size > free:
-        log.warning(
+        log.log(
+            level,
             "the quantised base is not kept: it is %s, and %s has %s free; model.base_cache names another folder",
             *(in_gb(size), path.parent, in_gb(free)),
         )

@@ -80,13 +80,15 @@ def _blocks(
     key = key_of(base, layouts, skeleton.dtype, device)
     made = partial(quantized_layers, folder, skeleton.config, layouts, skeleton.dtype, device)
     name = _name(folder)
-    found = None if cache is None else cached_blocks(cache_folder(cache), name, layouts, key, made)
+    tells = ranks.rank == ranks.first
+    level = logging.WARNING if tells else logging.DEBUG
+    found = None if cache is None else cached_blocks(cache_folder(cache), name, layouts, key, made, level)
     size = skeleton.rest + sum(layout.size for layout in layouts)
     state = (found is not None, size + BESIDE <= _room(device, room))
     there, fits = (all(one) for one in zip(*ranks.gathered(state), strict=True))
     if there or fits:
         return found if there else None
-    log.info("the quantised base is held in host memory")
+    log.log(logging.INFO if tells else logging.DEBUG, "the quantised base is held in host memory")
     return blocks_in_memory(layouts, key, made, ranks)
 
 

@@ -1,5 +1,6 @@
 """A base from its file of blocks is, bit for bit, the base that transformers loads and quantises."""
 
+import json
 import os
 import shutil
 import socket
@@ -178,6 +179,17 @@ def test_where_no_file_can_be_kept_the_base_is_loaded_all_the_same(dense, tmp_pa
     )
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_one_rank_of_a_machine_tells_why_no_file_is_kept(dense, tmp_path, monkeypatch, full, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cache, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(loading, "_room", lambda device, room: 2**40)
+    where = str(tmp_path if full else tmp_path / "file")
+    for rank in range(2):
+        load_frozen(dense, held(), CPU, where, ranks=cache.Ranks(rank=rank))
+    assert caplog.text.count("is not kept") == 1
+
+
 def test_without_a_cache_a_base_with_room_is_loaded_as_transformers_does(dense, monkeypatch):
     monkeypatch.setattr(loading, "_room", lambda device, room: 2**40)
     assert loading._blocks(loading._skeleton(dense, held(), CPU), dense, CPU, None, None) is None
@@ -241,3 +253,11 @@ def test_files_that_lack_a_weight_are_refused(dense, tmp_path, name):
 )
 def test_a_model_is_told_by_the_name_that_people_know(folder, said):
     assert loading._name(Path(folder)) == said
+
+
+@pytest.mark.parametrize(("given", "found"), [("here", "here"), ("gone", "auto"), ("auto", "auto"), (None, None)])
+def test_the_base_of_an_adapter_is_kept_where_its_training_kept_it(given, found, tmp_path):
+    (tmp_path / "here").mkdir()
+    named = {name: str(tmp_path / name) for name in ("here", "gone")}
+    (tmp_path / "training_config.json").write_text(json.dumps({"model": {"base_cache": named.get(given, given)}}))
+    assert cache.cache_of_training(tmp_path) == named.get(found, found)
