@@ -75,6 +75,8 @@ class ModelSettings:
         """
         check_ranges("model", vars(self))
         check_ranges("model.lora_config", vars(self.lora_config))
+        if self.base_cache == "":
+            raise UserError("model.base_cache is empty; give a folder, auto, or null for none.")
         schedule(self.lr_scheduler, 1, 100, self.learning_rate, self.lr_scheduler_kwargs)
 
     @property

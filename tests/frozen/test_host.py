@@ -12,11 +12,8 @@ import torch
 
 from qwen_lit.errors import UserError
 from qwen_lit.frozen import host, pinned
-from qwen_lit.frozen.blocks import FrozenLinear, Layout
-from qwen_lit.frozen.cache import map_blocks
 from qwen_lit.frozen.fed import Feeder, Reader
 from qwen_lit.frozen.host import LinkCopies, pinning, rate_of
-from qwen_lit.quantization import Held
 from tests.frozen.links import PAGE, LateLink, Mark, blocks_of
 
 SIZES = [3 * PAGE, 5 * PAGE, PAGE, 4 * PAGE, 6 * PAGE]
@@ -277,32 +274,3 @@ def test_the_rate_counts_each_kind_by_its_bytes(monkeypatch):
     seconds = sum(SIZES[:2]) + 3 * sum(SIZES[2:])
     assert rate_of(copies, NUMBERS, CPU) == pytest.approx(WHOLE / seconds)
     copies.close()
-
-
-def shares(path):
-    """Kilobytes of a mapped file: in this process, and of them those that no other one has."""
-    counts, inside = {"Rss": 0, "Private_Clean": 0, "Private_Dirty": 0}, False
-    with open("/proc/self/smaps") as lines:
-        for line in lines:
-            word = line.split()[0]
-            if not word.endswith(":"):
-                inside = line.rstrip().endswith(str(path))
-            elif inside and word[:-1] in counts:
-                counts[word[:-1]] += int(line.split()[1])
-    return counts["Rss"], counts["Private_Clean"] + counts["Private_Dirty"]
-
-
-LAYOUT = Layout((FrozenLinear("mlp.up_proj", (64, 2048), Held("nf4", 64, True)),))
-
-
-def read_all(path):
-    """Maps a file of blocks as a rank does and reads all of it: the mapping, and what ``shares`` tells of it."""
-    with path.open("rb") as file:
-        blocks = map_blocks(file, [LAYOUT] * 3, "key", path)
-    blocks.memory.clone()
-    return blocks, *shares(path)
-
-
-def second_rank(path, done):
-    blocks, resident, own = read_all(path)
-    done.send((blocks.memory.numel(), resident, own))
