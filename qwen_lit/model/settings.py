@@ -5,6 +5,7 @@ from typing import Literal
 
 from qwen_lit.checks import check_ranges
 from qwen_lit.config import LoraSection, QuantizationSection
+from qwen_lit.errors import UserError
 from qwen_lit.hub_libraries import Hub
 from qwen_lit.model.optim import OptimizerClass, OptimizerName
 from qwen_lit.model.schedules import ScheduleName, schedule
