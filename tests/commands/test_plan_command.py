@@ -12,7 +12,8 @@ from transformers import Qwen2Config
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.cli import main
-from qwen_lit.commands.plan import arithmetic, kept_bytes, trial
+from qwen_lit.commands.plan import arithmetic, kept_bytes
+from qwen_lit.commands.plan_trial import trial
 from qwen_lit.families.table import family_of
 from qwen_lit.quantization import Held
 from qwen_lit.run import Run
