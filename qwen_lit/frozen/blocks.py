@@ -168,6 +168,10 @@ class AwayState(F.QuantState):  # type: ignore[misc]
     def to(self, device: torch.device) -> None:
         """There is nothing to move."""
 
+    def as_dict(self, packed: bool = False) -> dict[str, Any]:
+        """Nothing: a state dict of the model, which PEFT reads the names of, lists what is at hand."""
+        return {}
+
 
 def away_state(linear: FrozenLinear, dtype: torch.dtype, device: torch.device) -> AwayState:
     """What stands for the quantisation state of a weight that is not at hand.
