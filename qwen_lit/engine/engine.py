@@ -24,6 +24,7 @@ from qwen_lit.engine.lora_linear import (
 from qwen_lit.engine.mlp import mlp, mlp_in_pieces
 from qwen_lit.engine.offload import HostBlocks, HostStore
 from qwen_lit.engine.policy import Policies, Policy
+from qwen_lit.engine.products import Products
 from qwen_lit.engine.qkv import qkv_rope
 from qwen_lit.families.layer import Layer
 from qwen_lit.families.table import FAMILIES, family_of
@@ -130,19 +131,22 @@ class Arena:
 class FastEngine:
     """Computes the summed loss of a batch; gradients land in the model's own LoRA parameters."""
 
-    def __init__(self, model: PeftModel, policies: Policies | None = None) -> None:
+    def __init__(self, model: PeftModel, policies: Policies | None = None, products: Products | None = None) -> None:
         """Holds the model; nothing of it is changed.
 
         Args:
             model: a ``PeftModel`` for which ``unsupported_reason`` is None.
             policies: how memory is saved, with one policy for each layer; without them every layer keeps all that its
                 backward needs. What waits on the host is placed by ``place_ends`` and ``FrozenStore.place``.
+            products: how the products of frozen weights are computed; in bf16 where it is not given. Another may be
+                set between batches.
         """
         self.model = model
         base: Any = model.base_model.model
         family = family_of(base.config)
         self.decoder, self.layers = base.get_submodule(family.decoder), family.layers(base.config)
         self.policies = Policies.keep_all(len(self.layers)) if policies is None else policies
+        self.products = Products() if products is None else products
         self.arena = Arena()
         self.store = store_of(base)
         self.trained: list[Tensor] = [p for name, p in model.named_parameters() if ".lora_" in name]
@@ -188,11 +192,15 @@ class FastEngine:
 
     def _linears(self, number: int, training: bool) -> dict[str, LoraLinear]:
         """The linears of a layer, with the copies that the engine keeps for them."""
-        arrive = None if self.store is None else self.store.arrival(number)
-        return {
+        arrive, layer = None if self.store is None else self.store.arrival(number), self.layers[number]
+        found = {
             name: read_linear(module, training, self.compute, self.resident, self.arena.workspace, arrive)
-            for name, module in linears_of(self.decoder.layers[number], self.layers[number]).items()
+            for name, module in linears_of(self.decoder.layers[number], layer).items()
         }
+        for place, group in enumerate(layer.groups):
+            for one in group:
+                found[one.name].passes = self.products.of(number, place)
+        return found
 
     def loss_sum(self, batch: Any) -> Tensor:
         """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats.

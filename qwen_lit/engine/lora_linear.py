@@ -17,6 +17,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
+from qwen_lit.engine.products import WIDE, Passes
 from qwen_lit.kernels.footprint import LinearSize
 from qwen_lit.kernels.nf4 import can_dequantize, dequantize
 
@@ -69,6 +70,8 @@ class LoraLinear:
     arrive: Callable[[], None] | None = None
     """Brings the weight to hand where it is not always on the device. It is called before each use: nothing that is
     kept may be a view of a weight, whose memory the next layer takes."""
+    passes: Passes = WIDE
+    """In what its products are computed; all linears of a group have the same."""
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in the dtype of the products."""

@@ -14,6 +14,7 @@ from qwen_lit.data.batches import Batch
 from qwen_lit.engine.ends import place_ends, waits
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.engine.products import Products
 from qwen_lit.frozen.store import store_of
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.measure import STEPS, is_full
@@ -87,6 +88,7 @@ class Planner:
         budget: int | None = None,
         only: int | None = None,
         processes: int = 1,
+        products: Products | None = None,
     ) -> None:
         """Reads the memory that is there.
 
@@ -100,9 +102,10 @@ class Planner:
             only: micro-batches that the resumed run computed as one. It goes on so where that fits, because dropout
                 masks and the order of sums depend on it.
             processes: on this machine, which share its memory.
+            products: as of ``FastEngine``.
         """
         self.model, self.meter, self.agree, self.forward_context = model, meter, agree, forward_context
-        self.only, self.processes = only, processes
+        self.only, self.processes, self.products = only, processes, products
         free = meter.free()
         self.budget = agree(min(budget or free, free))
         self.memory = ModelMemory.of(model, state_bytes)
@@ -137,7 +140,7 @@ class Planner:
     def plan_unmeasured(self, work: Work) -> Planned:
         """The engine of the plan by arithmetic alone, for a command that trains nothing."""
         plan = self._choose(work, 0)
-        return Planned(apply(plan, self.model), plan)
+        return Planned(apply(plan, self.model, self.products), plan)
 
     def _profile(self) -> HostProfile:
         """The profile of the slowest rank."""
@@ -161,7 +164,7 @@ class Planner:
         peak, pins = NEVER, True
         try:
             with self.forward_context():
-                self.engine = apply(plan, self.model)
+                self.engine = apply(plan, self.model, self.products)
                 # The optimizer's states are made at the first step, so they are not measured here.
                 peak = self.meter.peak(self.engine, heaviest) + self.memory.constants["optimizer states"]
         except RuntimeError as error:
@@ -188,8 +191,13 @@ def more_beside(beside: int, plan: Plan, peak: int | None) -> int:
     return beside + max(peak - plan.estimate, GIB // 16)
 
 
-def apply(plan: Plan, model: PeftModel) -> FastEngine:
+def apply(plan: Plan, model: PeftModel, products: Products | None = None) -> FastEngine:
     """The engine of a plan; moves what the plan moves to the host, and back what it does not.
+
+    Args:
+        plan: as chosen.
+        model: on the device.
+        products: as of ``FastEngine``.
 
     Raises:
         torch.OutOfMemoryError: the device has no room for what is to be on it.
@@ -202,7 +210,7 @@ def apply(plan: Plan, model: PeftModel) -> FastEngine:
     if store is not None:
         store.place(policies.streamed)
     place_ends(base, *policies.ends_on_host)
-    return FastEngine(model, policies)
+    return FastEngine(model, policies, products)
 
 
 def away(model: PeftModel, memory: ModelMemory) -> int:

@@ -1,0 +1,74 @@
+"""How the products of frozen weights are computed: in bf16, or in 8 bits in one pass or in both.
+
+What is trained stays as it is: the products with LoRA's A and B, lm_head and its loss, attention, norms and the
+residual stream are computed in the dtype of the model whatever is chosen here.
+"""
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Literal
+
+ProductsName = Literal["bf16", "fp8_backward", "fp8", "int8"]
+
+
+class Kind(Enum):
+    """The numbers that a product multiplies."""
+
+    WIDE = "wide"
+    """Those of the model: bf16."""
+    FP8 = "fp8"
+    """e4m3: a scale for each token, and one for all weights of an input."""
+    INT8 = "int8"
+    """A scale for each token and each row of the weight, after a Hadamard transform along the summed dimension."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The kinds of one product in both passes."""
+
+    forward: Kind = Kind.WIDE
+    backward: Kind = Kind.WIDE
+    """Of the product that makes the gradient of the input."""
+
+    @property
+    def narrow(self) -> bool:
+        """Whether any of them is in 8 bits."""
+        return self != WIDE
+
+
+WIDE = Passes()
+NAMED: dict[ProductsName, Passes] = {
+    "bf16": WIDE,
+    "fp8_backward": Passes(Kind.WIDE, Kind.FP8),
+    "fp8": Passes(Kind.FP8, Kind.FP8),
+    "int8": Passes(Kind.INT8, Kind.INT8),
+}
+"""By the values of ``model.products``."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """How the products of every layer are computed."""
+
+    name: ProductsName = "bf16"
+    wide: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    """The products that stay in bf16 all the same: numbers of the layer and of the group of linears in it (0: q, k and
+    v; 1: o; 2: gate and up; 3: down)."""
+
+    def of(self, layer: int, group: int) -> Passes:
+        """The kinds of the products of one group of linears.
+
+        Args:
+            layer: its number.
+            group: its number in the layer.
+        """
+        return WIDE if (layer, group) in self.wide else NAMED[self.name]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether any product is in 8 bits."""
+        return NAMED[self.name].narrow
+
+    def without(self, wide: frozenset[tuple[int, int]]) -> "Products":
+        """The same, with these products in bf16 too."""
+        return replace(self, wide=self.wide | wide)
