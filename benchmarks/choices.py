@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qwen_lit.data.batches import Batch
 from qwen_lit.engine.lora_linear import width_of
-from qwen_lit.engine.products import Products, ProductsName
+from qwen_lit.engine.narrow import can_narrow
+from qwen_lit.engine.products import Kind, Products, ProductsName
 
 Order = list[tuple[int, int]]
 """Numbers of the layer and of the group of linears in it, the product that hurts most first."""
@@ -66,9 +67,9 @@ def share_in_8_bits(bench: Bench, products: Products) -> float:
         linears = bench.engine._linears(layer, False)
         mine = [linears[one.name] for one in bench.engine.layers[layer].groups[group]]
         work = sum(width_of(one) * one.out for one in mine)
-        passes = products.of(layer, group)
         whole += 2 * work
-        narrow += work * ((passes.forward.value != "wide") + (passes.backward.value != "wide"))
+        for kind in (products.of(layer, group).forward, products.of(layer, group).backward):
+            narrow += work * (kind is not Kind.WIDE and can_narrow(mine, kind))
     return narrow / whole
 
 

@@ -1,4 +1,4 @@
-"""A small real model with an adapter, as ``fidelity.py`` trains it, and copies of it in float32 that it is judged by."""
+"""A small real model with an adapter, as ``fidelity.py`` trains it, and its copies in float32."""
 
 # Before torch, whose allocator it sets.
 # isort: off
