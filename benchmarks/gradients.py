@@ -79,11 +79,12 @@ def _short(name: str) -> str:
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
-    return torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), 0)
+    # Sums of tens of millions of float32 numbers would be 1.0005 of themselves.
+    return torch.nn.functional.cosine_similarity(one.flatten().double(), other.flatten().double(), 0)
 
 
 def _error(one: Tensor, other: Tensor) -> Tensor:
-    return (one - other).norm() / other.norm().clamp_min(1e-30)
+    return (one - other).double().norm() / other.double().norm().clamp_min(1e-30)
 
 
 def trained_point(bench: Bench, steps: int, per_step: int, lr: float, adapter: Path | None) -> list[Batch]:

@@ -20,6 +20,8 @@ LARGE_RANK = 256
 def traps(bench: Bench, choices: Sequence[Choice], orders: dict[str, Order], longest: int) -> list[dict[str, Any]]:
     """Print for each trap and choice whether loss and gradient are finite, and how far they are from those of bf16.
 
+    How far PEFT's own path in bf16 is from them stands beside: a trap may leave bf16 itself no digits.
+
     Args:
         bench: at a trained point.
         choices: that are compared.
@@ -40,6 +42,8 @@ def traps(bench: Bench, choices: Sequence[Choice], orders: dict[str, Order], lon
         wide = one.gradient(batch, EXACT)
         for choice in choices:
             found.append(_caught(title, str(choice), one.gradient(batch, choice.products(orders)), wide))
+        peft = Gradient.of(one.peft_loss(batch), batch, one.trained)
+        found.append(_caught(title, "yardstick: PEFT, bf16", peft, wide))
 
     set_trap("none", bench, real)
     set_trap(f"one row of {longest:,} tokens", bench, collate([(long, np.array([[0, longest]]))], 0))

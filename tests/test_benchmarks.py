@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from qwen_lit.data.batches import collate
 from qwen_lit.engine.policy import Policy
@@ -119,3 +120,41 @@ def test_a_random_base_leaves_holes_in_its_files_for_the_layers_that_its_cache_h
     (file,) = (tmp_path / "cache").glob("*.safetensors")
     base.frozen.place(())
     assert file.stat().st_size > sum(base.frozen.sizes) and base(torch.arange(5)[None]).logits.std() > 0
+
+
+def test_a_choice_is_experimental_where_it_is_further_from_bf16_than_bf16s_seeds_are_from_each_other(load):
+    def run(products, seed, held):
+        return {"products": products, "seed": seed, "seconds": 1.0, "losses": [2.0], "held": [held], "tokens": [1]}
+
+    wide = [run("bf16", 0, 1.0), run("bf16", 1, 1.01)]
+    near = [run("fp8_backward", 0, 1.004), run("fp8_backward", 1, 1.006)]
+    # Apart from bf16 in both directions: the mean of the differences alone would hide it.
+    far = [run("fp8+16", 0, 1.03), run("fp8+16", 1, 0.98)]
+    failed = {"products": "unsloth", "seed": 0, "error": "not installed"}
+    lines = load("curves").table([*wide, *near, *far, run("peft", 0, 1.5), failed])
+    assert lines[0].endswith("0.0100")
+    assert lines[5].endswith("| 1.0050 | +0.0000 ± 0.0040 | 0.0040 | passes |")
+    assert lines[6].endswith("| 0.0300 | experimental |") and lines[7].endswith("| 0.5000 |  |")
+    assert lines[8].startswith("| unsloth | failed: not installed |")
+
+
+def test_a_packed_model_computes_the_same_with_whole_widths_and_keeps_its_rows(load, shape, tmp_path):
+    packed, made = load("packed"), load("random_base")
+    config = made.config_of(shape, 2)
+    config.update({"tie_word_embeddings": True, "dtype": torch.float32})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.uniform_(model.model.norm.weight, 0.5, 2.0)
+    docs = [(np.arange(start, start + 9), np.array([[3, 6], [7, 9]])) for start in (20, 40, 250)]
+    rows = packed.Rows(docs[1:], docs[:1], 8)
+    whole = packed._in_whole_units(model, rows.used()).float()
+    assert whole.config.hidden_size == 128 and whole.model.layers[1].self_attn.v_proj.weight.shape == (128, 128)
+    number_of = np.zeros(301, dtype=np.int64)
+    number_of[rows.used()] = np.arange(27)
+    rows.write(tmp_path / packed.ROWS, number_of)
+    read = packed.Rows.read(tmp_path, [], 8)
+    assert [ids.tolist() for ids, _ in read.train] == [list(range(9, 17)), list(range(18, 26))]
+    assert read.held[0][1].tolist() == [[3, 6], [7, 8]]
+    expected = model(torch.as_tensor(docs[2][0])[None]).logits[..., rows.used()]
+    found = whole(torch.arange(18, 27)[None]).logits
+    assert (found - expected).norm() < 0.02 * expected.norm()
