@@ -192,7 +192,7 @@ def _product_of_tiles(
 
 TILE = {"M": 128, "N": 128, "K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 """Of ``_product``, on every card."""
-COPIED_TILE = {"M": 128, "N": 256, "K": 128, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+COPIED_TILE = {"M": 128, "N": 256, "K": 128, "GROUP": 16, "num_warps": 8, "num_stages": 3}
 """Of ``_product_of_tiles``, on those with a tensor memory accelerator."""
 
 
