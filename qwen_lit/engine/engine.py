@@ -240,7 +240,8 @@ class FastEngine:
                 if rows is not None:
                     head.begin()
                 seeds = seed + 4 * number
-                arguments = (residual, delta, block, layer, linears, cos, sin, batch, seeds, rows, columns_back)
+                packs = training and self.policies.packs(number)
+                arguments = (residual, delta, block, layer, linears, cos, sin, batch, seeds, rows, columns_back, packs)
                 columns_back = lora_columns([linears[one.name] for one in layer.groups[-1]])
                 with store.layer(last=number == on_host[-1]) if number in on_host else nullcontext():
                     if recompute:
@@ -284,6 +285,7 @@ class FastEngine:
         seed: int,
         rows: Tensor | None,
         columns_back: int,
+        packs: bool,
     ) -> tuple[Tensor, Tensor]:
         """One decoder layer: attention, then the MLP.
 
@@ -299,6 +301,7 @@ class FastEngine:
             seed: of the dropout masks; the layer draws from ``seed`` to ``seed + 3``.
             rows: int64 ``[n]``, the tokens with which the layer goes on after attention; None for all.
             columns_back: LoRA columns of the linear that made ``delta``.
+            packs: as for ``mlp``; pieces of it keep nothing from forward to backward.
 
         Returns:
             The residual stream and what this layer adds to it, ``[tokens or n, hidden]`` each.
@@ -321,7 +324,7 @@ class FastEngine:
         piece = self.policies.mlp_piece or (0 if torch.is_grad_enabled() else PIECE)
         if piece and len(x) > piece:
             return residual, mlp_in_pieces(x, linears, seed + 2, piece, True, self.recomputing)
-        return residual, mlp(x, linears, seed + 2, padded=True)
+        return residual, mlp(x, linears, seed + 2, padded=True, packs=packs)
 
 
 def fetches_ahead(tokens: int, layers: tuple[Policy, ...]) -> bool:

@@ -2,7 +2,8 @@
 
 With ``h = silu(gate(x)) · up(x)`` ``[tokens, inner]`` and ``y = down(h)``, backward takes dh from the linear ``down``
 (``linear.py``), turns gate and up into their gradients in place (``kernels/swiglu.py``), and ends with the two linears
-of one input: ``dx = d_gate W_gate + d_up W_up + d_xa A``.
+of one input: ``dx = d_gate W_gate + d_up W_up + d_xa A``. Where gate and up are kept in 8 bits, their gradients get a
+matrix of their own (``kernels/packed.py``).
 """
 
 from typing import Any
@@ -22,6 +23,7 @@ from qwen_lit.engine.linear import (
 )
 from qwen_lit.engine.lora_linear import LoraLinear
 from qwen_lit.kernels.footprint import LayerSize, Op, Saved, columns_of, rank_of
+from qwen_lit.kernels.packed import Packed, packed_bytes, swiglu_packed, swiglu_packed_backward
 from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_reference
 
 
@@ -31,43 +33,60 @@ def gate_up_reference(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int) ->
 
 
 class _GateUp(torch.autograd.Function):
-    """Saves gate and up in one matrix, which backward turns into their gradients in place."""
+    """Saves gate and up in one matrix, which backward turns into their gradients in place, or in 8 bits."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int, padded: bool, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        gate: LoraLinear,
+        up: LoraLinear,
+        seed: int,
+        padded: bool,
+        packs: bool,
+        *parameters: Tensor,
     ) -> Tensor:
         group = ctx.group = Group([gate, up], seed, padded)
         augmented, xa = group.down_projection(x)
         width = gate.out
-        both = torch.empty(x.shape[0], 2 * width + group.extra, dtype=x.dtype, device=x.device)
+        packs = packs and any(ctx.needs_input_grad)
+        # The free columns are for backward, which has a matrix of its own for what was packed.
+        columns = 0 if packs else group.extra
+        both = torch.empty(x.shape[0], 2 * width + columns, dtype=x.dtype, device=x.device)
         outs = [both[:, :width], both[:, width : 2 * width]]
         if gate.bias is None and up.bias is None:
             group.forward(augmented, xa, outs)
         else:
             for out, y in zip(outs, group.forward(augmented, xa), strict=True):
                 out.copy_(y)
-        ctx.save_for_backward(both, *([] if xa is None else [augmented, xa]))
-        ctx.spent = False
-        return swiglu(both, width)
+        h, kept = swiglu_packed(both, width) if packs else (swiglu(both, width), (both,))
+        ctx.save_for_backward(*kept, *([] if xa is None else [augmented, xa]))
+        ctx.packs, ctx.spent = packs, False
+        return h
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         if ctx.spent:
             raise RuntimeError("gate and up have become their gradients; this graph cannot be run backward twice")
         ctx.spent = True
-        both, *pair = ctx.saved_tensors
-        augmented, xa = pair or (both[:, :0], None)
         (dh,) = grads
         width = dh.shape[1]
-        swiglu_backward_(both, dh)
+        if ctx.packs:
+            codes, scales, *pair = ctx.saved_tensors
+            both = swiglu_packed_backward(Packed(codes, scales), dh, ctx.group.extra)
+        else:
+            both, *pair = ctx.saved_tensors
+            swiglu_backward_(both, dh)
+        augmented, xa = pair or (both[:, :0], None)
         mine = [both[:, :width], both[:, width : 2 * width]]
         last = both[:, width:] if xa is not None else None
         dx, found = ctx.group.backward(augmented, xa, mine, ctx.needs_input_grad[0], last)
-        return dx, None, None, None, None, *as_trained(found, ctx.group.linears)
+        return dx, None, None, None, None, None, *as_trained(found, ctx.group.linears)
 
 
-def gate_up(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int = 0, padded: bool = False) -> Tensor:
+def gate_up(
+    x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int = 0, padded: bool = False, packs: bool = False
+) -> Tensor:
     """``silu(gate(x)) * up(x)``; backward may run once.
 
     Args:
@@ -76,15 +95,21 @@ def gate_up(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int = 0, padded: 
         up: the linear that it is multiplied with.
         seed: of the dropout mask.
         padded: as for ``group_linear``.
+        packs: gate and up are kept for backward in 8 bits; the result does not change by it.
 
     Returns:
         ``[tokens, out]``.
     """
-    return _GateUp.apply(x, gate, up, seed, padded, *trained([gate, up]))  # type: ignore[no-any-return]
+    return _GateUp.apply(x, gate, up, seed, padded, packs, *trained([gate, up]))  # type: ignore[no-any-return]
 
 
 def mlp(
-    x: Tensor, linears: dict[str, LoraLinear], seed: int, padded: bool = False, skip_output: bool = False
+    x: Tensor,
+    linears: dict[str, LoraLinear],
+    seed: int,
+    padded: bool = False,
+    skip_output: bool = False,
+    packs: bool = False,
 ) -> Tensor:
     """``down(silu(gate(x)) * up(x))``.
 
@@ -94,8 +119,9 @@ def mlp(
         seed: of the dropout mask of gate and up; ``seed + 1`` is that of down.
         padded: as for ``group_linear``, and ``grad_padded`` too.
         skip_output: as for ``group_linear``, of down.
+        packs: as for ``gate_up``.
     """
-    h = gate_up(x, linears["gate_proj"], linears["up_proj"], seed, padded)
+    h = gate_up(x, linears["gate_proj"], linears["up_proj"], seed, padded, packs)
     (out,) = group_linear(h, [linears["down_proj"]], seed + 1, grad_padded=padded, skip_output=skip_output)
     return out
 
@@ -165,20 +191,23 @@ def mlp_in_pieces(
     return _Pieces.apply(x, mine, seed, size, padded, skip_output, *trained(list(mine.values())))  # type: ignore[no-any-return]
 
 
-def mlp_ops(layer: LayerSize, size: int) -> tuple[Op, ...]:
+def mlp_ops(layer: LayerSize, size: int, packs: bool = False) -> tuple[Op, ...]:
     """What ``mlp`` costs, operation by operation.
 
     Args:
         layer: its third group is gate and up, its fourth down.
         size: bytes of a number.
+        packs: as for ``gate_up``.
     """
     gate_up_group, down = layer.groups[2:]
     inner, hidden = down[0].inputs * size, layer.hidden * size
-    saved = (
-        Saved("gate and up, LoRA columns", 2 * inner + columns_of(gate_up_group) * size),
-        *input_saves(gate_up_group, size, padded=True),
-    )
     scratch, trains = input_scratch(gate_up_group, size), rank_of(gate_up_group) > 0
+    both = 2 * inner + columns_of(gate_up_group) * size
+    kept = Saved("gate and up, LoRA columns", both)
+    if packs:
+        # Backward makes the gradients in a matrix of their own.
+        kept, scratch = Saved("gate and up in 8 bits", packed_bytes(down[0].inputs)), scratch + both
+    saved = (kept, *input_saves(gate_up_group, size, padded=True))
     first = Op("gate_up", saved, inner, hidden, scratch, saves_input=trains)
     return first, group_linear_op("down", down, size)
 

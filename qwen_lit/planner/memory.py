@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from qwen_lit.engine.engine import fetches_ahead
 from qwen_lit.engine.footprint import layer_sizes, loss_ops
-from qwen_lit.engine.policy import Policies, Policy
+from qwen_lit.engine.policy import KeptName, Policies, Policy
 from qwen_lit.frozen.quantize import layouts_of
 from qwen_lit.frozen.store import store_of
 from qwen_lit.kernels.footprint import LayerSize, columns_of, rank_of
@@ -68,9 +68,13 @@ class ModelMemory:
     """Bytes of lm_head, which are freed where it waits on the host; 0 where the embedding shares it."""
     blocks: tuple[int, ...] = ()
     """Bytes of each layer's block, as of ``Streaming``; empty where no layer can be streamed."""
+    kept: KeptName = "bf16"
+    """As of ``Policies``, in all policies that this is asked about."""
 
     @staticmethod
-    def of(model: PeftModel, state_bytes: float, held: Mapping[str, Held] | None = None) -> "ModelMemory":
+    def of(
+        model: PeftModel, state_bytes: float, held: Mapping[str, Held] | None = None, kept: KeptName = "bf16"
+    ) -> "ModelMemory":
         """Read from a PEFT model.
 
         Args:
@@ -78,6 +82,7 @@ class ModelMemory:
             state_bytes: bytes of optimizer state for each trained parameter.
             held: how the base's weights will be held, and by a store, where the model is on the meta device; as they
                 are, where this is not given.
+            kept: as of ``Policies``.
         """
         base: Any = model.base_model.model
         config, size, store = base.config, base.get_input_embeddings().weight.element_size(), store_of(base)
@@ -95,6 +100,7 @@ class ModelMemory:
             head_size=base.model.layers[0].self_attn.head_dim,
             head=own,
             blocks=blocks,
+            kept=kept,
         )
 
     @cached_property
@@ -116,7 +122,7 @@ class ModelMemory:
         found, columns_back, reached = [], 0, False
         for number, layer in enumerate(self.layers):
             last = number == len(self.layers) - 1
-            found.append(layer_memory(layer, self.size, columns_back, reached, last, piece))
+            found.append(layer_memory(layer, self.size, columns_back, reached, last, piece, self.kept == "int8"))
             columns_back = columns_of(layer.groups[3])
             reached = reached or any(rank_of(group) for group in layer.groups)
         return tuple(found)
