@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qwen_lit.engine.linear import (
     Group,
@@ -22,9 +23,18 @@ from qwen_lit.engine.linear import (
     trained,
 )
 from qwen_lit.engine.lora_linear import LoraLinear
+from qwen_lit.kernels.eight import Narrow
 from qwen_lit.kernels.footprint import LayerSize, Op, Saved, columns_of, rank_of
-from qwen_lit.kernels.packed import Packed, packed_bytes, swiglu_packed, swiglu_packed_backward
-from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_reference
+from qwen_lit.kernels.kinds import Kind
+from qwen_lit.kernels.packed import Packed, packed_bytes
+from qwen_lit.kernels.packed_narrow import swiglu_packed_backward_narrow, swiglu_packed_narrow
+from qwen_lit.kernels.swiglu import (
+    swiglu,
+    swiglu_backward_,
+    swiglu_backward_narrow_,
+    swiglu_narrow,
+    swiglu_reference,
+)
 
 
 def gate_up_reference(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int) -> Tensor:
@@ -43,50 +53,81 @@ class _GateUp(torch.autograd.Function):
         up: LoraLinear,
         seed: int,
         padded: bool,
+        narrow: Narrow | None,
+        kind: Kind,
+        wide: bool,
         packs: bool,
         *parameters: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         group = ctx.group = Group([gate, up], seed, padded)
         augmented, xa = group.down_projection(x)
-        width = gate.out
+        width, passes = gate.out, group.passes
         packs = packs and any(ctx.needs_input_grad)
-        # The free columns are for backward, which has a matrix of its own for what was packed.
-        columns = 0 if packs else group.extra
-        both = torch.empty(x.shape[0], 2 * width + columns, dtype=x.dtype, device=x.device)
-        outs = [both[:, :width], both[:, width : 2 * width]]
-        if gate.bias is None and up.bias is None:
-            group.forward(augmented, xa, outs)
+        # Backward has a matrix of its own for what was packed.
+        extra = 0 if packs or passes.backward.narrow else group.extra
+        if passes.forward.narrow:
+            both = group.narrow_forward(augmented, xa, narrow)
+            if extra:
+                both = F.pad(both, (0, extra))
         else:
-            for out, y in zip(outs, group.forward(augmented, xa), strict=True):
-                out.copy_(y)
-        h, kept = swiglu_packed(both, width) if packs else (swiglu(both, width), (both,))
+            both = torch.empty(x.shape[0], 2 * width + extra, dtype=x.dtype, device=x.device)
+            outs = [both[:, :width], both[:, width : 2 * width]]
+            if gate.bias is None and up.bias is None:
+                group.forward(augmented, xa, outs)
+            else:
+                for out, y in zip(outs, group.forward(augmented, xa), strict=True):
+                    out.copy_(y)
+        kept: tuple[Tensor, ...]
+        if packs:
+            h, in_eight, kept = swiglu_packed_narrow(both, width, kind, wide)
+        elif kind.narrow:
+            (h, in_eight), kept = swiglu_narrow(both, width, kind, wide), (both,)
+        else:
+            h, in_eight, kept = swiglu(both, width), None, (both,)
         ctx.save_for_backward(*kept, *([] if xa is None else [augmented, xa]))
         ctx.packs, ctx.spent = packs, False
-        return h
+        h = x.new_zeros(()).expand(len(x), width) if h is None else h
+        if in_eight is None:
+            return h, None, None
+        ctx.mark_non_differentiable(*in_eight)
+        return h, *in_eight
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         if ctx.spent:
             raise RuntimeError("gate and up have become their gradients; this graph cannot be run backward twice")
         ctx.spent = True
-        (dh,) = grads
-        width = dh.shape[1]
+        dh, group = grads[0], ctx.group
+        width, passes, wants_dx = dh.shape[1], group.passes, ctx.needs_input_grad[0]
+        kind = passes.backward if wants_dx else Kind.WIDE
         if ctx.packs:
             codes, scales, *pair = ctx.saved_tensors
-            both = swiglu_packed_backward(Packed(codes, scales), dh, ctx.group.extra)
+            extra = 0 if passes.backward.narrow else group.extra
+            both, narrow = swiglu_packed_backward_narrow(Packed(codes, scales), dh, kind, bool(pair), extra)
         else:
-            both, *pair = ctx.saved_tensors
-            swiglu_backward_(both, dh)
+            (both, *pair), narrow = ctx.saved_tensors, None
+            if kind.narrow:
+                narrow = swiglu_backward_narrow_(both, dh, kind, wide=bool(pair))
+            else:
+                swiglu_backward_(both, dh)
         augmented, xa = pair or (both[:, :0], None)
         mine = [both[:, :width], both[:, width : 2 * width]]
-        last = both[:, width:] if xa is not None else None
-        dx, found = ctx.group.backward(augmented, xa, mine, ctx.needs_input_grad[0], last)
-        return dx, None, None, None, None, None, *as_trained(found, ctx.group.linears)
+        last = both[:, width:] if xa is not None and not passes.backward.narrow else None
+        dx, found = group.backward(augmented, xa, mine, wants_dx, last, narrow)
+        return dx, None, None, None, None, None, None, None, None, *as_trained(found, group.linears)
 
 
 def gate_up(
-    x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int = 0, padded: bool = False, packs: bool = False
-) -> Tensor:
+    x: Tensor,
+    gate: LoraLinear,
+    up: LoraLinear,
+    seed: int = 0,
+    padded: bool = False,
+    narrow: Narrow | None = None,
+    kind: Kind = Kind.WIDE,
+    wide: bool = True,
+    packs: bool = False,
+) -> tuple[Tensor, Narrow | None]:
     """``silu(gate(x)) * up(x)``; backward may run once.
 
     Args:
@@ -95,12 +136,16 @@ def gate_up(
         up: the linear that it is multiplied with.
         seed: of the dropout mask.
         padded: as for ``group_linear``.
+        narrow: as for ``group_linear``.
+        kind: in which the result is wanted too.
+        wide: whether the result is read in the dtype of ``x``; otherwise it has the memory of one number.
         packs: gate and up are kept for backward in 8 bits; the result does not change by it.
 
     Returns:
-        ``[tokens, out]``.
+        ``[tokens, out]``; and the same in 8 bits where ``kind`` asks for it.
     """
-    return _GateUp.apply(x, gate, up, seed, padded, packs, *trained([gate, up]))  # type: ignore[no-any-return]
+    h, *pair = _GateUp.apply(x, gate, up, seed, padded, narrow, kind, wide, packs, *trained([gate, up]))
+    return h, None if pair[0] is None else Narrow(*pair)
 
 
 def mlp(
@@ -109,6 +154,7 @@ def mlp(
     seed: int,
     padded: bool = False,
     skip_output: bool = False,
+    narrow: Narrow | None = None,
     packs: bool = False,
 ) -> Tensor:
     """``down(silu(gate(x)) * up(x))``.
@@ -119,10 +165,14 @@ def mlp(
         seed: of the dropout mask of gate and up; ``seed + 1`` is that of down.
         padded: as for ``group_linear``, and ``grad_padded`` too.
         skip_output: as for ``group_linear``, of down.
+        narrow: as for ``group_linear``.
         packs: as for ``gate_up``.
     """
-    h = gate_up(x, linears["gate_proj"], linears["up_proj"], seed, padded, packs)
-    (out,) = group_linear(h, [linears["down_proj"]], seed + 1, grad_padded=padded, skip_output=skip_output)
+    down = linears["down_proj"]
+    kind = Kind.WIDE if skip_output else down.passes.forward
+    wide = down.rank > 0 or not kind.narrow
+    h, in_eight = gate_up(x, linears["gate_proj"], linears["up_proj"], seed, padded, narrow, kind, wide, packs)
+    (out,) = group_linear(h, [down], seed + 1, grad_padded=padded, skip_output=skip_output, narrow=in_eight)
     return out
 
 

@@ -29,10 +29,8 @@ BLOCKS = 16
 SMALLEST = 2.0**-118
 """The least maximum of a block whose scale and its inverse are normal numbers of float32."""
 
-_LEAST, _INFINITY, _NAN = (127 - 118) << 23, 0x7F800000, 0x7FC0
+_LEAST, _INFINITY, _NAN = 0x04800000, 0x7F800000, 0x7FC0
 """The bits of ``SMALLEST`` and of infinity in float32, and those of a NaN in bf16."""
-_WHOLE = 1.5 * 2**23
-"""Added to a small number and taken away again, it leaves the nearest integer, half to even."""
 
 
 class Packed(NamedTuple):
@@ -58,6 +56,17 @@ def packed_bytes(width: int) -> int:
     return 2 * width + 2 * scales_of(width)
 
 
+def empty_packed(like: Tensor, width: int) -> Packed:
+    """Room for gate and up of as many tokens as another matrix has.
+
+    Args:
+        like: of the tokens, on their device.
+        width: of gate and of up.
+    """
+    codes = torch.empty(len(like), 2 * width, dtype=torch.int8, device=like.device)
+    return Packed(codes, torch.empty(len(like), scales_of(width), dtype=torch.bfloat16, device=like.device))
+
+
 def pack_reference(both: Tensor, width: int) -> Packed:
     """Gate and up in 8 bits, bit for bit as the kernel writes them."""
     x = pad(both[:, : 2 * width].float().reshape(-1, 2, width), (0, -width % BLOCK)).view(len(both), -1, BLOCK)
@@ -72,24 +81,37 @@ def pack_reference(both: Tensor, width: int) -> Packed:
     return Packed(codes, bits.squeeze(-1).to(torch.int16).view(torch.bfloat16))
 
 
-def unpack_reference(packed: Packed) -> Tensor:
+def unpack_reference(kept: Packed) -> Tensor:
     """Gate and up as backward takes them, float32 ``[tokens, 2 width]``."""
-    codes, scales = packed
+    codes, scales = kept
     tokens, width = codes.shape[0], codes.shape[1] // 2
     every = scales.float().view(tokens, 2, -1).repeat_interleave(BLOCK, -1)[:, :, :width]
     return (codes.view(tokens, 2, width) * every).view(tokens, 2 * width)
 
 
 @jit
-def _pack(x, LEAST: tl.constexpr, INFINITY: tl.constexpr, NAN: tl.constexpr, WHOLE: tl.constexpr):
-    """Codes of float32 ``[blocks, numbers]``, and the bits of their scales in bf16 ``[blocks]``."""
+def packed(x):
+    """Codes of float32 ``[blocks, numbers]``, and the bits of their scales in bf16, ``[blocks]``.
+
+    A kernel that calls it is compiled without fused products and sums: they are not rounded in between, and a code
+    could differ from the reference's.
+    """
     most = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    usable = (most >= LEAST) & (most < INFINITY)
+    usable = (most >= 0x04800000) & (most < 0x7F800000)
     scale = tl.div_rn(tl.where(usable, most.to(tl.float32, bitcast=True), 127.0), 127.0)
     bits = (scale.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
     inverse = tl.div_rn(1.0, (bits << 16).to(tl.float32, bitcast=True))
-    codes = tl.where(usable[:, None], x, 0.0) * inverse[:, None] + WHOLE - WHOLE
-    return codes.to(tl.int8), tl.where(usable, bits, tl.where(most >= INFINITY, NAN, 0)).to(tl.int16)
+    # Adding 1.5 · 2²³ rounds to whole numbers, half to even.
+    codes = tl.where(usable[:, None], x, 0.0) * inverse[:, None] + 12582912.0 - 12582912.0
+    bits = tl.where(usable, bits, tl.where(most >= 0x7F800000, 0x7FC0, 0))
+    return codes.to(tl.int8), bits.to(tl.int16)
+
+
+@jit
+def unpacked(codes, scales, at, inside, BLOCK: tl.constexpr):
+    """Numbers of gate or of up as backward takes them, float32."""
+    scale = (tl.load(scales + at // BLOCK, inside, 0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return tl.load(codes + at, inside, 0).to(tl.float32) * scale
 
 
 @jit
@@ -103,10 +125,6 @@ def _forward(
     blocks,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
-    LEAST: tl.constexpr,
-    INFINITY: tl.constexpr,
-    NAN: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
@@ -116,18 +134,12 @@ def _forward(
     u = tl.load(both + row * stride + width + at, inside, 0.0)
     gate32 = g.to(tl.float32)
     tl.store(out + row * width + at, (gate32 * tl.sigmoid(gate32)).to(g.dtype) * u, inside)
-    found, scale = _pack(gate32, LEAST, INFINITY, NAN, WHOLE)
+    found, scale = packed(gate32)
     tl.store(codes + row * 2 * width + at, found, inside)
     tl.store(scales + row * 2 * blocks + block, scale, there)
-    found, scale = _pack(u.to(tl.float32), LEAST, INFINITY, NAN, WHOLE)
+    found, scale = packed(u.to(tl.float32))
     tl.store(codes + row * 2 * width + width + at, found, inside)
     tl.store(scales + row * 2 * blocks + blocks + block, scale, there)
-
-
-@jit
-def _unpacked(codes, scales, at, inside, BLOCK: tl.constexpr):
-    scale = (tl.load(scales + at // BLOCK, inside, 0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return tl.load(codes + at, inside, 0).to(tl.float32) * scale
 
 
 @jit
@@ -135,8 +147,8 @@ def _backward(codes, scales, grad, both, width, stride, blocks, BLOCK: tl.conste
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * NUMBERS + tl.arange(0, NUMBERS)
     inside = at < width
-    g = _unpacked(codes + row * 2 * width, scales + row * 2 * blocks, at, inside, BLOCK)
-    u = _unpacked(codes + row * 2 * width + width, scales + row * 2 * blocks + blocks, at, inside, BLOCK)
+    g = unpacked(codes + row * 2 * width, scales + row * 2 * blocks, at, inside, BLOCK)
+    u = unpacked(codes + row * 2 * width + width, scales + row * 2 * blocks + blocks, at, inside, BLOCK)
     d = tl.load(grad + row * width + at, inside, 0.0).to(tl.float32)
     s = tl.sigmoid(g)
     tl.store(both + row * stride + at, d * u * s * (1.0 + g * (1.0 - s)), inside)
@@ -155,36 +167,29 @@ def swiglu_packed(both: Tensor, width: int) -> tuple[Tensor, Packed]:
     """
     if not launches(both):
         return swiglu_reference(both[:, :width], both[:, width : 2 * width]), pack_reference(both, width)
-    tokens, count = both.shape[0], scales_of(width)
-    out = torch.empty(tokens, width, dtype=both.dtype, device=both.device)
-    codes = torch.empty(tokens, 2 * width, dtype=torch.int8, device=both.device)
-    scales = torch.empty(tokens, count, dtype=torch.bfloat16, device=both.device)
-    _forward[(tokens, triton.cdiv(width, BLOCK * BLOCKS))](
+    out = torch.empty(len(both), width, dtype=both.dtype, device=both.device)
+    codes, scales = found = empty_packed(both, width)
+    _forward[(len(both), triton.cdiv(width, BLOCK * BLOCKS))](
         both,
         out,
         codes,
         scales.view(torch.int16),
         width,
         both.stride(0),
-        count // 2,
+        scales.shape[1] // 2,
         BLOCK=BLOCK,
         BLOCKS=BLOCKS,
-        LEAST=_LEAST,
-        INFINITY=_INFINITY,
-        NAN=_NAN,
-        WHOLE=_WHOLE,
         num_warps=8,
-        # A product that is fused with the sum after it is not rounded, and a code could differ from the reference's.
         enable_fp_fusion=False,
     )
-    return out, Packed(codes, scales)
+    return out, found
 
 
-def swiglu_packed_backward(packed: Packed, grad: Tensor, extra: int = 0) -> Tensor:
+def swiglu_packed_backward(kept: Packed, grad: Tensor, extra: int = 0) -> Tensor:
     """The gradients of gate and up, by the formula of ``kernels/swiglu.py``.
 
     Args:
-        packed: as ``swiglu_packed`` gave it.
+        kept: as ``swiglu_packed`` gave it.
         grad: ``[tokens, width]``, of the result of ``swiglu_packed``.
         extra: columns that are left free on the right.
 
@@ -194,11 +199,11 @@ def swiglu_packed_backward(packed: Packed, grad: Tensor, extra: int = 0) -> Tens
     tokens, width = grad.shape
     both = torch.empty(tokens, 2 * width + extra, dtype=grad.dtype, device=grad.device)
     if not launches(grad):
-        wide = unpack_reference(packed)
+        wide = unpack_reference(kept)
         swiglu_backward_(wide, grad)
         both[:, : 2 * width] = wide
         return both
-    codes, scales = packed
+    codes, scales = kept
     numbers = BLOCK * BLOCKS
     _backward[(tokens, triton.cdiv(width, numbers))](
         codes,
