@@ -12,8 +12,10 @@ from qwen_lit.engine import mlp as mlp_module
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.footprint import loss_ops
 from qwen_lit.engine.policy import Policies
+from qwen_lit.engine.products import Products
 from qwen_lit.planner.memory import ModelMemory
 from tests.engine.test_engine import AGAIN, ALL, KEEP, QKVO, adapted, base, four_bit
+from tests.engine.test_products import adapted as narrow
 
 LENGTHS = (8, 8, 8)
 """Documents of one length, so that attention on the CPU is one fused kernel too."""
@@ -133,6 +135,29 @@ def test_gate_and_up_are_saved_in_8_bits_where_that_is_asked(lora, monkeypatch):
     wanted = told(memory, sum(LENGTHS), len(one["targets"]))
     assert [size for _, size in recorder.found] == [size for _, size in wanted]
     assert wanted != told(ModelMemory.of(model, 0), sum(LENGTHS), len(one["targets"]))
+
+
+@pytest.mark.parametrize(("products", "targets"), [("fp8", QKVO), ("fp8_backward", ALL)])
+def test_they_are_so_beside_products_in_8_bits(products, targets, folders, monkeypatch):
+    model, one, chosen = narrow(folders["qwen2"], targets, 0.0), batch_of(LENGTHS), Products(products)
+    memory, recorder = ModelMemory.of(model, 0, products=chosen, kept="int8"), Recorder(monkeypatch, model)
+    FastEngine(model, Policies.of_counts(3, kept="int8"), chosen).loss_sum(one)
+    wanted = told(memory, sum(LENGTHS), len(one["targets"]))
+    assert [size for _, size in recorder.found] == [size for _, size in wanted]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("targets", [QKVO, ALL, ["v_proj", "down_proj"]], ids=len)
+@pytest.mark.parametrize("products", ["fp8_backward", "fp8", "int8"])
+def test_products_in_8_bits_too(products, targets, dropout, folders, monkeypatch):
+    model, one, chosen = narrow(folders["qwen3"], targets, dropout), batch_of(LENGTHS), Products(products)
+    memory, recorder = ModelMemory.of(model, 0, products=chosen), Recorder(monkeypatch, model)
+    assert all(group[0].passes == chosen.of(0, 0) for layer in memory.layers for group in layer.groups)
+    FastEngine(model, None, chosen).loss_sum(one)
+    wanted = told(memory, sum(LENGTHS), len(one["targets"]))
+    assert [size for _, size in recorder.found] == [size for _, size in wanted], list(
+        zip(recorder.found, wanted, strict=True)
+    )
 
 
 def test_an_mlp_in_pieces_saves_its_input(monkeypatch):
