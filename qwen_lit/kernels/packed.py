@@ -108,10 +108,10 @@ def packed(x):
 
 
 @jit
-def unpacked(codes, scales, at, inside, BLOCK: tl.constexpr):
-    """Numbers of gate or of up as backward takes them, float32."""
-    scale = (tl.load(scales + at // BLOCK, inside, 0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return tl.load(codes + at, inside, 0).to(tl.float32) * scale
+def unpacked(codes, scales, block, at, width, blocks):
+    """Numbers of gate or of up as backward takes them, float32 ``[blocks, numbers]``."""
+    scale = (tl.load(scales + block, block < blocks, 0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return tl.load(codes + at, at < width, 0).to(tl.float32) * scale[:, None]
 
 
 @jit
@@ -143,12 +143,14 @@ def _forward(
 
 
 @jit
-def _backward(codes, scales, grad, both, width, stride, blocks, BLOCK: tl.constexpr, NUMBERS: tl.constexpr):
+def _backward(codes, scales, grad, both, width, stride, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * NUMBERS + tl.arange(0, NUMBERS)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = at < width
-    g = unpacked(codes + row * 2 * width, scales + row * 2 * blocks, at, inside, BLOCK)
-    u = unpacked(codes + row * 2 * width + width, scales + row * 2 * blocks + blocks, at, inside, BLOCK)
+    codes, scales = codes + row * 2 * width, scales + row * 2 * blocks
+    g = unpacked(codes, scales, block, at, width, blocks)
+    u = unpacked(codes + width, scales + blocks, block, at, width, blocks)
     d = tl.load(grad + row * width + at, inside, 0.0).to(tl.float32)
     s = tl.sigmoid(g)
     tl.store(both + row * stride + at, d * u * s * (1.0 + g * (1.0 - s)), inside)
@@ -204,8 +206,7 @@ def swiglu_packed_backward(kept: Packed, grad: Tensor, extra: int = 0) -> Tensor
         both[:, : 2 * width] = wide
         return both
     codes, scales = kept
-    numbers = BLOCK * BLOCKS
-    _backward[(tokens, triton.cdiv(width, numbers))](
+    _backward[(tokens, triton.cdiv(width, BLOCK * BLOCKS))](
         codes,
         scales.view(torch.int16),
         grad.contiguous(),
@@ -214,7 +215,7 @@ def swiglu_packed_backward(kept: Packed, grad: Tensor, extra: int = 0) -> Tensor
         both.stride(0),
         scales.shape[1] // 2,
         BLOCK=BLOCK,
-        NUMBERS=numbers,
+        BLOCKS=BLOCKS,
         num_warps=8,
     )
     return both

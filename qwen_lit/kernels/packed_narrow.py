@@ -77,12 +77,12 @@ def _forward(
 
 
 @jit
-def _gradients(codes, scales, grad, at, width, blocks, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    g = unpacked(codes, scales, at, at < width, BLOCK)
-    u = unpacked(codes + width, scales + blocks, at, at < width, BLOCK)
-    d = tl.load(grad + at, at < width, 0.0).to(tl.float32)
-    s = tl.sigmoid(g)
-    return (d * u * s * (1.0 + g * (1.0 - s))).to(DTYPE), (d * g * s).to(DTYPE)
+def _gradients(codes, scales, grad, block, at, width, blocks):
+    g = unpacked(codes, scales, block, at, width, blocks)
+    u = unpacked(codes + width, scales + blocks, block, at, width, blocks)
+    d = tl.load(grad + at, at < width, 0.0)
+    d32, s = d.to(tl.float32), tl.sigmoid(g)
+    return (d32 * u * s * (1.0 + g * (1.0 - s))).to(d.dtype), (d32 * g * s).to(d.dtype)
 
 
 @jit
@@ -99,30 +99,30 @@ def _backward(
     TOP: tl.constexpr,
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
-    NUMBERS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     codes, scales, dy = codes + row * 2 * width, scales + row * 2 * blocks, grad + row * width
     place, wide = values + row * 2 * width, both + row * 2 * width
-    lane = tl.arange(0, NUMBERS)
-    most = tl.zeros((NUMBERS,), tl.float32)
-    bad = tl.zeros((NUMBERS,), tl.float32)
-    for start in range(0, width, NUMBERS):
-        at = start + lane
-        d_gate, d_up = _gradients(codes, scales, dy, at, width, blocks, grad.dtype.element_ty, BLOCK)
+    lane = tl.arange(0, BLOCKS)
+    most = tl.zeros((BLOCKS,), tl.float32)
+    bad = tl.zeros((BLOCKS,), tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        at = (start + lane)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        d_gate, d_up = _gradients(codes, scales, dy, start + lane, at, width, blocks)
         if WIDE:
             tl.store(wide + at, d_gate, at < width)
             tl.store(wide + width + at, d_up, at < width)
         gate32, up32 = d_gate.to(tl.float32), d_up.to(tl.float32)
-        most = tl.maximum(most, tl.maximum(tl.abs(gate32), tl.abs(up32)))
-        bad += gate32 * 0.0 + up32 * 0.0
+        most = tl.maximum(most, tl.max(tl.maximum(tl.abs(gate32), tl.abs(up32)), 1))
+        bad += tl.sum(gate32 * 0.0 + up32 * 0.0, 1)
     top = tl.maximum(tl.max(most, 0), LEAST)
     tl.store(scale + row, tl.div_rn(top, TOP) + tl.sum(bad, 0))
     factor = tl.div_rn(TOP, top)
     # What is kept is little, so that both gradients are worked out again, of what comes from the L2 cache.
-    for start in range(0, width, NUMBERS):
-        at = start + lane
-        d_gate, d_up = _gradients(codes, scales, dy, at, width, blocks, grad.dtype.element_ty, BLOCK)
+    for start in range(0, blocks, BLOCKS):
+        at = (start + lane)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        d_gate, d_up = _gradients(codes, scales, dy, start + lane, at, width, blocks)
         tl.store(place + at, narrowed(d_gate.to(tl.float32) * factor, False), at < width)
         tl.store(place + width + at, narrowed(d_up.to(tl.float32) * factor, False), at < width)
 
@@ -206,7 +206,7 @@ def swiglu_packed_backward_narrow(
         TOP=TOP[kind],
         LEAST=LEAST,
         BLOCK=BLOCK,
-        NUMBERS=BLOCK * BLOCKS,
+        BLOCKS=BLOCKS,
         num_warps=8,
     )
     return result, narrow
