@@ -137,6 +137,7 @@ def plan(model: PeftModel, case: dict[str, Any], rows: Rows, device: torch.devic
         OPTIMIZER.state_bytes,
         budget,
         products=Products(case.get("products", "bf16")),
+        kept=case.get("kept", "bf16"),
     )
     return planner.plan(rows.work())
 

@@ -251,7 +251,8 @@ class FastEngine:
                 if rows is not None:
                     head.begin()
                 seeds = seed + 4 * number
-                arguments = (residual, delta, block, layer, linears, cos, sin, batch, seeds, rows, columns_back)
+                packs = training and self.policies.packs(number)
+                arguments = (residual, delta, block, layer, linears, cos, sin, batch, seeds, rows, columns_back, packs)
                 columns_back = backward_columns([linears[one.name] for one in layer.groups[-1]])
                 with store.layer(last=number == on_host[-1]) if number in on_host else nullcontext():
                     if recompute:
@@ -301,6 +302,7 @@ class FastEngine:
         seed: int,
         rows: Tensor | None,
         columns_back: int,
+        packs: bool,
     ) -> tuple[Tensor, Tensor]:
         """One decoder layer: attention, then the MLP.
 
@@ -316,6 +318,7 @@ class FastEngine:
             seed: of the dropout masks; the layer draws from ``seed`` to ``seed + 3``.
             rows: int64 ``[n]``, the tokens with which the layer goes on after attention; None for all.
             columns_back: LoRA columns of the linear that made ``delta``.
+            packs: as for ``mlp``; pieces of it keep nothing from forward to backward.
 
         Returns:
             The residual stream and what this layer adds to it, ``[tokens or n, hidden]`` each.
@@ -337,7 +340,7 @@ class FastEngine:
         residual, x, in_eight = _normed(norm, residual, out, third, backward_columns(second), in_pieces)
         if in_pieces:
             return residual, mlp_in_pieces(x, linears, seed + 2, piece, True, self.recomputing)
-        return residual, mlp(x, linears, seed + 2, padded=True, narrow=in_eight)
+        return residual, mlp(x, linears, seed + 2, padded=True, narrow=in_eight, packs=packs)
 
 
 def _normed(

@@ -52,7 +52,13 @@ def layer_sizes(
 
 
 def layer_ops(
-    layer: LayerSize, size: int, columns_back: int, reached: bool = True, last: bool = False, piece: int = 0
+    layer: LayerSize,
+    size: int,
+    columns_back: int,
+    reached: bool = True,
+    last: bool = False,
+    piece: int = 0,
+    packs: bool = False,
 ) -> tuple[Op, ...]:
     """The operations of ``FastEngine._layer`` in the order of forward.
 
@@ -66,6 +72,7 @@ def layer_ops(
         last: it is the last layer, which goes on after attention with the rows that predict something. They are
             counted as all tokens.
         piece: as of ``Policies.mlp_piece``.
+        packs: as for ``mlp``.
     """
     qkv, out, gate_up, down = layer.groups
     query, key = (linear.outputs for linear in qkv[:2])
@@ -82,7 +89,7 @@ def layer_ops(
     if piece:
         ops.append((mlp_in_pieces_op(layer, size, piece), rank_of(gate_up) + rank_of(down)))
     else:
-        ops += zip(mlp_ops(layer, size), (rank_of(gate_up), rank_of(down)), strict=True)
+        ops += zip(mlp_ops(layer, size, packs), (rank_of(gate_up), rank_of(down)), strict=True)
     if reached:
         return tuple(op for op, _ in ops)
     first = next((number for number, (_, rank) in enumerate(ops) if rank), len(ops))

@@ -48,6 +48,8 @@ class LayerMemory:
     """The layer's input, all that is kept of a recomputed layer."""
     grad: int
     """The gradient of the residual stream that its backward begins with."""
+    unpacked: "LayerMemory | None" = None
+    """The layer as it is recomputed, if it keeps gate and up in 8 bits where it is not; None where it never does."""
 
     @cached_property
     def saved(self) -> int:
@@ -72,6 +74,8 @@ class LayerMemory:
 
         Operations that save nothing go backward before the forward runs again, which ends with the last that does.
         """
+        if self.unpacked is not None:
+            return self.unpacked.recompute
         last = max((number for number, op in enumerate(self.ops) if op.saved), default=0)
         alias = self.input if self.ops[0].saved else 0
         above = self.ops[last + 1].grad if last + 1 < len(self.ops) else 0
@@ -120,12 +124,13 @@ def _highest(moments: tuple[Moment, ...]) -> tuple[Moment, ...]:
 
 @lru_cache(4096)
 def layer_memory(
-    layer: LayerSize, size: int, columns_back: int, reached: bool, last: bool, piece: int = 0
+    layer: LayerSize, size: int, columns_back: int, reached: bool, last: bool, piece: int = 0, packs: bool = False
 ) -> LayerMemory:
-    """The memory of a layer; arguments as of ``layer_ops``."""
-    ops = layer_ops(layer, size, columns_back, reached, last, piece)
+    """The memory of a layer; arguments as of ``layer_ops``, ``packs`` where the layer is not recomputed."""
+    ops = layer_ops(layer, size, columns_back, reached, last, piece, packs)
     hidden = layer.hidden * size
-    return LayerMemory(ops, hidden, hidden + backward_columns_of(layer.groups[3]) * size)
+    unpacked = layer_memory(layer, size, columns_back, reached, last, piece) if packs else None
+    return LayerMemory(ops, hidden, hidden + backward_columns_of(layer.groups[3]) * size, unpacked)
 
 
 def narrow_bytes(layer: LayerSize) -> tuple[int, ...]:

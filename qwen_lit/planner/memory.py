@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from qwen_lit.engine.engine import fetches_ahead
 from qwen_lit.engine.footprint import layer_sizes, loss_ops
-from qwen_lit.engine.policy import Policies, Policy
+from qwen_lit.engine.policy import KeptName, Policies, Policy
 from qwen_lit.engine.products import Products
 from qwen_lit.frozen.quantize import layouts_of
 from qwen_lit.frozen.store import store_of
@@ -69,6 +69,8 @@ class ModelMemory:
     """Bytes of lm_head, which are freed where it waits on the host; 0 where the embedding shares it."""
     blocks: tuple[int, ...] = ()
     """Bytes of each layer's block, as of ``Streaming``; empty where no layer can be streamed."""
+    kept: KeptName = "bf16"
+    """As of ``Policies``, in all policies that this is asked about."""
 
     @staticmethod
     def of(
@@ -76,6 +78,7 @@ class ModelMemory:
         state_bytes: float,
         held: Mapping[str, Held] | None = None,
         products: Products | None = None,
+        kept: KeptName = "bf16",
     ) -> "ModelMemory":
         """Read from a PEFT model.
 
@@ -85,6 +88,7 @@ class ModelMemory:
             held: how the base's weights will be held, and by a store, where the model is on the meta device; as they
                 are, where this is not given.
             products: as of ``FastEngine``.
+            kept: as of ``Policies``.
         """
         base: Any = model.base_model.model
         config, size, store = base.config, base.get_input_embeddings().weight.element_size(), store_of(base)
@@ -102,6 +106,7 @@ class ModelMemory:
             head_size=base.model.layers[0].self_attn.head_dim,
             head=own,
             blocks=blocks,
+            kept=kept,
         )
 
     @cached_property
@@ -123,7 +128,7 @@ class ModelMemory:
         found, columns_back, reached = [], 0, False
         for number, layer in enumerate(self.layers):
             last = number == len(self.layers) - 1
-            found.append(layer_memory(layer, self.size, columns_back, reached, last, piece))
+            found.append(layer_memory(layer, self.size, columns_back, reached, last, piece, self.kept == "int8"))
             columns_back = backward_columns_of(layer.groups[3])
             reached = reached or any(rank_of(group) for group in layer.groups)
         return tuple(found)

@@ -14,13 +14,16 @@ from qwen_lit.planner.plan import Plan
 @dataclass(frozen=True)
 class Costs:
     """Costs of what a plan does, as benchmarks/README.md shows them on an H100 80 GB with the shape of Qwen2.5-7B.
-    With them ``time_of`` gives the ratios of that table's speeds (tests/planner/test_speed.py)."""
+    With them ``time_of`` gives the ratios of that table's speeds (tests/planner/test_speed.py).
+
+    Packing gate and up is taken to cost nothing: beside the 16 bytes that SwiGLU moves for a number of each in both
+    passes, forward writes 2 more and backward reads 2 less, in kernels that wait for the memory alone."""
 
     recompute: float = 0.30
     """Share of a layer's time that recomputing it adds: the row "limited to 8 GiB", with 20 of 28 layers."""
     offload: float = 0.045
-    """Share of a layer's time that sending its saved tensors to the host adds, as copies take the memory's time from
-    the products: the row "limited to 16 GiB", with 7 of 28 layers."""
+    """Share of a layer's time that sending its saved tensors, unpacked, to the host adds, as copies take the memory's
+    time from the products: the row "limited to 16 GiB", with 7 of 28 layers."""
     stream: float = 0.011
     """Share of a layer's time that streaming it adds by the same, where its copies hide: 0.3 to 1.1 % with all layers
     (28 copies of 120 MB a pass beside the 7B's computation)."""
@@ -66,7 +69,7 @@ class Shares:
     resident: float = 0.0
     """Their weights are held dequantised."""
     offloaded: float = 0.0
-    """Their saved tensors go to the host."""
+    """Their saved tensors go to the host; a layer that packs some counts by its bytes."""
     streamed: float = 0.0
     """Their weights come from the host."""
 
@@ -130,6 +133,8 @@ class Clock:
         self.token = 4e-9 * layers / COSTS.products * self.pace
         # What is told in tokens of bf16 products takes as long as more tokens of faster ones.
         self.launch = int(host.launch / self.pace)
+        # Bytes a token that a layer saves where it packs nothing, as ``COSTS.offload`` takes it.
+        self.saved = sum((one.unpacked or one).saved for one in memory.table()) // len(memory.layers)
 
     def traffic(self, tokens: float, streamed: frozenset[int], waiting: int, ends: tuple[bool, bool]) -> Traffic:
         """What a micro-batch brings over the link.
@@ -166,7 +171,7 @@ class Clock:
         shares = Shares(
             policies.recomputed / layers,
             len(policies.resident) / layers,
-            waiting / layers / self.memory.saved,
+            waiting / layers / self.saved,
             len(policies.streamed) / layers,
         )
         traffic = self.traffic(tokens, policies.streamed, waiting, policies.ends_on_host)

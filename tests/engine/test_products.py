@@ -76,6 +76,18 @@ def test_no_policy_changes_what_is_computed(folders, name, targets, monkeypatch)
 
 
 @pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("targets", [QKVO, ALL], ids=len)
+def test_with_gate_and_up_kept_in_8_bits_the_loss_is_the_same_and_gradients_are_near(folders, name, targets):
+    model = adapted(folders["qwen2"], targets)
+    (loss, wanted), (found_loss, found) = (
+        trained(model, Products(name), Policies.of_counts(3, kept=kept)) for kept in ("bf16", "int8")
+    )
+    assert torch.equal(found_loss, loss)
+    # What eight bits of a gradient round moves with what they are made of.
+    assert 1e-4 < error(found, wanted) < (0.02 if name == "int8" else 0.1)
+
+
+@pytest.mark.parametrize("name", NARROW)
 def test_pieces_of_the_mlp_have_the_products_of_the_whole(folders, name):
     model = adapted(folders["qwen2"], QKVO)
     loss, wanted = trained(model, Products(name))

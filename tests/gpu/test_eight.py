@@ -19,6 +19,8 @@ from qwen_lit.kernels.launch import INTERPRETED
 from qwen_lit.kernels.nf4 import dequantize
 from qwen_lit.kernels.nf4_turned import narrow, narrow_reference
 from qwen_lit.kernels.norm import add_norm
+from qwen_lit.kernels.packed import swiglu_packed, swiglu_packed_backward
+from qwen_lit.kernels.packed_narrow import swiglu_packed_backward_narrow, swiglu_packed_narrow
 from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_narrow_, swiglu_narrow
 
 pytestmark = pytest.mark.gpu
@@ -178,3 +180,25 @@ def test_swiglu_and_its_gradients_in_eight_bits(kind, wide, rows, width):
     same(found, quantize_reference(gradients[:, : 2 * width], kind), kind)
     if wide:
         assert torch.equal(mine, gradients)
+
+
+@pytest.mark.parametrize("kind", [Kind.WIDE, *KINDS], ids=str)
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(1, 128), (5, 4224)])
+def test_swiglu_that_packs_has_the_same_eight_bits(kind, wide, rows, width):
+    both, grad = random(rows, 2 * width + 8), random(rows, width)
+    both[0, 3] = 1000
+    plain, kept = swiglu_packed(both, width)
+    h, found, mine = swiglu_packed_narrow(both, width, kind, wide)
+    assert torch.equal(mine.codes, kept.codes) and torch.equal(mine.scales, kept.scales)
+    assert torch.equal(h, plain) if wide or kind is Kind.WIDE else h is None
+    gradients = swiglu_packed_backward(kept, grad)
+    back, narrow = swiglu_packed_backward_narrow(kept, grad, kind, wide)
+    assert back.shape == gradients.shape
+    if wide or kind is Kind.WIDE:
+        torch.testing.assert_close(back, gradients, rtol=1e-2, atol=1e-6)
+    if kind is Kind.WIDE:
+        assert found is None and narrow is None
+        return
+    same(found, swiglu_narrow(both, width, kind, wide)[1], kind)
+    same(narrow, quantize(gradients, kind), kind)

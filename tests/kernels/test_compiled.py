@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwen_lit.kernels import eight, eight_product, nf4_turned
+from qwen_lit.kernels import eight, eight_product, nf4_turned, packed, packed_narrow
 from qwen_lit.kernels.kinds import Kind
 
 triton = pytest.importorskip("triton")
@@ -82,3 +82,23 @@ def test_four_bits_become_integers_on_every_card(card, turned):
     }
     signature = {**pointers, "rows": "i32", "across": "i32", "stride": "i32"}
     assert compiled(nf4_turned._narrow, signature, constants, card, num_warps=8).metadata.shared <= 99 * 1024
+
+
+SWIGLU = {
+    **dict.fromkeys(("both", "out", "grad"), "*bf16"),
+    **{"codes": "*i8", "scales": "*i16", "values": "*fp8e4nv", "scale": "*fp32"},
+    **dict.fromkeys(("width", "stride", "blocks"), "i32"),
+}
+
+
+@pytest.mark.parametrize("name", ["_forward", "_backward"])
+@pytest.mark.parametrize(("module", "card"), [(packed, 80), (packed, 120), (packed_narrow, 90)])
+def test_gate_and_up_are_packed_on_every_card(module, card, name):
+    kernel, constants = getattr(module, name), {"BLOCK": module.BLOCK, "BLOCKS": module.BLOCKS}
+    if module is packed_narrow:
+        constants |= {"WIDE": True, "TOP": eight.TOP[Kind.FP8], "LEAST": eight.LEAST}
+    signature = {one: kind for one, kind in SWIGLU.items() if one in kernel.arg_names}
+    fused = {"enable_fp_fusion": False} if name == "_forward" else {}
+    found = compiled(kernel, signature, constants, card, num_warps=8, **fused).asm["ptx"]
+    # Codes are rounded after the product with the inverse of their scale, as the reference does.
+    assert ("fma.rn.f32" in found) == (name == "_backward")
