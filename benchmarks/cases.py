@@ -12,11 +12,19 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout 0": {"rows": 8, "peer_recompute": False},
     "dropout 0, 40 GiB": {"memory": 40, "rows": 4, "peer_recompute": False},
     "all linears": {"targets": ALL, "rows": 4, "peer_recompute": False},
+    "shipped, fp8": {"dropout": 0.1, "products": "fp8"},
+    "shipped, fp8_backward": {"dropout": 0.1, "products": "fp8_backward"},
+    "shipped, int8": {"dropout": 0.1, "products": "int8"},
+    "dropout 0, fp8": {"products": "fp8", "rows": 8, "peer_recompute": False},
+    "all linears, fp8": {"targets": ALL, "products": "fp8", "rows": 4, "peer_recompute": False},
     "24 GiB": {"memory": 24, "rows": 2, "peer_recompute": False},
     "16 GiB": {"memory": 16, "peer_recompute": False},
     "12 GiB": {"memory": 12, "peer_recompute": False},
     "8 GiB": {"memory": 8, "rows": 4},
     "8 GiB, one row": {"memory": 8},
+    "24 GiB, fp8": {"memory": 24, "products": "fp8", "rows": 2, "peer_recompute": False},
+    "16 GiB, fp8": {"memory": 16, "products": "fp8", "peer_recompute": False},
+    "8 GiB, fp8": {"memory": 8, "products": "fp8", "rows": 4},
     "4 GiB": {"memory": 4},
     "least memory": {"memory": 3, "least": True, "tokens": 2048, "steps": 3},
     "longest row, 8 GiB": {"memory": 8, "longest": 32_000, "tokens": 32_000, "steps": 1},
@@ -27,7 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """By name. ``memory`` limits the process to so many GiB, and ``least`` asks for the smallest plan within that.
 ``longest`` is a row's tokens (2,048), ``tokens`` a step's (16,384), ``mix`` draws lengths. ``rows``, ``peer_tokens``
-and ``peer_recompute`` are the hand tuning of a peer."""
+and ``peer_recompute`` are the hand tuning of a peer. ``products`` is as model.products, ``kept`` as
+model.kept."""
 
 
 def documents(case: dict[str, Any], count: int, longest: int) -> list[tuple[Any, Any]]:

@@ -112,6 +112,7 @@ def test_when_the_last_checkpoint_cannot_be_written_the_adapter_is_and_the_comma
         (["--trainer.limit_train_batches", "4"], "trainer.limit_train_batches: None in the checkpoint, 4 now"),
         (["--model.adam_beta2", "0.95"], "model.adam_beta2: 0.999 in the checkpoint, 0.95 now"),
         (["--model.lora_plus_ratio", "4"], "model.lora_plus_ratio: 1.0 in the checkpoint, 4.0 now"),
+        (["--model.kept", "int8"], "model.kept: bf16 in the checkpoint, int8 now"),
         (["--trainer.max_steps", "2"], "trainer.max_steps is 2, but the checkpoint is at"),
         (["--trainer.accumulate_grad_batches", "2"], "trainer.accumulate_grad_batches: 3 in the checkpoint, 2 now"),
     ],

@@ -320,7 +320,7 @@ def test_predictions_are_made_so_many_at_a_time_and_no_longer_than_asked(argumen
 
 
 def test_a_plan_is_told_as_the_planner_chose_it(plan, monkeypatch):
-    policies = Policies.of_counts(8, 5, 3, True, 2, 1024, True, 512)
+    policies = Policies.of_counts(8, 5, 3, True, 2, 1024, True, 512, kept="int8")
     chosen = Plan(4, policies, 3 * 2**30, 6 * 2**30)
     monkeypatch.setattr(dry_run, "choose", lambda *given, **more: chosen)
     _, told = plan("--memory_budget", "6GiB")
@@ -335,6 +335,7 @@ def test_a_plan_is_told_as_the_planner_chose_it(plan, monkeypatch):
         "inputs_offloaded": True,
         "layers_offloaded": 3,
         "mlp_piece_tokens": 512,
+        "layers_packed": 3,
         "layers_held_in_bf16": 2,
         "layers_streamed": 0,
         "head_on_host": False,

@@ -22,9 +22,10 @@ from qwen_lit.engine.lora_linear import (
     lora_columns,
     parts_of,
     read_linear,
+    size_of,
 )
 from qwen_lit.engine.mlp import mlp, mlp_in_pieces
-from qwen_lit.engine.narrow import ScaleStore, can_narrow
+from qwen_lit.engine.narrow import ScaleStore, fitting
 from qwen_lit.engine.offload import HostBlocks, HostStore
 from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.engine.products import Products
@@ -34,7 +35,7 @@ from qwen_lit.families.table import FAMILIES, family_of
 from qwen_lit.frozen.store import store_of
 from qwen_lit.kernels.attention import attention
 from qwen_lit.kernels.eight import Narrow
-from qwen_lit.kernels.kinds import WIDE, Kind
+from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.launch import HAS_TRITON
 from qwen_lit.kernels.loss import head_loss
 from qwen_lit.kernels.norm import add_norm
@@ -206,10 +207,10 @@ class FastEngine:
         # What is not trained is computed as it will be served: in the dtype of the model.
         for place, group in enumerate(layer.groups if training else ()):
             mine, passes = [found[one.name] for one in group], self.products.of(number, place)
-            kinds = [kind for kind in (passes.forward, passes.backward) if kind.narrow]
+            if passes.narrow:
+                passes = fitting(passes, [size_of(linear) for linear in mine])
             for linear in mine:
-                linear.passes = passes if all(can_narrow(mine, kind) for kind in kinds) else WIDE
-                linear.scales = self.scales
+                linear.passes, linear.scales = passes, self.scales
         return found
 
     def loss_sum(self, batch: Any) -> Tensor:
@@ -250,7 +251,8 @@ class FastEngine:
                 if rows is not None:
                     head.begin()
                 seeds = seed + 4 * number
-                arguments = (residual, delta, block, layer, linears, cos, sin, batch, seeds, rows, columns_back)
+                packs = training and self.policies.packs(number)
+                arguments = (residual, delta, block, layer, linears, cos, sin, batch, seeds, rows, columns_back, packs)
                 columns_back = backward_columns([linears[one.name] for one in layer.groups[-1]])
                 with store.layer(last=number == on_host[-1]) if number in on_host else nullcontext():
                     if recompute:
@@ -269,7 +271,11 @@ class FastEngine:
             _, normed, _ = add_norm(
                 residual, delta, decoder.norm.weight, decoder.norm.variance_epsilon, 0, columns_back
             )
-            return head_loss(normed, head.take(normed.dtype), batch["targets"], self.policies.loss_chunk)
+            loss = head_loss(normed, head.take(normed.dtype), batch["targets"], self.policies.loss_chunk)
+        if self.products.narrow and not training:
+            # Training does without the buffer of a dequantised weight.
+            self.arena.workspace.clear()
+        return loss
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """The contexts of a recomputed layer's first and second forward."""
@@ -296,6 +302,7 @@ class FastEngine:
         seed: int,
         rows: Tensor | None,
         columns_back: int,
+        packs: bool,
     ) -> tuple[Tensor, Tensor]:
         """One decoder layer: attention, then the MLP.
 
@@ -311,6 +318,7 @@ class FastEngine:
             seed: of the dropout masks; the layer draws from ``seed`` to ``seed + 3``.
             rows: int64 ``[n]``, the tokens with which the layer goes on after attention; None for all.
             columns_back: LoRA columns of the linear that made ``delta``.
+            packs: as for ``mlp``; pieces of it keep nothing from forward to backward.
 
         Returns:
             The residual stream and what this layer adds to it, ``[tokens or n, hidden]`` each.
@@ -332,7 +340,7 @@ class FastEngine:
         residual, x, in_eight = _normed(norm, residual, out, third, backward_columns(second), in_pieces)
         if in_pieces:
             return residual, mlp_in_pieces(x, linears, seed + 2, piece, True, self.recomputing)
-        return residual, mlp(x, linears, seed + 2, padded=True, narrow=in_eight)
+        return residual, mlp(x, linears, seed + 2, padded=True, narrow=in_eight, packs=packs)
 
 
 def _normed(

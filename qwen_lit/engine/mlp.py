@@ -2,7 +2,8 @@
 
 With ``h = silu(gate(x)) · up(x)`` ``[tokens, inner]`` and ``y = down(h)``, backward takes dh from the linear ``down``
 (``linear.py``), turns gate and up into their gradients in place (``kernels/swiglu.py``), and ends with the two linears
-of one input: ``dx = d_gate W_gate + d_up W_up + d_xa A``.
+of one input: ``dx = d_gate W_gate + d_up W_up + d_xa A``. Where gate and up are kept in 8 bits, their gradients get a
+matrix of their own (``kernels/packed.py``).
 """
 
 from typing import Any
@@ -23,8 +24,18 @@ from qwen_lit.engine.linear import (
 )
 from qwen_lit.engine.lora_linear import LoraLinear
 from qwen_lit.kernels.eight import Narrow
-from qwen_lit.kernels.footprint import LayerSize, Op, Saved, columns_of, rank_of
+from qwen_lit.kernels.footprint import (
+    LayerSize,
+    Op,
+    Saved,
+    backward_columns_of,
+    eight_bits,
+    forward_columns_of,
+    rank_of,
+)
 from qwen_lit.kernels.kinds import Kind
+from qwen_lit.kernels.packed import Packed, packed_bytes
+from qwen_lit.kernels.packed_narrow import swiglu_packed_backward_narrow, swiglu_packed_narrow
 from qwen_lit.kernels.swiglu import (
     swiglu,
     swiglu_backward_,
@@ -40,7 +51,7 @@ def gate_up_reference(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int) ->
 
 
 class _GateUp(torch.autograd.Function):
-    """Saves gate and up in one matrix, which backward turns into their gradients in place."""
+    """Saves gate and up in one matrix, which backward turns into their gradients in place, or in 8 bits."""
 
     @staticmethod
     def forward(
@@ -53,17 +64,20 @@ class _GateUp(torch.autograd.Function):
         narrow: Narrow | None,
         kind: Kind,
         wide: bool,
+        packs: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         group = ctx.group = Group([gate, up], seed, padded)
         augmented, xa = group.down_projection(x)
         width, passes = gate.out, group.passes
+        packs = packs and any(ctx.needs_input_grad)
+        # Backward has a matrix of its own for what was packed.
+        extra = 0 if packs or passes.backward.narrow else group.extra
         if passes.forward.narrow:
             both = group.narrow_forward(augmented, xa, narrow)
-            if not passes.backward.narrow and group.extra:
-                both = F.pad(both, (0, group.extra))
+            if extra:
+                both = F.pad(both, (0, extra))
         else:
-            extra = 0 if passes.backward.narrow else group.extra
             both = torch.empty(x.shape[0], 2 * width + extra, dtype=x.dtype, device=x.device)
             outs = [both[:, :width], both[:, width : 2 * width]]
             if gate.bias is None and up.bias is None:
@@ -71,31 +85,44 @@ class _GateUp(torch.autograd.Function):
             else:
                 for out, y in zip(outs, group.forward(augmented, xa), strict=True):
                     out.copy_(y)
-        ctx.save_for_backward(both, *([] if xa is None else [augmented, xa]))
-        ctx.spent = False
-        if not kind.narrow:
-            return swiglu(both, width), None, None
-        h, in_eight = swiglu_narrow(both, width, kind, wide)
+        kept: tuple[Tensor, ...]
+        if packs:
+            h, in_eight, kept = swiglu_packed_narrow(both, width, kind, wide)
+        elif kind.narrow:
+            (h, in_eight), kept = swiglu_narrow(both, width, kind, wide), (both,)
+        else:
+            h, in_eight, kept = swiglu(both, width), None, (both,)
+        ctx.save_for_backward(*kept, *([] if xa is None else [augmented, xa]))
+        ctx.packs, ctx.spent = packs, False
+        h = x.new_zeros(()).expand(len(x), width) if h is None else h
+        if in_eight is None:
+            return h, None, None
         ctx.mark_non_differentiable(*in_eight)
-        return x.new_zeros(()).expand(len(x), width) if h is None else h, *in_eight
+        return h, *in_eight
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         if ctx.spent:
             raise RuntimeError("gate and up have become their gradients; this graph cannot be run backward twice")
         ctx.spent = True
-        both, *pair = ctx.saved_tensors
-        augmented, xa = pair or (both[:, :0], None)
-        dh, passes, narrow = grads[0], ctx.group.passes, None
-        width = dh.shape[1]
-        if passes.backward.narrow and ctx.needs_input_grad[0]:
-            narrow = swiglu_backward_narrow_(both, dh, passes.backward, wide=xa is not None)
+        dh, group = grads[0], ctx.group
+        width, passes, wants_dx = dh.shape[1], group.passes, ctx.needs_input_grad[0]
+        kind = passes.backward if wants_dx else Kind.WIDE
+        if ctx.packs:
+            codes, scales, *pair = ctx.saved_tensors
+            extra = 0 if passes.backward.narrow else group.extra
+            both, narrow = swiglu_packed_backward_narrow(Packed(codes, scales), dh, kind, bool(pair), extra)
         else:
-            swiglu_backward_(both, dh)
+            (both, *pair), narrow = ctx.saved_tensors, None
+            if kind.narrow:
+                narrow = swiglu_backward_narrow_(both, dh, kind, wide=bool(pair))
+            else:
+                swiglu_backward_(both, dh)
+        augmented, xa = pair or (both[:, :0], None)
         mine = [both[:, :width], both[:, width : 2 * width]]
         last = both[:, width:] if xa is not None and not passes.backward.narrow else None
-        dx, found = ctx.group.backward(augmented, xa, mine, ctx.needs_input_grad[0], last, narrow)
-        return dx, None, None, None, None, None, None, None, *as_trained(found, ctx.group.linears)
+        dx, found = group.backward(augmented, xa, mine, wants_dx, last, narrow)
+        return dx, None, None, None, None, None, None, None, None, *as_trained(found, group.linears)
 
 
 def gate_up(
@@ -107,6 +134,7 @@ def gate_up(
     narrow: Narrow | None = None,
     kind: Kind = Kind.WIDE,
     wide: bool = True,
+    packs: bool = False,
 ) -> tuple[Tensor, Narrow | None]:
     """``silu(gate(x)) * up(x)``; backward may run once.
 
@@ -119,11 +147,12 @@ def gate_up(
         narrow: as for ``group_linear``.
         kind: in which the result is wanted too.
         wide: whether the result is read in the dtype of ``x``; otherwise it has the memory of one number.
+        packs: gate and up are kept for backward in 8 bits; the result does not change by it.
 
     Returns:
         ``[tokens, out]``; and the same in 8 bits where ``kind`` asks for it.
     """
-    h, *pair = _GateUp.apply(x, gate, up, seed, padded, narrow, kind, wide, *trained([gate, up]))
+    h, *pair = _GateUp.apply(x, gate, up, seed, padded, narrow, kind, wide, packs, *trained([gate, up]))
     return h, None if pair[0] is None else Narrow(*pair)
 
 
@@ -134,6 +163,7 @@ def mlp(
     padded: bool = False,
     skip_output: bool = False,
     narrow: Narrow | None = None,
+    packs: bool = False,
 ) -> Tensor:
     """``down(silu(gate(x)) * up(x))``.
 
@@ -144,11 +174,12 @@ def mlp(
         padded: as for ``group_linear``, and ``grad_padded`` too.
         skip_output: as for ``group_linear``, of down.
         narrow: as for ``group_linear``.
+        packs: as for ``gate_up``.
     """
     down = linears["down_proj"]
     kind = Kind.WIDE if skip_output else down.passes.forward
     wide = down.rank > 0 or not kind.narrow
-    h, in_eight = gate_up(x, linears["gate_proj"], linears["up_proj"], seed, padded, narrow, kind, wide)
+    h, in_eight = gate_up(x, linears["gate_proj"], linears["up_proj"], seed, padded, narrow, kind, wide, packs)
     (out,) = group_linear(h, [down], seed + 1, grad_padded=padded, skip_output=skip_output, narrow=in_eight)
     return out
 
@@ -218,21 +249,28 @@ def mlp_in_pieces(
     return _Pieces.apply(x, mine, seed, size, padded, skip_output, *trained(list(mine.values())))  # type: ignore[no-any-return]
 
 
-def mlp_ops(layer: LayerSize, size: int) -> tuple[Op, ...]:
+def mlp_ops(layer: LayerSize, size: int, packs: bool = False) -> tuple[Op, ...]:
     """What ``mlp`` costs, operation by operation.
 
     Args:
         layer: its third group is gate and up, its fourth down.
         size: bytes of a number.
+        packs: as for ``gate_up``.
     """
     gate_up_group, down = layer.groups[2:]
     inner, hidden = down[0].inputs * size, layer.hidden * size
-    saved = (
-        Saved("gate and up, LoRA columns", 2 * inner + columns_of(gate_up_group) * size),
-        *input_saves(gate_up_group, size, padded=True),
-    )
     scratch, trains = input_scratch(gate_up_group, size), rank_of(gate_up_group) > 0
-    first = Op("gate_up", saved, inner, hidden, scratch, saves_input=trains)
+    both = 2 * inner + backward_columns_of(gate_up_group) * size
+    kept = Saved("gate and up, LoRA columns", both)
+    if packs:
+        kept = Saved("gate and up in 8 bits", packed_bytes(down[0].inputs))
+        # Their gradients get a matrix of their own, or, if that is all that is read, are e4m3 at once.
+        scratch += both * (trains or gate_up_group[0].passes.backward is not Kind.FP8)
+    saved = (kept, *input_saves(gate_up_group, size, padded=True))
+    narrow = down[0].passes.forward.narrow
+    # Without an adapter down reads its input in 8 bits alone.
+    output, beside = inner * (not narrow or rank_of(down) > 0), eight_bits(down[0].inputs) * narrow
+    first = Op("gate_up", saved, output, hidden, scratch, saves_input=trains, beside=beside)
     return first, group_linear_op("down", down, size)
 
 
@@ -244,7 +282,7 @@ def mlp_in_pieces_op(layer: LayerSize, size: int, piece: int) -> Op:
         size: bytes of a number.
         piece: tokens of one.
     """
-    hidden, columns = layer.hidden * size, columns_of(layer.groups[2]) * size
+    hidden, columns = layer.hidden * size, forward_columns_of(layer.groups[2]) * size
     gate_up_op, down = mlp_ops(layer, size)
     of_all = gate_up_op.saved_bytes + down.saved_bytes
     # The largest of: forward of down, whose result is not computed but has memory; backward of down, and of gate and

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
+
+KeptName = Literal["bf16", "int8"]
+"""How gate and up are kept for backward: as they are, or in 8 bits."""
 
 
 class Policy(Enum):
@@ -29,7 +33,8 @@ class Policy(Enum):
 
 @dataclass(frozen=True)
 class Policies:
-    """How the engine saves memory. No policy changes what is computed, but ``mlp_piece`` draws other dropout masks."""
+    """How the engine saves memory. Two of these change what is computed: ``mlp_piece`` draws other dropout masks, and
+    ``kept`` rounds in backward."""
 
     layers: tuple[Policy, ...]
     """The policy of each decoder layer, from the first one on."""
@@ -45,6 +50,9 @@ class Policies:
     """Numbers of the layers whose 4-bit weights wait on the host and come to the device for each pass over them."""
     offload_head: bool = False
     """Whether lm_head waits on the host, and is on the device from the last layer's forward to the loss alone."""
+    kept: KeptName = "bf16"
+    """How gate and up are kept; int8 holds for layers that are not recomputed, whose backward is far from their
+    forward."""
 
     @staticmethod
     def keep_all(layers: int) -> "Policies":
@@ -63,6 +71,7 @@ class Policies:
         mlp_piece: int = 0,
         streamed: frozenset[int] = frozenset(),
         offload_head: bool = False,
+        kept: KeptName = "bf16",
     ) -> "Policies":
         """The policies in which layers of one kind are placed as suits the engine best.
 
@@ -79,6 +88,7 @@ class Policies:
             mlp_piece: as of ``Policies``.
             streamed: as of ``Policies``.
             offload_head: as of ``Policies``.
+            kept: as of ``Policies``.
         """
         offloaded = spread(layers, offload_activations)
         left = [number for number in range(layers) if number not in offloaded][:recompute]
@@ -92,16 +102,26 @@ class Policies:
             mlp_piece,
             streamed,
             offload_head,
+            kept,
         )
 
     def count(self, *policies: Policy) -> int:
         """Layers with one of these policies."""
         return sum(policy in policies for policy in self.layers)
 
+    def packs(self, number: int) -> bool:
+        """Whether a layer keeps gate and up in 8 bits."""
+        return self.kept == "int8" and not self.layers[number].recomputes
+
     @property
     def recomputed(self) -> int:
         """Layers whose forward runs twice."""
         return sum(policy.recomputes for policy in self.layers)
+
+    @property
+    def packed(self) -> int:
+        """Layers that keep gate and up in 8 bits."""
+        return sum(self.packs(number) for number in range(len(self.layers)))
 
     @property
     def offloaded(self) -> int:

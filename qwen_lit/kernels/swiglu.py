@@ -67,31 +67,18 @@ def _forward_narrow(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
-    most = tl.zeros((BLOCK,), tl.float32)
-    bad = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        at = start + lane
-        g = tl.load(both + row * stride + at, at < width, 0.0)
-        u = tl.load(both + row * stride + width + at, at < width, 0.0)
-        g32 = g.to(tl.float32)
-        y = (g32 * tl.sigmoid(g32)).to(g.dtype) * u
-        if WIDE:
-            tl.store(out + row * width + at, y, at < width)
-        y32 = y.to(tl.float32)
-        most = tl.maximum(most, tl.abs(y32))
-        bad += y32 * 0.0
-    top = tl.maximum(tl.max(most), LEAST)
-    tl.store(scale + row, tl.div_rn(top, TOP) + tl.sum(bad))
-    factor = tl.div_rn(TOP, top)
-    # What is read a second time comes from the L2 cache.
-    for start in range(0, width, BLOCK):
-        at = start + lane
-        g = tl.load(both + row * stride + at, at < width, 0.0)
-        u = tl.load(both + row * stride + width + at, at < width, 0.0)
-        g32 = g.to(tl.float32)
-        y = (g32 * tl.sigmoid(g32)).to(g.dtype) * u
-        tl.store(values + row * width + at, narrowed(y.to(tl.float32) * factor, False), at < width)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    g = tl.load(both + row * stride + at, inside, 0.0)
+    u = tl.load(both + row * stride + width + at, inside, 0.0)
+    g32 = g.to(tl.float32)
+    y = (g32 * tl.sigmoid(g32)).to(g.dtype) * u
+    if WIDE:
+        tl.store(out + row * width + at, y, inside)
+    y32 = y.to(tl.float32)
+    top = tl.maximum(tl.max(tl.abs(y32)), LEAST)
+    tl.store(scale + row, tl.div_rn(top, TOP) + tl.sum(y32 * 0.0))
+    tl.store(values + row * width + at, narrowed(y32 * tl.div_rn(TOP, top), False), inside)
 
 
 @jit
@@ -186,8 +173,10 @@ def swiglu_backward_(both: Tensor, grad: Tensor) -> None:
     both[:, : 2 * width] = torch.cat((d * u * s * (1 + g * (1 - s)), d * g * s), 1)
 
 
-NARROW_BLOCK = 4096
-"""Columns of which a program makes 8 bits at a time."""
+MOST_COLUMNS = 32768
+"""Columns of a row that a program of forward holds at once."""
+GRADIENTS_AT_ONCE = 4096
+"""Columns of which a program of backward holds the gradients; what it reads a second time comes from the L2 cache."""
 
 
 def swiglu_narrow(both: Tensor, width: int, kind: Kind, wide: bool) -> tuple[Tensor | None, Narrow]:
@@ -199,11 +188,12 @@ def swiglu_narrow(both: Tensor, width: int, kind: Kind, wide: bool) -> tuple[Ten
         kind: FP8 or INT8.
         wide: whether the result of ``swiglu`` is wanted beside it.
     """
-    if kind is not Kind.FP8 or not launches(both):
+    if kind is not Kind.FP8 or width > MOST_COLUMNS or not launches(both):
         out = swiglu(both, width)
         return out if wide else None, quantize(out, kind)
     result = torch.empty(len(both), width, dtype=both.dtype, device=both.device) if wide else None
     narrow = empty_narrow(both, width, kind)
+    block = triton.next_power_of_2(width)
     _forward_narrow[(len(both),)](
         both,
         result,
@@ -213,8 +203,8 @@ def swiglu_narrow(both: Tensor, width: int, kind: Kind, wide: bool) -> tuple[Ten
         WIDE=wide,
         TOP=TOP[kind],
         LEAST=LEAST,
-        BLOCK=NARROW_BLOCK,
-        num_warps=8,
+        BLOCK=block,
+        num_warps=max(4, min(32, block // 1024)),
     )
     return result, narrow
 
@@ -242,7 +232,7 @@ def swiglu_backward_narrow_(both: Tensor, grad: Tensor, kind: Kind, wide: bool) 
         WIDE=wide,
         TOP=TOP[kind],
         LEAST=LEAST,
-        BLOCK=NARROW_BLOCK,
-        num_warps=8,
+        BLOCK=GRADIENTS_AT_ONCE,
+        num_warps=16,
     )
     return narrow

@@ -52,6 +52,8 @@ KEYS = {
     "model.adam_beta1": REFUSE,
     "model.adam_beta2": REFUSE,
     "model.lora_plus_ratio": REFUSE,
+    # What backward takes for gate and up.
+    "model.kept": REFUSE,
     # The base is compared by what is in its files.
     "model.model_name_or_path": WARN,
     "model.hub": FREE,

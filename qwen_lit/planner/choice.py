@@ -18,7 +18,7 @@ from qwen_lit.errors import UserError
 from qwen_lit.families.table import family_of
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.planner.measure import Gpu
-from qwen_lit.planner.plan import GIB, Plan
+from qwen_lit.planner.plan import GIB, Plan, packed_words
 from qwen_lit.planner.planner import Planner, Work, possible_at_once
 from qwen_lit.seams import options_of
 
@@ -67,13 +67,15 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
         torch.OutOfMemoryError: no plan fits.
     """
     assert module.model is not None
-    asked, device = module.settings.engine, trainer.strategy.root_device
+    asked, device, kept = module.settings.engine, trainer.strategy.root_device, module.settings.kept
     reason = unsupported_reason(module.model, device)
     if asked == "auto" and device.type != "cuda":
         reason = reason or "there is no CUDA device"
     if asked == "fast" and reason:
         raise UserError(f"model.engine is fast, but {reason}; set it to auto.")
     if asked == "reference" or reason:
+        if kept == "int8":
+            log.warning("model.kept: int8 changes nothing: the engine is reference (%s)", reason)
         return Choice("reference" + (f" ({reason})" if reason and asked == "auto" else ""))
     quantization = module.quantization_config
     if quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype != torch.bfloat16:
@@ -82,7 +84,8 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
     if device.type != "cuda":
         layers = len(family_of(module.config).layers(module.config))
         policy = Policy.RECOMPUTE if module.settings.gradient_checkpointing else Policy.KEEP
-        return Choice(FALLBACK, FastEngine(module.model, Policies((policy,) * layers)))
+        policies = Policies((policy,) * layers, kept=kept)
+        return Choice(FALLBACK + packed_words(policies), FastEngine(module.model, policies))
     planner = Planner(
         module.model,
         Gpu(device),
@@ -92,6 +95,7 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
         module.memory_budget,
         before,
         trainer.num_devices,
+        kept=kept,
     )
     work = Work(
         data.most_tokens(possible_at_once(options_of(trainer).micro_batches_per_step)),

@@ -20,7 +20,10 @@ def explain(memory: ModelMemory, plan: Plan, static: int, tokens: int, processes
     """
     policies = plan.policies
     piece = policies.mlp_piece if policies.mlp_piece < tokens else 0
-    layers = [memory.layer(number, piece) for number in range(len(memory.layers))]
+    layers = [
+        (one.unpacked or one) if policy.recomputes else one
+        for one, policy in zip(memory.table(piece), policies.layers, strict=True)
+    ]
     kinds = []
     for (layer, policy), group in groupby(enumerate(layers), lambda one: (one[1], policies.layers[one[0]])):
         numbers = [number for number, _ in group]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from qwen_lit.engine.footprint import layer_ops
-from qwen_lit.kernels.footprint import LayerSize, Op, columns_of
+from qwen_lit.kernels.footprint import LayerSize, Op, backward_columns_of, columns_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class LayerMemory:
     """The layer's input, all that is kept of a recomputed layer."""
     grad: int
     """The gradient of the residual stream that its backward begins with."""
+    unpacked: "LayerMemory | None" = None
+    """The layer as it is recomputed, if it keeps gate and up in 8 bits where it is not; None where it never does."""
 
     @cached_property
     def saved(self) -> int:
@@ -72,6 +74,8 @@ class LayerMemory:
 
         Operations that save nothing go backward before the forward runs again, which ends with the last that does.
         """
+        if self.unpacked is not None:
+            return self.unpacked.recompute
         last = max((number for number, op in enumerate(self.ops) if op.saved), default=0)
         alias = self.input if self.ops[0].saved else 0
         above = self.ops[last + 1].grad if last + 1 < len(self.ops) else 0
@@ -97,9 +101,9 @@ class LayerMemory:
         second = max(number for number, op in enumerate(self.ops) if op.joins_residual)
         followers = (*self.ops[1:], Op("the next layer"))
         return sum(
-            op.output
+            op.output * (not follower.saves_input) + op.beside * (number >= second)
             for number, (op, follower) in enumerate(zip(self.ops, followers, strict=True))
-            if second - 1 <= number <= last and not follower.saves_input
+            if second - 1 <= number <= last
         )
 
     def _moments(self, live: int, last: int, name: str, grad: int = 0) -> Iterator[Moment]:
@@ -120,18 +124,29 @@ def _highest(moments: tuple[Moment, ...]) -> tuple[Moment, ...]:
 
 @lru_cache(4096)
 def layer_memory(
-    layer: LayerSize, size: int, columns_back: int, reached: bool, last: bool, piece: int = 0
+    layer: LayerSize, size: int, columns_back: int, reached: bool, last: bool, piece: int = 0, packs: bool = False
 ) -> LayerMemory:
-    """The memory of a layer; arguments as of ``layer_ops``."""
-    ops = layer_ops(layer, size, columns_back, reached, last, piece)
+    """The memory of a layer; arguments as of ``layer_ops``, ``packs`` where the layer is not recomputed."""
+    ops = layer_ops(layer, size, columns_back, reached, last, piece, packs)
     hidden = layer.hidden * size
-    return LayerMemory(ops, hidden, hidden + columns_of(layer.groups[3]) * size)
+    unpacked = layer_memory(layer, size, columns_back, reached, last, piece) if packs else None
+    return LayerMemory(ops, hidden, hidden + backward_columns_of(layer.groups[3]) * size, unpacked)
+
+
+def narrow_bytes(layer: LayerSize) -> tuple[int, ...]:
+    """Bytes of each group's weights in 8 bits, of those that have products so."""
+    return tuple(
+        sum(linear.inputs * linear.outputs for linear in group) for group in layer.groups if group[0].passes.narrow
+    )
 
 
 def augmented_bytes(layer: LayerSize, size: int) -> tuple[int, ...]:
-    """Bytes of each augmented weight of a layer, in the buffer that it is dequantised into or in memory of its own."""
+    """Bytes of each augmented weight of a layer, in the buffer that it is dequantised into or in memory of its own;
+    products in 8 bits need none."""
     found = []
     for number, group in enumerate(layer.groups):
+        if group[0].passes.forward.narrow and group[0].passes.backward.narrow:
+            continue
         columns = columns_of(group)
         one = number == 0 and all(linear.quantized for linear in group)
         for part in [group] if one else [(linear,) for linear in group]:

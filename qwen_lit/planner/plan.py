@@ -39,10 +39,16 @@ class Plan:
         moved += [f", {resident} layers' weights held in bf16"] * (resident > 0)
         return (
             f"{plural(self.micro_batches_at_once, 'micro-batch')} at once, {policies.recomputed} layers recomputed"
-            f"{''.join(moved)}, estimated peak {self.estimate / GIB:.2f} of {self.budget / GIB:.2f} GiB"
+            f"{''.join(moved)}{packed_words(policies)}"
+            f", estimated peak {self.estimate / GIB:.2f} of {self.budget / GIB:.2f} GiB"
             + (f", {self.host / GIB:.2f} GiB of host memory" if self.host else "")
             + ("" if self.fits else ", WHICH MAY NOT FIT")
         )
+
+
+def packed_words(policies: Policies) -> str:
+    """What is said of layers that keep gate and up in 8 bits, to follow other words; empty where none does."""
+    return f", {policies.packed} layers' gate and up kept in 8 bits" * (policies.packed > 0)
 
 
 def parse_bytes(text: str) -> int:

@@ -14,6 +14,7 @@ from qwen_lit.data.batches import Batch
 from qwen_lit.engine.ends import place_ends, waits
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.engine.policy import KeptName
 from qwen_lit.engine.products import Products
 from qwen_lit.frozen.store import store_of
 from qwen_lit.planner.host import HostProfile
@@ -89,6 +90,7 @@ class Planner:
         only: int | None = None,
         processes: int = 1,
         products: Products | None = None,
+        kept: KeptName = "bf16",
     ) -> None:
         """Reads the memory that is there.
 
@@ -103,12 +105,13 @@ class Planner:
                 masks and the order of sums depend on it.
             processes: on this machine, which share its memory.
             products: as of ``FastEngine``.
+            kept: as of ``Policies``, in every plan.
         """
         self.model, self.meter, self.agree, self.forward_context = model, meter, agree, forward_context
         self.only, self.processes, self.products = only, processes, products
         free = meter.free()
         self.budget = agree(min(budget or free, free))
-        self.memory = ModelMemory.of(model, state_bytes)
+        self.memory = ModelMemory.of(model, state_bytes, products=products, kept=kept)
         self.static = -agree(-meter.allocated() - away(model, self.memory))
         self.host = HostProfile()
         self.engine: FastEngine | None = None

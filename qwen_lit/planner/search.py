@@ -104,7 +104,7 @@ def choose(
             break
     else:
         best = small[-1]
-    tokens = sizes[best.micro_batches_at_once]
+    best, tokens = replace(best, policies=replace(best.policies, kept=memory.kept)), sizes[best.micro_batches_at_once]
     return replace(best, host=sum(memory.on_host(tokens, best.policies, host.processes).values()))
 
 
@@ -218,10 +218,10 @@ def _usual(task: Task, ends: Policies) -> Plan | None:
             # What lies between activations of different sizes is lost to weights that stay.
             left = usable - weights - step - int(max(MEMORY.fragments, gaps) * step)
             resident = bisect_right(held, left) - 1 if left > 0 else 0
-            shares = (one.recomputed, resident, one.waiting / memory.saved, len(streamed))
+            shares = (one.recomputed, resident, one.waiting / clock.saved, len(streamed))
             traffic = clock.traffic(usual, streamed, one.waiting, ends.ends_on_host)
             of_all = Shares(*(share / layers for share in shares))
-            time = relative_time(of_all, usual, task.host.launch, traffic, slowed=slowed)
+            time = relative_time(of_all, usual, clock.launch, traffic, slowed=slowed)
             if best is None or (time, one.offloaded, len(streamed)) < best:
                 best = time, one.offloaded, len(streamed)
                 policies = replace(

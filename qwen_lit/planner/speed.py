@@ -1,9 +1,11 @@
 """The time of a token under a plan, relative to one without costs: a few named costs and one sum."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from qwen_lit.engine.policy import Policies
+from qwen_lit.kernels.kinds import Kind
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import Plan
@@ -12,13 +14,16 @@ from qwen_lit.planner.plan import Plan
 @dataclass(frozen=True)
 class Costs:
     """Costs of what a plan does, as benchmarks/README.md shows them on an H100 80 GB with the shape of Qwen2.5-7B.
-    With them ``time_of`` gives the ratios of that table's speeds (tests/planner/test_speed.py)."""
+    With them ``time_of`` gives the ratios of that table's speeds (tests/planner/test_speed.py).
+
+    Packing gate and up is taken to cost nothing: beside the 16 bytes that SwiGLU moves for a number of each in both
+    passes, forward writes 2 more and backward reads 2 less, in kernels that wait for the memory alone."""
 
     recompute: float = 0.30
     """Share of a layer's time that recomputing it adds: the row "limited to 8 GiB", with 20 of 28 layers."""
     offload: float = 0.045
-    """Share of a layer's time that sending its saved tensors to the host adds, as copies take the memory's time from
-    the products: the row "limited to 16 GiB", with 7 of 28 layers."""
+    """Share of a layer's time that sending its saved tensors, unpacked, to the host adds, as copies take the memory's
+    time from the products: the row "limited to 16 GiB", with 7 of 28 layers."""
     stream: float = 0.011
     """Share of a layer's time that streaming it adds by the same, where its copies hide: 0.3 to 1.1 % with all layers
     (28 copies of 120 MB a pass beside the 7B's computation)."""
@@ -33,6 +38,8 @@ class Costs:
     products: float = 0.72
     """Share of a token's time that the products of frozen weights take at a large product's speed: 26.1 GFLOP at 702
     TFLOP/s of the 51.3 microseconds in the row "q,k,v,o, dropout 0"."""
+    narrow: Mapping[Kind, float] = field(default_factory=lambda: {Kind.WIDE: 1.0, Kind.FP8: 0.5, Kind.INT8: 0.75})
+    """Time of a product of each kind over that of one in bf16, what makes its operands included."""
     recompute_launches: float = 0.5
     """Share of a micro-batch's launches on the host that recomputing all layers adds: forward launches half as much as
     backward."""
@@ -62,7 +69,7 @@ class Shares:
     resident: float = 0.0
     """Their weights are held dequantised."""
     offloaded: float = 0.0
-    """Their saved tensors go to the host."""
+    """Their saved tensors go to the host; a layer that packs some counts by its bytes."""
     streamed: float = 0.0
     """Their weights come from the host."""
 
@@ -100,6 +107,20 @@ def relative_time(
     return max(forward + backward + traffic.alone, launched) / tokens
 
 
+def pace_of(memory: ModelMemory) -> float:
+    """Time of a token over that of one whose products are all in bf16.
+
+    Args:
+        memory: of the model.
+    """
+    time, most = 0.0, 0.0
+    for group in (group for layer in memory.layers for group in layer.groups):
+        size, passes = sum(linear.inputs * linear.outputs for linear in group), group[0].passes
+        time += size * (COSTS.narrow[passes.forward] + COSTS.narrow[passes.backward]) / 2
+        most += size
+    return 1 - COSTS.products * (1 - time / most)
+
+
 class Clock:
     """The time of plans for one model on one machine."""
 
@@ -107,8 +128,13 @@ class Clock:
         self.memory, self.host = memory, host
         head, layers = memory.vocabulary * memory.layers[0].hidden, memory.products * len(memory.layers)
         self.head_share = head / (head + layers)
+        self.pace = pace_of(memory)
         # Billions of operations in whose time a token is computed; a frozen weight has 2 forward and 2 backward.
-        self.token = 4e-9 * layers / COSTS.products
+        self.token = 4e-9 * layers / COSTS.products * self.pace
+        # What is told in tokens of bf16 products takes as long as more tokens of faster ones.
+        self.launch = int(host.launch / self.pace)
+        # Bytes a token that a layer saves where it packs nothing, as ``COSTS.offload`` takes it.
+        self.saved = sum((one.unpacked or one).saved for one in memory.table()) // len(memory.layers)
 
     def traffic(self, tokens: float, streamed: frozenset[int], waiting: int, ends: tuple[bool, bool]) -> Traffic:
         """What a micro-batch brings over the link.
@@ -145,12 +171,12 @@ class Clock:
         shares = Shares(
             policies.recomputed / layers,
             len(policies.resident) / layers,
-            waiting / layers / self.memory.saved,
+            waiting / layers / self.saved,
             len(policies.streamed) / layers,
         )
         traffic = self.traffic(tokens, policies.streamed, waiting, policies.ends_on_host)
         passes = math.ceil(tokens / policies.mlp_piece) if policies.mlp_piece else 1
-        return relative_time(shares, tokens, self.host.launch, traffic, passes, self.slowed(policies))
+        return relative_time(shares, tokens, self.launch, traffic, passes, self.slowed(policies))
 
 
 def time_of(plan: Plan, tokens: float, memory: ModelMemory, host: HostProfile = HostProfile()) -> float:  # noqa: B008

@@ -12,8 +12,10 @@ from qwen_lit.engine import mlp as mlp_module
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.footprint import loss_ops
 from qwen_lit.engine.policy import Policies
+from qwen_lit.engine.products import Products
 from qwen_lit.planner.memory import ModelMemory
 from tests.engine.test_engine import AGAIN, ALL, KEEP, QKVO, adapted, base, four_bit
+from tests.engine.test_products import adapted as narrow
 
 LENGTHS = (8, 8, 8)
 """Documents of one length, so that attention on the CPU is one fused kernel too."""
@@ -125,6 +127,39 @@ def test_over_a_4_bit_base_too(targets, dropout, norm, model_folder, qwen3_folde
     )
 
 
+@pytest.mark.parametrize("lora", ["q,k,v,o", "all linears", "the middle layer alone"])
+def test_gate_and_up_are_saved_in_8_bits_where_that_is_asked(lora, monkeypatch):
+    model, one = adapted("qwen2", **LORA[lora]), batch_of(LENGTHS)
+    memory, recorder = ModelMemory.of(model, 0, kept="int8"), Recorder(monkeypatch, model)
+    FastEngine(model, Policies.of_counts(3, kept="int8")).loss_sum(one)
+    wanted = told(memory, sum(LENGTHS), len(one["targets"]))
+    assert [size for _, size in recorder.found] == [size for _, size in wanted]
+    assert wanted != told(ModelMemory.of(model, 0), sum(LENGTHS), len(one["targets"]))
+
+
+@pytest.mark.parametrize(("products", "targets"), [("fp8", QKVO), ("fp8_backward", ALL)])
+def test_they_are_so_beside_products_in_8_bits(products, targets, folders, monkeypatch):
+    model, one, chosen = narrow(folders["qwen2"], targets, 0.0), batch_of(LENGTHS), Products(products)
+    memory, recorder = ModelMemory.of(model, 0, products=chosen, kept="int8"), Recorder(monkeypatch, model)
+    FastEngine(model, Policies.of_counts(3, kept="int8"), chosen).loss_sum(one)
+    wanted = told(memory, sum(LENGTHS), len(one["targets"]))
+    assert [size for _, size in recorder.found] == [size for _, size in wanted]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("targets", [QKVO, ALL, ["v_proj", "down_proj"]], ids=len)
+@pytest.mark.parametrize("products", ["fp8_backward", "fp8", "int8"])
+def test_products_in_8_bits_too(products, targets, dropout, folders, monkeypatch):
+    model, one, chosen = narrow(folders["qwen3"], targets, dropout), batch_of(LENGTHS), Products(products)
+    memory, recorder = ModelMemory.of(model, 0, products=chosen), Recorder(monkeypatch, model)
+    assert all(group[0].passes == chosen.of(0, 0) for layer in memory.layers for group in layer.groups)
+    FastEngine(model, None, chosen).loss_sum(one)
+    wanted = told(memory, sum(LENGTHS), len(one["targets"]))
+    assert [size for _, size in recorder.found] == [size for _, size in wanted], list(
+        zip(recorder.found, wanted, strict=True)
+    )
+
+
 def test_an_mlp_in_pieces_saves_its_input(monkeypatch):
     model, one = adapted("qwen2", target_modules=ALL), batch_of(LENGTHS)
     memory, recorder = ModelMemory.of(model, 0), Recorder(monkeypatch, model)
@@ -133,11 +168,12 @@ def test_an_mlp_in_pieces_saves_its_input(monkeypatch):
     assert [size for _, size in recorder.found] == [size for _, size in wanted]
 
 
+@pytest.mark.parametrize("kept", ["bf16", "int8"])
 @pytest.mark.parametrize("targets", [QKVO, ALL], ids=len)
 @pytest.mark.parametrize("policies", [(AGAIN, AGAIN, AGAIN), (KEEP, AGAIN, KEEP), (AGAIN, KEEP, AGAIN)])
-def test_a_batch_saves_what_its_layers_policies_say(policies, targets):
+def test_a_batch_saves_what_its_layers_policies_say(policies, targets, kept):
     model, one = adapted("qwen2", target_modules=targets), batch_of(LENGTHS)
-    memory, seen, alive = ModelMemory.of(model, 0), {}, []
+    memory, seen, alive = ModelMemory.of(model, 0, kept=kept), {}, []
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def pack(tensor):
@@ -147,7 +183,7 @@ def test_a_batch_saves_what_its_layers_policies_say(policies, targets):
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        FastEngine(model, Policies(policies)).loss_sum(one)
+        FastEngine(model, Policies(policies, kept=kept)).loss_sum(one)
     tokens, rows = sum(LENGTHS), len(one["targets"])
     norm, loss = loss_ops(memory.layers[0].hidden, memory.vocabulary, 1, 0, memory.size)
     kept = memory.moments(tokens, Policies(policies))[0].kept * tokens

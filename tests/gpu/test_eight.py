@@ -4,21 +4,23 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
+from qwen_lit.kernels import eight_product
 from qwen_lit.kernels.eight import (
     BLOCK,
     Narrow,
     hadamard,
-    product,
-    product_reference,
     quantize,
     quantize_reference,
     transformed,
 )
+from qwen_lit.kernels.eight_product import product, product_reference
 from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.launch import INTERPRETED
 from qwen_lit.kernels.nf4 import dequantize
 from qwen_lit.kernels.nf4_turned import narrow, narrow_reference
 from qwen_lit.kernels.norm import add_norm
+from qwen_lit.kernels.packed import swiglu_packed, swiglu_packed_backward
+from qwen_lit.kernels.packed_narrow import swiglu_packed_backward_narrow, swiglu_packed_narrow
 from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_narrow_, swiglu_narrow
 
 pytestmark = pytest.mark.gpu
@@ -47,7 +49,7 @@ def same(found, wanted, kind):
     # Where a mantissa rounds up to the next power of two, the interpreter loses the carry.
     near |= INTERPRETED & (2 * found == wanted)
     assert near.float().mean() > 0.995 if INTERPRETED else near.all()
-    assert (found != wanted).float().mean() < (0.1 if INTERPRETED else 0.01)
+    assert (found != wanted).float().mean() < (0.1 if INTERPRETED else 1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -90,10 +92,16 @@ def integers(rows, depth):
 
 @pytest.mark.parametrize(
     ("rows", "columns", "depth"),
-    [(1, 16, 128), (3, 48, 384), (130, 144, 256), (257, 128, 896)] if INTERPRETED else [(1, 16, 128), (77, 1040, 18944)],
+    [(1, 16, 128), (3, 48, 384), (130, 144, 256), (257, 128, 896)]
+    if INTERPRETED
+    else [(1, 16, 128), (77, 1040, 18944)],
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_of_integers_have_the_bits_of_the_reference(rows, columns, depth, bias):
+@pytest.mark.parametrize("by_tiles", [False, True])
+def test_products_of_integers_have_the_bits_of_the_reference(rows, columns, depth, bias, by_tiles, monkeypatch):
+    if by_tiles and not INTERPRETED and torch.cuda.get_device_capability()[0] < 9:
+        return
+    monkeypatch.setattr(eight_product, "copies_tiles", lambda device: by_tiles)
     a, b = integers(rows, depth), integers(columns, depth)
     term = random(columns) if bias else None
     assert torch.equal(product(a, b, LOW, term), product_reference(a, b, LOW, term))
@@ -172,3 +180,25 @@ def test_swiglu_and_its_gradients_in_eight_bits(kind, wide, rows, width):
     same(found, quantize_reference(gradients[:, : 2 * width], kind), kind)
     if wide:
         assert torch.equal(mine, gradients)
+
+
+@pytest.mark.parametrize("kind", [Kind.WIDE, *KINDS], ids=str)
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(1, 128), (5, 4224)])
+def test_swiglu_that_packs_has_the_same_eight_bits(kind, wide, rows, width):
+    both, grad = random(rows, 2 * width + 8), random(rows, width)
+    both[0, 3] = 1000
+    plain, kept = swiglu_packed(both, width)
+    h, found, mine = swiglu_packed_narrow(both, width, kind, wide)
+    assert torch.equal(mine.codes, kept.codes) and torch.equal(mine.scales, kept.scales)
+    assert torch.equal(h, plain) if wide or kind is Kind.WIDE else h is None
+    gradients = swiglu_packed_backward(kept, grad)
+    back, narrow = swiglu_packed_backward_narrow(kept, grad, kind, wide)
+    assert back.shape == gradients.shape
+    if wide or kind is Kind.WIDE:
+        torch.testing.assert_close(back, gradients, rtol=1e-2, atol=1e-6)
+    if kind is Kind.WIDE:
+        assert found is None and narrow is None
+        return
+    same(found, swiglu_narrow(both, width, kind, wide)[1], kind)
+    same(narrow, quantize(gradients, kind), kind)

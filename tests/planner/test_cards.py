@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, Qwen2Config
 
 from qwen_lit.commands.plan import static_bytes
 from qwen_lit.commands.plan_advice import advice
+from qwen_lit.engine.policy import Policies
 from qwen_lit.model.load import empty_model
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB
@@ -83,6 +84,22 @@ def test_what_streaming_gives_back_saves_recomputing_and_time_in_8_gib():
     assert time_of(plan, 2048, memory) < 0.95 * time_of(stays, 2048, memory)
 
 
+def test_keeping_gate_and_up_in_8_bits_takes_a_third_of_what_layers_keep_and_saves_time():
+    memory, static = shape("7B")
+    packed = replace(memory, kept="int8")
+    assert packed.saved < 0.68 * memory.saved
+    plain, plan = (choose(one, static, 12 * GIB, SIZES) for one in (memory, packed))
+    assert plan.fits and plan.policies.kept == "int8" and plan.policies.recomputed < plain.policies.recomputed
+    assert time_of(plan, 2048, packed) < 0.95 * time_of(plain, 2048, memory)
+    away = Policies.of_counts(28, 4, 8)
+    assert packed.waiting(away) < 0.68 * memory.waiting(away)
+    # A layer that is recomputed goes backward in bf16.
+    assert packed.layer(3).recompute == memory.layer(3).recompute
+    # The matrix of the gradients is there beside what was kept.
+    wide, narrow = (max(moment.per_token for moment in one.layer(3).backward) for one in (memory, packed))
+    assert narrow - wide == packed.layer(3).saved - memory.layer(3).saved + 2 * 2 * 18944
+
+
 def test_the_advice_names_the_card_on_which_nothing_is_streamed():
     memory, static = shape("7B")
     plan = choose(memory, static, 8 * GIB, SIZES)
@@ -95,6 +112,7 @@ def test_the_advice_names_the_card_on_which_nothing_is_streamed():
     assert 16 < size < 48
     streamed = [choose(memory, static, int(one * GIB), SIZES).policies.streamed for one in (size - 2, size + 0.1)]
     assert streamed[0] and not streamed[1]
+    assert re.search(r"faster: model.kept: int8, which .*: about \d+% faster", "\n".join(lines))
 
 
 def rows_of(lengths):

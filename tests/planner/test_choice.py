@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qwen_lit.config import LoraSection
+from qwen_lit.errors import UserError
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.planner import choice
@@ -38,13 +39,13 @@ def chosen(model_folder, monkeypatch):
     """The choice for a CUDA device on which every plan fits, by the settings of a module."""
     monkeypatch.setattr("qwen_lit.engine.engine.HAS_TRITON", True)
 
-    def run(before=None, command="fit", processes=1, **settings):
+    def run(before=None, command="fit", processes=1, device="cuda", **settings):
         gpu, rows = FakeGpu(lambda engine: 0), Rows()
         monkeypatch.setattr(choice, "Gpu", lambda device: gpu)
         module = QwenModule(ModelSettings(str(model_folder), LoraSection(r=4, target_modules=["q_proj"]), **settings))
         module.model = adapted("qwen2")
         trainer = SimpleNamespace(
-            strategy=SimpleNamespace(root_device=torch.device("cuda")),
+            strategy=SimpleNamespace(root_device=torch.device(device)),
             precision_plugin=SimpleNamespace(forward_context=nullcontext),
             state=SimpleNamespace(fn=command),
             micro_batches_per_step=8,
@@ -83,3 +84,25 @@ def test_states_of_the_optimizer_and_processes_of_the_machine_are_those_of_the_r
 def test_the_reference_is_taken_where_it_is_asked_for_on_a_gpu_too(chosen):
     found, gpu = chosen(engine="reference")
     assert (found.description, found.fast, found.plan) == ("reference", None, None) and not gpu.tried
+
+
+def test_how_gate_and_up_are_kept_reaches_the_engine_and_is_told(chosen, caplog):
+    found, gpu = chosen(kept="int8")
+    assert found.fast.policies.kept == gpu.tried[-1].policies.kept == "int8"
+    layers = found.fast.policies.packed
+    assert layers and f"{layers} layers' gate and up kept in 8 bits" in found.description
+    assert "8 bits" not in chosen()[0].description
+    on_cpu = {"device": "cpu", "engine": "fast", "kept": "int8"}
+    assert chosen(gradient_checkpointing=False, **on_cpu)[0].description.endswith(
+        "2 layers' gate and up kept in 8 bits"
+    )
+    # Nothing is kept that way of layers that are recomputed.
+    assert "8 bits" not in chosen(**on_cpu)[0].description
+    assert not caplog.messages
+    chosen(device="cpu", kept="int8")
+    assert "model.kept: int8 changes nothing: the engine is reference (there is no CUDA device)" in caplog.messages
+
+
+def test_the_reference_engine_is_refused_what_it_cannot_keep():
+    with pytest.raises(UserError, match="model.kept is int8, which the reference engine cannot do"):
+        ModelSettings("x", LoraSection(), kept="int8", engine="reference")
