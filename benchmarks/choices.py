@@ -11,9 +11,9 @@ from small import Bench
 from torch import Tensor
 
 from qwen_lit.data.batches import Batch
-from qwen_lit.engine.lora_linear import width_of
-from qwen_lit.engine.narrow import can_narrow
-from qwen_lit.engine.products import Kind, Products, ProductsName
+from qwen_lit.engine.lora_linear import size_of, width_of
+from qwen_lit.engine.narrow import fitting
+from qwen_lit.engine.products import Products, ProductsName
 
 Order = list[tuple[int, int]]
 """Numbers of the layer and of the group of linears in it, the product that hurts most first."""
@@ -68,8 +68,8 @@ def share_in_8_bits(bench: Bench, products: Products) -> float:
         mine = [linears[one.name] for one in bench.engine.layers[layer].groups[group]]
         work = sum(width_of(one) * one.out for one in mine)
         whole += 2 * work
-        for kind in (products.of(layer, group).forward, products.of(layer, group).backward):
-            narrow += work * (kind is not Kind.WIDE and can_narrow(mine, kind))
+        passes = fitting(products.of(layer, group), [size_of(one) for one in mine])
+        narrow += work * (passes.forward.narrow + passes.backward.narrow)
     return narrow / whole
 
 

@@ -44,6 +44,9 @@ from packed import ARCHIVE, ROWS, Rows, pack, unpacked
 from small import Bench
 from traps import traps
 
+from qwen_lit.engine.products import NAMED
+from qwen_lit.engine.products_check import refusal
+
 EIGHT = [name for name in NAMES if name != "bf16"]
 CHOICES = {"gradients": NAMES, "probe": EIGHT, "curves": [*NAMES, *PEERS], "traps": EIGHT}
 
@@ -137,6 +140,8 @@ def run(given: argparse.Namespace) -> None:
     orders = read_orders(given.order)
     for choice in choices:
         choice.products(orders)
+        if reason := refusal(NAMED[choice.name], torch.device(given.device)):
+            print(f"{choice}: fit would not use it here: {reason}", flush=True)
     # What a float32 product is compared with is one.
     torch.backends.cuda.matmul.allow_tf32 = False
     bench = Bench.load(given.model, rows, torch.device(given.device))
