@@ -32,6 +32,7 @@ from qwen_lit.model.coverage import coverage, left_out
 from qwen_lit.model.duration import check_limits, epoch_share, epoch_steps, total_steps
 from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.model.module import QwenModule
+from qwen_lit.model.products import floor_of
 from qwen_lit.planner.explain import explain
 from qwen_lit.planner.flops import measured_flops, token_flops
 from qwen_lit.planner.host import HostProfile
@@ -300,6 +301,9 @@ def measure(
         "run_seconds": round(result["steps"] * of_step) if result["steps"] else None,
         "advice": [],
     }
+    if module.products.told:
+        result["products"] = {"told": module.products.told, "floor": floor_of(module.settings)}
+        result["products"] |= vars(timer.fidelity) if timer.fidelity else {}
     held = module.held_weights(device)
     static = static_bytes(model, held)
     if plan is None:

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO
 from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import data_of
+from qwen_lit.model.fidelity import Fidelity, compared, measure
 from qwen_lit.model.module import QwenModule
 from qwen_lit.seams import options_of
 
@@ -22,13 +23,18 @@ NEVER = 10**9
 
 
 class StepTimer(Callback):
-    """Times each optimizer step and one validation batch, and takes the peak of memory."""
+    """Times each optimizer step and one validation batch, compares products in 8 bits with bf16, and takes the peak of
+    memory."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.validation = 0.0
         self.peak = 0
+        self.compared: Batch | None = None
+        """Whose gradient is compared."""
+        self.fidelity: Fidelity | None = None
+        """Of the gradient after the last step; None for products in bf16."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: list[Batch], batch_idx: int
@@ -44,10 +50,16 @@ class StepTimer(Callback):
         torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
         self.tokens.append(sum(one["tokens"] for one in batch))
+        self.compared = compared(batch) or self.compared
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time the first validation batch, which is the heaviest, and read the peak of memory."""
+        """Compare a gradient, time the first validation batch, which is the heaviest, and read the peak of memory.
+
+        By now B is not zero any more, and the gradient by A is not either.
+        """
         module = cast(QwenModule, pl_module)
+        if self.compared is not None and module.products.used != "bf16":
+            self.fidelity = measure(module, trainer.precision_plugin, self.compared)
         loader = data_of(trainer).val_dataloader()
         for step in loader:
             moved = move_data_to_device(step, module.device)
