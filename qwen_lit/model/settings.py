@@ -56,8 +56,8 @@ class ModelSettings:
     is fast on CUDA where the model and the adapter allow it, and else reference."""
     products: ProductsName = "bf16"
     """how products with frozen 4-bit weights are computed by the fast engine: bf16; fp8_backward, in 8 bits for the
-    gradient alone; fp8, in both passes; int8, the truer one, for cards without fp8 too. 8 bits are faster, and docs
-    say what they cost."""
+    gradient alone; fp8, in both passes; int8, the truer one, for cards without fp8 too. 8 bits are faster and less
+    exact."""
     products_check_every: int = 200
     """optimizer steps between two checks of products in 8 bits, each by the gradient of one micro-batch, which is also
     computed in bf16; the first step is checked too, and 0 checks none."""
