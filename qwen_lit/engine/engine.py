@@ -17,11 +17,14 @@ from qwen_lit.engine.lora_linear import (
     LoraLinear,
     Workspace,
     augmented_weight,
+    backward_columns,
+    forward_columns,
     lora_columns,
     parts_of,
     read_linear,
 )
 from qwen_lit.engine.mlp import mlp, mlp_in_pieces
+from qwen_lit.engine.narrow import ScaleStore, can_narrow
 from qwen_lit.engine.offload import HostBlocks, HostStore
 from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.engine.products import Products
@@ -30,6 +33,8 @@ from qwen_lit.families.layer import Layer
 from qwen_lit.families.table import FAMILIES, family_of
 from qwen_lit.frozen.store import store_of
 from qwen_lit.kernels.attention import attention
+from qwen_lit.kernels.eight import Narrow
+from qwen_lit.kernels.kinds import WIDE, Kind
 from qwen_lit.kernels.launch import HAS_TRITON
 from qwen_lit.kernels.loss import head_loss
 from qwen_lit.kernels.norm import add_norm
@@ -147,6 +152,7 @@ class FastEngine:
         self.decoder, self.layers = base.get_submodule(family.decoder), family.layers(base.config)
         self.policies = Policies.keep_all(len(self.layers)) if policies is None else policies
         self.products = Products() if products is None else products
+        self.scales = ScaleStore()
         self.arena = Arena()
         self.store = store_of(base)
         self.trained: list[Tensor] = [p for name, p in model.named_parameters() if ".lora_" in name]
@@ -197,9 +203,13 @@ class FastEngine:
             name: read_linear(module, training, self.compute, self.resident, self.arena.workspace, arrive)
             for name, module in linears_of(self.decoder.layers[number], layer).items()
         }
-        for place, group in enumerate(layer.groups):
-            for one in group:
-                found[one.name].passes = self.products.of(number, place)
+        # What is not trained is computed as it will be served: in the dtype of the model.
+        for place, group in enumerate(layer.groups if training else ()):
+            mine, passes = [found[one.name] for one in group], self.products.of(number, place)
+            kinds = [kind for kind in (passes.forward, passes.backward) if kind.narrow]
+            for linear in mine:
+                linear.passes = passes if all(can_narrow(mine, kind) for kind in kinds) else WIDE
+                linear.scales = self.scales
         return found
 
     def loss_sum(self, batch: Any) -> Tensor:
@@ -241,7 +251,7 @@ class FastEngine:
                     head.begin()
                 seeds = seed + 4 * number
                 arguments = (residual, delta, block, layer, linears, cos, sin, batch, seeds, rows, columns_back)
-                columns_back = lora_columns([linears[one.name] for one in layer.groups[-1]])
+                columns_back = backward_columns([linears[one.name] for one in layer.groups[-1]])
                 with store.layer(last=number == on_host[-1]) if number in on_host else nullcontext():
                     if recompute:
                         # Recomputation stops at the last tensor that is saved: before down_proj where that has no
@@ -256,7 +266,9 @@ class FastEngine:
                     else:
                         residual, delta = self._layer(*arguments)
             assert delta is not None
-            _, normed = add_norm(residual, delta, decoder.norm.weight, decoder.norm.variance_epsilon, 0, columns_back)
+            _, normed, _ = add_norm(
+                residual, delta, decoder.norm.weight, decoder.norm.variance_epsilon, 0, columns_back
+            )
             return head_loss(normed, head.take(normed.dtype), batch["targets"], self.policies.loss_chunk)
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -306,22 +318,41 @@ class FastEngine:
         attn = block.self_attn
         first, second, third, _ = ([linears[one.name] for one in group] for group in layer.groups)
         norm = block.input_layernorm
-        residual, x = add_norm(residual, delta, norm.weight, norm.variance_epsilon, lora_columns(first), columns_back)
+        residual, x, in_eight = _normed(norm, residual, delta, first, columns_back)
         norms = [_norm(getattr(attn, name, None)) for name in ("q_norm", "k_norm")]
-        q, k, v = qkv_rope(x, first, attn.head_dim, cos, sin, norms, seed, padded=True)
+        q, k, v = qkv_rope(x, first, attn.head_dim, cos, sin, norms, seed, True, in_eight)
         mixed = attention(q, k, v, batch["cu_seqlens"], batch["max_seqlen"]).flatten(1)
         if rows is not None:
             residual, mixed = residual.index_select(0, rows), mixed.index_select(0, rows)
         (out,) = group_linear(mixed, second, seed + 1, grad_padded=True)
         norm = block.post_attention_layernorm
-        residual, x = add_norm(
-            residual, out, norm.weight, norm.variance_epsilon, lora_columns(third), lora_columns(second)
-        )
         # Nothing is saved without gradients, so pieces cost nothing then, and validation rows of any length fit.
         piece = self.policies.mlp_piece or (0 if torch.is_grad_enabled() else PIECE)
-        if piece and len(x) > piece:
+        in_pieces = 0 < piece < len(out)
+        residual, x, in_eight = _normed(norm, residual, out, third, backward_columns(second), in_pieces)
+        if in_pieces:
             return residual, mlp_in_pieces(x, linears, seed + 2, piece, True, self.recomputing)
-        return residual, mlp(x, linears, seed + 2, padded=True)
+        return residual, mlp(x, linears, seed + 2, padded=True, narrow=in_eight)
+
+
+def _normed(
+    norm: Any, residual: Tensor, delta: Tensor | None, linears: list[LoraLinear], columns_back: int, wide: bool = False
+) -> tuple[Tensor, Tensor, Narrow | None]:
+    """``add_norm`` for the linears that read it.
+
+    Args:
+        norm: transformers' module.
+        residual: as of ``add_norm``.
+        delta: as of ``add_norm``.
+        linears: a group.
+        columns_back: as of ``add_norm``.
+        wide: the linears make 8 bits of it by themselves, where they compute in them.
+    """
+    kind = Kind.WIDE if wide else linears[0].passes.forward
+    # An adapter reads it in the dtype of the model.
+    wide = not kind.narrow or any(linear.rank for linear in linears)
+    columns = forward_columns(linears)
+    return add_norm(residual, delta, norm.weight, norm.variance_epsilon, columns, columns_back, kind, wide)
 
 
 def fetches_ahead(tokens: int, layers: tuple[Policy, ...]) -> bool:

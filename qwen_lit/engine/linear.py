@@ -18,7 +18,8 @@ weight in one augmented matrix, forward and the gradient of the input are one pr
     y  = [x | xa] · [W | s B]ᵀ
     dx = [dy | d_xa] · [W ; A]
 
-so that no result is read again to add to it.
+so that no result is read again to add to it. A product in 8 bits (``kernels/eight.py``) has no such columns: what the
+adapter adds is added to it in the dtype of x.
 """
 
 from itertools import pairwise
@@ -29,7 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qwen_lit.engine.lora_linear import LoraLinear, augmented_weight, full_weight, lora_columns, parts_of, width_of
+from qwen_lit.engine.narrow import narrow_weight
 from qwen_lit.kernels.dropout import dropped
+from qwen_lit.kernels.eight import Narrow, product, quantize
 from qwen_lit.kernels.footprint import LinearSize, Op, Saved, columns_of, masks, rank_of
 
 
@@ -78,6 +81,7 @@ class Group:
         self.rank = sum(linear.rank for linear in linears)
         self.extra = lora_columns(linears)
         self.dropout = next((linear.dropout for linear in linears if linear.rank), 0.0)
+        self.passes = linears[0].passes
         # A plain weight is used where it stands, so there is no augmented copy of it.
         self.is_augmented = self.rank > 0 and all(linear.quant_state is not None for linear in linears)
 
@@ -95,6 +99,8 @@ class Group:
         inner = dropped(x, self.dropout, self.seed) if self.dropout else x
         stacked = _stacked(self.linears, x.dtype)
         width = self.width
+        if self.passes.forward.narrow:
+            return x, inner @ stacked.t()
         if not self.is_augmented or not (self.padded or sum(linear.out for linear in self.linears) > width):
             return x, inner @ stacked.t()
         augmented = with_lora_columns(x.data, self.extra) if self.padded else None
@@ -107,7 +113,12 @@ class Group:
         augmented[:, width + self.rank :] = 0
         return augmented, xa
 
-    def forward(self, augmented: Tensor, xa: Tensor | None, outs: list[Tensor] | None = None) -> list[Tensor]:
+    def forward(
+        self,
+        augmented: Tensor,
+        xa: Tensor | None,
+        outs: list[Tensor] | None = None,
+    ) -> list[Tensor]:
         """The output of every part, ``[tokens, out of its linears]``.
 
         Args:
@@ -142,8 +153,37 @@ class Group:
             outputs.append(y)
         return outputs
 
+    def narrow_forward(self, x: Tensor, xa: Tensor | None, narrow: Narrow | None) -> Tensor:
+        """The outputs of all linears side by side, ``[tokens, out of all]``, by one product in 8 bits.
+
+        Args:
+            x: ``[tokens, in]``; of it only the dtype is read where ``narrow`` is given and no linear has an adapter.
+            xa: as ``down_projection`` gives it.
+            narrow: x in 8 bits, where it is known.
+        """
+        kind = self.passes.forward
+        narrow = quantize(x, kind) if narrow is None else narrow
+        weight = narrow_weight(self.linears, kind, turned=False)
+        return product(narrow, weight, x.dtype, _bias(self.linears, x.dtype), *self._lift(xa, x.dtype))
+
+    def _lift(self, xa: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """``xa``, and the matrix ``[out of all, r of all]`` that has every s B in its linear's rows and ranks."""
+        if xa is None:
+            return None, None
+        found = xa.new_zeros(sum(linear.out for linear in self.linears), self.rank)
+        for linear, mine, place in zip(self.linears, *_places(self.linears, 0), strict=True):
+            if linear.rank:
+                torch.mul(linear.pair(dtype)[1], linear.scale, out=found[mine, place])
+        return xa, found
+
     def backward(
-        self, augmented: Tensor, xa: Tensor | None, grads: list[Tensor], wants_dx: bool, last: Tensor | None = None
+        self,
+        augmented: Tensor,
+        xa: Tensor | None,
+        grads: list[Tensor],
+        wants_dx: bool,
+        last: Tensor | None = None,
+        narrow: Narrow | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """dx, dA and dB by the formulas of the module.
 
@@ -154,6 +194,7 @@ class Group:
             wants_dx: whether the input has a gradient.
             last: ``[tokens, out + LoRA columns]`` that begins with the last of ``grads``, where there is one; d_xa is
                 written to its columns.
+            narrow: ``grads`` side by side in 8 bits, where they are known so.
 
         Returns:
             ``[tokens, in]``, and A's and B's gradient of each linear that has them, in the dtype of the products.
@@ -161,7 +202,7 @@ class Group:
         dtype, tokens = augmented.dtype, augmented.shape[0]
         width, end = self.width, grads[-1].shape[1]
         folded = xa is not None and wants_dx and self.is_augmented and not self.dropout
-        folded = folded and (last is not None or end < width)
+        folded = folded and (last is not None or end < width) and not self.passes.backward.narrow
         if folded and last is None:
             # Copying the narrow gradient costs less than reading the augmented result again.
             last = torch.empty(tokens, end + self.extra, dtype=dtype, device=augmented.device)
@@ -181,6 +222,13 @@ class Group:
                         found = torch.empty_like(b)
                         d_b.append(found.addmm_(dy[:, mine].t(), xa[:, place], beta=0, alpha=linear.scale))
         dx: Tensor | None = None
+        if wants_dx and self.passes.backward.narrow:
+            narrow = quantize(beside(grads), self.passes.backward) if narrow is None else narrow
+            pair = None, None
+            if d_xa is not None and not self.dropout:
+                pair = d_xa, _stacked(self.linears, dtype).t().contiguous()
+            weight = narrow_weight(self.linears, self.passes.backward, turned=True)
+            dx, wants_dx, folded = product(narrow, weight, dtype, None, *pair), False, pair[0] is not None
         for part, dy in zip(self.parts, grads, strict=True):
             if not wants_dx:
                 break
@@ -216,6 +264,26 @@ def _places(part: list[LoraLinear], start: int) -> tuple[list[slice], list[slice
     return [slice(*pair) for pair in pairwise(ends)], [slice(*pair) for pair in pairwise(ranks)]
 
 
+def beside(parts: list[Tensor]) -> Tensor:
+    """Matrices of one height side by side; where they lie so in memory, nothing is copied.
+
+    Args:
+        parts: ``[rows, columns of each]``.
+    """
+    first, columns = parts[0], sum(part.shape[1] for part in parts)
+    ends = [first.storage_offset()]
+    for part in parts:
+        ends.append(ends[-1] + part.shape[1])
+    if all(
+        part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and part.stride() == (first.stride(0), 1)
+        and part.storage_offset() == end
+        for part, end in zip(parts, ends, strict=False)
+    ):
+        return first.as_strided((len(first), columns), (first.stride(0), 1))
+    return torch.cat(parts, 1)
+
+
 def with_lora_columns(x: Tensor, extra: int) -> Tensor | None:
     """The matrix together with the free columns after each of its rows; None where it has none.
 
@@ -249,6 +317,7 @@ class _GroupLinear(torch.autograd.Function):
         padded: bool,
         grad_padded: bool,
         skip_output: bool,
+        narrow: Narrow | None,
         *parameters: Tensor,
     ) -> Any:
         group = ctx.group = Group(linears, seed, padded)
@@ -257,6 +326,9 @@ class _GroupLinear(torch.autograd.Function):
         ctx.shape, ctx.grad_padded = x.shape, grad_padded
         if skip_output:
             return tuple(x.new_empty(x.shape[0], linear.out) for linear in linears)
+        if group.passes.forward.narrow:
+            outs = [linear.out for linear in linears]
+            return tuple(group.narrow_forward(augmented, xa, narrow).split(outs, 1))
         return tuple(group.forward(augmented, xa))
 
     @staticmethod
@@ -265,7 +337,7 @@ class _GroupLinear(torch.autograd.Function):
         augmented, xa = ctx.saved_tensors or (grads[0].new_empty(ctx.shape[0], 0), None)
         last = with_lora_columns(grads[-1], group.extra) if ctx.grad_padded else None
         dx, found = group.backward(augmented, xa, list(grads), ctx.needs_input_grad[0], last)
-        return dx, None, None, None, None, None, *as_trained(found, group.linears)
+        return dx, None, None, None, None, None, None, *as_trained(found, group.linears)
 
 
 def as_trained(found: list[Tensor], linears: list[LoraLinear]) -> list[Tensor]:
@@ -280,6 +352,7 @@ def group_linear(
     padded: bool = False,
     grad_padded: bool = False,
     skip_output: bool = False,
+    narrow: Narrow | None = None,
 ) -> tuple[Tensor, ...]:
     """``x Wᵀ + bias + scale · dropout(x) Aᵀ Bᵀ`` for each linear; they share the dropout mask.
 
@@ -290,12 +363,13 @@ def group_linear(
         padded: after each row of ``x`` there are ``lora_columns(linears)`` free columns that may be written to.
         grad_padded: free columns after each row of the last output's gradient may be written to.
         skip_output: do not compute the outputs, because the caller needs only what is saved; they are undefined.
+        narrow: ``x`` in 8 bits, where products are and it is known so.
 
     Returns:
         ``[tokens, out]`` for each linear, in the dtype of ``x``.
     """
     return _GroupLinear.apply(  # type: ignore[no-any-return]
-        x, linears, seed, padded, grad_padded, skip_output, *trained(linears)
+        x, linears, seed, padded, grad_padded, skip_output, narrow, *trained(linears)
     )
 
 

@@ -17,8 +17,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
-from qwen_lit.engine.products import WIDE, Passes
 from qwen_lit.kernels.footprint import LinearSize
+from qwen_lit.kernels.kinds import WIDE, Passes
 from qwen_lit.kernels.nf4 import can_dequantize, dequantize
 
 
@@ -72,6 +72,8 @@ class LoraLinear:
     kept may be a view of a weight, whose memory the next layer takes."""
     passes: Passes = WIDE
     """In what its products are computed; all linears of a group have the same."""
+    scales: Any = None
+    """``narrow.ScaleStore`` of the engine, where a product is in 8 bits."""
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in the dtype of the products."""
@@ -148,6 +150,16 @@ def size_of(linear: LoraLinear, quantized: bool | None = None) -> LinearSize:
 def lora_columns(linears: list[LoraLinear]) -> int:
     """Columns beside a group's input for its product with every A: whole multiples of 16 bytes in bf16."""
     return -(-sum(linear.rank for linear in linears) // 8) * 8
+
+
+def forward_columns(linears: list[LoraLinear]) -> int:
+    """Free columns that a group's input is to have: none where its product is in 8 bits."""
+    return 0 if linears[0].passes.forward.narrow else lora_columns(linears)
+
+
+def backward_columns(linears: list[LoraLinear]) -> int:
+    """Free columns that the gradient of a group's last output is to have: none where its product is in 8 bits."""
+    return 0 if linears[0].passes.backward.narrow else lora_columns(linears)
 
 
 def width_of(linear: LoraLinear) -> int:

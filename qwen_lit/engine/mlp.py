@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qwen_lit.engine.linear import (
     Group,
@@ -21,8 +22,16 @@ from qwen_lit.engine.linear import (
     trained,
 )
 from qwen_lit.engine.lora_linear import LoraLinear
+from qwen_lit.kernels.eight import Narrow
 from qwen_lit.kernels.footprint import LayerSize, Op, Saved, columns_of, rank_of
-from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_reference
+from qwen_lit.kernels.kinds import Kind
+from qwen_lit.kernels.swiglu import (
+    swiglu,
+    swiglu_backward_,
+    swiglu_backward_narrow_,
+    swiglu_narrow,
+    swiglu_reference,
+)
 
 
 def gate_up_reference(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int) -> Tensor:
@@ -35,21 +44,40 @@ class _GateUp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int, padded: bool, *parameters: Tensor
-    ) -> Tensor:
+        ctx: Any,
+        x: Tensor,
+        gate: LoraLinear,
+        up: LoraLinear,
+        seed: int,
+        padded: bool,
+        narrow: Narrow | None,
+        kind: Kind,
+        wide: bool,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         group = ctx.group = Group([gate, up], seed, padded)
         augmented, xa = group.down_projection(x)
-        width = gate.out
-        both = torch.empty(x.shape[0], 2 * width + group.extra, dtype=x.dtype, device=x.device)
-        outs = [both[:, :width], both[:, width : 2 * width]]
-        if gate.bias is None and up.bias is None:
-            group.forward(augmented, xa, outs)
+        width, passes = gate.out, group.passes
+        if passes.forward.narrow:
+            both = group.narrow_forward(augmented, xa, narrow)
+            if not passes.backward.narrow and group.extra:
+                both = F.pad(both, (0, group.extra))
         else:
-            for out, y in zip(outs, group.forward(augmented, xa), strict=True):
-                out.copy_(y)
+            extra = 0 if passes.backward.narrow else group.extra
+            both = torch.empty(x.shape[0], 2 * width + extra, dtype=x.dtype, device=x.device)
+            outs = [both[:, :width], both[:, width : 2 * width]]
+            if gate.bias is None and up.bias is None:
+                group.forward(augmented, xa, outs)
+            else:
+                for out, y in zip(outs, group.forward(augmented, xa), strict=True):
+                    out.copy_(y)
         ctx.save_for_backward(both, *([] if xa is None else [augmented, xa]))
         ctx.spent = False
-        return swiglu(both, width)
+        if not kind.narrow:
+            return swiglu(both, width), None, None
+        h, in_eight = swiglu_narrow(both, width, kind, wide)
+        ctx.mark_non_differentiable(*in_eight)
+        return x.new_zeros(()).expand(len(x), width) if h is None else h, *in_eight
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -58,16 +86,28 @@ class _GateUp(torch.autograd.Function):
         ctx.spent = True
         both, *pair = ctx.saved_tensors
         augmented, xa = pair or (both[:, :0], None)
-        (dh,) = grads
+        dh, passes, narrow = grads[0], ctx.group.passes, None
         width = dh.shape[1]
-        swiglu_backward_(both, dh)
+        if passes.backward.narrow and ctx.needs_input_grad[0]:
+            narrow = swiglu_backward_narrow_(both, dh, passes.backward, wide=xa is not None)
+        else:
+            swiglu_backward_(both, dh)
         mine = [both[:, :width], both[:, width : 2 * width]]
-        last = both[:, width:] if xa is not None else None
-        dx, found = ctx.group.backward(augmented, xa, mine, ctx.needs_input_grad[0], last)
-        return dx, None, None, None, None, *as_trained(found, ctx.group.linears)
+        last = both[:, width:] if xa is not None and not passes.backward.narrow else None
+        dx, found = ctx.group.backward(augmented, xa, mine, ctx.needs_input_grad[0], last, narrow)
+        return dx, None, None, None, None, None, None, None, *as_trained(found, ctx.group.linears)
 
 
-def gate_up(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int = 0, padded: bool = False) -> Tensor:
+def gate_up(
+    x: Tensor,
+    gate: LoraLinear,
+    up: LoraLinear,
+    seed: int = 0,
+    padded: bool = False,
+    narrow: Narrow | None = None,
+    kind: Kind = Kind.WIDE,
+    wide: bool = True,
+) -> tuple[Tensor, Narrow | None]:
     """``silu(gate(x)) * up(x)``; backward may run once.
 
     Args:
@@ -76,15 +116,24 @@ def gate_up(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int = 0, padded: 
         up: the linear that it is multiplied with.
         seed: of the dropout mask.
         padded: as for ``group_linear``.
+        narrow: as for ``group_linear``.
+        kind: in which the result is wanted too.
+        wide: whether the result is read in the dtype of ``x``; otherwise it has the memory of one number.
 
     Returns:
-        ``[tokens, out]``.
+        ``[tokens, out]``; and the same in 8 bits where ``kind`` asks for it.
     """
-    return _GateUp.apply(x, gate, up, seed, padded, *trained([gate, up]))  # type: ignore[no-any-return]
+    h, *pair = _GateUp.apply(x, gate, up, seed, padded, narrow, kind, wide, *trained([gate, up]))
+    return h, None if pair[0] is None else Narrow(*pair)
 
 
 def mlp(
-    x: Tensor, linears: dict[str, LoraLinear], seed: int, padded: bool = False, skip_output: bool = False
+    x: Tensor,
+    linears: dict[str, LoraLinear],
+    seed: int,
+    padded: bool = False,
+    skip_output: bool = False,
+    narrow: Narrow | None = None,
 ) -> Tensor:
     """``down(silu(gate(x)) * up(x))``.
 
@@ -94,9 +143,13 @@ def mlp(
         seed: of the dropout mask of gate and up; ``seed + 1`` is that of down.
         padded: as for ``group_linear``, and ``grad_padded`` too.
         skip_output: as for ``group_linear``, of down.
+        narrow: as for ``group_linear``.
     """
-    h = gate_up(x, linears["gate_proj"], linears["up_proj"], seed, padded)
-    (out,) = group_linear(h, [linears["down_proj"]], seed + 1, grad_padded=padded, skip_output=skip_output)
+    down = linears["down_proj"]
+    kind = Kind.WIDE if skip_output else down.passes.forward
+    wide = down.rank > 0 or not kind.narrow
+    h, in_eight = gate_up(x, linears["gate_proj"], linears["up_proj"], seed, padded, narrow, kind, wide)
+    (out,) = group_linear(h, [down], seed + 1, grad_padded=padded, skip_output=skip_output, narrow=in_eight)
     return out
 
 

@@ -5,38 +5,15 @@ residual stream are computed in the dtype of the model whatever is chosen here.
 """
 
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import Literal
+
+from qwen_lit.kernels.kinds import WIDE, Kind, Passes
+
+__all__ = ["NAMED", "WIDE", "Kind", "Passes", "Products", "ProductsName"]
 
 ProductsName = Literal["bf16", "fp8_backward", "fp8", "int8"]
 
 
-class Kind(Enum):
-    """The numbers that a product multiplies."""
-
-    WIDE = "wide"
-    """Those of the model: bf16."""
-    FP8 = "fp8"
-    """e4m3: a scale for each token, and one for all weights of an input."""
-    INT8 = "int8"
-    """A scale for each token and each row of the weight, after a Hadamard transform along the summed dimension."""
-
-
-@dataclass(frozen=True)
-class Passes:
-    """The kinds of one product in both passes."""
-
-    forward: Kind = Kind.WIDE
-    backward: Kind = Kind.WIDE
-    """Of the product that makes the gradient of the input."""
-
-    @property
-    def narrow(self) -> bool:
-        """Whether any of them is in 8 bits."""
-        return self != WIDE
-
-
-WIDE = Passes()
 NAMED: dict[ProductsName, Passes] = {
     "bf16": WIDE,
     "fp8_backward": Passes(Kind.WIDE, Kind.FP8),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen_lit.engine.linear import Group, as_trained, group_reference, input_saves, input_scratch, trained
 from qwen_lit.engine.lora_linear import LoraLinear
+from qwen_lit.kernels.eight import Narrow
 from qwen_lit.kernels.footprint import LayerSize, Op, Saved, columns_of, rank_of
 from qwen_lit.kernels.rope import rope, rope_backward, rope_reference
 
@@ -42,11 +43,15 @@ class _QkvRope(torch.autograd.Function):
         norms: list[Norm],
         seed: int,
         padded: bool,
+        narrow: Narrow | None,
         *parameters: Tensor,
     ) -> Any:
         group = ctx.group = Group(linears, seed, padded, merged=True)
         augmented, xa = group.down_projection(x)
-        outs = group.forward(augmented, xa)
+        if group.passes.forward.narrow:
+            outs = [group.narrow_forward(augmented, xa, narrow)]
+        else:
+            outs = group.forward(augmented, xa)
         if len(outs) == 1:
             outs = list(outs[0].split([linear.out for linear in linears], 1))
         *raw, v = (one.view(x.shape[0], -1, size) for one in outs)
@@ -65,8 +70,9 @@ class _QkvRope(torch.autograd.Function):
         augmented, xa = pair or (grads[0].new_empty(ctx.shape[0], 0), None)
         widths = [linear.out for linear in group.linears]
         # Free columns after each row take d_xa, so that one product computes the whole gradient of the input.
-        whole = augmented.new_empty(ctx.shape[0], sum(widths) + group.extra)
-        mine = [one.view(grad.shape) for one, grad in zip(whole.split([*widths, group.extra], 1), grads, strict=False)]
+        extra = 0 if group.passes.backward.narrow else group.extra
+        whole = augmented.new_empty(ctx.shape[0], sum(widths) + extra)
+        mine = [one.view(grad.shape) for one, grad in zip(whole.split([*widths, extra], 1), grads, strict=False)]
         for out, grad, raw, (weight, eps) in zip(mine, grads, (q, k), ctx.norms, strict=False):
             rope_backward(grad, cos, sin, raw, weight, eps, out)
         mine[2].copy_(grads[2])
@@ -74,7 +80,7 @@ class _QkvRope(torch.autograd.Function):
         last = whole if merged else whole[:, sum(widths[:2]) :]
         outs = [whole[:, : sum(widths)]] if merged else outs
         dx, found = group.backward(augmented, xa, outs, ctx.needs_input_grad[0], last if xa is not None else None)
-        return dx, None, None, None, None, None, None, None, *as_trained(found, group.linears)
+        return dx, None, None, None, None, None, None, None, None, *as_trained(found, group.linears)
 
 
 def qkv_rope(
@@ -86,6 +92,7 @@ def qkv_rope(
     norms: list[Norm],
     seed: int = 0,
     padded: bool = False,
+    narrow: Narrow | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The queries, keys and values that attention takes.
 
@@ -98,11 +105,12 @@ def qkv_rope(
         norms: weight and epsilon of the norms of q and of k.
         seed: of the dropout mask.
         padded: as for ``group_linear``.
+        narrow: as for ``group_linear``.
 
     Returns:
         q, k and v, ``[tokens, heads of each, size]``; the rows of tokens may lie apart.
     """
-    return _QkvRope.apply(x, linears, size, cos, sin, norms, seed, padded, *trained(linears))  # type: ignore[no-any-return]
+    return _QkvRope.apply(x, linears, size, cos, sin, norms, seed, padded, narrow, *trained(linears))  # type: ignore[no-any-return]
 
 
 def qkv_rope_op(layer: LayerSize, size: int) -> Op:

@@ -38,9 +38,11 @@ def _dequantize(
     offset,
     table,
     out,
+    inverse,
     blocks,
     across,
     stride,
+    SCALED: tl.constexpr,
     NESTED: tl.constexpr,
     OUTER: tl.constexpr,
     BYTES: tl.constexpr,
@@ -53,6 +55,8 @@ def _dequantize(
         scale = tl.load(code + level) * tl.load(outer + row // OUTER, inside, 0.0) + tl.load(offset)
     else:
         scale = tl.load(absmax + row, inside, 0.0)
+    if SCALED:
+        scale = scale * tl.load(inverse)
     lane = tl.arange(0, BYTES)
     byte = tl.load(packed + row[:, None] * BYTES + lane[None, :], inside[:, None], 0).to(tl.int32)
     high = tl.load(table + (byte >> 4)) * scale[:, None]
@@ -60,7 +64,7 @@ def _dequantize(
     both = tl.interleave(high, low)
     lane = tl.arange(0, 2 * BYTES)
     start = (row // across) * stride + (row % across) * (2 * BYTES)
-    tl.store(out + start[:, None] + lane[None, :], both, inside[:, None])
+    tl.store(out + start[:, None] + lane[None, :], both.to(out.dtype.element_ty), inside[:, None])
 
 
 def can_dequantize(packed: Tensor, state: Any) -> bool:
@@ -74,7 +78,7 @@ def can_dequantize(packed: Tensor, state: Any) -> bool:
     )
 
 
-def dequantize(packed: Tensor, state: Any, out: Tensor) -> Tensor:
+def dequantize(packed: Tensor, state: Any, out: Tensor, inverse: Tensor | None = None) -> Tensor:
     """The weight of a 4-bit linear.
 
     Args:
@@ -82,6 +86,7 @@ def dequantize(packed: Tensor, state: Any, out: Tensor) -> Tensor:
         state: bitsandbytes' quantisation state, for which ``can_dequantize`` is true.
         out: of the weight's shape, overwritten and returned; contiguous, or, where a row is whole blocks, a part of
             a wider matrix.
+        inverse: float32, one number by which all are multiplied before they are rounded to the dtype of ``out``.
     """
     blocks = state.shape.numel() // state.blocksize
     outer, offset = (state.state2, state.offset) if state.nested else (None, None)
@@ -95,9 +100,11 @@ def dequantize(packed: Tensor, state: Any, out: Tensor) -> Tensor:
         offset,
         state.code,
         out,
+        inverse,
         blocks,
         across,
         out.stride(0),
+        SCALED=inverse is not None,
         NESTED=state.nested,
         OUTER=size,
         BYTES=state.blocksize // 2,

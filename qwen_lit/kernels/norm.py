@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_lit.kernels.eight import LEAST, TOP, Narrow, empty_narrow, narrowed, quantize
 from qwen_lit.kernels.footprint import Op, Saved
+from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.launch import jit, launches, tl, triton
 
 
@@ -37,10 +39,16 @@ def _forward(
     total,
     normed,
     rstd,
+    values,
+    unit,
     width,
     stride,
     eps,
     HAS_DELTA: tl.constexpr,
+    WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
+    TOP: tl.constexpr,
+    LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -54,7 +62,14 @@ def _forward(
     scale = 1.0 / tl.sqrt(tl.sum(x32 * x32) / width + eps)
     tl.store(rstd + row, scale)
     w = tl.load(weight + columns, inside, 0.0)
-    tl.store(normed + row * stride + columns, (x32 * scale).to(x.dtype) * w, inside)
+    y = (x32 * scale).to(x.dtype) * w
+    if WIDE:
+        tl.store(normed + row * stride + columns, y, inside)
+    if NARROW:
+        y32 = y.to(tl.float32)
+        top = tl.maximum(tl.max(tl.abs(y32)), LEAST)
+        tl.store(unit + row, tl.div_rn(top, TOP) + tl.sum(y32 * 0.0))
+        tl.store(values + row * width + columns, narrowed(y32 * tl.div_rn(TOP, top), False), inside)
 
 
 @jit
@@ -90,11 +105,23 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, columns: int, columns_back: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        residual: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        columns: int,
+        columns_back: int,
+        kind: Kind,
+        wide: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         rows, width = residual.shape
         residual, delta = residual.contiguous(), None if delta is None else delta.contiguous()
-        normed = torch.empty(rows, width + columns, dtype=residual.dtype, device=residual.device)[:, :width]
+        fused = kind is Kind.FP8 and launches(residual)
+        narrow = empty_narrow(residual, width, kind) if fused else None
+        normed = absent(residual)
+        if wide or not fused:
+            normed = torch.empty(rows, width + columns, dtype=residual.dtype, device=residual.device)[:, :width]
         if launches(residual):
             total = residual if delta is None else torch.empty_like(residual)
             rstd = torch.empty(rows, dtype=torch.float32, device=residual.device)
@@ -105,10 +132,16 @@ class _AddNorm(torch.autograd.Function):
                 total,
                 normed,
                 rstd,
+                None if narrow is None else narrow.values,
+                None if narrow is None else narrow.scale,
                 width,
                 width + columns,
                 eps,
                 HAS_DELTA=delta is not None,
+                WIDE=wide or not fused,
+                NARROW=fused,
+                TOP=TOP[Kind.FP8],
+                LEAST=LEAST,
                 BLOCK=triton.next_power_of_2(width),
                 num_warps=8,
             )
@@ -116,16 +149,23 @@ class _AddNorm(torch.autograd.Function):
             total, plain = add_norm_reference(residual, delta, weight, eps)
             normed.copy_(plain)
             rstd = torch.rsqrt(total.float().pow(2).mean(-1) + eps).flatten()
+        if kind.narrow and narrow is None:
+            narrow = quantize(normed, kind)
+        if not wide:
+            normed = absent(residual)
         ctx.save_for_backward(total, weight, rstd)
         ctx.has_delta, ctx.columns_back = delta is not None, columns_back
         if delta is None:
             # An input that is returned as it came must be marked; a view of it keeps the graph right.
             total = total.view_as(total)
-        return total, normed
+        if narrow is None:
+            return total, normed, None, None
+        ctx.mark_non_differentiable(*narrow)
+        return total, normed, *narrow
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        d_total, d_normed = grads
+        d_total, d_normed, *_ = grads
         total, weight, rstd = ctx.saved_tensors
         rows, width = total.shape
         out = torch.empty(rows, width + ctx.columns_back, dtype=total.dtype, device=total.device)[:, :width]
@@ -152,12 +192,24 @@ class _AddNorm(torch.autograd.Function):
             g = d_normed.float() * weight.float()
             grad32 = scale * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
             out.copy_(grad32 if d_total is None else grad32 + d_total.float())
-        return out, out if ctx.has_delta else None, None, None, None, None
+        return out, out if ctx.has_delta else None, None, None, None, None, None, None
+
+
+def absent(like: Tensor) -> Tensor:
+    """Stands for a matrix that nothing reads: the shape and dtype of another, and the memory of one number."""
+    return like.new_zeros(()).expand(like.shape)
 
 
 def add_norm(
-    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, columns: int = 0, columns_back: int = 0
-) -> tuple[Tensor, Tensor]:
+    residual: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    columns: int = 0,
+    columns_back: int = 0,
+    kind: Kind = Kind.WIDE,
+    wide: bool = True,
+) -> tuple[Tensor, Tensor, Narrow | None]:
     """``residual + delta`` and its RMSNorm.
 
     Args:
@@ -167,11 +219,15 @@ def add_norm(
         eps: added to the mean square.
         columns: numbers of free space after each row of the normed sum, for the product with LoRA's A.
         columns_back: free space after each row of the gradient of both inputs.
+        kind: in which the normed sum is wanted too.
+        wide: whether the normed sum is read in the dtype of ``residual``; otherwise it is ``absent``.
 
     Returns:
-        The sum and the normed sum, both ``[tokens, width]`` in the dtype of ``residual``.
+        The sum and the normed sum, both ``[tokens, width]`` in the dtype of ``residual``; and the normed sum in 8
+        bits where ``kind`` asks for it.
     """
-    return _AddNorm.apply(residual, delta, weight, eps, columns, columns_back)  # type: ignore[no-any-return]
+    total, normed, values, scale = _AddNorm.apply(residual, delta, weight, eps, columns, columns_back, kind, wide)
+    return total, normed, None if values is None else Narrow(values, scale)
 
 
 def add_norm_op(name: str, width: int, size: int, columns: int, columns_back: int) -> Op:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from qwen_lit.kernels.eight import LEAST, TOP, Narrow, empty_narrow, narrowed, quantize
+from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.launch import jit, launches, tl, triton
 
 BLOCK = 2048
@@ -49,6 +51,101 @@ def _backward(both, grad, width, stride, BLOCK: tl.constexpr):
     s = tl.sigmoid(g)
     tl.store(up, d * g * s, inside)
     tl.store(gate, d * u * s * (1.0 + g * (1.0 - s)), inside)
+
+
+@jit
+def _forward_narrow(
+    both,
+    out,
+    values,
+    scale,
+    width,
+    stride,
+    WIDE: tl.constexpr,
+    TOP: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    most = tl.zeros((BLOCK,), tl.float32)
+    bad = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        at = start + lane
+        g = tl.load(both + row * stride + at, at < width, 0.0)
+        u = tl.load(both + row * stride + width + at, at < width, 0.0)
+        g32 = g.to(tl.float32)
+        y = (g32 * tl.sigmoid(g32)).to(g.dtype) * u
+        if WIDE:
+            tl.store(out + row * width + at, y, at < width)
+        y32 = y.to(tl.float32)
+        most = tl.maximum(most, tl.abs(y32))
+        bad += y32 * 0.0
+    top = tl.maximum(tl.max(most), LEAST)
+    tl.store(scale + row, tl.div_rn(top, TOP) + tl.sum(bad))
+    factor = tl.div_rn(TOP, top)
+    # What is read a second time comes from the L2 cache.
+    for start in range(0, width, BLOCK):
+        at = start + lane
+        g = tl.load(both + row * stride + at, at < width, 0.0)
+        u = tl.load(both + row * stride + width + at, at < width, 0.0)
+        g32 = g.to(tl.float32)
+        y = (g32 * tl.sigmoid(g32)).to(g.dtype) * u
+        tl.store(values + row * width + at, narrowed(y.to(tl.float32) * factor, False), at < width)
+
+
+@jit
+def _gradients(gate, up, grad, at, inside):
+    g = tl.load(gate + at, inside, 0.0)
+    g32, u = g.to(tl.float32), tl.load(up + at, inside, 0.0).to(tl.float32)
+    d = tl.load(grad + at, inside, 0.0).to(tl.float32)
+    s = tl.sigmoid(g32)
+    return (d * u * s * (1.0 + g32 * (1.0 - s))).to(g.dtype), (d * g32 * s).to(g.dtype)
+
+
+@jit
+def _backward_narrow(
+    both,
+    grad,
+    values,
+    scale,
+    width,
+    stride,
+    WIDE: tl.constexpr,
+    TOP: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    gate, dy = both + row * stride, grad + row * width
+    up = gate + width
+    most = tl.zeros((BLOCK,), tl.float32)
+    bad = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        at = start + lane
+        d_gate, d_up = _gradients(gate, up, dy, at, at < width)
+        if WIDE:
+            tl.store(gate + at, d_gate, at < width)
+            tl.store(up + at, d_up, at < width)
+        wide_gate, wide_up = d_gate.to(tl.float32), d_up.to(tl.float32)
+        most = tl.maximum(most, tl.maximum(tl.abs(wide_gate), tl.abs(wide_up)))
+        bad += wide_gate * 0.0 + wide_up * 0.0
+    top = tl.maximum(tl.max(most), LEAST)
+    tl.store(scale + row, tl.div_rn(top, TOP) + tl.sum(bad))
+    factor = tl.div_rn(TOP, top)
+    # What one thread has written another may read.
+    tl.debug_barrier()
+    place = values + row * (2 * width)
+    for start in range(0, width, BLOCK):
+        at = start + lane
+        if WIDE:
+            d_gate = tl.load(gate + at, at < width, 0.0)
+            d_up = tl.load(up + at, at < width, 0.0)
+        else:
+            d_gate, d_up = _gradients(gate, up, dy, at, at < width)
+        tl.store(place + at, narrowed(d_gate.to(tl.float32) * factor, False), at < width)
+        tl.store(place + width + at, narrowed(d_up.to(tl.float32) * factor, False), at < width)
 
 
 def swiglu(both: Tensor, width: int) -> Tensor:
@@ -87,3 +184,65 @@ def swiglu_backward_(both: Tensor, grad: Tensor) -> None:
     g, u, d = gate.to(dtype), up.to(dtype), grad.to(dtype)
     s = torch.sigmoid(g)
     both[:, : 2 * width] = torch.cat((d * u * s * (1 + g * (1 - s)), d * g * s), 1)
+
+
+NARROW_BLOCK = 4096
+"""Columns of which a program makes 8 bits at a time."""
+
+
+def swiglu_narrow(both: Tensor, width: int, kind: Kind, wide: bool) -> tuple[Tensor | None, Narrow]:
+    """``silu(gate) * up`` in 8 bits.
+
+    Args:
+        both: as for ``swiglu``.
+        width: as for ``swiglu``.
+        kind: FP8 or INT8.
+        wide: whether the result of ``swiglu`` is wanted beside it.
+    """
+    if kind is not Kind.FP8 or not launches(both):
+        out = swiglu(both, width)
+        return out if wide else None, quantize(out, kind)
+    result = torch.empty(len(both), width, dtype=both.dtype, device=both.device) if wide else None
+    narrow = empty_narrow(both, width, kind)
+    _forward_narrow[(len(both),)](
+        both,
+        result,
+        *narrow,
+        width,
+        both.stride(0),
+        WIDE=wide,
+        TOP=TOP[kind],
+        LEAST=LEAST,
+        BLOCK=NARROW_BLOCK,
+        num_warps=8,
+    )
+    return result, narrow
+
+
+def swiglu_backward_narrow_(both: Tensor, grad: Tensor, kind: Kind, wide: bool) -> Narrow:
+    """The gradients of gate and up side by side in 8 bits, with one scale for a row of both.
+
+    Args:
+        both: as for ``swiglu_backward_``; what it holds after this is defined only where ``wide`` is set.
+        grad: as for ``swiglu_backward_``.
+        kind: FP8 or INT8.
+        wide: whether gate and up are overwritten with their gradients.
+    """
+    width = grad.shape[1]
+    if kind is not Kind.FP8 or not launches(both):
+        swiglu_backward_(both, grad)
+        return quantize(both[:, : 2 * width], kind)
+    grad, narrow = grad.contiguous(), empty_narrow(both, 2 * width, kind)
+    _backward_narrow[(len(both),)](
+        both,
+        grad,
+        *narrow,
+        width,
+        both.stride(0),
+        WIDE=wide,
+        TOP=TOP[kind],
+        LEAST=LEAST,
+        BLOCK=NARROW_BLOCK,
+        num_warps=8,
+    )
+    return narrow

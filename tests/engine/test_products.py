@@ -1,0 +1,158 @@
+"""Products in 8 bits in the engine: how near they are to those in bf16, and that no policy changes them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from qwen_lit.engine.engine import FastEngine
+from qwen_lit.engine.narrow import can_narrow, narrow_weight
+from qwen_lit.engine.policy import Policies
+from qwen_lit.engine.products import NAMED, Kind, Products
+from qwen_lit.kernels.eight import transformed
+from qwen_lit.model.load import load_base
+from tests.engine.test_engine import ALL, CPU, QKVO, WAYS, batch, gradients
+
+FOUR_BITS = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+NARROW = [name for name in NAMED if name != "bf16"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models whose widths integers can be multiplied at, with biases and with norms of heads."""
+    found = {}
+    for family, config, model in (
+        ("qwen2", Qwen2Config, Qwen2ForCausalLM),
+        ("qwen3", Qwen3Config, Qwen3ForCausalLM),
+    ):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 301}
+        made = model(config(**sizes, num_attention_heads=4, num_key_value_heads=4, head_dim=32))
+        for name, parameter in made.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        found[family] = str(tmp_path_factory.mktemp(family))
+        made.save_pretrained(found[family])
+    return found
+
+
+def adapted(folder, targets=ALL, dropout=0.0):
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM")
+    model = get_peft_model(load_base(folder, FOUR_BITS, CPU), lora).train()
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    return model
+
+
+def trained(model, products, policies=None):
+    """The loss of a batch, and all gradients as one vector."""
+    torch.manual_seed(5)
+    loss = FastEngine(model, policies, products).loss_sum(batch(True))
+    found = gradients(model, loss)
+    return loss.detach(), torch.cat([found[name].flatten() for name in sorted(found)])
+
+
+def error(found, wanted):
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("targets", [QKVO, ALL, ["gate_proj"], ["v_proj", "down_proj"]], ids=len)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradients_are_near_those_of_bf16_and_not_the_same(folders, family, targets, dropout):
+    model = adapted(folders[family], targets, dropout)
+    loss, wanted = trained(model, Products())
+    found = {name: trained(model, Products(name)) for name in NARROW}
+    assert all(not torch.equal(one, wanted) for _, one in found.values())
+    # bf16's own error against float32 is about 1 % here, and forward of fp8_backward is that of bf16.
+    assert abs(float(found["fp8_backward"][0] / loss) - 1) < 1e-3
+    for name, most in (("fp8_backward", 0.08), ("int8", 0.08), ("fp8", 0.2)):
+        assert error(found[name][1], wanted) < most, name
+    assert abs(float(found["fp8"][0] / loss) - 1) < 1e-2
+    assert error(found["int8"][1], wanted) < error(found["fp8"][1], wanted)
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("targets", [QKVO, ALL], ids=len)
+def test_no_policy_changes_what_is_computed(folders, name, targets, monkeypatch):
+    monkeypatch.setattr("qwen_lit.engine.offload.SMALL", 0)
+    model = adapted(folders["qwen2"], targets, 0.1)
+    loss, wanted = trained(model, Products(name))
+    for way in WAYS:
+        found_loss, found = trained(model, Products(name), Policies(way))
+        assert torch.equal(found_loss, loss) and torch.equal(found, wanted), way
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_pieces_of_the_mlp_have_the_products_of_the_whole(folders, name):
+    model = adapted(folders["qwen2"], QKVO)
+    loss, wanted = trained(model, Products(name))
+    found_loss, found = trained(model, Products(name), replace(Policies.of_counts(3), mlp_piece=16))
+    # Rows have scales of their own, so that a piece of them has the same numbers.
+    assert torch.allclose(found_loss, loss, rtol=1e-5) and error(found, wanted) < 1e-2
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_what_is_not_trained_is_computed_in_bf16(folders, name):
+    model = adapted(folders["qwen2"])
+    with torch.no_grad():
+        losses = [FastEngine(model, None, Products(one)).loss_sum(batch(True)) for one in ("bf16", name)]
+    assert torch.equal(*losses)
+    model.eval()
+    losses = [FastEngine(model, None, Products(one)).loss_sum(batch(True)).detach() for one in ("bf16", name)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_products_that_are_left_in_bf16_are(folders, name):
+    model = adapted(folders["qwen2"])
+    loss, wanted = trained(model, Products())
+    every = frozenset((layer, group) for layer in range(3) for group in range(4))
+    found_loss, found = trained(model, Products(name).without(every))
+    assert torch.equal(found_loss, loss) and torch.equal(found, wanted)
+    errors = []
+    for wide in (frozenset(), every - {(1, 2)}, every - {(0, 0)}):
+        errors.append(error(trained(model, Products(name).without(wide))[1], wanted))
+    assert 0 < errors[1] < errors[0] and 0 < errors[2] < errors[0]
+
+
+def linears(model, place):
+    engine = FastEngine(model, None, Products("fp8"))
+    found = engine._linears(1, True)
+    return [found[one.name] for one in engine.layers[1].groups[place]]
+
+
+@pytest.mark.parametrize("kind", [Kind.FP8, Kind.INT8], ids=str)
+@pytest.mark.parametrize("place", range(4))
+def test_a_groups_weights_are_side_by_side_in_both_layouts(folders, kind, place):
+    group = linears(adapted(folders["qwen2"]), place)
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = torch.cat([dequantize_4bit(one.weight, one.quant_state).float() for one in group])
+    for turned in (False, True):
+        found = narrow_weight(group, kind, turned)
+        wanted = weight.t() if turned else weight
+        wanted = wanted if kind is Kind.FP8 else transformed(wanted) / 128**0.5
+        assert error(found.values.float() * found.scale[:, None], wanted) < (0.04 if kind is Kind.FP8 else 0.012)
+        # The largest number of all, or of each row, is the largest that eight bits have.
+        most = found.values.float().abs().amax(1)
+        assert (most == 127).all() if kind is Kind.INT8 else most.max() == 448
+
+
+def test_sizes_that_eight_bits_do_not_have_stay_in_bf16(folders):
+    group = linears(adapted(folders["qwen2"]), 0)
+    assert can_narrow(group, Kind.INT8) and can_narrow(group, Kind.FP8)
+    group[1].quant_state.shape = torch.Size((64, 128))
+    assert can_narrow(group, Kind.FP8) and not can_narrow(group, Kind.INT8)
+    group[1].quant_state.shape = torch.Size((72, 128))
+    assert not can_narrow(group, Kind.FP8)
+    assert not can_narrow([replace(group[0], weight=torch.zeros(128, 128))], Kind.FP8)
