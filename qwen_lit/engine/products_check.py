@@ -2,7 +2,7 @@
 
 import torch
 
-from qwen_lit.engine.products import Passes
+from qwen_lit.kernels.kinds import Passes
 
 
 def refusal(passes: Passes, device: torch.device) -> str | None:

@@ -85,9 +85,9 @@ def in_words(cosine: float, error: float) -> str:
 
 
 def floor_of(settings: ModelSettings) -> float:
-    """The cosine below which a run goes on in bf16."""
+    """The cosine below which a run with products in 8 bits goes on in bf16."""
     given = settings.products_floor
-    return FLOORS.get(settings.products, 0.0) if given is None else given
+    return FLOORS[settings.products] if given is None else given
 
 
 class Asking(Protocol):

@@ -123,6 +123,9 @@ def _usable_products(products: Products, trainer: L.Trainer, device: torch.devic
         trainer: all of its ranks call this.
         device: of this rank.
     """
+    if trainer.state.fn != "fit":
+        # Nothing but training is in 8 bits.
+        return Products(), None
     mine = refusal(NAMED[products.name], device) if products.narrow else None
     reasons = [reason for reason in gathered(trainer, mine) if reason is not None]
     if not reasons:

@@ -90,7 +90,9 @@ def integers(rows, depth):
 
 @pytest.mark.parametrize(
     ("rows", "columns", "depth"),
-    [(1, 16, 128), (3, 48, 384), (130, 144, 256), (257, 128, 896)] if INTERPRETED else [(1, 16, 128), (77, 1040, 18944)],
+    [(1, 16, 128), (3, 48, 384), (130, 144, 256), (257, 128, 896)]
+    if INTERPRETED
+    else [(1, 16, 128), (77, 1040, 18944)],
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_of_integers_have_the_bits_of_the_reference(rows, columns, depth, bias):
