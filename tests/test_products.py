@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from qwen_lit.checkpoints import trained_at
 from qwen_lit.cli import main
 from qwen_lit.model import module as module_file
 from qwen_lit.model.products import ProductsInUse
@@ -42,15 +43,15 @@ def test_products_that_a_run_cannot_have_are_refused_before_the_base_is_loaded(
     assert words in error and ("model.products to bf16" in error or "must be" in error)
 
 
+NOISY = ["--model.neftune_noise_alpha", "5", "--trainer.max_steps", "3"]
+
+
 @pytest.fixture(scope="module")
 def checked(command, tmp_path_factory):
     """Three steps with dropout and NEFTune, checked before each of them."""
     out = tmp_path_factory.mktemp("checked") / "out"
     assert main(command(out, *FP8, *NOISY, EVERY, "1", "--model.products_floor", "0")) == 0
     return out
-
-
-NOISY = ["--model.neftune_noise_alpha", "5", "--trainer.max_steps", "3"]
 
 
 def test_the_guard_changes_no_number_that_is_trained_and_shows_what_it_sees(command, checked, tmp_path):
@@ -103,6 +104,8 @@ def test_below_the_floor_a_run_goes_on_in_bf16_says_so_once_and_stays_there(comm
     newest = max((out / "checkpoints").glob("step=*.ckpt"))
     kept = torch.load(newest, weights_only=True)["settings"]["products"]
     assert (kept["asked"], kept["used"], kept["since"]) == ("fp8", "bf16", 2)
+    # An export from the checkpoint tells it too.
+    assert trained_at(newest)["products"] == told
 
 
 def test_a_device_that_refuses_is_said_in_one_line_and_trains_what_bf16_does(command, tmp_path, caplog, monkeypatch):

@@ -18,7 +18,7 @@ from qwen_lit.callbacks.export import Export
 from qwen_lit.commands.plan_advice import advice
 from qwen_lit.commands.plan_reference import reference
 from qwen_lit.commands.plan_text import lines
-from qwen_lit.commands.plan_trial import NEVER, STEPS, StepTimer, trial
+from qwen_lit.commands.plan_trial import NEVER, STEPS, StepTimer, products_told, trial
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.errors import UserError
@@ -32,7 +32,6 @@ from qwen_lit.model.coverage import coverage, left_out
 from qwen_lit.model.duration import check_limits, epoch_share, epoch_steps, total_steps
 from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.model.module import QwenModule
-from qwen_lit.model.products import floor_of
 from qwen_lit.planner.explain import explain
 from qwen_lit.planner.flops import measured_flops, token_flops
 from qwen_lit.planner.host import HostProfile
@@ -302,8 +301,7 @@ def measure(
         "advice": [],
     }
     if module.products.told:
-        result["products"] = {"told": module.products.told, "floor": floor_of(module.settings)}
-        result["products"] |= vars(timer.fidelity) if timer.fidelity else {}
+        result["products"] = products_told(module, timer.fidelity)
     held = module.held_weights(device)
     static = static_bytes(model, held)
     if plan is None:

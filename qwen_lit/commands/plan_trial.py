@@ -1,6 +1,7 @@
 """The few optimizer steps that ``plan`` trains on a GPU, and what is measured of them."""
 
 import time
+from dataclasses import asdict
 from typing import Any, cast
 
 import lightning as L
@@ -14,6 +15,7 @@ from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import data_of
 from qwen_lit.model.fidelity import Fidelity, compared, measure
 from qwen_lit.model.module import QwenModule
+from qwen_lit.model.products import floor_of
 from qwen_lit.seams import options_of
 
 STEPS = 4
@@ -72,6 +74,17 @@ class StepTimer(Callback):
             self.validation = (time.perf_counter() - started) * len(loader)
             break
         self.peak = torch.cuda.max_memory_allocated()
+
+
+def products_told(module: QwenModule, found: Fidelity | None) -> dict[str, Any]:
+    """What products in 8 bits are computed in, the floor of the cosine, and the cosine and error where they are known.
+
+    Args:
+        module: whose products are asked for in 8 bits.
+        found: of its gradient; None where that was not compared.
+    """
+    told = {"told": module.products.told, "floor": floor_of(module.settings)}
+    return told if found is None else told | asdict(found)
 
 
 def trial(trainer: L.Trainer, callbacks: list[Callback], steps: int) -> L.Trainer:
