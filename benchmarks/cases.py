@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """By name. ``memory`` limits the process to so many GiB, and ``least`` asks for the smallest plan within that.
 ``longest`` is a row's tokens (2,048), ``tokens`` a step's (16,384), ``mix`` draws lengths. ``rows``, ``peer_tokens``
-and ``peer_recompute`` are the hand tuning of a peer."""
+and ``peer_recompute`` are the hand tuning of a peer. ``products`` is as model.products."""
 
 
 def documents(case: dict[str, Any], count: int, longest: int) -> list[tuple[Any, Any]]:

@@ -23,6 +23,7 @@ from random_base import NF4
 from qwen_lit.data.batches import Batch, collate
 from qwen_lit.data.packing import best_fit
 from qwen_lit.engine.engine import FastEngine, unsupported_reason
+from qwen_lit.engine.products import Products
 from qwen_lit.frozen.loading import load_frozen
 from qwen_lit.model.load import add_adapter
 from qwen_lit.model.optim import OPTIMIZERS
@@ -135,6 +136,7 @@ def plan(model: PeftModel, case: dict[str, Any], rows: Rows, device: torch.devic
         partial(torch.autocast, "cuda", dtype=torch.bfloat16),
         OPTIMIZER.state_bytes,
         budget,
+        products=Products(case.get("products", "bf16")),
     )
     return planner.plan(rows.work())
 

@@ -22,9 +22,10 @@ from qwen_lit.engine.lora_linear import (
     lora_columns,
     parts_of,
     read_linear,
+    size_of,
 )
 from qwen_lit.engine.mlp import mlp, mlp_in_pieces
-from qwen_lit.engine.narrow import ScaleStore, can_narrow
+from qwen_lit.engine.narrow import ScaleStore, fitting
 from qwen_lit.engine.offload import HostBlocks, HostStore
 from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.engine.products import Products
@@ -34,7 +35,7 @@ from qwen_lit.families.table import FAMILIES, family_of
 from qwen_lit.frozen.store import store_of
 from qwen_lit.kernels.attention import attention
 from qwen_lit.kernels.eight import Narrow
-from qwen_lit.kernels.kinds import WIDE, Kind
+from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.launch import HAS_TRITON
 from qwen_lit.kernels.loss import head_loss
 from qwen_lit.kernels.norm import add_norm
@@ -206,10 +207,10 @@ class FastEngine:
         # What is not trained is computed as it will be served: in the dtype of the model.
         for place, group in enumerate(layer.groups if training else ()):
             mine, passes = [found[one.name] for one in group], self.products.of(number, place)
-            kinds = [kind for kind in (passes.forward, passes.backward) if kind.narrow]
+            if passes.narrow:
+                passes = fitting(passes, [size_of(linear) for linear in mine])
             for linear in mine:
-                linear.passes = passes if all(can_narrow(mine, kind) for kind in kinds) else WIDE
-                linear.scales = self.scales
+                linear.passes, linear.scales = passes, self.scales
         return found
 
     def loss_sum(self, batch: Any) -> Tensor:
@@ -269,7 +270,11 @@ class FastEngine:
             _, normed, _ = add_norm(
                 residual, delta, decoder.norm.weight, decoder.norm.variance_epsilon, 0, columns_back
             )
-            return head_loss(normed, head.take(normed.dtype), batch["targets"], self.policies.loss_chunk)
+            loss = head_loss(normed, head.take(normed.dtype), batch["targets"], self.policies.loss_chunk)
+        if self.products.narrow and not training:
+            # Training does without the buffer of a dequantised weight.
+            self.arena.workspace.clear()
+        return loss
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """The contexts of a recomputed layer's first and second forward."""

@@ -11,23 +11,29 @@ from qwen_lit.engine.engine import linears_of
 from qwen_lit.engine.linear import group_linear_op
 from qwen_lit.engine.lora_linear import read_linear, size_of
 from qwen_lit.engine.mlp import mlp_in_pieces_op, mlp_ops
+from qwen_lit.engine.narrow import fitting
+from qwen_lit.engine.products import Products
 from qwen_lit.engine.qkv import qkv_rope_op
 from qwen_lit.families.table import family_of
 from qwen_lit.kernels.attention import attention_op
-from qwen_lit.kernels.footprint import LayerSize, Op, Saved, columns_of, rank_of
+from qwen_lit.kernels.footprint import LayerSize, Op, Saved, backward_columns_of, rank_of
 from qwen_lit.kernels.loss import head_loss_op
 from qwen_lit.kernels.norm import add_norm_op
 
 
-def layer_sizes(model: PeftModel, quantized: Callable[[str], bool] | None = None) -> tuple[LayerSize, ...]:
+def layer_sizes(
+    model: PeftModel, quantized: Callable[[str], bool] | None = None, products: Products | None = None
+) -> tuple[LayerSize, ...]:
     """The sizes of every layer of a model.
 
     Args:
         model: a ``PeftModel`` as ``FastEngine`` takes it, which may be on the meta device.
         quantized: whether the linear of this name in the base will be held in 4 bits, such as
             ``model.layers.0.mlp.up_proj``; as it is, where this is not given.
+        products: as of ``FastEngine``.
     """
     base: Any = model.base_model.model
+    products = Products() if products is None else products
     family = family_of(base.config)
     sizes = []
     for number, layer in enumerate(family.layers(base.config)):
@@ -36,8 +42,12 @@ def layer_sizes(model: PeftModel, quantized: Callable[[str], bool] | None = None
             path = next(one.path for one in layer.linears if one.name == name)
             held = None if quantized is None else quantized(f"{prefix}.{path}")
             found[name] = size_of(read_linear(module, True), held)
-        groups = tuple(tuple(found[one.name] for one in group) for group in layer.groups)
-        sizes.append(LayerSize(groups, layer.heads, layer.query_key_norm))
+        groups = []
+        for place, names in enumerate(layer.groups):
+            group = [found[one.name] for one in names]
+            passes = fitting(products.of(number, place), group)
+            groups.append(tuple(replace(one, passes=passes) for one in group))
+        sizes.append(LayerSize(tuple(groups), layer.heads, layer.query_key_norm))
     return tuple(sizes)
 
 
@@ -59,8 +69,8 @@ def layer_ops(
     """
     qkv, out, gate_up, down = layer.groups
     query, key = (linear.outputs for linear in qkv[:2])
-    norm = add_norm_op("input_layernorm", layer.hidden, size, columns_of(qkv), columns_back)
-    second = add_norm_op("post_attention_layernorm", layer.hidden, size, columns_of(gate_up), columns_of(out))
+    norm = add_norm_op("input_layernorm", layer.hidden, size, qkv, columns_back)
+    second = add_norm_op("post_attention_layernorm", layer.hidden, size, gate_up, backward_columns_of(out))
     one = layer.head_norm and all(linear.quantized for linear in qkv)
     mixing = attention_op(query, key, layer.heads, size, value_counted=one)
     ops = [(norm, 0), (qkv_rope_op(layer, size), rank_of(qkv)), (mixing, 0)]
@@ -102,5 +112,5 @@ def loss_ops(hidden: int, vocabulary: int, chunk: int, columns_back: int, size: 
         columns_back: LoRA columns of the last linear of the last layer.
         size: bytes of a number.
     """
-    norm = add_norm_op("norm", hidden, size, 0, columns_back)
+    norm = add_norm_op("norm", hidden, size, (), columns_back)
     return norm, head_loss_op(hidden, vocabulary, chunk, size)

@@ -33,7 +33,15 @@ from qwen_lit.engine.lora_linear import LoraLinear, augmented_weight, full_weigh
 from qwen_lit.engine.narrow import narrow_weight
 from qwen_lit.kernels.dropout import dropped
 from qwen_lit.kernels.eight import Narrow, product, quantize
-from qwen_lit.kernels.footprint import LinearSize, Op, Saved, columns_of, masks, rank_of
+from qwen_lit.kernels.footprint import (
+    LinearSize,
+    Op,
+    Saved,
+    columns_of,
+    masks,
+    narrow_gradient,
+    rank_of,
+)
 
 
 def group_reference(x: Tensor, linears: list[LoraLinear], seed: int) -> tuple[Tensor, ...]:
@@ -176,6 +184,19 @@ class Group:
                 torch.mul(linear.pair(dtype)[1], linear.scale, out=found[mine, place])
         return xa, found
 
+    def _narrow_backward(self, grads: list[Tensor], d_xa: Tensor | None, narrow: Narrow | None) -> Tensor:
+        """``dy W + d_xa A`` by one product in 8 bits, for the outputs of all linears side by side.
+
+        Args:
+            grads: as of ``backward``.
+            d_xa: ``[tokens, r of all]``; None leaves it out.
+            narrow: as of ``backward``.
+        """
+        kind, dtype = self.passes.backward, grads[0].dtype
+        narrow = quantize(beside(grads), kind) if narrow is None else narrow
+        lift = None if d_xa is None else _stacked(self.linears, dtype).t().contiguous()
+        return product(narrow, narrow_weight(self.linears, kind, turned=True), dtype, None, d_xa, lift)
+
     def backward(
         self,
         augmented: Tensor,
@@ -223,12 +244,8 @@ class Group:
                         d_b.append(found.addmm_(dy[:, mine].t(), xa[:, place], beta=0, alpha=linear.scale))
         dx: Tensor | None = None
         if wants_dx and self.passes.backward.narrow:
-            narrow = quantize(beside(grads), self.passes.backward) if narrow is None else narrow
-            pair = None, None
-            if d_xa is not None and not self.dropout:
-                pair = d_xa, _stacked(self.linears, dtype).t().contiguous()
-            weight = narrow_weight(self.linears, self.passes.backward, turned=True)
-            dx, wants_dx, folded = product(narrow, weight, dtype, None, *pair), False, pair[0] is not None
+            folded = not self.dropout
+            dx, wants_dx = self._narrow_backward(grads, d_xa if folded else None, narrow), False
         for part, dy in zip(self.parts, grads, strict=True):
             if not wants_dx:
                 break
@@ -386,6 +403,8 @@ def input_saves(group: tuple[LinearSize, ...], size: int, padded: bool, counted:
     if not rank:
         return ()
     quantized = all(linear.quantized for linear in group)
+    if group[0].passes.forward.narrow:
+        return (*(() if counted else (Saved("input", width * size),)), Saved("input x Aᵀ", rank * size))
     if padded:
         # A plain weight's product takes no LoRA columns: xa has memory of its own, and the columns stay empty.
         own = () if quantized else (Saved("input x Aᵀ", rank * size),)
@@ -396,10 +415,11 @@ def input_saves(group: tuple[LinearSize, ...], size: int, padded: bool, counted:
 
 
 def input_scratch(group: tuple[LinearSize, ...], size: int) -> int:
-    """Bytes a token that the backward of linears takes beside gradients: d_xa, and with dropout D(x) or D'(d_xa A)."""
-    rank = rank_of(group)
-    folded = all(linear.quantized for linear in group) and not masks(group)
-    return 0 if not rank or folded else (rank + group[0].inputs * masks(group)) * size
+    """Bytes a token that the backward of linears takes beside gradients: those in 8 bits, d_xa, and with dropout D(x)
+    or D'(d_xa A)."""
+    rank, narrow = rank_of(group), narrow_gradient(group)
+    folded = all(linear.quantized for linear in group) and not masks(group) and not narrow
+    return narrow + (0 if not rank or folded else (rank + group[0].inputs * masks(group)) * size)
 
 
 def group_linear_op(name: str, group: tuple[LinearSize, ...], size: int, counted: bool = False) -> Op:

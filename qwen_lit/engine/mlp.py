@@ -23,7 +23,15 @@ from qwen_lit.engine.linear import (
 )
 from qwen_lit.engine.lora_linear import LoraLinear
 from qwen_lit.kernels.eight import Narrow
-from qwen_lit.kernels.footprint import LayerSize, Op, Saved, columns_of, rank_of
+from qwen_lit.kernels.footprint import (
+    LayerSize,
+    Op,
+    Saved,
+    backward_columns_of,
+    eight_bits,
+    forward_columns_of,
+    rank_of,
+)
 from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.swiglu import (
     swiglu,
@@ -228,11 +236,14 @@ def mlp_ops(layer: LayerSize, size: int) -> tuple[Op, ...]:
     gate_up_group, down = layer.groups[2:]
     inner, hidden = down[0].inputs * size, layer.hidden * size
     saved = (
-        Saved("gate and up, LoRA columns", 2 * inner + columns_of(gate_up_group) * size),
+        Saved("gate and up, LoRA columns", 2 * inner + backward_columns_of(gate_up_group) * size),
         *input_saves(gate_up_group, size, padded=True),
     )
     scratch, trains = input_scratch(gate_up_group, size), rank_of(gate_up_group) > 0
-    first = Op("gate_up", saved, inner, hidden, scratch, saves_input=trains)
+    narrow = down[0].passes.forward.narrow
+    # Without an adapter down reads its input in 8 bits alone.
+    output, beside = inner * (not narrow or rank_of(down) > 0), eight_bits(down[0].inputs) * narrow
+    first = Op("gate_up", saved, output, hidden, scratch, saves_input=trains, beside=beside)
     return first, group_linear_op("down", down, size)
 
 
@@ -244,7 +255,7 @@ def mlp_in_pieces_op(layer: LayerSize, size: int, piece: int) -> Op:
         size: bytes of a number.
         piece: tokens of one.
     """
-    hidden, columns = layer.hidden * size, columns_of(layer.groups[2]) * size
+    hidden, columns = layer.hidden * size, forward_columns_of(layer.groups[2]) * size
     gate_up_op, down = mlp_ops(layer, size)
     of_all = gate_up_op.saved_bytes + down.saved_bytes
     # The largest of: forward of down, whose result is not computed but has memory; backward of down, and of gate and

@@ -5,6 +5,7 @@ there is one for all weights of a group: the largest absolute value of any of th
 Of integers there is one for each row of what is multiplied: the outputs in forward, the inputs in backward.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from qwen_lit.engine.lora_linear import LoraLinear, width_of
 from qwen_lit.kernels.eight import BLOCK, DTYPES, LEAST, TOP, Narrow, transformed
-from qwen_lit.kernels.kinds import Kind
+from qwen_lit.kernels.footprint import LinearSize
+from qwen_lit.kernels.kinds import WIDE, Kind, Passes
 from qwen_lit.kernels.launch import launches
 from qwen_lit.kernels.nf4 import can_dequantize, dequantize
 from qwen_lit.kernels.nf4_turned import narrow, narrow_reference
@@ -85,24 +87,25 @@ def _row_tops(linear: LoraLinear, turned: bool) -> Tensor:
     return torch.cat([transformed(part).abs().amax(1) for part in parts])
 
 
-def can_narrow(linears: list[LoraLinear], kind: Kind) -> bool:
-    """Whether a group's products can be in 8 bits: its weights are in 4 bits, and their sizes are those that such
-    products have.
+def fitting(passes: Passes, group: Sequence[LinearSize]) -> Passes:
+    """The kinds of a group's products: those that are asked for, where its weights are in 4 bits and their sizes are
+    such as products in 8 bits have; else WIDE.
 
     Args:
-        linears: of one input.
-        kind: FP8 or INT8.
+        passes: that are asked for.
+        group: linears of one input.
     """
-    unit = 16 if kind is Kind.FP8 else BLOCK
-    sizes = [width_of(linears[0]), *(linear.out for linear in linears)]
-    return all(linear.quant_state is not None for linear in linears) and all(size % unit == 0 for size in sizes)
+    unit = BLOCK if Kind.INT8 in (passes.forward, passes.backward) else 16
+    sizes = [group[0].inputs, *(linear.outputs for linear in group)]
+    fits = all(linear.quantized for linear in group) and all(size % unit == 0 for size in sizes)
+    return passes if fits else WIDE
 
 
 def narrow_weight(linears: list[LoraLinear], kind: Kind, turned: bool) -> Narrow:
     """The weights of a group in 8 bits, in the workspace, which the next call overwrites.
 
     Args:
-        linears: of one input, for which ``can_narrow`` is true.
+        linears: of one input, whose passes ``fitting`` allows.
         kind: FP8 or INT8.
         turned: ``[in, out of all]`` for the product of backward; otherwise ``[out of all, in]``.
     """

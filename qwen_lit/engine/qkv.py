@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen_lit.engine.linear import Group, as_trained, group_reference, input_saves, input_scratch, trained
 from qwen_lit.engine.lora_linear import LoraLinear
 from qwen_lit.kernels.eight import Narrow
-from qwen_lit.kernels.footprint import LayerSize, Op, Saved, columns_of, rank_of
+from qwen_lit.kernels.footprint import LayerSize, Op, Saved, backward_columns_of, rank_of
 from qwen_lit.kernels.rope import rope, rope_backward, rope_reference
 
 Norm = tuple[Tensor | None, float]
@@ -130,6 +130,6 @@ def qkv_rope_op(layer: LayerSize, size: int) -> Op:
         name = "q, k and v before the norm" if one else "q and k before the norm"
         saved += (Saved(name, (query + key + value * one) * size),)
     # The gradients of the three outputs are put side by side.
-    beside = (query + key + value + columns_of(group)) * size
+    beside = (query + key + value + backward_columns_of(group)) * size
     scratch = beside + input_scratch(group, size)
     return Op("qkv_rope", saved, 0, layer.hidden * size, scratch, saves_input=rank_of(group) > 0)

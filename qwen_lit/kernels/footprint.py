@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from qwen_lit.kernels.kinds import WIDE, Passes
+
 
 @dataclass(frozen=True)
 class LinearSize:
@@ -14,6 +16,8 @@ class LinearSize:
     dropout: float = 0.0
     quantized: bool = True
     """Held by bitsandbytes in 4 bits, so that a dequantised copy is needed for a product."""
+    passes: Passes = WIDE
+    """In what its products are computed; all linears of a group have the same."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Op:
     """The result of the operation before it is among what it saves."""
     joins_residual: bool = False
     """It begins a sublayer: its backward reads the gradient of the residual stream too, and makes the next one."""
+    beside: int = 0
+    """Its result in 8 bits, which no operation saves."""
 
     @property
     def saved_bytes(self) -> int:
@@ -74,6 +80,26 @@ class Op:
 def columns_of(group: tuple[LinearSize, ...]) -> int:
     """Numbers beside a group's input for its product with every A: whole multiples of 16 bytes in bf16."""
     return -(-sum(linear.rank for linear in group) // 8) * 8
+
+
+def forward_columns_of(group: tuple[LinearSize, ...]) -> int:
+    """Of ``columns_of``, those that the group's input has: none where its product is in 8 bits."""
+    return 0 if group[0].passes.forward.narrow else columns_of(group)
+
+
+def backward_columns_of(group: tuple[LinearSize, ...]) -> int:
+    """Of ``columns_of``, those that the gradient of its last output has: none where its product is in 8 bits."""
+    return 0 if group[0].passes.backward.narrow else columns_of(group)
+
+
+def eight_bits(columns: int) -> int:
+    """Bytes of a row in 8 bits, its float32 scale included."""
+    return columns + 4
+
+
+def narrow_gradient(group: tuple[LinearSize, ...]) -> int:
+    """Bytes a token of the gradients of a group's outputs in 8 bits, where its backward makes them."""
+    return eight_bits(sum(linear.outputs for linear in group)) if group[0].passes.backward.narrow else 0
 
 
 def rank_of(group: tuple[LinearSize, ...]) -> int:

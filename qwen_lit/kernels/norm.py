@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qwen_lit.kernels.eight import LEAST, TOP, Narrow, empty_narrow, narrowed, quantize
-from qwen_lit.kernels.footprint import Op, Saved
+from qwen_lit.kernels.footprint import LinearSize, Op, Saved, eight_bits, forward_columns_of, rank_of
 from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.launch import jit, launches, tl, triton
 
@@ -230,20 +230,24 @@ def add_norm(
     return total, normed, None if values is None else Narrow(values, scale)
 
 
-def add_norm_op(name: str, width: int, size: int, columns: int, columns_back: int) -> Op:
+def add_norm_op(name: str, width: int, size: int, group: tuple[LinearSize, ...], columns_back: int) -> Op:
     """What ``add_norm`` costs; whether its result is saved, the next operation tells.
 
     Args:
         name: of the norm.
         width: of the residual stream.
         size: bytes of a number.
-        columns: as of ``add_norm``.
+        group: the linears that read its result; none for the head.
         columns_back: as of ``add_norm``.
     """
+    narrow = bool(group) and group[0].passes.forward.narrow
+    columns = forward_columns_of(group) if group else 0
     return Op(
         name,
         (Saved("sum of the residual", width * size), Saved("1 / RMS, float32", 4)),
-        output=(width + columns) * size,
+        # Without an adapter nothing reads it but in 8 bits.
+        output=0 if narrow and not rank_of(group) else (width + columns) * size,
+        beside=eight_bits(width) * narrow,
         grad=(width + columns_back) * size,
         joins_residual=True,
     )

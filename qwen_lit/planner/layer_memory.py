@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from qwen_lit.engine.footprint import layer_ops
-from qwen_lit.kernels.footprint import LayerSize, Op, columns_of
+from qwen_lit.kernels.footprint import LayerSize, Op, backward_columns_of, columns_of
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class LayerMemory:
         second = max(number for number, op in enumerate(self.ops) if op.joins_residual)
         followers = (*self.ops[1:], Op("the next layer"))
         return sum(
-            op.output
+            op.output * (not follower.saves_input) + op.beside * (number >= second)
             for number, (op, follower) in enumerate(zip(self.ops, followers, strict=True))
-            if second - 1 <= number <= last and not follower.saves_input
+            if second - 1 <= number <= last
         )
 
     def _moments(self, live: int, last: int, name: str, grad: int = 0) -> Iterator[Moment]:
@@ -125,13 +125,23 @@ def layer_memory(
     """The memory of a layer; arguments as of ``layer_ops``."""
     ops = layer_ops(layer, size, columns_back, reached, last, piece)
     hidden = layer.hidden * size
-    return LayerMemory(ops, hidden, hidden + columns_of(layer.groups[3]) * size)
+    return LayerMemory(ops, hidden, hidden + backward_columns_of(layer.groups[3]) * size)
+
+
+def narrow_bytes(layer: LayerSize) -> tuple[int, ...]:
+    """Bytes of each group's weights in 8 bits, of those that have products so."""
+    return tuple(
+        sum(linear.inputs * linear.outputs for linear in group) for group in layer.groups if group[0].passes.narrow
+    )
 
 
 def augmented_bytes(layer: LayerSize, size: int) -> tuple[int, ...]:
-    """Bytes of each augmented weight of a layer, in the buffer that it is dequantised into or in memory of its own."""
+    """Bytes of each augmented weight of a layer, in the buffer that it is dequantised into or in memory of its own;
+    products in 8 bits need none."""
     found = []
     for number, group in enumerate(layer.groups):
+        if group[0].passes.forward.narrow and group[0].passes.backward.narrow:
+            continue
         columns = columns_of(group)
         one = number == 0 and all(linear.quantized for linear in group)
         for part in [group] if one else [(linear,) for linear in group]:

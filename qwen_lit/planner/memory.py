@@ -6,7 +6,7 @@ has a policy of its own.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from peft import PeftModel
@@ -14,10 +14,11 @@ from peft import PeftModel
 from qwen_lit.engine.engine import fetches_ahead
 from qwen_lit.engine.footprint import layer_sizes, loss_ops
 from qwen_lit.engine.policy import Policies, Policy
+from qwen_lit.engine.products import Products
 from qwen_lit.frozen.quantize import layouts_of
 from qwen_lit.frozen.store import store_of
-from qwen_lit.kernels.footprint import LayerSize, columns_of, rank_of
-from qwen_lit.planner.layer_memory import Ends, LayerMemory, Moment, augmented_bytes, layer_memory
+from qwen_lit.kernels.footprint import LayerSize, backward_columns_of, rank_of
+from qwen_lit.planner.layer_memory import Ends, LayerMemory, Moment, augmented_bytes, layer_memory, narrow_bytes
 from qwen_lit.planner.streaming import Streaming
 from qwen_lit.quantization import Held
 
@@ -70,7 +71,12 @@ class ModelMemory:
     """Bytes of each layer's block, as of ``Streaming``; empty where no layer can be streamed."""
 
     @staticmethod
-    def of(model: PeftModel, state_bytes: float, held: Mapping[str, Held] | None = None) -> "ModelMemory":
+    def of(
+        model: PeftModel,
+        state_bytes: float,
+        held: Mapping[str, Held] | None = None,
+        products: Products | None = None,
+    ) -> "ModelMemory":
         """Read from a PEFT model.
 
         Args:
@@ -78,6 +84,7 @@ class ModelMemory:
             state_bytes: bytes of optimizer state for each trained parameter.
             held: how the base's weights will be held, and by a store, where the model is on the meta device; as they
                 are, where this is not given.
+            products: as of ``FastEngine``.
         """
         base: Any = model.base_model.model
         config, size, store = base.config, base.get_input_embeddings().weight.element_size(), store_of(base)
@@ -86,7 +93,7 @@ class ModelMemory:
         if held is not None:
             blocks = tuple(layout.size for layout in layouts_of(config, held) or ())
         return ModelMemory(
-            layers=layer_sizes(model, None if held is None else lambda name: f"{name}.weight" in held),
+            layers=layer_sizes(model, None if held is None else lambda name: f"{name}.weight" in held, products),
             vocabulary=config.vocab_size,
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
             state_bytes=state_bytes,
@@ -117,7 +124,7 @@ class ModelMemory:
         for number, layer in enumerate(self.layers):
             last = number == len(self.layers) - 1
             found.append(layer_memory(layer, self.size, columns_back, reached, last, piece))
-            columns_back = columns_of(layer.groups[3])
+            columns_back = backward_columns_of(layer.groups[3])
             reached = reached or any(rank_of(group) for group in layer.groups)
         return tuple(found)
 
@@ -134,25 +141,30 @@ class ModelMemory:
 
     @cached_property
     def resident(self) -> tuple[int, ...]:
-        """Bytes of each layer's weights when they are held dequantised; 0 where not all of them are in 4 bits."""
+        """Bytes of each layer's weights when they are held dequantised; 0 where not all of them are in 4 bits, or some
+        are multiplied in 8 bits, which are made of the 4."""
         return tuple(
             sum(augmented_bytes(layer, self.size))
-            * all(linear.quantized for group in layer.groups for linear in group)
+            * all(linear.quantized and not linear.passes.narrow for group in layer.groups for linear in group)
             for layer in self.layers
         )
 
     @cached_property
     def constants(self) -> dict[str, int]:
         """Bytes that a step takes however many tokens it has, by name."""
-        return {
+        augmented, narrow = (
+            max((one for layer in self.layers for one in sizes(layer)), default=0)
+            for sizes in (partial(augmented_bytes, size=self.size), narrow_bytes)
+        )
+        parts = {
             "gradients of the adapter, float32": 4 * self.trained,
             "adapter in the dtype of the products": self.size * self.trained,
             "optimizer states": int(self.state_bytes * self.trained),
-            "buffer for a dequantised weight": max(
-                one for layer in self.layers for one in augmented_bytes(layer, self.size)
-            ),
+            "buffer for a dequantised weight": augmented,
+            "buffer for weights in 8 bits": narrow,
             "workspaces of cuBLAS": MEMORY.cublas,
         }
+        return {name: size for name, size in parts.items() if size}
 
     def peak(self, static: int, tokens: int, policies: Policies) -> int:
         """Bytes at the peak of a step.

@@ -108,7 +108,7 @@ class Planner:
         self.only, self.processes, self.products = only, processes, products
         free = meter.free()
         self.budget = agree(min(budget or free, free))
-        self.memory = ModelMemory.of(model, state_bytes)
+        self.memory = ModelMemory.of(model, state_bytes, products=products)
         self.static = -agree(-meter.allocated() - away(model, self.memory))
         self.host = HostProfile()
         self.engine: FastEngine | None = None

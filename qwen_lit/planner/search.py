@@ -221,7 +221,7 @@ def _usual(task: Task, ends: Policies) -> Plan | None:
             shares = (one.recomputed, resident, one.waiting / memory.saved, len(streamed))
             traffic = clock.traffic(usual, streamed, one.waiting, ends.ends_on_host)
             of_all = Shares(*(share / layers for share in shares))
-            time = relative_time(of_all, usual, task.host.launch, traffic, slowed=slowed)
+            time = relative_time(of_all, usual, clock.launch, traffic, slowed=slowed)
             if best is None or (time, one.offloaded, len(streamed)) < best:
                 best = time, one.offloaded, len(streamed)
                 policies = replace(

@@ -1,9 +1,11 @@
 """The time of a token under a plan, relative to one without costs: a few named costs and one sum."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from qwen_lit.engine.policy import Policies
+from qwen_lit.kernels.kinds import Kind
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import Plan
@@ -33,6 +35,8 @@ class Costs:
     products: float = 0.72
     """Share of a token's time that the products of frozen weights take at a large product's speed: 26.1 GFLOP at 702
     TFLOP/s of the 51.3 microseconds in the row "q,k,v,o, dropout 0"."""
+    narrow: Mapping[Kind, float] = field(default_factory=lambda: {Kind.WIDE: 1.0, Kind.FP8: 0.5, Kind.INT8: 0.75})
+    """Time of a product of each kind over that of one in bf16, what makes its operands included."""
     recompute_launches: float = 0.5
     """Share of a micro-batch's launches on the host that recomputing all layers adds: forward launches half as much as
     backward."""
@@ -100,6 +104,20 @@ def relative_time(
     return max(forward + backward + traffic.alone, launched) / tokens
 
 
+def pace_of(memory: ModelMemory) -> float:
+    """Time of a token over that of one whose products are all in bf16.
+
+    Args:
+        memory: of the model.
+    """
+    time, most = 0.0, 0.0
+    for group in (group for layer in memory.layers for group in layer.groups):
+        size, passes = sum(linear.inputs * linear.outputs for linear in group), group[0].passes
+        time += size * (COSTS.narrow[passes.forward] + COSTS.narrow[passes.backward]) / 2
+        most += size
+    return 1 - COSTS.products * (1 - time / most)
+
+
 class Clock:
     """The time of plans for one model on one machine."""
 
@@ -107,8 +125,11 @@ class Clock:
         self.memory, self.host = memory, host
         head, layers = memory.vocabulary * memory.layers[0].hidden, memory.products * len(memory.layers)
         self.head_share = head / (head + layers)
+        self.pace = pace_of(memory)
         # Billions of operations in whose time a token is computed; a frozen weight has 2 forward and 2 backward.
-        self.token = 4e-9 * layers / COSTS.products
+        self.token = 4e-9 * layers / COSTS.products * self.pace
+        # What is told in tokens of bf16 products takes as long as more tokens of faster ones.
+        self.launch = int(host.launch / self.pace)
 
     def traffic(self, tokens: float, streamed: frozenset[int], waiting: int, ends: tuple[bool, bool]) -> Traffic:
         """What a micro-batch brings over the link.
@@ -150,7 +171,7 @@ class Clock:
         )
         traffic = self.traffic(tokens, policies.streamed, waiting, policies.ends_on_host)
         passes = math.ceil(tokens / policies.mlp_piece) if policies.mlp_piece else 1
-        return relative_time(shares, tokens, self.host.launch, traffic, passes, self.slowed(policies))
+        return relative_time(shares, tokens, self.launch, traffic, passes, self.slowed(policies))
 
 
 def time_of(plan: Plan, tokens: float, memory: ModelMemory, host: HostProfile = HostProfile()) -> float:  # noqa: B008

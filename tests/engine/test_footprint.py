@@ -12,8 +12,10 @@ from qwen_lit.engine import mlp as mlp_module
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.footprint import loss_ops
 from qwen_lit.engine.policy import Policies
+from qwen_lit.engine.products import Products
 from qwen_lit.planner.memory import ModelMemory
 from tests.engine.test_engine import AGAIN, ALL, KEEP, QKVO, adapted, base, four_bit
+from tests.engine.test_products import adapted as narrow
 
 LENGTHS = (8, 8, 8)
 """Documents of one length, so that attention on the CPU is one fused kernel too."""
@@ -119,6 +121,20 @@ def test_over_a_4_bit_base_too(targets, dropout, norm, model_folder, qwen3_folde
     memory, recorder = ModelMemory.of(model, 0), Recorder(monkeypatch, model)
     assert all(linear.quantized for layer in memory.layers for group in layer.groups for linear in group)
     FastEngine(model).loss_sum(one)
+    wanted = told(memory, sum(LENGTHS), len(one["targets"]))
+    assert [size for _, size in recorder.found] == [size for _, size in wanted], list(
+        zip(recorder.found, wanted, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("targets", [QKVO, ALL, ["v_proj", "down_proj"]], ids=len)
+@pytest.mark.parametrize("products", ["fp8_backward", "fp8", "int8"])
+def test_products_in_8_bits_too(products, targets, dropout, folders, monkeypatch):
+    model, one, chosen = narrow(folders["qwen3"], targets, dropout), batch_of(LENGTHS), Products(products)
+    memory, recorder = ModelMemory.of(model, 0, products=chosen), Recorder(monkeypatch, model)
+    assert all(group[0].passes == chosen.of(0, 0) for layer in memory.layers for group in layer.groups)
+    FastEngine(model, None, chosen).loss_sum(one)
     wanted = told(memory, sum(LENGTHS), len(one["targets"]))
     assert [size for _, size in recorder.found] == [size for _, size in wanted], list(
         zip(recorder.found, wanted, strict=True)

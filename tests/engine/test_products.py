@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import BitsAndBytesConfig
 
 from qwen_lit.engine.engine import FastEngine
-from qwen_lit.engine.narrow import can_narrow, narrow_weight
+from qwen_lit.engine.narrow import fitting, narrow_weight
 from qwen_lit.engine.policy import Policies
 from qwen_lit.engine.products import NAMED, Kind, Products
 from qwen_lit.kernels.eight import transformed
+from qwen_lit.kernels.footprint import LinearSize
 from qwen_lit.model.load import load_base
 from tests.engine.test_engine import ALL, CPU, QKVO, WAYS, batch, gradients
 
@@ -22,25 +24,6 @@ FOUR_BITS = BitsAndBytesConfig(
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
 NARROW = [name for name in NAMED if name != "bf16"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Models whose widths integers can be multiplied at, with biases and with norms of heads."""
-    found = {}
-    for family, config, model in (
-        ("qwen2", Qwen2Config, Qwen2ForCausalLM),
-        ("qwen3", Qwen3Config, Qwen3ForCausalLM),
-    ):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 301}
-        made = model(config(**sizes, num_attention_heads=4, num_key_value_heads=4, head_dim=32))
-        for name, parameter in made.named_parameters():
-            if "norm" in name or "bias" in name:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        found[family] = str(tmp_path_factory.mktemp(family))
-        made.save_pretrained(found[family])
-    return found
 
 
 def adapted(folder, targets=ALL, dropout=0.0):
@@ -135,8 +118,6 @@ def linears(model, place):
 @pytest.mark.parametrize("place", range(4))
 def test_a_groups_weights_are_side_by_side_in_both_layouts(folders, kind, place):
     group = linears(adapted(folders["qwen2"]), place)
-    from bitsandbytes.functional import dequantize_4bit
-
     weight = torch.cat([dequantize_4bit(one.weight, one.quant_state).float() for one in group])
     for turned in (False, True):
         found = narrow_weight(group, kind, turned)
@@ -148,11 +129,12 @@ def test_a_groups_weights_are_side_by_side_in_both_layouts(folders, kind, place)
         assert (most == 127).all() if kind is Kind.INT8 else most.max() == 448
 
 
-def test_sizes_that_eight_bits_do_not_have_stay_in_bf16(folders):
-    group = linears(adapted(folders["qwen2"]), 0)
-    assert can_narrow(group, Kind.INT8) and can_narrow(group, Kind.FP8)
-    group[1].quant_state.shape = torch.Size((64, 128))
-    assert can_narrow(group, Kind.FP8) and not can_narrow(group, Kind.INT8)
-    group[1].quant_state.shape = torch.Size((72, 128))
-    assert not can_narrow(group, Kind.FP8)
-    assert not can_narrow([replace(group[0], weight=torch.zeros(128, 128))], Kind.FP8)
+def test_sizes_that_eight_bits_do_not_have_stay_in_bf16():
+    for outputs, quantized, wanted in (
+        (128, True, NARROW),
+        (64, True, ["fp8_backward", "fp8"]),
+        (72, True, []),
+        (128, False, []),
+    ):
+        group = [LinearSize(128, 128), LinearSize(128, outputs, quantized=quantized)]
+        assert [name for name in NARROW if fitting(NAMED[name], group).narrow] == wanted
