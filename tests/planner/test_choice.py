@@ -106,6 +106,7 @@ def test_products_are_the_engine_s_and_the_plan_s_where_the_device_computes_them
 
 
 def test_all_ranks_take_bf16_where_one_of_them_is_refused(chosen, monkeypatch):
+    monkeypatch.setattr(choice, "refusal", lambda passes, device: None)
     monkeypatch.setattr(choice, "gathered", lambda trainer, mine: [mine, "rank 1 has no fp8"])
     assert chosen(products="int8")[0].refused == "rank 1 has no fp8"
 
