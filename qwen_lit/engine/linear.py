@@ -32,7 +32,8 @@ from torch.nn import functional as F
 from qwen_lit.engine.lora_linear import LoraLinear, augmented_weight, full_weight, lora_columns, parts_of, width_of
 from qwen_lit.engine.narrow import narrow_weight
 from qwen_lit.kernels.dropout import dropped
-from qwen_lit.kernels.eight import Narrow, product, quantize
+from qwen_lit.kernels.eight import Narrow, quantize
+from qwen_lit.kernels.eight_product import product
 from qwen_lit.kernels.footprint import (
     LinearSize,
     Op,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qwen_lit.kernels.eight import product, quantize
+from qwen_lit.kernels.eight import quantize
+from qwen_lit.kernels.eight_product import product
 from qwen_lit.kernels.kinds import Kind, Passes
 
 TOKENS, INPUTS, OUTPUTS = 4096, 3584, 4608

@@ -14,7 +14,12 @@ except ImportError:
     HAS_TRITON = False
     triton = tl = None
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "launches", "tl", "triton"]
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
+
+__all__ = ["HAS_TRITON", "INTERPRETED", "TensorDescriptor", "launches", "tl", "triton"]
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run in Triton's interpreter, on the CPU, slowly: to test them where there is no CUDA device."""
 

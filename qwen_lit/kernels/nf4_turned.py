@@ -8,6 +8,7 @@ Of a weight W ``[n, k]`` and a scale s::
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from qwen_lit.kernels.nf4 import dequantize_reference
 
 def narrow_reference(packed: Tensor, state: Any, kind: Kind, turned: bool, inverse: Tensor) -> Tensor:
     """The reference of ``narrow``."""
-    weight = dequantize_reference(packed, state).float()
+    wide = copy(state)
+    # Integers are of what a product in the dtype of the model would multiply.
+    wide.dtype = torch.float32 if kind is Kind.FP8 else state.dtype
+    weight = dequantize_reference(packed, wide).float()
     weight = weight.t() if turned else weight
     if kind is Kind.INT8:
         return rounded((transformed(weight) * inverse[:, None]).clamp(-127, 127), kind)

@@ -4,16 +4,16 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
+from qwen_lit.kernels import eight_product
 from qwen_lit.kernels.eight import (
     BLOCK,
     Narrow,
     hadamard,
-    product,
-    product_reference,
     quantize,
     quantize_reference,
     transformed,
 )
+from qwen_lit.kernels.eight_product import product, product_reference
 from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.launch import INTERPRETED
 from qwen_lit.kernels.nf4 import dequantize
@@ -95,7 +95,11 @@ def integers(rows, depth):
     else [(1, 16, 128), (77, 1040, 18944)],
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_of_integers_have_the_bits_of_the_reference(rows, columns, depth, bias):
+@pytest.mark.parametrize("by_tiles", [False, True])
+def test_products_of_integers_have_the_bits_of_the_reference(rows, columns, depth, bias, by_tiles, monkeypatch):
+    if by_tiles and not INTERPRETED and torch.cuda.get_device_capability()[0] < 9:
+        return
+    monkeypatch.setattr(eight_product, "copies_tiles", lambda device: by_tiles)
     a, b = integers(rows, depth), integers(columns, depth)
     term = random(columns) if bias else None
     assert torch.equal(product(a, b, LOW, term), product_reference(a, b, LOW, term))
