@@ -222,7 +222,7 @@ def planned_memory(module: QwenModule, model: PeftModel, held: Mapping[str, Held
         model: of ``arithmetic_model``.
         held: how the base's weights will be held.
     """
-    memory = ModelMemory.of(model, module.state_bytes, held)
+    memory = ModelMemory.of(model, module.state_bytes, held, module.products.products)
     start = str(module.lora_config.init_lora_weights).lower()
     # A base that is quantised in its files is held as they are; one that the adapter's start changes, as it is then.
     streams = own_quantization(module.config) is None and not start.startswith(RESIDUAL_INITS)
