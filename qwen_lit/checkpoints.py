@@ -6,6 +6,8 @@ from typing import Any
 
 from qwen_lit.callbacks.checkpoint_io import best_of, is_whole, last_checkpoint, step_of
 from qwen_lit.errors import UserError
+from qwen_lit.model.products import ProductsInUse
+from qwen_lit.model.resume import stored
 from qwen_lit.names import TRAINED_AT, expanded
 from qwen_lit.run import Run, is_adapter, read_object
 
@@ -79,7 +81,7 @@ def exported_from(run: Run, checkpoint: str) -> Path:
 
 def trained_at(source: Path) -> dict[str, Any]:
     """The checkpoint that an adapter is from, as ``checkpoint`` (``last``, ``best`` or a file's name), ``step`` and,
-    where it is known, ``val_loss``; empty where nothing says.
+    where it is known, ``val_loss``, and for products in 8 bits ``products`` in words; empty where nothing says.
 
     Args:
         source: an adapter folder, or a whole checkpoint of ours.
@@ -87,4 +89,7 @@ def trained_at(source: Path) -> dict[str, Any]:
     if not source.is_file():
         return read_object(source / TRAINED_AT)
     name = "best" if source.name == Run(source.parent).best.name else source.name
-    return {"checkpoint": name, "step": step_of(source)} | best_of(source)
+    made = {"checkpoint": name, "step": step_of(source)} | best_of(source)
+    then = stored(source).get("products")
+    told = ProductsInUse.of(then["asked"], then).told if then else None
+    return made | {"products": told} if told else made

@@ -18,6 +18,8 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "model.lora_plus_ratio": (0, inf, "above 0; 1 is plain LoRA"),
     "model.neftune_noise_alpha": (0, inf, "at least 0; 0 is off"),
     "model.max_skipped_steps": (1, inf, "at least 1"),
+    "model.products_check_every": (0, inf, "at least 0; 0 is off"),
+    "model.products_floor": (0, 1, "a cosine of at least 0 and below 1, or null"),
     "model.lora_config.r": (1, inf, "above 0, for example 32"),
     "model.lora_config.lora_alpha": (0, inf, "above 0, for example twice r"),
     "model.lora_config.lora_dropout": (0, 1, "at least 0 and below 1"),

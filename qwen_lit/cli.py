@@ -18,6 +18,7 @@ from qwen_lit.callbacks.config_file import ConfigFile
 from qwen_lit.callbacks.export import Export
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput
+from qwen_lit.callbacks.products import ProductsGuard
 from qwen_lit.callbacks.progress import RunProgress
 from qwen_lit.callbacks.report import RunReport
 from qwen_lit.callbacks.resumed import Resumed
@@ -36,6 +37,7 @@ from qwen_lit.model.base import fingerprint
 from qwen_lit.model.load import count_parameters, load_tokenizer
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.precision import check_precision
+from qwen_lit.model.products import check_products
 from qwen_lit.model.resume import compare, stored
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.model.trained import check_shapes
@@ -200,7 +202,7 @@ class QwenCLI(LightningCLI):
         them."""
         run, throughput = self.run, Throughput(self.saver)
         report = RunReport(run, self.saver, self.exporter, throughput)
-        ours = [self.saver, self.exporter, self.samples, Resumed(run), throughput, report]
+        ours = [self.saver, self.exporter, self.samples, Resumed(run), throughput, report, ProductsGuard()]
         self.report, given = report, self.config.trainer
         bars = any("ProgressBar" in one.class_path for one in listed(given.callbacks))
         if given.enable_progress_bar is not False and not bars:
@@ -214,6 +216,8 @@ class QwenCLI(LightningCLI):
             check_device(device)
         if command in ("fit", "verify_resume"):
             check_size(count_parameters(model.config), device, self.config.trainer.accelerator)
+        if command in ("fit", "plan", "verify_resume"):
+            check_products(model, device, command)
         if command in LOADING or (command == "plan" and device.type == "cuda"):
             model.fetch_weights()
         if command in ("fit", "plan", "verify_resume"):

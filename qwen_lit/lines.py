@@ -15,7 +15,7 @@ def plural(count: int, what: str) -> str:
 
 
 def start_lines(run: dict[str, Any], output_dir: Any) -> dict[str, str]:
-    """What is trained, and on what, in ten lines by name.
+    """What is trained, and on what, in ten lines by name, and one more for products in 8 bits.
 
     Args:
         run: as ``run_facts`` gives it.
@@ -33,6 +33,7 @@ def start_lines(run: dict[str, Any], output_dir: Any) -> dict[str, str]:
         f"{run['adapted']}{begun}",
         "base": f"quantisation {run['quantization']}",
         "engine": run["engine"],
+        **({"products": run["products"]} if run.get("products") else {}),
         "data": f"{plural(run['rows'], 'row')}, {plural(tokens, 'token')}, "
         f"{run['supervised_tokens'] / max(1, tokens):.0%} supervised; {plural(run['held_out_rows'], 'row')} held out",
         "step": f"{plural(run['micro_batches_per_step'], 'micro-batch')} of {run['batch_size']} x "

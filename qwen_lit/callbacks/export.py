@@ -87,7 +87,7 @@ class Export(Callback):
         self.facts: ModelCardFacts | None = None
         self.missing: dict[str, str] = {}
         self.made: dict[str, Any] = {}
-        """The checkpoint that the adapter is from: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
+        """The checkpoint that the adapter is from, as of ``trained_at``."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse, before anything is trained, what could not be exported.
@@ -185,6 +185,8 @@ class Export(Callback):
                 self.made = {"checkpoint": "best", "step": saver.best_step, "val_loss": saver.best}
         elif saver.best_step == trainer.global_step:
             self.made["val_loss"] = saver.best
+        if module.products.told:
+            self.made["products"] = module.products.told
         # PEFT asks each module what it would save, and a base that is away has nothing.
         with part(adapter.name, self.missing), holding(module, weights), module.left_out():
             shutil.rmtree(partial, ignore_errors=True)

@@ -29,6 +29,7 @@ COMPARED = {
     "lora_plus_ratio": "model.lora_plus_ratio",
     "neftune_noise_alpha": "model.neftune_noise_alpha",
     "load_in_4bit": "model.quantization_config.load_in_4bit",
+    "products": "model.products",
     "batch_size": "data.batch_size",
     "accumulate_grad_batches": "trainer.accumulate_grad_batches",
     "max_epochs": "trainer.max_epochs",

@@ -194,7 +194,7 @@ class RunReport(Callback):
             "trained_seconds": round(self._trained(), 1),
             "attempts": 1 + len(self.resumed),
             "resumed_at": self.resumed,
-            "run": self.facts or run_facts(trainer, module),
+            "run": (self.facts or run_facts(trainer, module)) | {"products": module.products.told},
             "hardware": hardware(trainer.strategy.root_device, trainer.world_size),
             "versions": versions(),
             **({"git": project} if project else {}),

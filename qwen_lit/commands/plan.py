@@ -18,7 +18,7 @@ from qwen_lit.callbacks.export import Export
 from qwen_lit.commands.plan_advice import advice
 from qwen_lit.commands.plan_reference import reference
 from qwen_lit.commands.plan_text import lines
-from qwen_lit.commands.plan_trial import NEVER, STEPS, StepTimer, trial
+from qwen_lit.commands.plan_trial import NEVER, STEPS, StepTimer, products_told, trial
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.errors import UserError
@@ -222,7 +222,7 @@ def planned_memory(module: QwenModule, model: PeftModel, held: Mapping[str, Held
         model: of ``arithmetic_model``.
         held: how the base's weights will be held.
     """
-    memory = ModelMemory.of(model, module.state_bytes, held, kept=module.settings.kept)
+    memory = ModelMemory.of(model, module.state_bytes, held, module.products.products, module.settings.kept)
     start = str(module.lora_config.init_lora_weights).lower()
     # A base that is quantised in its files is held as they are; one that the adapter's start changes, as it is then.
     streams = own_quantization(module.config) is None and not start.startswith(RESIDUAL_INITS)
@@ -300,6 +300,8 @@ def measure(
         "run_seconds": round(result["steps"] * of_step) if result["steps"] else None,
         "advice": [],
     }
+    if module.products.told:
+        result["products"] = products_told(module, timer.fidelity)
     held = module.held_weights(device)
     static = static_bytes(model, held)
     if plan is None:

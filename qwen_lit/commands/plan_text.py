@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from qwen_lit.lines import plural
+from qwen_lit.model.products import in_words
 from qwen_lit.planner.explain import table_lines
 from qwen_lit.planner.plan import GIB
 
@@ -22,6 +23,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     if result["measured"]:
         out.append(f"card        {result['device']}, {result['card_tflops']} TFLOP/s in a large product")
         out.append(f"engine      {result['engine']}")
+        if "products" in result:
+            out.append(f"products    {_products(result['products'])}")
         if "budget_gib" in result:
             out.append(
                 f"memory      estimated {result['estimated_peak_gib']:.2f} GiB, measured "
@@ -90,6 +93,15 @@ def _host(result: dict[str, Any]) -> str:
     there += ["the embedding"] * result["embedding_on_cpu"] + ["lm_head"] * result["head_on_host"]
     there += ["what layers keep until backward"] * (result["layers_offloaded"] > 0 or result["inputs_offloaded"])
     return f"{result['host_memory_gib']:.2f} GiB of RAM: {', '.join(there)}"
+
+
+def _products(found: dict[str, Any]) -> str:
+    """What products are computed in, and how near the gradient is to that in bf16."""
+    if "cosine" not in found:
+        return str(found["told"])
+    below = ", which is below it: a run would go on in bf16" * (not found["cosine"] >= found["floor"])
+    gradient = in_words(found["cosine"], found["error"])
+    return f"{found['told']}: the gradient of a micro-batch has {gradient}; the floor is {found['floor']:g}{below}"
 
 
 def _loops(result: dict[str, Any]) -> list[str]:

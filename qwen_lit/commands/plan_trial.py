@@ -1,6 +1,7 @@
 """The few optimizer steps that ``plan`` trains on a GPU, and what is measured of them."""
 
 import time
+from dataclasses import asdict
 from typing import Any, cast
 
 import lightning as L
@@ -12,7 +13,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO
 from qwen_lit.data.batches import Batch
 from qwen_lit.data.datamodule import data_of
+from qwen_lit.model.fidelity import Fidelity, compared, measure
 from qwen_lit.model.module import QwenModule
+from qwen_lit.model.products import floor_of
 from qwen_lit.seams import options_of
 
 STEPS = 4
@@ -22,13 +25,18 @@ NEVER = 10**9
 
 
 class StepTimer(Callback):
-    """Times each optimizer step and one validation batch, and takes the peak of memory."""
+    """Times each optimizer step and one validation batch, compares products in 8 bits with bf16, and takes the peak of
+    memory."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.validation = 0.0
         self.peak = 0
+        self.compared: Batch | None = None
+        """Whose gradient is compared."""
+        self.fidelity: Fidelity | None = None
+        """Of the gradient after the last step; None for products in bf16."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: list[Batch], batch_idx: int
@@ -44,10 +52,16 @@ class StepTimer(Callback):
         torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
         self.tokens.append(sum(one["tokens"] for one in batch))
+        self.compared = compared(batch) or self.compared
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time the first validation batch, which is the heaviest, and read the peak of memory."""
+        """Compare a gradient, time the first validation batch, which is the heaviest, and read the peak of memory.
+
+        By now B is not zero any more, and the gradient by A is not either.
+        """
         module = cast(QwenModule, pl_module)
+        if self.compared is not None and module.products.used != "bf16":
+            self.fidelity = measure(module, trainer.precision_plugin, self.compared)
         loader = data_of(trainer).val_dataloader()
         for step in loader:
             moved = move_data_to_device(step, module.device)
@@ -60,6 +74,17 @@ class StepTimer(Callback):
             self.validation = (time.perf_counter() - started) * len(loader)
             break
         self.peak = torch.cuda.max_memory_allocated()
+
+
+def products_told(module: QwenModule, found: Fidelity | None) -> dict[str, Any]:
+    """What products in 8 bits are computed in, the floor of the cosine, and the cosine and error where they are known.
+
+    Args:
+        module: whose products are asked for in 8 bits.
+        found: of its gradient; None where that was not compared.
+    """
+    told = {"told": module.products.told, "floor": floor_of(module.settings)}
+    return told if found is None else told | asdict(found)
 
 
 def trial(trainer: L.Trainer, callbacks: list[Callback], steps: int) -> L.Trainer:

@@ -93,7 +93,8 @@ class ModelCardFacts:
     missing: dict[str, str] = field(default_factory=dict)
     """What could not be exported, and why."""
     made: dict[str, Any] = field(default_factory=dict)
-    """The checkpoint that the adapter is from: ``checkpoint``, ``step`` and, where it is known, ``val_loss``."""
+    """The checkpoint that the adapter is from: ``checkpoint``, ``step`` and, where they are known, ``val_loss`` and
+    ``products``."""
 
 
 def model_card(facts: ModelCardFacts) -> str:
@@ -201,7 +202,8 @@ def _made(made: dict[str, Any]) -> str:
     names = {"last": "the last of the run", "best": "the best of the run by validation loss"}
     loss = f"; validation loss {made['val_loss']:.4f} nats a token" if "val_loss" in made else ""
     name = names.get(made["checkpoint"], f"from `{made['checkpoint']}`")
-    return f" It is that of optimizer step {made['step']:,}, {name}{loss}."
+    products = f" Products of frozen weights were computed in {made['products']}." if "products" in made else ""
+    return f" It is that of optimizer step {made['step']:,}, {name}{loss}.{products}"
 
 
 def _shown(value: Any) -> str:

@@ -31,6 +31,7 @@ def module_facts(module: QwenModule) -> dict[str, Any]:
         "init_adapter": module.run.config.get("model", {}).get("init_adapter"),
         "quantization": described(module.held_weights(device), count_linears(module.config), product_dtype(device)),
         "engine": module.engine_description,
+        "products": module.products.told,
         "learning_rate": settings.learning_rate,
         "lr_scheduler": settings.lr_scheduler,
         "optimizer": module.optimizer_name,

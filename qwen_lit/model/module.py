@@ -5,7 +5,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +38,7 @@ from qwen_lit.model.neftune import add_noise
 from qwen_lit.model.optim import built, configure_groups, optimizer_of, parameter_groups, repage
 from qwen_lit.model.packing_check import check_packing
 from qwen_lit.model.precision import full_precision
+from qwen_lit.model.products import ProductsInUse
 from qwen_lit.model.resume import go_on, settings, shared, stored
 from qwen_lit.model.schedules import WITHOUT_WARMUP, schedule
 from qwen_lit.model.settings import ModelSettings
@@ -96,6 +97,7 @@ class QwenModule(L.LightningModule):
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.fast: FastEngine | None = None
         self.plan: Plan | None = None
+        self.products = ProductsInUse.of(settings.products, None)
         self.engine_description = ""
         # A batch is an optimizer step: ``training_step`` computes all of it.
         self.automatic_optimization = False
@@ -170,9 +172,12 @@ class QwenModule(L.LightningModule):
             self.model.save_pretrained(self.initial_adapter.name, save_embedding_layers=False)
         if self.settings.neftune_noise_alpha > 0:
             add_noise(base.get_input_embeddings(), self.settings.neftune_noise_alpha)  # type: ignore[operator]
-        before = stored(self.run.checkpoint).get("micro_batches_at_once")
-        choice = choose_engine(self, self.trainer, self.data, before)
+        then = stored(self.run.checkpoint)
+        self.products = ProductsInUse.of(self.settings.products, then.get("products"))
+        choice = choose_engine(self, self.trainer, self.data, then.get("micro_batches_at_once"))
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
+        if choice.refused is not None:
+            self.leave_products(choice.refused)
         if self.store is not None and (self.fast is None or self.store.placing is None):
             hold_all(base, f"the engine is {choice.description}, which streams nothing")
         if self.store is not None:
@@ -196,6 +201,27 @@ class QwenModule(L.LightningModule):
             self.store.release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def note_products(self, step: int, cosine: float, error: float) -> None:
+        """Keep what the last check of the products has found.
+
+        Args:
+            step: optimizer step, counted from 1.
+            cosine: of the gradient with that in bf16.
+            error: of the gradient, as a share of its norm.
+        """
+        self.products = replace(self.products, checked=(step, cosine, error))
+
+    def leave_products(self, why: str, since: int | None = None) -> None:
+        """Go on with products in bf16; the checkpoint remembers it.
+
+        Args:
+            why: what speaks against 8 bits.
+            since: the first optimizer step in bf16, counted from 1; None where no step was made in 8 bits.
+        """
+        self.products = self.products.left(why, since)
+        if self.fast is not None:
+            self.fast.products = self.products.products
 
     @property
     def data(self) -> QwenDataModule:
@@ -272,10 +298,12 @@ class QwenModule(L.LightningModule):
             configure_groups(optimizer, cast(LambdaLR, config.scheduler), factor, self.group_settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the settings and the step counts, which a resumed run is compared with, and the prompts' form."""
+        """Store the settings and the step counts, which a resumed run is compared with, the products in use and the
+        prompts' form."""
         counts = {"skipped_steps": self.skipped_steps, "total_steps": self.total_steps}
-        form = self.data.form()
-        checkpoint["settings"] = settings(self) | counts | {"prompt_form": asdict(form) if form else None}
+        form, products = self.data.form(), self.products.plain()
+        told = {"prompt_form": asdict(form) if form else None, "products": products}
+        checkpoint["settings"] = settings(self) | counts | told
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the configuration of the checkpoint with this one.

@@ -47,6 +47,7 @@ KEYS = {
     "model.quantization_config": REFUSE,
     "model.quantization_config.bnb_4bit_quant_storage": WARN,
     "trainer.precision": REFUSE,
+    "model.products": REFUSE,
     # The optimizer's state, which a checkpoint holds with its betas and its groups.
     "model.optimizer": REFUSE,
     "model.adam_beta1": REFUSE,
@@ -105,6 +106,8 @@ KEYS = {
 ``refuse``: it would be another run. ``warn``: it is taken, with a warning. ``free``: it changes nothing that is
 trained. Devices and nodes are compared by the data, as the number of processes.
 """
+UNSAID = {"model.products": "bf16"}
+"""What a run had whose configuration does not know the key."""
 LORA = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern", "init_lora_weights")
 
 
@@ -229,7 +232,8 @@ def compare(then: dict[str, Any], config: dict[str, Any], base: str | None) -> N
             that counts otherwise.
     """
     _refuse_earlier(then)
-    old = canonical(then.get("config", {}))
+    known = canonical(then.get("config", {}))
+    old = {**UNSAID, **known} if known else known
     changes = differences(old, canonical(config))
     refused = {key: change for key, change in changes.items() if meaning(key) == REFUSE}
     name = "model.model_name_or_path"

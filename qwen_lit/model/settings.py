@@ -6,6 +6,7 @@ from typing import Literal
 from qwen_lit.checks import check_ranges
 from qwen_lit.config import LoraSection, QuantizationSection
 from qwen_lit.engine.policy import KeptName
+from qwen_lit.engine.products import ProductsName
 from qwen_lit.errors import UserError
 from qwen_lit.hub_libraries import Hub
 from qwen_lit.model.optim import OptimizerClass, OptimizerName
@@ -54,6 +55,16 @@ class ModelSettings:
     engine: EngineName = "auto"
     """fast runs fused Triton kernels and plans GPU memory; reference runs transformers' and PEFT's own modules; auto
     is fast on CUDA where the model and the adapter allow it, and else reference."""
+    products: ProductsName = "bf16"
+    """how products with frozen 4-bit weights are computed by the fast engine: bf16; fp8_backward, in 8 bits for the
+    gradient alone; fp8, in both passes; int8, the truer one, for cards without fp8 too. 8 bits are faster and less
+    exact."""
+    products_check_every: int = 200
+    """optimizer steps between two checks of products in 8 bits, each by the gradient of one micro-batch, which is also
+    computed in bf16; the first step is checked too, and 0 checks none."""
+    products_floor: float | None = None
+    """cosine of that gradient with the one in bf16 below which the run says so and goes on in bf16; null is a value
+    for each choice: fp8_backward 0.98, fp8 0.8, int8 0.95."""
     memory_budget: str | None = None
     """GPU memory that the fast engine may use on each card, such as 8GiB; null is all that is free."""
     kept: KeptName = "bf16"

@@ -11,11 +11,14 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from qwen_lit.data.datamodule import QwenDataModule
-from qwen_lit.distributed import least
+from qwen_lit.distributed import gathered, least
 from qwen_lit.engine.engine import FastEngine, unsupported_reason
 from qwen_lit.engine.policy import Policies, Policy
+from qwen_lit.engine.products import NAMED, Products
+from qwen_lit.engine.products_check import refusal
 from qwen_lit.errors import UserError
 from qwen_lit.families.table import family_of
+from qwen_lit.model.products import ProductsInUse, refused
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.planner.measure import Gpu
 from qwen_lit.planner.plan import GIB, Plan, packed_words
@@ -37,6 +40,8 @@ class Choice:
     """None for PEFT's own path."""
     plan: Plan | None = None
     """The memory plan of the fast engine on a GPU; None otherwise."""
+    refused: str | None = None
+    """Why products are in bf16 that should be in 8 bits; None where they are as asked."""
 
 
 class Trainable(Protocol):
@@ -47,6 +52,7 @@ class Trainable(Protocol):
     model: PeftModel | None
     quantization_config: BitsAndBytesConfig | None
     memory_budget: int | None
+    products: ProductsInUse
 
     @property
     def state_bytes(self) -> float:
@@ -63,7 +69,8 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
         before: micro-batches that the resumed run has computed at once; None for a new run.
 
     Raises:
-        UserError: ``engine`` is fast, and the model or the device does not allow it.
+        UserError: ``engine`` is fast, and the model or the device does not allow it; or ``products`` are in 8 bits,
+            and the reference would train.
         torch.OutOfMemoryError: no plan fits.
     """
     assert module.model is not None
@@ -74,6 +81,8 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
     if asked == "fast" and reason:
         raise UserError(f"model.engine is fast, but {reason}; set it to auto.")
     if asked == "reference" or reason:
+        if module.products.used != "bf16" and trainer.state.fn == "fit":
+            raise refused(module.products.asked, reason or "model.engine is reference")
         if kept == "int8":
             log.warning("model.kept: int8 changes nothing: the engine is reference (%s)", reason)
         return Choice("reference" + (f" ({reason})" if reason and asked == "auto" else ""))
@@ -81,11 +90,13 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
     if quantization and quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype != torch.bfloat16:
         given = str(quantization.bnb_4bit_compute_dtype).removeprefix("torch.")
         log.info("the fast engine computes in bfloat16; bnb_4bit_compute_dtype %s is for the reference", given)
+    products, unused = _usable_products(module.products.products, trainer, device)
     if device.type != "cuda":
         layers = len(family_of(module.config).layers(module.config))
         policy = Policy.RECOMPUTE if module.settings.gradient_checkpointing else Policy.KEEP
         policies = Policies((policy,) * layers, kept=kept)
-        return Choice(FALLBACK + packed_words(policies), FastEngine(module.model, policies))
+        engine = FastEngine(module.model, policies, products)
+        return Choice(FALLBACK + packed_words(policies), engine, refused=unused)
     planner = Planner(
         module.model,
         Gpu(device),
@@ -95,7 +106,8 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
         module.memory_budget,
         before,
         trainer.num_devices,
-        kept=kept,
+        products,
+        kept,
     )
     work = Work(
         data.most_tokens(possible_at_once(options_of(trainer).micro_batches_per_step)),
@@ -105,4 +117,24 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
     planned = planner.plan(work) if trainer.state.fn == "fit" else planner.plan_unmeasured(work)
     engine, plan, peak = planned.engine, planned.plan, planned.peak
     measured = "" if peak is None else f", measured {peak / GIB:.2f}"
-    return Choice(f"fast, {plan}{measured}", engine, plan)
+    return Choice(f"fast, {plan}{measured}", engine, plan, unused)
+
+
+def _usable_products(products: Products, trainer: L.Trainer, device: torch.device) -> tuple[Products, str | None]:
+    """The products that every rank's device computes rightly, and why they are not those that are asked for.
+
+    Args:
+        products: that are asked for.
+        trainer: all of its ranks call this.
+        device: of this rank.
+    """
+    if trainer.state.fn != "fit":
+        # Nothing but training is in 8 bits.
+        return Products(), None
+    mine = refusal(NAMED[products.name], device) if products.narrow else None
+    reasons = [reason for reason in gathered(trainer, mine) if reason is not None]
+    if not reasons:
+        return products, None
+    if trainer.is_global_zero:
+        log.warning("model.products: %s is not used: %s; products are in bf16", products.name, reasons[0])
+    return Products(), str(reasons[0])

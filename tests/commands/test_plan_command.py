@@ -13,7 +13,8 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.cli import main
 from qwen_lit.commands.plan import arithmetic, kept_bytes
-from qwen_lit.commands.plan_trial import trial
+from qwen_lit.commands.plan_text import _products
+from qwen_lit.commands.plan_trial import StepTimer, products_told, trial
 from qwen_lit.families.table import family_of
 from qwen_lit.quantization import Held
 from qwen_lit.run import Run
@@ -167,6 +168,26 @@ def test_a_trial_has_a_trainer_of_its_own_and_takes_the_largest_batches_first(co
     tokens = [one for step in seen["tokens"] for one in step]
     assert tokens == sorted(tokens, reverse=True)
     assert tokens[0] == told["heaviest_micro_batch_tokens"]
+
+
+def test_a_trial_compares_the_gradient_of_products_in_8_bits_and_the_plan_prints_it(command, tmp_path, monkeypatch):
+    seen = {}
+    for name in ("synchronize", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+
+    def tried(trainer, module, data, exporter, explained):
+        timer = StepTimer()
+        trial(trainer, [timer, RunCheckpoint(Run(tmp_path / "trial"), 10**9)], 2).fit(module, data.largest_first())
+        seen.update(products_told(module, timer.fidelity))
+        return arithmetic(trainer, module, data, exporter, explained)
+
+    monkeypatch.setattr("qwen_lit.commands.plan.arithmetic", tried)
+    fp8 = ["--model.engine", "fast", "--model.products", "fp8", "--model.products_floor", "0.5"]
+    assert main(["plan", *command(tmp_path / "out")[1:], *fp8]) == 0
+    assert (seen["told"], seen["floor"]) == ("fp8", 0.5) and 0.8 < seen["cosine"] < 0.99999 and seen["error"] > 0.001
+    said = _products(seen)
+    assert said.startswith(f"fp8: the gradient of a micro-batch has cosine {seen['cosine']:.4f} with that in bf16")
+    assert said.endswith("the floor is 0.5") and "would go on in bf16" in _products(seen | {"floor": 0.99999})
 
 
 def test_the_plan_says_how_much_an_adapter_reaches(command, tmp_path, capsys):

@@ -27,6 +27,15 @@ def test_fit_measures_its_plan_and_trains(on_the_gpu, caplog):
     assert re.search(r"engine fast, \d+ micro-batch(es)? at once, .* GiB, measured \d+\.\d\d data ", told), told
 
 
+def test_products_in_8_bits_are_guarded_and_planned(on_the_gpu, caplog, capsys):
+    caplog.set_level("INFO")
+    eight = ["--model.products", "fp8_backward", "--model.products_check_every", "1"]
+    assert main([*on_the_gpu, *eight, "--trainer.max_steps", "2"]) == 0
+    assert len(re.findall(r"the gradient of step \d has cosine 0\.99", caplog.text)) == 2
+    assert main(["plan", *on_the_gpu[1:], *eight]) == 0
+    assert "products    fp8_backward: the gradient of a micro-batch has cosine" in capsys.readouterr().out
+
+
 def test_an_embedding_that_is_planned_for_the_cpu_is_there_while_the_run_trains(on_the_gpu, monkeypatch):
     plain, seen = FastEngine.loss_sum, []
 

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 from qwen_lit.config import LoraSection
+from qwen_lit.engine.products import NAMED, Products
 from qwen_lit.errors import UserError
 from qwen_lit.model.module import QwenModule
 from qwen_lit.model.settings import ModelSettings
@@ -51,6 +53,7 @@ def chosen(model_folder, monkeypatch):
             micro_batches_per_step=8,
             num_devices=processes,
             world_size=1,
+            is_global_zero=True,
         )
         return choose_engine(module, trainer, rows, before), gpu
 
@@ -106,3 +109,31 @@ def test_how_gate_and_up_are_kept_reaches_the_engine_and_is_told(chosen, caplog)
 def test_the_reference_engine_is_refused_what_it_cannot_keep():
     with pytest.raises(UserError, match="model.kept is int8, which the reference engine cannot do"):
         ModelSettings("x", LoraSection(), kept="int8", engine="reference")
+
+
+def test_products_are_the_engine_s_and_the_plan_s_where_the_device_computes_them_and_only_to_train(
+    chosen, monkeypatch
+):
+    asked = []
+    held = BitsAndBytesConfig(load_in_4bit=True)
+    monkeypatch.setattr(choice, "refusal", lambda passes, device: asked.append((passes, device.type)))
+    fitted, gpu = chosen(products="fp8", quantization_config=held)
+    assert fitted.fast.products == Products("fp8") and gpu.tried == [fitted.fast] and fitted.refused is None
+    assert asked == [(NAMED["fp8"], "cuda")]
+    assert chosen(products="fp8", command="validate")[0].fast.products == Products()
+    monkeypatch.setattr(choice, "refusal", lambda passes, device: "it has no fp8")
+    refused, _ = chosen(products="fp8", quantization_config=held)
+    assert refused.fast.products == Products() and refused.refused == "it has no fp8"
+    assert len(asked) == 1
+
+
+def test_all_ranks_take_bf16_where_one_of_them_is_refused(chosen, monkeypatch):
+    monkeypatch.setattr(choice, "refusal", lambda passes, device: None)
+    monkeypatch.setattr(choice, "gathered", lambda trainer, mine: [mine, "rank 1 has no fp8"])
+    assert chosen(products="int8")[0].refused == "rank 1 has no fp8"
+
+
+def test_products_in_8_bits_are_refused_where_the_reference_would_train(chosen):
+    with pytest.raises(UserError, match="model.products is fp8, but model.engine is reference"):
+        chosen(products="fp8", engine="reference")
+    assert chosen(products="fp8", engine="reference", command="validate")[0].fast is None
