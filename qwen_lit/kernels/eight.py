@@ -145,15 +145,15 @@ def _quantize_transformed(
     # A program takes many rows, so that the matrix is read once for all of them.
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = (first + line // BLOCKS)[:, None].to(tl.int64)
-        most = tl.zeros((ROWS,), tl.float32)
-        bad = tl.zeros((ROWS,), tl.float32)
+        most = tl.zeros((ROWS * BLOCKS,), tl.float32)
+        bad = tl.zeros((ROWS * BLOCKS,), tl.float32)
         for start in range(0, width, BLOCKS * BLOCK):
             inside = (row < rows) & (start + column < width)
             value = tl.dot(tl.load(x + row * stride + start + column, inside, 0.0), turn)
-            value = tl.reshape(value, (ROWS, BLOCKS * BLOCK))
             most = tl.maximum(most, tl.max(tl.abs(value), 1))
             bad += tl.sum(value * 0.0, 1)
-        top = tl.maximum(most, LEAST)
+        top = tl.maximum(tl.max(tl.reshape(most, (ROWS, BLOCKS)), 1), LEAST)
+        bad = tl.sum(tl.reshape(bad, (ROWS, BLOCKS)), 1)
         mine = first + tl.arange(0, ROWS)
         tl.store(scale + mine, tl.div_rn(top, TOP) * UNIT + bad, mine < rows)
         up = tl.div_rn(TOP, top)
