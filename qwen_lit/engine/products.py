@@ -11,15 +11,15 @@ from qwen_lit.kernels.kinds import WIDE, Kind, Passes
 
 __all__ = ["NAMED", "WIDE", "Kind", "Passes", "Products", "ProductsName"]
 
-ProductsName = Literal["bf16", "fp8_backward", "fp8", "int8", "mixed8"]
+ProductsName = Literal["bf16", "fp8_backward", "mixed8", "int8", "fp8"]
 
 
 NAMED: dict[ProductsName, Passes] = {
     "bf16": WIDE,
     "fp8_backward": Passes(Kind.WIDE, Kind.FP8),
-    "fp8": Passes(Kind.FP8, Kind.FP8),
-    "int8": Passes(Kind.INT8, Kind.INT8),
     "mixed8": Passes(Kind.INT8, Kind.FP8),
+    "int8": Passes(Kind.INT8, Kind.INT8),
+    "fp8": Passes(Kind.FP8, Kind.FP8),
 }
 """By the values of ``model.products``."""
 

@@ -13,7 +13,7 @@ from qwen_lit.errors import UserError
 from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.model.settings import ModelSettings
 
-FLOORS: dict[ProductsName, float] = {"fp8_backward": 0.98, "fp8": 0.80, "int8": 0.95, "mixed8": 0.95}
+FLOORS: dict[ProductsName, float] = {"fp8_backward": 0.98, "mixed8": 0.95, "int8": 0.95, "fp8": 0.80}
 """``model.products_floor`` where it is null, by ``model.products``."""
 
 

@@ -57,14 +57,14 @@ class ModelSettings:
     is fast on CUDA where the model and the adapter allow it, and else reference."""
     products: ProductsName = "bf16"
     """how products with frozen 4-bit weights are computed by the fast engine: bf16; fp8_backward, in 8 bits for the
-    gradient alone; fp8, in both passes; int8, the truer one, for cards without fp8 too. 8 bits are faster and less
-    exact."""
+    gradient alone; mixed8, int8 forward and fp8 for the gradient; int8 in both passes, for cards without fp8 too; fp8
+    in both. 8 bits are faster and less exact; docs/products.md has both in figures."""
     products_check_every: int = 200
     """optimizer steps between two checks of products in 8 bits, each by the gradient of one micro-batch, which is also
     computed in bf16; the first step is checked too, and 0 checks none."""
     products_floor: float | None = None
     """cosine of that gradient with the one in bf16 below which the run says so and goes on in bf16; null is a value
-    for each choice: fp8_backward 0.98, fp8 0.8, int8 0.95."""
+    for each choice: fp8_backward 0.98, mixed8 and int8 0.95, fp8 0.8."""
     memory_budget: str | None = None
     """GPU memory that the fast engine may use on each card, such as 8GiB; null is all that is free."""
     kept: KeptName = "bf16"
