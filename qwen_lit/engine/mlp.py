@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qwen_lit.engine.group import Group
 from qwen_lit.engine.linear import (
-    Group,
     as_trained,
     group_linear,
     group_linear_op,

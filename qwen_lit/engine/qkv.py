@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_lit.engine.linear import Group, as_trained, group_reference, input_saves, input_scratch, trained
+from qwen_lit.engine.group import Group
+from qwen_lit.engine.linear import as_trained, group_reference, input_saves, input_scratch, trained
 from qwen_lit.engine.lora_linear import LoraLinear
 from qwen_lit.kernels.eight import Narrow
 from qwen_lit.kernels.footprint import LayerSize, Op, Saved, backward_columns_of, rank_of
