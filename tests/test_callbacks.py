@@ -24,7 +24,7 @@ def callback(name: str, **options: object) -> list[str]:
 @pytest.fixture
 def unloaded(monkeypatch):
     """No test that asks for this loads a model."""
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *_: pytest.fail("the model was loaded"))
 
 
 NEEDED = {

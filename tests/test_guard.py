@@ -8,7 +8,7 @@ import torch
 
 from qwen_lit.checkpoints import trained_at
 from qwen_lit.cli import main
-from qwen_lit.model import module as module_file
+from qwen_lit.model import adapted as adapted_file
 from qwen_lit.model.products import ProductsInUse
 from tests.runs import adapter, doing, scalars, trace
 
@@ -37,7 +37,7 @@ EVERY = "--model.products_check_every"
 def test_products_that_a_run_cannot_have_are_refused_before_the_base_is_loaded(
     command, tmp_path, options, words, capsys, monkeypatch
 ):
-    monkeypatch.setattr(module_file, "load_frozen", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(adapted_file, "load_frozen", lambda *_: pytest.fail("the base was loaded"))
     assert main(command(tmp_path / "out", *FP8, *options)) == 2
     error = capsys.readouterr().err
     assert words in error and ("model.products to bf16" in error or "must be" in error)

@@ -41,7 +41,7 @@ def nf4(tokenizer, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def unloaded(monkeypatch):
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *a: pytest.fail("the model is loaded"))
 
 
 def test_with_its_original_named_both_merges_are_compared_and_either_is_written(nf4, dataset, tmp_path):

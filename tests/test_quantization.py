@@ -157,14 +157,14 @@ REFUSED = [
 def test_what_bitsandbytes_cannot_hold_is_refused_before_the_model_is_loaded(
     arguments, options, words, capsys, monkeypatch
 ):
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *a: pytest.fail("the model is loaded"))
     assert main([*arguments, *(f"--model.quantization_config.{one}" for one in options)]) == 2
     told = capsys.readouterr().err
     assert words in told and "Traceback" not in told
 
 
 def test_a_quantised_weight_is_not_trained_whole(arguments, capsys, monkeypatch):
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *a: pytest.fail("the model is loaded"))
     whole = "--model.lora_config.modules_to_save"
     assert main([*arguments, whole, "[norm,down_proj]"]) == 2
     told = capsys.readouterr().err

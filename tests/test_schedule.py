@@ -55,7 +55,7 @@ def cosine(total: int, warmup: int, peak: float = 2e-4) -> list[float]:
 def test_a_run_that_could_not_end_or_would_train_nothing_is_refused_before_the_model_is_loaded(
     arguments, options, words, capsys, monkeypatch
 ):
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *_: pytest.fail("the model was loaded"))
     assert main([*arguments, *options]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
 

@@ -10,6 +10,7 @@ from qwen_lit import cli, hardware
 from qwen_lit.callbacks.checkpoint_io import write_checkpoint
 from qwen_lit.cli import main
 from qwen_lit.data.batches import join
+from qwen_lit.model import adapted as adapted_file
 from qwen_lit.model import module as module_file
 from qwen_lit.model.module import QwenModule
 from tests.runs import Gradients, Modes, adapter, scalars, trace
@@ -77,8 +78,8 @@ def test_validation_counts_every_micro_batch_however_many_are_computed_at_once(c
 
 def test_a_run_that_goes_on_tells_the_planner_how_many_were_computed_at_once(command, tmp_path, monkeypatch):
     told = []
-    plain = module_file.choose_engine
-    monkeypatch.setattr(module_file, "choose_engine", lambda *given: told.append(given[-1]) or plain(*given))
+    plain = adapted_file.choose_engine
+    monkeypatch.setattr(adapted_file, "choose_engine", lambda *given: told.append(given[-1]) or plain(*given))
     monkeypatch.setattr(QwenModule, "micro_batches_at_once", property(lambda self: 2))
     out, short = tmp_path / "out", ["--data.num_workers", "0", "--data.val_size", "0", "--export.merge", "false"]
     assert main(command(out, *short, "--trainer.max_steps", "1")) == 0
@@ -124,7 +125,7 @@ def test_a_checkpoint_of_a_version_that_counted_micro_batches_is_refused_with_th
     checkpoint["settings"]["merge"] = checkpoint["settings"].pop("micro_batches_at_once")
     write_checkpoint(checkpoint, path, {"step": 4})
     with monkeypatch.context() as patch:
-        patch.setattr(module_file, "load_frozen", lambda *_: pytest.fail("the model was loaded"))
+        patch.setattr(adapted_file, "load_frozen", lambda *_: pytest.fail("the model was loaded"))
         assert main(command(stopped, "--ckpt_path", "last")) == 2
     error = capsys.readouterr().err
     assert "an earlier version of qwen_lit wrote this checkpoint" in error and "set model.init_adapter" in error

@@ -44,7 +44,7 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(command, tmp_pa
 
 
 def test_a_tracker_that_cannot_begin_is_refused_before_the_model_is_loaded(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *_: pytest.fail("the model was loaded"))
     logger = ["--trainer.logger=tests.test_trackers.Unready", f"--trainer.logger.save_dir={tmp_path / 'log'}"]
     assert main(command(tmp_path / "out", *QUICK, *logger)) == 2
     told = "error: trainer.logger: Unready cannot begin (no key; log in first); set it up, or leave it out.\n"

@@ -98,7 +98,7 @@ def test_the_best_of_no_validation_is_refused_before_anything_loads(
 ):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(json.dumps({"instruction": f"{n}", "output": "a"}) + "\n" for n in range(3)))
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *_: pytest.fail("the model was loaded"))
     options = [str(few) if one == few.name else one for one in options]
     assert main(command(tmp_path / "out", *BEST, *options)) == 2
     error = capsys.readouterr().err

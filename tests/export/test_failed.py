@@ -124,7 +124,7 @@ LORA = "--model.lora_config."
 )
 def test_what_cannot_be_exported_is_known_before_the_model_is_loaded(run, options, words, capsys, monkeypatch):
     monkeypatch.setattr("qwen_lit.callbacks.export.find_spec", lambda name: None)
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *a: pytest.fail("the model is loaded"))
     assert main([*run, *options]) == 2
     assert words in capsys.readouterr().err
 

@@ -74,7 +74,7 @@ def test_plan_says_that_a_mixer_has_no_fast_engine(arguments, monkeypatch, capsy
 
 def test_gguf_is_refused_before_training_where_a_family_has_no_form_in_it(arguments, monkeypatch, capsys):
     monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], gguf=None))
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *a: pytest.fail("the model is loaded"))
     assert main([*arguments, "--export.gguf", "q8_0"]) == 2
     assert (
         "export.gguf is q8_0, but this qwen2 model cannot be written as GGUF: it has no form"

@@ -19,7 +19,7 @@ from qwen_lit.frozen.loading import load_frozen
 from qwen_lit.frozen.store import disband, store_of
 from qwen_lit.generate import generate
 from qwen_lit.hardware import product_dtype
-from qwen_lit.model import module as module_file
+from qwen_lit.model import adapted as adapted_file
 from qwen_lit.model.load import load_base, put_adapter
 from qwen_lit.planner import settle as settling
 from qwen_lit.planner.settle import hold_all, settle, streamed_in
@@ -158,7 +158,7 @@ def run(model_folder, dataset, tmp_path_factory):
         "samples.max_new_tokens": 4,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module_file, "load_frozen", streamed)
+        patch.setattr(adapted_file, "load_frozen", streamed)
         patch.setattr(pipeline, "fits", lambda size, device: False)
         patch.setattr("qwen_lit.callbacks.export.can_be_asked", lambda module, device: True)
         patch.setattr(as_trained, "settle", lambda base, tokens: stores[0].place((0, 1)))

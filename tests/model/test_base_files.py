@@ -54,7 +54,7 @@ def test_files_of_another_model_than_the_configs_are_refused(tensors, told, mode
 
 def test_fit_refuses_such_files_before_it_loads_them(arguments, model_folder, tmp_path, monkeypatch, capsys):
     folder = changed(model_folder, tmp_path / "model", **{K: None})
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *a: pytest.fail("the model is loaded"))
     assert main([*arguments, "--model.model_name_or_path", str(folder)]) == 2
     assert f"lacks {K}" in capsys.readouterr().err
 
@@ -112,7 +112,7 @@ def test_float16_is_refused_where_gradients_are_not_finite_in_it():
     ],
 )
 def test_an_export_that_will_fail_is_refused_before_training(options, told, arguments, monkeypatch, capsys):
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *a: pytest.fail("the model is loaded"))
     assert main([*arguments, *options]) == 2
     assert told in capsys.readouterr().err
 
@@ -121,7 +121,7 @@ def test_a_gguf_file_is_refused_by_what_the_files_are_and_not_by_what_is_trained
     arguments, tokenizer, tmp_path, monkeypatch, capsys
 ):
     """A language model that can be written as GGUF by itself, in files that cannot."""
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *a: pytest.fail("the model is loaded"))
     monkeypatch.setitem(FAMILIES, "qwen3_vl", replace(FAMILIES["qwen3_vl"], gguf=None))
     base = str(make_model("qwen3_vl", tmp_path / "model", tokenizer))
     assert main([*arguments, "--model.model_name_or_path", base, "--export.gguf", "q8_0"]) == 2
@@ -154,7 +154,7 @@ def test_a_merged_model_that_the_disk_has_no_room_for_is_refused_before_training
     arguments, model_folder, monkeypatch, capsys
 ):
     monkeypatch.setattr("qwen_lit.export.space.free_bytes", lambda folder: 1000)
-    monkeypatch.setattr("qwen_lit.model.module.load_frozen", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("qwen_lit.model.adapted.load_frozen", lambda *a: pytest.fail("the model is loaded"))
     assert main(arguments) == 2
     told = capsys.readouterr().err
     size = (model_folder / "model.safetensors").stat().st_size / 1e6
