@@ -1,14 +1,16 @@
 """Time by named costs gives the speeds that were measured."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwen_lit.engine.policy import Policies
+from qwen_lit.engine.products import NAMED
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.plan import Plan
-from qwen_lit.planner.speed import Shares, Traffic, relative_time, time_of
+from qwen_lit.planner.speed import Shares, Traffic, pace_of, relative_time, time_of
 from tests.planner.test_plan import SEVEN_WITH_EMBEDDING
 
 TABLE = Path("benchmarks/README.md").read_text(encoding="utf-8")
@@ -45,6 +47,17 @@ def test_the_times_of_plans_are_in_the_ratio_of_the_measured_speeds(row):
     first = next(iter(AS_MEASURED))
     wanted, found = measured(first) / measured(row), planned(row) / planned(first)
     assert found == pytest.approx(wanted, rel=WITHIN.get(row, 0.015))
+
+
+@pytest.mark.parametrize("name", ["fp8_backward", "fp8"])
+def test_products_in_8_bits_take_the_share_of_time_that_was_measured(name):
+    passes, layers = NAMED[name], []
+    for layer in SEVEN_WITH_EMBEDDING.layers:
+        groups = tuple(tuple(replace(one, passes=passes) for one in group) for group in layer.groups)
+        layers.append(replace(layer, groups=groups))
+    found = pace_of(replace(SEVEN_WITH_EMBEDDING, layers=tuple(layers)))
+    times = re.search(rf"^\| {name} \| [\d,]+ \((1\.\d+) x\)", TABLE, re.MULTILINE)[1]
+    assert found == pytest.approx(1 / float(times), rel=0.03) and pace_of(SEVEN_WITH_EMBEDDING) == 1
 
 
 def test_a_host_that_launches_slowly_sets_the_time_of_a_small_micro_batch():
