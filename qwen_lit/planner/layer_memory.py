@@ -62,6 +62,17 @@ class LayerMemory:
         return self.saved + self._unsaved(len(self.ops) - 1)
 
     @cached_property
+    def forward_alone(self) -> int:
+        """At the most of its forward where nothing is saved: at the end of SwiGLU, when what attention has read and
+        the input of q, k and v are gone, and the layer's result is not made yet."""
+        before = next(number for number, op in enumerate(self.ops) if op.name == "attention")
+        gone = sum(op.saved_bytes for op in self.ops[:before]) + self.ops[-1].output
+        if self.ops[before + 1].name == "rows that predict":
+            # The copy of the chosen rows stands for attention's result.
+            gone += next((one.bytes for one in self.ops[before].saved if one.name == "result"), 0)
+        return self.forward - gone
+
+    @cached_property
     def backward(self) -> tuple[Moment, ...]:
         """The backward of each operation, from the last to the first, with all that the layer has saved until it."""
         return tuple(self._moments(self.saved, len(self.ops) - 1, "backward"))

@@ -295,7 +295,8 @@ class ModelMemory:
         two = 2 * hidden * self.size
         # Logits and lm_head are added elsewhere, as they do not grow with the tokens.
         loss_moment = Moment("loss", norm.saved_bytes + norm.output + loss.saved_bytes + two)
-        last = Moment("forward of the last layer", layers[-1].forward - held[-1] + two // 2)
+        forward = layers[-1].forward_alone if policies[-1].recomputes else layers[-1].forward - held[-1] + two // 2
+        last = Moment("forward of the last layer", forward)
         yield None, live, (loss_moment, last)
         for number in reversed(range(len(policies))):
             if policies[number].uses_host:
