@@ -28,7 +28,7 @@ class ProductsGuard(Callback):
         every = module.settings.products_check_every
         if module.products.used == "bf16" or not every or (step > 1 and step % every):
             return
-        one = compared(batch)
+        one = compared(batch, every)
         mine = measure(module, trainer.precision_plugin, one) if one is not None else None
         found: list[Fidelity] = [theirs for theirs in gathered(trainer, mine) if theirs is not None]
         if found:

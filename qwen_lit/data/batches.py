@@ -93,6 +93,32 @@ def join(parts: Sequence[Batch]) -> Batch:
     }
 
 
+def prefix(batch: Batch, tokens: int) -> Batch:
+    """The first tokens of a micro-batch: whole documents, but for the last, which is cut.
+
+    Args:
+        batch: documents end to end.
+        tokens: at least 1.
+    """
+    if batch["input_ids"].numel() <= tokens:
+        return batch
+    ends = np.cumsum(batch["lengths"])
+    count = int(np.searchsorted(ends, tokens)) + 1
+    lengths = batch["lengths"][:count]
+    lengths[-1] -= int(ends[count - 1]) - tokens
+    inside = batch["target_index"] < tokens
+    return {
+        "input_ids": batch["input_ids"][:, :tokens],
+        "position_ids": batch["position_ids"][:, :tokens],
+        "target_index": batch["target_index"][inside],
+        "targets": batch["targets"][inside],
+        "cu_seqlens": batch["cu_seqlens"][: count + 1].clamp(max=tokens),
+        "lengths": lengths,
+        "max_seqlen": max(lengths),
+        "tokens": tokens,
+    }
+
+
 def padded(batch: Batch, pad_id: int) -> Batch:
     """The documents of a micro-batch as rows ``[documents, max_seqlen]``, padded on the right.
 

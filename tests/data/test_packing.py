@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_lit.data.batches import collate, group, join, padded
+from qwen_lit.data.batches import collate, group, join, padded, prefix
 from qwen_lit.data.packing import best_fit, fill
 from qwen_lit.model.loss import summed_loss
 
@@ -115,3 +115,22 @@ def test_padded_rows_of_like_length_share_a_batch():
     lengths = np.array([5, 90, 6, 88, 7, 91])
     batches = group(lengths, 3, 0, packing=False, seed=0)
     assert sorted(sorted(batch) for batch in batches) == [[0, 2, 4], [1, 3, 5]]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 6, 11, 12, 20])
+def test_the_beginning_of_a_micro_batch_is_what_its_first_tokens_make(tokens):
+    documents = [(np.arange(10, 15), np.array([[2, 5]])), (np.arange(20, 27), np.array([[0, 3], [5, 7]]))]
+    whole = collate(documents, 0)
+    found = prefix(whole, tokens)
+    if tokens >= 12:
+        assert found is whole
+        return
+    cut = [(ids[: max(0, tokens - at)], spans) for at, (ids, spans) in zip((0, 5), documents, strict=True)]
+    # A target is the token after its place, which may be the first that is cut off.
+    within = {int(place): int(target) for place, target in zip(whole["target_index"], whole["targets"], strict=True)}
+    assert found["input_ids"][0].tolist() == [number for ids, _ in cut for number in ids.tolist()]
+    assert found["lengths"] == [len(ids) for ids, _ in cut if len(ids)] == found["cu_seqlens"].diff().tolist()
+    assert found["tokens"] == tokens and found["max_seqlen"] == max(found["lengths"])
+    assert found["position_ids"].tolist() == whole["position_ids"][:, :tokens].tolist()
+    pairs = zip(found["target_index"].tolist(), found["targets"].tolist(), strict=True)
+    assert dict(pairs) == {place: target for place, target in within.items() if place < tokens}

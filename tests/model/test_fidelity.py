@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qwen_lit.data.batches import collate
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.policy import Policies
 from qwen_lit.engine.products import Products
-from qwen_lit.model.fidelity import Fidelity, compare, compared, measure, worst
+from qwen_lit.model.fidelity import LEAST, Fidelity, compare, compared, measure, worst
 from qwen_lit.model.load import load_base
 from tests.engine.test_engine import ALL, AWAY, CPU, INPUT, KEEP, batch, four_bit, gradients
 from tests.frozen.stores import snapshot
@@ -107,3 +108,13 @@ def test_the_first_micro_batch_that_trains_something_is_compared():
     empty, full = batch(True, (5,)), batch(True, (7, 3))
     empty["targets"] = empty["targets"][:0]
     assert compared([empty, full, batch(True)]) is full and compared([empty]) is None
+
+
+def test_a_check_takes_half_a_per_cent_of_the_time_between_two():
+    step = [batch(True, (1000, 1048), seed) for seed in range(4)]
+    assert compared(step) is step[0] and compared(step, 200) is step[0]
+    # Of one micro-batch a step, 0.4 of its tokens; of more checks no less than a few.
+    assert compared(step[:1], 200)["tokens"] == 819 and compared(step[:1], 1)["tokens"] == LEAST
+    # What trains nothing at its beginning is taken as a whole.
+    late = collate([(range(2048), [(2000, 2048)])], 0)
+    assert compared([late], 200) is late
