@@ -28,7 +28,7 @@ from qwen_lit.engine.mlp import mlp, mlp_in_pieces
 from qwen_lit.engine.narrow import ScaleStore, fitting
 from qwen_lit.engine.offload import HostBlocks, HostStore
 from qwen_lit.engine.policy import Policies, Policy
-from qwen_lit.engine.products import Products
+from qwen_lit.engine.products import Passes, Products
 from qwen_lit.engine.qkv import qkv_rope
 from qwen_lit.families.layer import Layer
 from qwen_lit.families.table import FAMILIES, family_of
@@ -154,6 +154,7 @@ class FastEngine:
         self.policies = Policies.keep_all(len(self.layers)) if policies is None else policies
         self.products = Products() if products is None else products
         self.scales = ScaleStore()
+        self.fitted: dict[tuple[int, int, Passes], Passes] = {}
         self.arena = Arena()
         self.store = store_of(base)
         self.trained: list[Tensor] = [p for name, p in model.named_parameters() if ".lora_" in name]
@@ -206,12 +207,21 @@ class FastEngine:
         }
         # What is not trained is computed as it will be served: in the dtype of the model.
         for place, group in enumerate(layer.groups if training else ()):
-            mine, passes = [found[one.name] for one in group], self.products.of(number, place)
-            if passes.narrow:
-                passes = fitting(passes, [size_of(linear) for linear in mine])
+            mine = [found[one.name] for one in group]
+            passes = self._passes(number, place, mine)
             for linear in mine:
                 linear.passes, linear.scales = passes, self.scales
         return found
+
+    def _passes(self, number: int, place: int, group: list[LoraLinear]) -> Passes:
+        """The kinds of a group's products; whether its sizes allow them is asked once."""
+        asked = self.products.of(number, place)
+        if not asked.narrow:
+            return asked
+        key = number, place, asked
+        if key not in self.fitted:
+            self.fitted[key] = fitting(asked, [size_of(linear) for linear in group])
+        return self.fitted[key]
 
     def loss_sum(self, batch: Any) -> Tensor:
         """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats.

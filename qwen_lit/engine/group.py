@@ -100,12 +100,7 @@ class Group:
         augmented[:, width + self.rank :] = 0
         return augmented, xa
 
-    def forward(
-        self,
-        augmented: Tensor,
-        xa: Tensor | None,
-        outs: list[Tensor] | None = None,
-    ) -> list[Tensor]:
+    def forward(self, augmented: Tensor, xa: Tensor | None, outs: list[Tensor] | None = None) -> list[Tensor]:
         """The output of every part, ``[tokens, out of its linears]``.
 
         Args:

@@ -1,6 +1,5 @@
 """Frozen linears with LoRA over NF4 or plain weights, as one autograd function for the linears of one input; their
-products are those of ``group.py``.
-"""
+products are those of ``group.py``."""
 
 from typing import Any
 
@@ -12,15 +11,7 @@ from qwen_lit.engine.group import Group, with_lora_columns
 from qwen_lit.engine.lora_linear import LoraLinear, full_weight
 from qwen_lit.kernels.dropout import dropped
 from qwen_lit.kernels.eight import Narrow
-from qwen_lit.kernels.footprint import (
-    LinearSize,
-    Op,
-    Saved,
-    columns_of,
-    masks,
-    narrow_gradient,
-    rank_of,
-)
+from qwen_lit.kernels.footprint import LinearSize, Op, Saved, columns_of, masks, narrow_gradient, rank_of
 
 
 def group_reference(x: Tensor, linears: list[LoraLinear], seed: int) -> tuple[Tensor, ...]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qwen_lit.engine.group import Group
 from qwen_lit.engine.linear import (
@@ -23,7 +22,7 @@ from qwen_lit.engine.linear import (
     trained,
 )
 from qwen_lit.engine.lora_linear import LoraLinear
-from qwen_lit.kernels.eight import Narrow
+from qwen_lit.kernels.eight import Narrow, absent
 from qwen_lit.kernels.footprint import (
     LayerSize,
     Op,
@@ -75,8 +74,6 @@ class _GateUp(torch.autograd.Function):
         extra = 0 if packs or passes.backward.narrow else group.extra
         if passes.forward.narrow:
             both = group.narrow_forward(augmented, xa, narrow)
-            if extra:
-                both = F.pad(both, (0, extra))
         else:
             both = torch.empty(x.shape[0], 2 * width + extra, dtype=x.dtype, device=x.device)
             outs = [both[:, :width], both[:, width : 2 * width]]
@@ -94,7 +91,7 @@ class _GateUp(torch.autograd.Function):
             h, in_eight, kept = swiglu(both, width), None, (both,)
         ctx.save_for_backward(*kept, *([] if xa is None else [augmented, xa]))
         ctx.packs, ctx.spent = packs, False
-        h = x.new_zeros(()).expand(len(x), width) if h is None else h
+        h = absent(x, width) if h is None else h
         if in_eight is None:
             return h, None, None
         ctx.mark_non_differentiable(*in_eight)
@@ -120,7 +117,7 @@ class _GateUp(torch.autograd.Function):
                 swiglu_backward_(both, dh)
         augmented, xa = pair or (both[:, :0], None)
         mine = [both[:, :width], both[:, width : 2 * width]]
-        last = both[:, width:] if xa is not None and not passes.backward.narrow else None
+        last = both[:, width:] if xa is not None and both.shape[1] > 2 * width else None
         dx, found = group.backward(augmented, xa, mine, wants_dx, last, narrow)
         return dx, None, None, None, None, None, None, None, None, *as_trained(found, group.linears)
 

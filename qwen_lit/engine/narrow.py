@@ -79,8 +79,6 @@ def _of_integers(linears: list[LoraLinear], turned: bool) -> WeightScales:
 
 def _row_tops(linear: LoraLinear, turned: bool) -> Tensor:
     """The largest absolute value of each row of the transformed weight, float32."""
-    if linear.arrive is not None:
-        linear.arrive()
     weight = dequantize_4bit(linear.weight, linear.quant_state)
     weight = weight.t() if turned else weight
     parts = weight.split(max(1, AT_ONCE // weight.shape[1]))
@@ -113,14 +111,12 @@ def narrow_weight(linears: list[LoraLinear], kind: Kind, turned: bool) -> Narrow
     shape = (width_of(first), sum(outs)) if turned else (sum(outs), width_of(first))
     whole = first.workspace.get(shape, DTYPES[kind], first.weight.device)
     parts = whole.split(outs, 1) if turned else whole.split(outs)
-    for linear in linears:
-        if linear.arrive is not None:
-            linear.arrive()
+    # All of a layer's weights come at once.
+    if first.arrive is not None:
+        first.arrive()
     inverse, scale = first.scales.of(linears, kind, turned)
     inverses = [inverse] * len(outs) if turned or len(inverse) == 1 else inverse.split(outs)
     for linear, out, factor in zip(linears, parts, inverses, strict=True):
-        if linear.arrive is not None:
-            linear.arrive()
         _write(linear, kind, turned, factor, out)
     return Narrow(whole, scale)
 

@@ -4,7 +4,7 @@ What is trained stays as it is: the products with LoRA's A and B, lm_head and it
 residual stream are computed in the dtype of the model whatever is chosen here.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from qwen_lit.kernels.kinds import WIDE, Kind, Passes
@@ -46,7 +46,3 @@ class Products:
     def narrow(self) -> bool:
         """Whether any product is in 8 bits."""
         return NAMED[self.name].narrow
-
-    def without(self, wide: frozenset[tuple[int, int]]) -> "Products":
-        """The same, with these products in bf16 too."""
-        return replace(self, wide=self.wide | wide)

@@ -60,6 +60,16 @@ def empty_narrow(like: Tensor, columns: int, kind: Kind) -> Narrow:
     return Narrow(values, torch.empty(len(like), dtype=torch.float32, device=like.device))
 
 
+def absent(like: Tensor, columns: int) -> Tensor:
+    """Stands for a matrix that nothing reads: as many rows as another has, and the memory of one number.
+
+    Args:
+        like: of the rows, in the dtype that is wanted.
+        columns: of a row.
+    """
+    return like.new_zeros(()).expand(len(like), columns)
+
+
 @cache
 def hadamard(device: torch.device, dtype: torch.dtype) -> Tensor:
     """The Hadamard matrix ``[BLOCK, BLOCK]`` by Sylvester's construction: ones and minus ones."""
@@ -101,6 +111,15 @@ def narrowed(x, INTEGER: tl.constexpr):
         return tl.where(x >= 0, x + 0.5, x - 0.5).to(tl.int32).to(tl.int8)
     else:
         return x.to(tl.float8e4nv)
+
+
+@jit
+def store_narrow(row, values, scale, inside, TOP: tl.constexpr, LEAST: tl.constexpr):
+    """Store a whole row in e4m3, at ``values``, and its scale."""
+    wide = row.to(tl.float32)
+    top = tl.maximum(tl.max(tl.abs(wide)), LEAST)
+    tl.store(scale, tl.div_rn(top, TOP) + tl.sum(wide * 0.0))
+    tl.store(values, narrowed(wide * tl.div_rn(TOP, top), False), inside)
 
 
 @jit

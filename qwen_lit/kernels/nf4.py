@@ -30,6 +30,16 @@ def dequantize_reference(packed: Tensor, state: Any) -> Tensor:
 
 
 @jit
+def block_scales(absmax, code, outer, offset, block, inside, NESTED: tl.constexpr, OUTER: tl.constexpr):
+    """absmax of quantisation blocks by their numbers."""
+    if NESTED:
+        level = tl.load(absmax + block, inside, 0).to(tl.int32)
+        return tl.load(code + level) * tl.load(outer + block // OUTER, inside, 0.0) + tl.load(offset)
+    else:
+        return tl.load(absmax + block, inside, 0.0)
+
+
+@jit
 def _dequantize(
     packed,
     absmax,
@@ -50,11 +60,7 @@ def _dequantize(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < blocks
-    if NESTED:
-        level = tl.load(absmax + row, inside, 0).to(tl.int32)
-        scale = tl.load(code + level) * tl.load(outer + row // OUTER, inside, 0.0) + tl.load(offset)
-    else:
-        scale = tl.load(absmax + row, inside, 0.0)
+    scale = block_scales(absmax, code, outer, offset, row, inside, NESTED, OUTER)
     if SCALED:
         scale = scale * tl.load(inverse)
     lane = tl.arange(0, BYTES)
@@ -78,6 +84,14 @@ def can_dequantize(packed: Tensor, state: Any) -> bool:
     )
 
 
+def scales_of(state: Any) -> tuple[tuple[Tensor | None, ...], int]:
+    """What ``block_scales`` reads of a quantisation state, and how many scales have an outer one."""
+    if not state.nested:
+        return (state.absmax, None, None, None), 1
+    outer = state.state2
+    return (state.absmax, outer.code, outer.absmax, state.offset), outer.blocksize
+
+
 def dequantize(packed: Tensor, state: Any, out: Tensor, inverse: Tensor | None = None) -> Tensor:
     """The weight of a 4-bit linear.
 
@@ -89,15 +103,11 @@ def dequantize(packed: Tensor, state: Any, out: Tensor, inverse: Tensor | None =
         inverse: float32, one number by which all are multiplied before they are rounded to the dtype of ``out``.
     """
     blocks = state.shape.numel() // state.blocksize
-    outer, offset = (state.state2, state.offset) if state.nested else (None, None)
-    code, scales, size = (outer.code, outer.absmax, outer.blocksize) if outer is not None else (None, None, 1)
+    scales, size = scales_of(state)
     across = blocks if out.is_contiguous() else out.shape[1] // state.blocksize
     _dequantize[(triton.cdiv(blocks, ROWS),)](
         packed.view(torch.uint8),
-        state.absmax,
-        code,
-        scales,
-        offset,
+        *scales,
         state.code,
         out,
         inverse,

@@ -17,7 +17,7 @@ from torch import Tensor
 from qwen_lit.kernels.eight import BLOCK, hadamard, narrowed, rounded, transformed
 from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.launch import jit, tl, triton
-from qwen_lit.kernels.nf4 import dequantize_reference
+from qwen_lit.kernels.nf4 import block_scales, dequantize_reference, scales_of
 
 
 def narrow_reference(packed: Tensor, state: Any, kind: Kind, turned: bool, inverse: Tensor) -> Tensor:
@@ -58,11 +58,7 @@ def _narrow(
     block = tl.program_id(1) * PER + tl.arange(0, PER)
     number = row[:, None].to(tl.int64) * across + block[None, :]
     inside = (row < rows)[:, None] & (block < across)[None, :]
-    if NESTED:
-        level = tl.load(absmax + number, inside, 0).to(tl.int32)
-        scale = tl.load(code + level) * tl.load(outer + number // OUTER, inside, 0.0) + tl.load(offset)
-    else:
-        scale = tl.load(absmax + number, inside, 0.0)
+    scale = block_scales(absmax, code, outer, offset, number, inside, NESTED, OUTER)
     half: tl.constexpr = TILE // 2
     wide: tl.constexpr = TILE // PER
     byte = tl.program_id(1) * half + tl.arange(0, half)
@@ -103,16 +99,12 @@ def narrow(packed: Tensor, state: Any, kind: Kind, turned: bool, inverse: Tensor
         out: ``[n, k]``, or ``[k, n]`` where it is turned; overwritten and returned; its rows may lie apart.
     """
     rows, across = state.shape[0], state.shape[1] // state.blocksize
-    outer, offset = (state.state2, state.offset) if state.nested else (None, None)
-    code, scales, size = (outer.code, outer.absmax, outer.blocksize) if outer is not None else (None, None, 1)
+    scales, size = scales_of(state)
     per = max(1, BLOCK // state.blocksize)
     low = torch.float16 if not out.is_cuda else torch.bfloat16
     _narrow[(triton.cdiv(rows, BLOCK), triton.cdiv(across, per))](
         packed.view(torch.uint8),
-        state.absmax,
-        code,
-        scales,
-        offset,
+        *scales,
         state.code,
         inverse,
         hadamard(out.device, low) if kind is Kind.INT8 else None,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_lit.kernels.eight import LEAST, TOP, Narrow, empty_narrow, narrowed, quantize
+from qwen_lit.kernels.eight import LEAST, TOP, Narrow, absent, empty_narrow, quantize, store_narrow
 from qwen_lit.kernels.footprint import LinearSize, Op, Saved, eight_bits, forward_columns_of, rank_of
 from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.launch import jit, launches, tl, triton
@@ -66,10 +66,7 @@ def _forward(
     if WIDE:
         tl.store(normed + row * stride + columns, y, inside)
     if NARROW:
-        y32 = y.to(tl.float32)
-        top = tl.maximum(tl.max(tl.abs(y32)), LEAST)
-        tl.store(unit + row, tl.div_rn(top, TOP) + tl.sum(y32 * 0.0))
-        tl.store(values + row * width + columns, narrowed(y32 * tl.div_rn(TOP, top), False), inside)
+        store_narrow(y, values + row * width + columns, unit + row, inside, TOP, LEAST)
 
 
 @jit
@@ -119,7 +116,7 @@ class _AddNorm(torch.autograd.Function):
         residual, delta = residual.contiguous(), None if delta is None else delta.contiguous()
         fused = kind is Kind.FP8 and launches(residual)
         narrow = empty_narrow(residual, width, kind) if fused else None
-        normed = absent(residual)
+        normed = absent(residual, width)
         if wide or not fused:
             normed = torch.empty(rows, width + columns, dtype=residual.dtype, device=residual.device)[:, :width]
         if launches(residual):
@@ -152,7 +149,7 @@ class _AddNorm(torch.autograd.Function):
         if kind.narrow and narrow is None:
             narrow = quantize(normed, kind)
         if not wide:
-            normed = absent(residual)
+            normed = absent(residual, width)
         ctx.save_for_backward(total, weight, rstd)
         ctx.has_delta, ctx.columns_back = delta is not None, columns_back
         if delta is None:
@@ -193,11 +190,6 @@ class _AddNorm(torch.autograd.Function):
             grad32 = scale * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
             out.copy_(grad32 if d_total is None else grad32 + d_total.float())
         return out, out if ctx.has_delta else None, None, None, None, None, None, None
-
-
-def absent(like: Tensor) -> Tensor:
-    """Stands for a matrix that nothing reads: the shape and dtype of another, and the memory of one number."""
-    return like.new_zeros(()).expand(like.shape)
 
 
 def add_norm(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from qwen_lit.kernels.eight import LEAST, TOP, Narrow, empty_narrow, narrowed, quantize
+from qwen_lit.kernels.eight import LEAST, TOP, Narrow, empty_narrow, narrowed, quantize, store_narrow
 from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.launch import jit, launches, tl, triton
 
@@ -75,10 +75,7 @@ def _forward_narrow(
     y = (g32 * tl.sigmoid(g32)).to(g.dtype) * u
     if WIDE:
         tl.store(out + row * width + at, y, inside)
-    y32 = y.to(tl.float32)
-    top = tl.maximum(tl.max(tl.abs(y32)), LEAST)
-    tl.store(scale + row, tl.div_rn(top, TOP) + tl.sum(y32 * 0.0))
-    tl.store(values + row * width + at, narrowed(y32 * tl.div_rn(TOP, top), False), inside)
+    store_narrow(y, values + row * width + at, scale + row, inside, TOP, LEAST)
 
 
 @jit

@@ -22,11 +22,9 @@ from qwen_lit.kernels.norm import add_norm
 from qwen_lit.kernels.packed import swiglu_packed, swiglu_packed_backward
 from qwen_lit.kernels.packed_narrow import swiglu_packed_backward_narrow, swiglu_packed_narrow
 from qwen_lit.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_narrow_, swiglu_narrow
+from tests.gpu.test_kernels import DEVICE, LOW
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's interpreter does not compute in bfloat16.
-LOW = torch.float16 if INTERPRETED else torch.bfloat16
 KINDS = [Kind.FP8, Kind.INT8]
 
 

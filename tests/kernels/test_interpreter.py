@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.timeout(1800)
 def test_every_kernel_equals_its_reference_in_tritons_interpreter():
     # Attention is no kernel of ours, and its reference of thousands of documents is not for the CPU.
-    files = ["tests/gpu/test_kernels.py", "tests/gpu/test_eight.py"]
+    files = ["tests/gpu/test_kernels.py", "tests/gpu/test_eight.py", "tests/gpu/test_packed.py"]
     command = [sys.executable, "-m", "pytest", *files, "-k", "not attention", "-p", "no:xdist"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
