@@ -223,6 +223,13 @@ class FastEngine:
             self.fitted[key] = fitting(asked, [size_of(linear) for linear in group])
         return self.fitted[key]
 
+    def _embedded(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream before the first layer, and cos and sin of each token's position."""
+        residual = self.decoder.embed_tokens(batch["input_ids"]).flatten(0, 1)
+        cos, sin = self.decoder.rotary_emb(residual, batch["position_ids"].flatten()[None])
+        half = cos.shape[-1] // 2
+        return residual, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
     def loss_sum(self, batch: Any) -> Tensor:
         """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats.
 
@@ -231,12 +238,7 @@ class FastEngine:
         """
         base: Any = self.model.base_model.model
         decoder = self.decoder
-        ids = batch["input_ids"]
-        residual = decoder.embed_tokens(ids).flatten(0, 1)
-        positions = batch["position_ids"].flatten()
-        cos, sin = decoder.rotary_emb(residual, positions[None])
-        half = cos.shape[-1] // 2
-        cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        residual, cos, sin = self._embedded(batch)
         training = self.model.training and torch.is_grad_enabled()
         # One draw from the host's generator, which a checkpoint restores; every mask of the batch derives from it.
         seed = int(torch.randint(2**30, (), device="cpu")) if training else 0

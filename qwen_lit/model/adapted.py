@@ -136,6 +136,7 @@ class AdaptedModel(L.LightningModule):
         self.products = ProductsInUse.of(self.settings.products, then.get("products"))
         choice = choose_engine(self, self.trainer, self.data, then.get("micro_batches_at_once"))
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
+        self.products = choice.products or self.products
         if choice.refused is not None:
             self.leave_products(choice.refused)
         if self.store is not None and (self.fast is None or self.store.placing is None):
