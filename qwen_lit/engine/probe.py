@@ -42,15 +42,15 @@ def damages(engine: FastEngine, batch: Any, products: Products) -> dict[Product,
     """
     found, device = {}, batch["input_ids"].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        for one, stream, moved in _streams(engine, batch, products):
-            found[one] = _apart(stream.float(), moved.float()) * math.sqrt(1 - one[0] / len(engine.layers))
+        for one, stream, change in _changes(engine, batch, products):
+            found[one] = _share(stream, change) * math.sqrt(1 - one[0] / len(engine.layers))
     engine.arena.workspace.clear()
     return {one: damage if math.isfinite(damage) else math.inf for one, damage in _numbers(found).items()}
 
 
-def _apart(stream: Tensor, moved: Tensor) -> Tensor:
-    """How far a stream has moved, a scalar; both are ``[tokens, hidden]``."""
-    return ((moved - stream).square().sum(-1) / stream.square().sum(-1).clamp_min(NOTHING)).mean().sqrt()
+def _share(stream: Tensor, change: Tensor) -> Tensor:
+    """How far a stream moves as a share of itself, a scalar; both are float32 ``[tokens, hidden]``."""
+    return (change.square().sum(-1) / stream.square().sum(-1).clamp_min(NOTHING)).mean().sqrt()
 
 
 def _numbers(found: dict[Product, Tensor]) -> dict[Product, float]:
@@ -58,8 +58,9 @@ def _numbers(found: dict[Product, Tensor]) -> dict[Product, float]:
     return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
 
-def _streams(engine: FastEngine, batch: Any, products: Products) -> Iterator[tuple[Product, Tensor, Tensor]]:
-    """Each product with the residual stream behind its layer, ``[tokens, hidden]``: in bf16, and with it in 8 bits."""
+def _changes(engine: FastEngine, batch: Any, products: Products) -> Iterator[tuple[Product, Tensor, Tensor]]:
+    """Each product with the residual stream behind its layer, and what that changes by with the product in 8 bits;
+    float32 ``[tokens, hidden]``."""
     stream, cos, sin = engine._embedded(batch)
     engine._cast_adapters(stream.dtype)
     if engine.store is not None:
@@ -69,13 +70,17 @@ def _streams(engine: FastEngine, batch: Any, products: Products) -> Iterator[tup
         # Without a dropout there is no seed, and without a backward no LoRA columns for its gradients.
         arguments = (stream, None, block, layer, linears, cos, sin, batch, 0, None, 0, False)
         with torch.autocast(stream.device.type, enabled=False):
-            stream = torch.add(*engine._layer(*arguments))
+            residual, delta = engine._layer(*arguments)
+            stream = residual + delta
             for place, names in enumerate(layer.groups):
                 group = [linears[one.name] for one in names]
                 kind = fitting(products.of(number, place), [size_of(linear) for linear in group]).forward
                 if kind.narrow:
                     _compute_in(group, Passes(forward=kind), engine)
-                    yield (number, place), stream, torch.add(*engine._layer(*arguments))
+                    moved, other = engine._layer(*arguments)
+                    # Of the parts: their sum in bf16 is rounded by more than some products are off.
+                    change = (moved.float() - residual.float()) + (other.float() - delta.float())
+                    yield (number, place), stream.float(), change
                     _compute_in(group, Passes(), engine)
 
 

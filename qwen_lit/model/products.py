@@ -70,7 +70,9 @@ class ProductsInUse:
     @property
     def in_words(self) -> str:
         """What was asked for, with what it leaves in bf16."""
-        left = f", but for {len(self.wide)} of {self.among} products in bf16 ({places(self.wide)})" if self.wide else ""
+        left = (
+            f", but for {len(self.wide)} of {self.among} products in bf16 ({places(self.wide)})" if self.wide else ""
+        )
         return self.asked + left
 
     def plain(self) -> dict[str, Any]:

@@ -24,7 +24,9 @@ def engine(folders):
     return FastEngine(adapted(folders["qwen2"]), None, INT8)
 
 
-@pytest.mark.parametrize(("norm", "names", "bad"), [("input", ("q", "k", "v"), (1, 0)), ("post_attention", ("gate", "up"), (1, 2))])
+@pytest.mark.parametrize(
+    ("norm", "names", "bad"), [("input", ("q", "k", "v"), (1, 0)), ("post_attention", ("gate", "up"), (1, 2))]
+)
 def test_a_product_whose_input_has_one_channel_a_thousand_times_as_large_is_the_worst(
     folders, tmp_path, norm, names, bad
 ):
@@ -44,8 +46,10 @@ def test_a_product_whose_input_has_one_channel_a_thousand_times_as_large_is_the_
 
 
 def test_streamed_and_recomputed_layers_and_pieces_of_the_mlp_are_looked_at_alike_and_nothing_is_left_behind(
-    engine, folders, monkeypatch
+    folders, monkeypatch
 ):
+    torch.manual_seed(1)
+    engine = FastEngine(adapted(folders["qwen2"]), None, INT8)
     wanted, state = damages(engine, batch(True), INT8), torch.get_rng_state()
 
     def away(*given):
@@ -54,6 +58,7 @@ def test_streamed_and_recomputed_layers_and_pieces_of_the_mlp_are_looked_at_alik
         return base
 
     monkeypatch.setattr("tests.engine.test_products.load_base", away)
+    torch.manual_seed(1)
     streamed = FastEngine(adapted(folders["qwen2"]), Policies((INPUT,) * 3, mlp_piece=16), Products())
     assert streamed.store is not None
     torch.set_rng_state(state)
@@ -74,7 +79,7 @@ def test_kinds_are_those_of_forward(engine, name):
 
 
 def test_a_result_that_is_not_finite_is_the_worst(engine, monkeypatch):
-    monkeypatch.setattr("qwen_lit.engine.probe._apart", lambda stream, moved: moved.sum() * math.nan)
+    monkeypatch.setattr("qwen_lit.engine.probe._share", lambda stream, change: change.sum() * math.nan)
     assert set(damages(engine, batch(True), INT8).values()) == {math.inf}
 
 

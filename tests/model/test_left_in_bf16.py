@@ -18,7 +18,7 @@ from qwen_lit.planner.choice import Probe
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.speed import pace_of
 from tests.engine.test_engine import batch, four_bit
-from tests.runs import adapter, begun, same, stopping, trace
+from tests.runs import begun, same, stopping
 
 FP8 = ["--model.engine", "fast", "--model.products", "fp8", "--data.num_workers", "0", "--data.val_size", "0"]
 QUICK = [*FP8, "--model.products_check_every", "0", "--trainer.max_steps", "3"]
@@ -46,15 +46,6 @@ def test_a_run_finds_them_once_tells_them_and_goes_on_with_them(command, tmp_pat
     told = f"fp8, but for {len(kept['wide'])} of 8 products in bf16 ({places(kept['wide'])})"
     assert begun(out)["products"] == trained_at(checkpoint)["products"] == told
     assert told in (out / "lora_adapter" / "README.md").read_text()
-
-
-def test_products_that_are_left_change_what_is_trained(command, tmp_path, leaving, monkeypatch):
-    left, none = tmp_path / "left", tmp_path / "none"
-    assert main(command(left, *QUICK)) == 0
-    monkeypatch.setattr("qwen_lit.model.products.LEFT", {})
-    assert main(command(none, *QUICK)) == 0
-    assert trace(left) != trace(none)
-    assert any(not torch.equal(one, adapter(none)[name]) for name, one in adapter(left).items())
 
 
 def test_all_ranks_take_what_the_first_of_them_finds(model_folder, leaving, monkeypatch):
