@@ -104,7 +104,9 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
         engine = FastEngine(module.model, policies, products)
         if probe is not None:
             engine.products = probe(engine)
-        return Choice(FALLBACK + packed_words(policies), engine, None, unused, probe and probe.products)
+        return Choice(
+            FALLBACK + packed_words(policies), engine, None, unused, None if probe is None else probe.products
+        )
     planner = Planner(
         module.model,
         Gpu(device),
@@ -126,7 +128,7 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
     planned = planner.plan(work) if trainer.state.fn == "fit" else planner.plan_unmeasured(work)
     engine, plan, peak = planned.engine, planned.plan, planned.peak
     measured = "" if peak is None else f", measured {peak / GIB:.2f}"
-    return Choice(f"fast, {plan}{measured}", engine, plan, unused, probe and probe.products)
+    return Choice(f"fast, {plan}{measured}", engine, plan, unused, None if probe is None else probe.products)
 
 
 @dataclass
