@@ -182,8 +182,8 @@ def probe(
         counts: numbers of products that are left in bf16.
         by_work: the order is that of squared error for each multiplication, and not of error: what a product hurts
             beside what it would cost in bf16.
-        shares: of the forward's multiplications that are left in bf16 instead, by the order of the package's own probe;
-            it is quick, so none is tried alone.
+        shares: of the forward's multiplications that are left in bf16 instead, by the order of the package's own
+            probe; it is quick, so none is tried alone.
     """
     if shares:
         return [quick_probe(bench, name, batches, shares) for name in names]
