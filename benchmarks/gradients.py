@@ -151,7 +151,7 @@ def gradients(
     print(HEAD)
     found = []
     for choice in choices:
-        products = choice.products(orders)
+        products = choice.of_run(orders, bench, batches[0])
         mine = [bench.gradient(batch, products) for batch in batches]
         found.append(_told(str(choice), list(zip(mine, exact, strict=True)), share_in_8_bits(bench, products)))
     peft = [Gradient.of(bench.peft_loss(batch), batch, bench.trained) for batch in batches]

@@ -4,12 +4,13 @@ Each layer is computed in bf16 from what the layers before it, in bf16, have mad
 linears, with the product of that group alone in 8 bits. With r_t the residual stream behind the layer at token t, and
 r'_t the same of the second time::
 
-    damage = sqrt(above · mean over t of |r'_t - r_t|² / |r_t|²)
+    damage = sqrt((0.2 + 0.8 above) · mean over t of |r'_t - r_t|² / |r_t|²)
 
 That is how far the stream moves, as a share of itself, which is all that the layers above see of a product's error:
 their norms divide by the size of the stream. A mean of shares keeps the few tokens whose activations are massive from
 standing for all. ``above`` is the share of the model's layers from this one on: they compute their part of the
-gradient from the moved stream.
+gradient from the moved stream. 0.2 stands for the loss, which sees it behind the last layer too: of a small model's
+products, those of its last layer hurt a gradient half as much as the first ones that move the stream as far.
 """
 
 import math
@@ -24,6 +25,9 @@ from qwen_lit.engine.lora_linear import LoraLinear, size_of
 from qwen_lit.engine.narrow import fitting
 from qwen_lit.engine.products import Passes, Product, Products
 from qwen_lit.kernels.footprint import LayerSize
+
+AT_LOSS = 0.2
+"""Weight of a moved stream where no layer is above it."""
 
 NOTHING = 1e-30
 """Stands for the squared size of a stream of zeros."""
@@ -43,7 +47,8 @@ def damages(engine: FastEngine, batch: Any, products: Products) -> dict[Product,
     found, device = {}, batch["input_ids"].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         for one, stream, change in _changes(engine, batch, products):
-            found[one] = _share(stream, change) * math.sqrt(1 - one[0] / len(engine.layers))
+            above = 1 - one[0] / len(engine.layers)
+            found[one] = _share(stream, change) * math.sqrt(AT_LOSS + (1 - AT_LOSS) * above)
     engine.arena.workspace.clear()
     return {one: damage if math.isfinite(damage) else math.inf for one, damage in _numbers(found).items()}
 
