@@ -76,7 +76,7 @@ class QwenCLI(LightningCLI):
         Raises:
             UserError: an option is wrong.
         """
-        self.command = command
+        self.command, self.given = command, tuple(args)
         super().__init__(
             QwenModule,
             QwenDataModule,
@@ -136,7 +136,7 @@ class QwenCLI(LightningCLI):
                 f"configuration: config.yaml cannot hold it ({explained(error)}); give such an argument of a class "
                 "as a number, a text or a list."
             ) from error
-        self.run = dataclasses.replace(self.start.run, config=config, yaml=yaml)
+        self.run = dataclasses.replace(self.start.run, config=config, given=self.given, yaml=yaml)
 
     def _name_targets(self) -> None:
         """Write the targets of LoRA into the run's configuration where it left them to the model's family."""

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.strategies import DDPStrategy
 
 
 def validation_follows(trainer: L.Trainer) -> bool:
@@ -96,3 +97,9 @@ def mark_saved(callback: ModelCheckpoint, step: int) -> None:
 def seconds_of(timer: Timer) -> float | None:
     """After which a Timer ends the run; None where it does not."""
     return timer._duration
+
+
+def set_ddp_options(strategy: DDPStrategy, options: dict[str, Any]) -> None:
+    """Have a strategy that the Trainer has made of its name wrap the module with these options of torch's DDP, where it
+    has none of its own."""
+    strategy._ddp_kwargs = options | strategy._ddp_kwargs

@@ -121,12 +121,13 @@ class AdaptedModel(L.LightningModule):
         self.quantized = loaded_weights(base)
         if reason := reads_base(self.lora_config):
             hold_all(base, f"model.lora_config has {reason}")
-        if str(self.lora_config.init_lora_weights).lower().startswith(RESIDUAL_INITS):
+        start = str(self.lora_config.init_lora_weights).lower()
+        if start.startswith(RESIDUAL_INITS):
             disband(base)
         self.model = add_adapter(base, self.lora_config, self.settings.gradient_checkpointing)
         if self.init_adapter is not None:
             put(self, weights(self.init_adapter))
-        if str(self.lora_config.init_lora_weights).lower().startswith(("pissa", "olora")):
+        if start.startswith(("pissa", "olora")):
             # These change the base; the exported adapter is the difference from where it started.
             self.initial_adapter = tempfile.TemporaryDirectory(prefix="qwen_lit_")
             self.model.save_pretrained(self.initial_adapter.name, save_embedding_layers=False)
@@ -140,7 +141,8 @@ class AdaptedModel(L.LightningModule):
             self.leave_products(choice.refused)
         if self.store is not None and (self.fast is None or self.store.placing is None):
             hold_all(base, f"the engine is {choice.description}, which streams nothing")
-        if self.store is not None:
+        if not start.startswith(RESIDUAL_INITS):
+            # Those change the base by a decomposition, of which ranks may round the last bits otherwise.
             reduce_trained_alone(self)
 
     def held_weights(self, device: torch.device) -> dict[str, Held]:
