@@ -16,6 +16,7 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, last_checkpoint, step_of
 from qwen_lit.callbacks.config_file import ConfigFile
 from qwen_lit.callbacks.export import Export
+from qwen_lit.callbacks.link import LinkGuard
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput
 from qwen_lit.callbacks.products import ProductsGuard
@@ -202,7 +203,16 @@ class QwenCLI(LightningCLI):
         them."""
         run, throughput = self.run, Throughput(self.saver)
         report = RunReport(run, self.saver, self.exporter, throughput)
-        ours = [self.saver, self.exporter, self.samples, Resumed(run), throughput, report, ProductsGuard()]
+        ours = [
+            self.saver,
+            self.exporter,
+            self.samples,
+            Resumed(run),
+            throughput,
+            report,
+            ProductsGuard(),
+            LinkGuard(),
+        ]
         self.report, given = report, self.config.trainer
         bars = any("ProgressBar" in one.class_path for one in listed(given.callbacks))
         if given.enable_progress_bar is not False and not bars:

@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 GRACE = 20.0
 """Seconds in which a process may end by itself once another is gone."""
 REDUCTION: dict[str, Any] = {"bucket_cap_mb": 8, "gradient_as_bucket_view": True}
-"""Options of DDP. A bucket of gradients is reduced beside the backward of the layers below those that it holds; only the
-last bucket is waited for, so it is small: three layers of a 7B with r=32. A gradient lies in its bucket, so that nothing
-holds it twice."""
+"""Options of DDP. A bucket of gradients is reduced beside the backward of the layers below it. Only the last one is
+waited for, so buckets are small: three layers of a 7B with r=32. A gradient lies in its bucket, and nothing holds it
+twice."""
 
 
 def agree(trainer: L.Trainer, facts: dict[str, Any]) -> None:

@@ -100,6 +100,5 @@ def seconds_of(timer: Timer) -> float | None:
 
 
 def set_ddp_options(strategy: DDPStrategy, options: dict[str, Any]) -> None:
-    """Have a strategy that the Trainer has made of its name wrap the module with these options of torch's DDP, where it
-    has none of its own."""
+    """Give options of torch's DDP to a strategy that the Trainer has made of its name, where it has none of its own."""
     strategy._ddp_kwargs = options | strategy._ddp_kwargs

@@ -133,6 +133,8 @@ class Throughput(Callback):
             self.counts.computed += module.computed_tokens(one)
         step = trainer.global_step
         self.counts.steps = step - self.first
+        # A plan that is made anew in the run recomputes other layers.
+        self.recomputed = recomputed_share(module)
         if is_logged(trainer, step):
             for name, value in self.latest(trainer).items():
                 pl_module.log(f"train/{name}", value)

@@ -155,10 +155,10 @@ def advice(
                 rounds = "rounds what the MLP keeps for backward"
                 found.append(f"faster: model.kept: int8, which {rounds}: about {gain:.0%} faster")
     if not data.settings.packing:
-        packed = Packed.of(data, mean, options_of(trainer).micro_batches_per_step, trainer.world_size)
-        gain = time_of(plan, mean, memory) / time_of(plan, packed.tokens, memory) - 1
+        filled = Packed.of(data, mean, options_of(trainer).micro_batches_per_step, trainer.world_size)
+        gain = time_of(plan, mean, memory) / time_of(plan, filled.tokens, memory) - 1
         if gain > WORTH:
-            found += packed.told(mean, gain, module.run.given)
+            found += filled.told(mean, gain, module.run.given)
     tokens = sizes[plan.micro_batches_at_once]
     whole, half = (memory.peak(static, share, policies) for share in (tokens, tokens // 2))
     if whole - half > WORTH_BYTES:

@@ -37,8 +37,9 @@ from qwen_lit.model.settings import ModelSettings
 from qwen_lit.model.targets import settle_targets
 from qwen_lit.model.trained import find_adapter, weights
 from qwen_lit.names import expanded
-from qwen_lit.planner.choice import choose_engine
+from qwen_lit.planner.choice import Choice, choose_engine, described
 from qwen_lit.planner.plan import Plan, parse_bytes
+from qwen_lit.planner.planner import Planned
 from qwen_lit.planner.settle import hold_all, reads_base
 from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 from qwen_lit.run import Run
@@ -87,6 +88,8 @@ class AdaptedModel(L.LightningModule):
         self.plan: Plan | None = None
         self.products = ProductsInUse.of(settings.products, None)
         self.engine_description = ""
+        self.choice: Choice | None = None
+        """How the engine was chosen; None before the model is loaded."""
 
     def teardown(self, stage: str) -> None:
         """Leave nothing on the device, as Lightning has moved all else to the CPU."""
@@ -135,7 +138,7 @@ class AdaptedModel(L.LightningModule):
             add_noise(base.get_input_embeddings(), self.settings.neftune_noise_alpha)  # type: ignore[operator]
         then = stored(self.run.checkpoint)
         self.products = ProductsInUse.of(self.settings.products, then.get("products"))
-        choice = choose_engine(self, self.trainer, self.data, then.get("micro_batches_at_once"))
+        choice = self.choice = choose_engine(self, self.trainer, self.data, then.get("micro_batches_at_once"))
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
         if choice.refused is not None:
             self.leave_products(choice.refused)
@@ -144,6 +147,14 @@ class AdaptedModel(L.LightningModule):
         if not start.startswith(RESIDUAL_INITS):
             # Those change the base by a decomposition, of which ranks may round the last bits otherwise.
             reduce_trained_alone(self)
+
+    def use(self, planned: Planned) -> None:
+        """Go on with another plan, which computes the same.
+
+        Args:
+            planned: of ``Planner.again``.
+        """
+        self.fast, self.plan, self.engine_description = planned.engine, planned.plan, described(planned)
 
     def held_weights(self, device: torch.device) -> dict[str, Held]:
         """How the base's quantised weights are held, by name; before it is loaded, how they would be.

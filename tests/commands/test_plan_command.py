@@ -14,8 +14,7 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.cli import main
 from qwen_lit.commands.plan import arithmetic, kept_bytes
-from qwen_lit.commands.plan_text import _products
-from qwen_lit.commands.plan_text import cards_of, speed_of
+from qwen_lit.commands.plan_text import _products, cards_of, speed_of
 from qwen_lit.commands.plan_trial import StepTimer, products_told, trial
 from qwen_lit.families.table import family_of
 from qwen_lit.quantization import Held
