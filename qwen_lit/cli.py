@@ -8,9 +8,11 @@ from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from yaml import YAMLError
 
+from qwen_lit import waiting
 from qwen_lit.callbacks.accepted import explained
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, last_checkpoint, step_of
@@ -33,6 +35,7 @@ from qwen_lit.failures import exit_code
 from qwen_lit.front import main as main
 from qwen_lit.gpu import check_device, check_size
 from qwen_lit.keys import wrong_keys
+from qwen_lit.lightning_internals import launch
 from qwen_lit.logs import set_up_logging
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.load import count_parameters, load_tokenizer
@@ -196,6 +199,11 @@ class QwenCLI(LightningCLI):
         for logger in trainer.loggers:
             if not isinstance(logger, RunLogger):
                 guard(logger)
+        for ranks in [waiting.started.pop()] if waiting.started else []:
+            if isinstance(trainer.strategy, DDPStrategy):
+                launch(trainer.strategy, ranks)
+            else:
+                ranks.dismiss()
         return trainer
 
     def callbacks(self) -> list[Any]:

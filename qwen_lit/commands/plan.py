@@ -204,8 +204,9 @@ def arithmetic(
     planned = planned_memory(module, model, held)
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
-        # Without a cache, a base for which there is room is loaded as a whole.
-        whole = module.settings.base_cache is None and static + BESIDE <= size
+        # Without a cache, a base for which there is room is loaded as a whole, where one rank alone reads it.
+        alone = module.settings.base_cache is None and trainer.num_devices == 1
+        whole = alone and static + BESIDE <= size
         memory = replace(planned, blocks=()) if whole else planned
         plan = choose(memory, static, size, sizes, HostProfile(processes=trainer.num_devices), mean=mean)
         plans.append(as_dict(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, mean, memory), 3)})

@@ -119,7 +119,8 @@ class AdaptedModel(L.LightningModule):
         if self.model is not None:
             return
         trainer, device = self.trainer, self.trainer.strategy.root_device
-        ranks = Ranks(partial(gathered, trainer), trainer.global_rank, trainer.global_rank - trainer.local_rank)
+        first = trainer.global_rank - trainer.local_rank
+        ranks = Ranks(partial(gathered, trainer), trainer.global_rank, first, trainer.num_devices > 1)
         base = self.load_base(device, ranks)
         self.quantized = loaded_weights(base)
         if reason := reads_base(self.lora_config):

@@ -189,7 +189,7 @@ def test_a_writer_that_is_killed_leaves_the_file_to_one_of_those_who_wait(folder
 def test_a_rank_that_has_the_file_alone_does_as_the_others(folder, tmp_path, monkeypatch, room):
     monkeypatch.setattr(loading, "_room", lambda device, given: room)
     skeleton = loading._skeleton(folder, HELD, CPU)
-    ranks = Ranks(lambda mine: [mine, (False, room > 0)])
+    ranks = Ranks(lambda mine: [mine, (False, room > 0, False)])
     found = loading._blocks(skeleton, folder, CPU, str(tmp_path), None, ranks)
     assert list(tmp_path.glob("*.safetensors"))
     assert (found is None) == (room > 0)
