@@ -2,10 +2,10 @@
 
     python benchmarks/cards.py --cards 4 --base MODEL --rows ROWS.jsonl [--cases packed,kill] [any key of fit ...]
 
-Speeds are medians of the steps after the third, of the run and of a card, beside one card's in the same call; ``start``
-is the time to the first step over that of one card. ``resume`` compares a run that SIGTERM has stopped and that went on
-with one that was left alone; ``ended_s`` is how long the other ranks live on after one was killed. Ranks on a CPU are
-asked for by ``--trainer.accelerator cpu``.
+Speeds are medians of the steps after the third, of the run and of a card, beside one card's in the same call. ``start``
+is the time to the first step over one card's. ``resume`` compares a run that SIGTERM has stopped and that went on with
+one that was left alone. ``ended_s`` is how long other ranks live on after one was killed. Ranks on a CPU are asked for
+by ``--trainer.accelerator cpu``.
 """
 
 import argparse
