@@ -2,8 +2,8 @@
 
     python benchmarks/cards.py --cards 4 --base MODEL --rows ROWS.jsonl [--cases packed,kill] [any key of fit ...]
 
-Speeds are medians of the steps after the third, of the run and of a card, beside one card's in the same call. ``start``
-is the time to the first step over one card's. ``resume`` compares a run that SIGTERM has stopped and that went on with
+Speeds are medians of the steps after the third, of the run and of a card, beside one card's in one call. ``start`` is
+the time to the first step over one card's. ``resume`` compares a run that SIGTERM has stopped and that went on with
 one that was left alone. ``ended_s`` is how long other ranks live on after one was killed. Ranks on a CPU are asked for
 by ``--trainer.accelerator cpu``.
 """
@@ -33,6 +33,9 @@ PATIENCE = 300.0
 """Seconds after which a case is given up."""
 PACKED = ["--data.packing", "true", "--data.batch_size", "1", "--data.max_length", "2048"]
 SHORT = ["--data.packing", "false", "--data.batch_size", "8", "--trainer.accumulate_grad_batches", "1"]
+
+BY_STEPS = ["--trainer.check_val_every_n_epoch", "null"]
+"""Steps between validations are counted over epochs."""
 
 
 class Poison(L.Callback):
@@ -119,7 +122,7 @@ class Bench:
 
     def resume(self) -> dict[str, Any]:
         """Validation and an export at the end; and the same, stopped by SIGTERM and resumed."""
-        half = ["--checkpoint.every_n_train_steps", "2", "--trainer.val_check_interval", "4"]
+        half = ["--checkpoint.every_n_train_steps", "2", "--trainer.val_check_interval", "4", *BY_STEPS]
         options = [*PACKED, *half, "--data.val_size", "16", "--trainer.max_steps", str(self.given.steps)]
         whole = self.start("whole", *options)
         codes = [whole.end()]
@@ -169,7 +172,7 @@ class Bench:
         stop = [
             "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping",
             *("--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.stopping_threshold=1000"),
-            *("--trainer.val_check_interval", "3", "--data.val_size", "16", "--trainer.max_steps", "50"),
+            *("--trainer.val_check_interval", "3", *BY_STEPS, "--data.val_size", "16", "--trainer.max_steps", "50"),
         ]
         run = self.start("torchrun", *PACKED, *stop, torchrun=True)
         return {"code": run.end(), "steps": run.steps_done(), "validated": run.summary().get("best")}
