@@ -14,6 +14,7 @@ from typing import Any
 from qwen_lit import help
 from qwen_lit.keys import wrong_keys
 from qwen_lit.signals import Interrupted, handle_signals
+from qwen_lit.waiting import WAITS, environment_given, start_others
 
 BESIDE = {
     "chat": "qwen_lit.commands.chat",
@@ -51,9 +52,13 @@ def main(args: list[str] | None = None) -> int:
         args: of the command line, beginning with the command; None takes those of the process.
     """
     given = sys.argv[1:] if args is None else args
+    if WAITS in os.environ:
+        return _waited(given)
     code = answered(given)
     if code is not None:
         return code
+    if args is None:
+        start_others(given)
     if given[0] in BESIDE:
         with _interruptible():
             command = import_module(BESIDE[given[0]])
@@ -64,6 +69,19 @@ def main(args: list[str] | None = None) -> int:
             return stop.exit_code
     with _interruptible():
         from qwen_lit.cli import run
+    return run(given)
+
+
+def _waited(given: list[str]) -> int:
+    """Run a command as another rank than the first, once that one has come to train; load what it takes before."""
+    with _interruptible():
+        from qwen_lit.cli import run
+
+        environment = environment_given()
+    if environment is None:
+        return 0
+    os.environ.clear()
+    os.environ.update(environment)
     return run(given)
 
 

@@ -15,11 +15,13 @@ from peft import PeftModel
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.callbacks.export import Export
+from qwen_lit.callbacks.metrics import per_card
 from qwen_lit.commands.plan_advice import advice
 from qwen_lit.commands.plan_reference import reference
 from qwen_lit.commands.plan_text import lines
 from qwen_lit.commands.plan_trial import NEVER, STEPS, StepTimer, products_told, trial
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.distributed import gathered
 from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.engine.footprint import layer_sizes
 from qwen_lit.errors import UserError
@@ -74,8 +76,9 @@ def plan(
     check_limits(trainer, data)
     on_gpu = trainer.strategy.root_device.type == "cuda"
     result = (measure if on_gpu else arithmetic)(trainer, module, data, exporter, explained)
-    for line in [json.dumps(result, indent=1)] if as_json else lines(result):
-        print(line)
+    # Every rank has come to the same.
+    if trainer.is_global_zero:
+        print("\n".join([json.dumps(result, indent=1)] if as_json else lines(result)))
     return 1 if not result["measured"] and not result["fits"] else 0
 
 
@@ -203,8 +206,9 @@ def arithmetic(
     planned = planned_memory(module, model, held)
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
-        # Without a cache, a base for which there is room is loaded as a whole.
-        whole = module.settings.base_cache is None and static + BESIDE <= size
+        # Without a cache, a base for which there is room is loaded as a whole, where one rank alone reads it.
+        alone = module.settings.base_cache is None and trainer.num_devices == 1
+        whole = alone and static + BESIDE <= size
         memory = replace(planned, blocks=()) if whole else planned
         plan = choose(memory, static, size, sizes, HostProfile(processes=trainer.num_devices), mean=mean)
         plans.append(as_dict(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, mean, memory), 3)})
@@ -213,7 +217,7 @@ def arithmetic(
                 memory, plan, static, sizes[plan.micro_batches_at_once], trainer.num_devices
             )
     result |= {"plans": plans, "fits": any(one["fits"] for one in plans)}
-    return result | {"advice": advice(memory, static, plan, sizes, mean, module, data, model, static_bytes)}
+    return result | {"advice": advice(trainer, memory, static, plan, sizes, mean, module, data, model, static_bytes)}
 
 
 def planned_memory(module: QwenModule, model: PeftModel, held: Mapping[str, Held]) -> ModelMemory:
@@ -283,8 +287,10 @@ def measure(
             result["checkpoint_mb"] = round(file.stat().st_size / 1e6, 1)
     timed = list(zip(timer.tokens, timer.seconds, strict=True))
     steady = sorted(tokens / seconds for tokens, seconds in timed[1:] or timed)
-    speed = steady[len(steady) // 2]
-    bound = limit / result["flops_per_token"]
+    cards = trainer.world_size
+    # Ranks wait for each other in each step, so their clocks agree, and their tokens add up.
+    speed = sum(gathered(trainer, steady[len(steady) // 2]))
+    bound = cards * limit / result["flops_per_token"]
     of_step = result["tokens_per_step"] / speed
     plan = module.plan
     result |= {
@@ -292,7 +298,9 @@ def measure(
         "device": torch.cuda.get_device_name(device),
         "engine": module.engine_description,
         "measured_peak_gib": round(timer.peak / GIB, 2),
+        "cards": cards,
         "tokens_per_second": round(speed),
+        **{name: round(rate) for name, rate in per_card(speed, cards).items()},
         "card_tflops": round(limit / 1e12),
         "limit_tokens_per_second": round(bound),
         "share_of_limit": round(speed / bound, 3),
@@ -312,7 +320,7 @@ def measure(
     else:
         memory = planned_memory(module, model, held)
         result |= as_dict(plan)
-        result["advice"] = advice(memory, static, plan, sizes, mean, module, data, model, static_bytes)
+        result["advice"] = advice(trainer, memory, static, plan, sizes, mean, module, data, model, static_bytes)
         if explained:
             result["explained"] = explain(memory, plan, static, sizes[plan.micro_batches_at_once], trainer.num_devices)
     return result

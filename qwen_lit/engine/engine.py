@@ -30,6 +30,7 @@ from qwen_lit.engine.offload import HostBlocks, HostStore
 from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.engine.products import Passes, Products
 from qwen_lit.engine.qkv import qkv_rope
+from qwen_lit.engine.waits import Waits
 from qwen_lit.families.layer import Layer
 from qwen_lit.families.table import FAMILIES, family_of
 from qwen_lit.frozen.store import store_of
@@ -157,6 +158,10 @@ class FastEngine:
         self.fitted: dict[tuple[int, int, Passes], Passes] = {}
         self.arena = Arena()
         self.store = store_of(base)
+        self.waits = Waits(base.get_submodule(family.norm).weight.device)
+        """How long the device waits for what is on the host; the one of the streamed layers too."""
+        if self.store is not None:
+            self.store.waits = self.waits
         self.trained: list[Tensor] = [p for name, p in model.named_parameters() if ".lora_" in name]
         self.compute: dict[int, Tensor] = {}
         self.resident: dict[int, Tensor] = {}
@@ -246,7 +251,8 @@ class FastEngine:
         columns_back = 0
         policies = self.policies.layers
         on_host = self.policies.on_host if training else ()
-        store = HostStore(residual.device, [cos, sin], fetches_ahead(len(residual), policies), self.arena.host)
+        ahead = fetches_ahead(len(residual), policies)
+        store = HostStore(residual.device, [cos, sin], ahead, self.arena.host, self.waits)
         self._cast_adapters(residual.dtype)
         if self.store is not None:
             self.store.begin(turns=training)

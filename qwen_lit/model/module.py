@@ -126,17 +126,19 @@ class QwenModule(AdaptedModel):
         ranks, at_once, losses = self.trainer.world_size, self.micro_batches_at_once, []
         counted = sum(batch["targets"].numel() for batch in step)
         tokens = torch.tensor(counted, dtype=torch.float32, device=self.device)
-        if ranks > 1:
-            torch.distributed.all_reduce(tokens)
-        # DDP takes the mean of the ranks' gradients, where their sum is wanted.
-        share = ranks / tokens.clamp(min=1)
+        # The first backward is the first to need the sum, so a rank computes while the others come to this step.
+        counting = torch.distributed.all_reduce(tokens, async_op=True) if ranks > 1 else None
         for at in range(0, len(step), at_once):
             last = at + at_once >= len(step)
             strategy = cast(Any, self.trainer.strategy)
             with nullcontext() if last or ranks == 1 else strategy.block_backward_sync():
                 loss = self.loss_sum(join(step[at : at + at_once]))
+                if counting is not None:
+                    counting.wait()
+                    counting = None
+                # DDP takes the mean of the ranks' gradients, where their sum is wanted.
                 with full_precision(self.device):
-                    self.manual_backward(loss * share)
+                    self.manual_backward(loss * (ranks / tokens.clamp(min=1)))
             losses.append(loss.detach())
         self.sums = StepSums(number, losses, at_once, tokens)
         with full_precision(self.device):

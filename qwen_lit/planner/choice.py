@@ -23,7 +23,7 @@ from qwen_lit.model.products import ProductsInUse, refused
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.planner.measure import Gpu
 from qwen_lit.planner.plan import GIB, Plan, packed_words
-from qwen_lit.planner.planner import Planner, Work, possible_at_once
+from qwen_lit.planner.planner import Planned, Planner, Work, possible_at_once
 from qwen_lit.seams import options_of
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,10 @@ class Choice:
     """None for PEFT's own path."""
     plan: Plan | None = None
     """The memory plan of the fast engine on a GPU; None otherwise."""
+    planner: Planner | None = None
+    """What has made the plan."""
+    work: Work | None = None
+    """What the plan was made for."""
     refused: str | None = None
     """Why products are in bf16 that should be in 8 bits; None where they are as asked."""
     products: ProductsInUse | None = None
@@ -126,9 +130,14 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
         data.heaviest,
     )
     planned = planner.plan(work) if trainer.state.fn == "fit" else planner.plan_unmeasured(work)
-    engine, plan, peak = planned.engine, planned.plan, planned.peak
-    measured = "" if peak is None else f", measured {peak / GIB:.2f}"
-    return Choice(f"fast, {plan}{measured}", engine, plan, unused, None if probe is None else probe.products)
+    found = None if probe is None else probe.products
+    return Choice(described(planned), planned.engine, planned.plan, planner, work, unused, found)
+
+
+def described(planned: Planned) -> str:
+    """An engine with its plan in words, as the start of a run logs it."""
+    measured = "" if planned.peak is None else f", measured {planned.peak / GIB:.2f}"
+    return f"fast, {planned.plan}{measured}"
 
 
 @dataclass
