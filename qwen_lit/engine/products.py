@@ -32,7 +32,7 @@ class Products:
 
     name: ProductsName = "bf16"
     wide: frozenset[Product] = field(default_factory=frozenset)
-    """The products that stay in bf16 all the same."""
+    """The products whose forward stays in bf16 all the same."""
 
     def of(self, layer: int, group: int) -> Passes:
         """The kinds of the products of one group of linears.
@@ -41,7 +41,8 @@ class Products:
             layer: its number.
             group: its number in the layer.
         """
-        return WIDE if (layer, group) in self.wide else NAMED[self.name]
+        passes = NAMED[self.name]
+        return Passes(Kind.WIDE, passes.backward) if (layer, group) in self.wide else passes
 
     @property
     def narrow(self) -> bool:
