@@ -13,6 +13,7 @@ from qwen_lit.model.optim import OptimizerClass, OptimizerName
 from qwen_lit.model.schedules import ScheduleName, schedule
 
 EngineName = Literal["auto", "fast", "reference"]
+GraphsName = Literal["auto", "off"]
 
 
 @dataclass
@@ -71,6 +72,10 @@ class ModelSettings:
     """how the fast engine keeps the MLP's gate and up for backward: int8 takes half of bf16's memory, a third of all
     that a layer keeps, so that fewer layers are computed again; their gradient is off by about 0.7 %, the forward pass
     is exact. Recomputed layers keep bf16."""
+    graphs: GraphsName = "auto"
+    """auto launches micro-batches of few tokens, for which a GPU waits longer than it computes, as CUDA graphs: on one
+    card, where the plan leaves everything on it and has memory for them. Each is filled up to one of few sizes. off
+    launches every kernel by itself."""
     base_cache: str | None = "auto"
     """folder that keeps the base quantised, so that later runs start from there: 3.4 GB for a 7B; layers that a card
     has no room for are streamed from that file. auto is ~/.cache/qwen_lit/bases for runs on a GPU, null keeps none."""
