@@ -107,7 +107,6 @@ class Graphs:
             recorder: makes what records.
         """
         self.engine, self.limit, self.room, self.need, self.recorder = engine, limit, room, need, recorder
-        self.gradients = [torch.zeros_like(one) for one in engine.trained]
         decoder, layers = engine.decoder, engine.layers
         linears = (one for pair in zip(decoder.layers, layers, strict=True) for one in linears_of(*pair).values())
         self.frozen: list[Any] = [getattr(one, "base_layer", one) for one in linears]
@@ -117,6 +116,7 @@ class Graphs:
 
     def release(self) -> None:
         """Give up all graphs and their memory; shapes are recorded again when they come again."""
+        self.gradients: list[Tensor] = []
         self.known: dict[Shape, Recording] = {}
         self.recording = self.recorder()
         self.state = self._state()
@@ -161,6 +161,7 @@ class Graphs:
 
     def attach(self) -> None:
         """Have the trained parameters' gradients be those that graphs add to, with what they hold."""
+        self.gradients = self.gradients or [torch.zeros_like(one) for one in self.engine.trained]
         pairs = [
             (one, mine) for one, mine in zip(self.engine.trained, self.gradients, strict=True) if one.grad is not mine
         ]
