@@ -150,8 +150,10 @@ class Graphs:
 
     def _run(self, inputs: Inputs) -> Tensor:
         """Kernel by kernel: the gradients of what stands in the inputs."""
-        # Leaves of this pass alone: nothing that another stream has made is reached.
-        leaves = [one.detach().requires_grad_() for one in self.engine.trained]
+        # Leaves of this pass alone: nothing that another stream has made is reached. In the dtype of the products, in
+        # which gradients are made, no gradient is cast before it is added.
+        copies = self.engine.compute
+        leaves = [copies.get(id(one), one).detach().requires_grad_() for one in self.engine.trained]
         with self.engine.derived_by(leaves):
             loss = self.engine.loss_sum(inputs.batch, Seed(inputs.seed))
         with full_precision(loss.device):
