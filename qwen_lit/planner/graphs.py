@@ -5,6 +5,9 @@ from qwen_lit.engine.shapes import most_tokens, tokens_of
 from qwen_lit.planner.memory import MEMORY, ModelMemory
 from qwen_lit.planner.speed import COSTS, Clock
 
+MOST = 16_384
+"""Tokens of a graph at most: beyond, what the arithmetic of large products says of small models is too far off."""
+
 
 def can_record(policies: Policies) -> bool:
     """Whether the passes of an engine can be recorded: all is on the device, and nothing is computed twice."""
@@ -23,8 +26,10 @@ def graph_tokens(clock: Clock, largest: int, usual: float) -> int:
     Returns:
         0 where most micro-batches are larger: graphs would take memory and gain little.
     """
-    launched = int(clock.launch - COSTS.launch_tokens - COSTS.dequantise_tokens)
-    limit = min(most_tokens(max(0, launched)), tokens_of(largest))
+    # The profile counts tokens by a layer's products alone, at their speed in a burst.
+    launched = int(clock.launch * COSTS.products * (1 - clock.head_share))
+    launched -= int(COSTS.launch_tokens + COSTS.dequantise_tokens)
+    limit = min(most_tokens(max(0, launched)), tokens_of(largest), MOST)
     return limit if tokens_of(int(usual)) <= limit else 0
 
 

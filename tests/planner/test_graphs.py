@@ -1,5 +1,6 @@
 """Up to how many tokens micro-batches are graphs, and that their memory is in the plan."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 from qwen_lit.engine.policy import Policies
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.planner.choice import without_graphs
-from qwen_lit.planner.graphs import can_record, graph_bytes, graph_tokens
+from qwen_lit.planner.graphs import MOST, can_record, graph_bytes, graph_tokens
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.memory import MEMORY, ModelMemory
 from qwen_lit.planner.plan import GIB
@@ -20,18 +21,26 @@ from tests.planner.test_planner import BUDGET, FakeGpu, nullcontext, work_of
 
 MEMORY_OF = ModelMemory.of(adapted("qwen2"), 2)
 EACH = int(COSTS.launch_tokens + COSTS.dequantise_tokens)
-HOST = HostProfile(1.0, 2**40, 2048 + EACH, 2**40)
+SHARE = COSTS.products * (1 - Clock(MEMORY_OF, HostProfile()).head_share)
+
+
+def launching(tokens):
+    """A host that launches a micro-batch while the device computes one of so many tokens."""
+    return HostProfile(1.0, 2**40, math.ceil((tokens + EACH) / SHARE), 2**40)
+
+
+HOST = launching(2048)
 
 
 def test_what_takes_longer_to_compute_than_to_launch_is_no_graph():
-    def tokens(launch, largest=100_000, usual=200.0):
-        return graph_tokens(Clock(MEMORY_OF, HostProfile(launch=launch)), largest, usual)
+    def tokens(host, largest=100_000, usual=200.0):
+        return graph_tokens(Clock(MEMORY_OF, host), largest, usual)
 
-    assert tokens(2048 + EACH) == 2048 and tokens(2047 + EACH) == 1792
+    assert tokens(HOST) == 2048 and tokens(launching(2040)) == 1792 and tokens(launching(10**6)) == MOST
     # No shape is larger than the largest micro-batch needs.
-    assert tokens(2048 + EACH, largest=900) == 1024
+    assert tokens(HOST, largest=900) == 1024
     # Most are larger, or launching takes no time.
-    assert tokens(2048 + EACH, usual=2100.0) == tokens(0) == tokens(EACH + 200) == 0
+    assert tokens(HOST, usual=2100.0) == tokens(HostProfile()) == tokens(launching(200)) == 0
 
 
 @pytest.mark.parametrize(
