@@ -14,7 +14,7 @@ from qwen_lit.model import adapted as adapted_file
 from qwen_lit.model import module as module_file
 from qwen_lit.model.graphs import Graphs
 from qwen_lit.model.module import QwenModule
-from tests.model.test_graphs import Recorder
+from tests.model.test_recording import Recorder
 from tests.runs import Gradients, Modes, adapter, same, scalars, stopping, trace
 
 
