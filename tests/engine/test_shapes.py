@@ -47,6 +47,13 @@ def test_equal_documents_of_a_shape_s_own_size_stay_as_they_are():
         assert torch.equal(inputs.batch[name], one[name])
 
 
+def test_every_token_that_fills_up_is_in_a_document_of_its_own():
+    inputs = Inputs(shape_of(batch((70, 33, 90))), CPU)
+    for lengths, borders in (((70, 33, 90), [0, 70, 103, 193]), ((100, 50), [0, 100, 150]), ((256,), [0, 256])):
+        inputs.fill(batch(lengths), 1, torch.tensor(1.0))
+        assert inputs.batch["cu_seqlens"].tolist() == borders + [256] * (10 - len(borders))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_what_fills_a_micro_batch_up_changes_no_loss_and_no_gradient(dropout):
     model = adapted("qwen3", lora_dropout=dropout, target_modules=ALL)
