@@ -17,7 +17,6 @@ from qwen_lit.engine.products import Products, ProductsName
 
 Order = list[tuple[int, int]]
 """Numbers of the layer and of the group of linears in it, the product that hurts most first."""
-GROUPS = ("q|k|v", "o", "gate|up", "down")
 NAMES: tuple[ProductsName, ...] = get_args(ProductsName)
 PEERS = ("peft", "unsloth")
 EXACT = Products()

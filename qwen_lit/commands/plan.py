@@ -21,6 +21,7 @@ from qwen_lit.commands.plan_text import lines
 from qwen_lit.commands.plan_trial import NEVER, STEPS, StepTimer, products_told, trial
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.engine.engine import unsupported_reason
+from qwen_lit.engine.footprint import layer_sizes
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS, RESIDUAL_INITS
 from qwen_lit.export.kquants import gguf_bytes
@@ -32,6 +33,7 @@ from qwen_lit.model.coverage import coverage, left_out
 from qwen_lit.model.duration import check_limits, epoch_share, epoch_steps, total_steps
 from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.model.module import QwenModule
+from qwen_lit.model.probe import estimated
 from qwen_lit.planner.explain import explain
 from qwen_lit.planner.flops import measured_flops, token_flops
 from qwen_lit.planner.host import HostProfile
@@ -222,7 +224,8 @@ def planned_memory(module: QwenModule, model: PeftModel, held: Mapping[str, Held
         model: of ``arithmetic_model``.
         held: how the base's weights will be held.
     """
-    memory = ModelMemory.of(model, module.state_bytes, held, module.products.products, module.settings.kept)
+    products = estimated(module.products, layer_sizes(model))
+    memory = ModelMemory.of(model, module.state_bytes, held, products, module.settings.kept)
     start = str(module.lora_config.init_lora_weights).lower()
     # A base that is quantised in its files is held as they are; one that the adapter's start changes, as it is then.
     streams = own_quantization(module.config) is None and not start.startswith(RESIDUAL_INITS)

@@ -228,6 +228,13 @@ class FastEngine:
             self.fitted[key] = fitting(asked, [size_of(linear) for linear in group])
         return self.fitted[key]
 
+    def _embedded(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream before the first layer, and cos and sin of each token's position."""
+        residual = self.decoder.embed_tokens(batch["input_ids"]).flatten(0, 1)
+        cos, sin = self.decoder.rotary_emb(residual, batch["position_ids"].flatten()[None])
+        half = cos.shape[-1] // 2
+        return residual, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
     @contextmanager
     def derived_by(self, leaves: Sequence[Tensor]) -> Iterator[None]:
         """Have gradients flow to other tensors than the model's parameters, which share their memory.
@@ -256,12 +263,7 @@ class FastEngine:
         """
         base: Any = self.model.base_model.model
         decoder = self.decoder
-        ids = batch["input_ids"]
-        residual = decoder.embed_tokens(ids).flatten(0, 1)
-        positions = batch["position_ids"].flatten()
-        cos, sin = decoder.rotary_emb(residual, positions[None])
-        half = cos.shape[-1] // 2
-        cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        residual, cos, sin = self._embedded(batch)
         training = self.model.training and torch.is_grad_enabled()
         first: int | Seed = (self.draw() if training else 0) if seed is None else seed
         delta: Tensor | None = None

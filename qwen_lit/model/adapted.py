@@ -140,6 +140,7 @@ class AdaptedModel(L.LightningModule):
         before = then.get("micro_batches_at_once"), then.get("graph_tokens")
         choice = choose_engine(self, self.trainer, self.data, *before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
+        self.products = choice.products or self.products
         self.graphs = graphs_of(choice.fast, choice.plan)
         if choice.refused is not None:
             self.leave_products(choice.refused)

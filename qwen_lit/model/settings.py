@@ -58,8 +58,9 @@ class ModelSettings:
     is fast on CUDA where the model and the adapter allow it, and else reference."""
     products: ProductsName = "bf16"
     """how products with frozen 4-bit weights are computed by the fast engine: bf16; fp8_backward, in 8 bits for the
-    gradient alone; mixed8, int8 forward and fp8 for the gradient; int8 in both passes, for cards without fp8 too; fp8
-    in both. 8 bits are faster and less exact; docs/products.md has both in figures."""
+    gradient alone; mixed8, int8 forward and fp8 for the gradient, but for the products that a probe of the run's rows
+    finds worst at the start, which stay in bf16; int8 in both passes, for cards without fp8 too; fp8 in both. 8 bits
+    are faster and less exact; docs/products.md has both in figures."""
     products_check_every: int = 200
     """optimizer steps between two checks of products in 8 bits, each by the gradient of one micro-batch, which is also
     computed in bf16; the first step is checked too, and 0 checks none."""

@@ -18,6 +18,7 @@ from qwen_lit.engine.products import NAMED, Products
 from qwen_lit.engine.products_check import refusal
 from qwen_lit.errors import UserError
 from qwen_lit.families.table import family_of
+from qwen_lit.model.probe import probed, told
 from qwen_lit.model.products import ProductsInUse, refused
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.planner.measure import Gpu
@@ -42,6 +43,8 @@ class Choice:
     """The memory plan of the fast engine on a GPU; None otherwise."""
     refused: str | None = None
     """Why products are in bf16 that should be in 8 bits; None where they are as asked."""
+    products: ProductsInUse | None = None
+    """Those of the run, where a probe has found which of them stay in bf16; None where there was none."""
 
 
 class Trainable(Protocol):
@@ -94,12 +97,19 @@ def choose_engine(
         given = str(quantization.bnb_4bit_compute_dtype).removeprefix("torch.")
         log.info("the fast engine computes in bfloat16; bnb_4bit_compute_dtype %s is for the reference", given)
     products, unused = _usable_products(module.products.products, trainer, device)
+    probe = None
+    if products.narrow and module.products.share_left:
+        probe = Probe(module.products, trainer, data)
     if device.type != "cuda":
         layers = len(family_of(module.config).layers(module.config))
         policy = Policy.RECOMPUTE if module.settings.gradient_checkpointing else Policy.KEEP
         policies = Policies((policy,) * layers, kept=kept)
         engine = FastEngine(module.model, policies, products)
-        return Choice(FALLBACK + packed_words(policies), engine, refused=unused)
+        if probe is not None:
+            engine.products = probe(engine)
+        return Choice(
+            FALLBACK + packed_words(policies), engine, None, unused, None if probe is None else probe.products
+        )
     planner = Planner(
         module.model,
         Gpu(device),
@@ -111,6 +121,7 @@ def choose_engine(
         trainer.num_devices,
         products,
         kept,
+        probe,
         graphs=0 if without_graphs(module.settings, trainer) else graphs,
     )
     work = Work(
@@ -121,7 +132,33 @@ def choose_engine(
     planned = planner.plan(work) if trainer.state.fn == "fit" else planner.plan_unmeasured(work)
     engine, plan, peak = planned.engine, planned.plan, planned.peak
     measured = "" if peak is None else f", measured {peak / GIB:.2f}"
-    return Choice(f"fast, {plan}{measured}", engine, plan, unused)
+    return Choice(f"fast, {plan}{measured}", engine, plan, unused, None if probe is None else probe.products)
+
+
+@dataclass
+class Probe:
+    """Looks once for the products that stay in bf16."""
+
+    products: ProductsInUse
+    """Of the run, with what was found once it is called."""
+    trainer: L.Trainer
+    """All of its ranks look, and take what the first of them finds."""
+    data: QwenDataModule
+    """Its rows are prepared."""
+
+    def __call__(self, engine: FastEngine) -> Products:
+        """What the engine is to be given.
+
+        Args:
+            engine: whose layers are placed.
+        """
+        # Lightning makes new tensors on the device while it builds a model.
+        with torch.device("cpu"):
+            batch = self.data.heaviest(1)
+        self.products = probed(self.products, engine, batch, lambda mine: gathered(self.trainer, mine)[0])
+        if self.trainer.is_global_zero:
+            log.info("products   %s", told(self.products))
+        return self.products.products
 
 
 def without_graphs(settings: ModelSettings, trainer: L.Trainer) -> str | None:

@@ -93,6 +93,7 @@ class Planner:
         processes: int = 1,
         products: Products | None = None,
         kept: KeptName = "bf16",
+        probe: Callable[[FastEngine], Products] | None = None,
         graphs: int | None = 0,
     ) -> None:
         """Reads the memory that is there.
@@ -109,16 +110,18 @@ class Planner:
             processes: on this machine, which share its memory.
             products: as of ``FastEngine``.
             kept: as of ``Policies``, in every plan.
+            probe: the products to plan with, by an engine whose layers are placed; None where they are known.
             graphs: tokens up to which micro-batches are CUDA graphs where they have room, as in the run that is
                 resumed, because what they are filled up to changes the order of sums; None for what the machine
                 gains by, 0 for none.
         """
         self.graphs = graphs
         self.model, self.meter, self.agree, self.forward_context = model, meter, agree, forward_context
-        self.only, self.processes, self.products = only, processes, products
+        self.only, self.processes, self.products, self.probe = only, processes, products, probe
+        self.state_bytes, self.kept = state_bytes, kept
         free = meter.free()
         self.budget = agree(min(budget or free, free))
-        self.memory = ModelMemory.of(model, state_bytes, products=products, kept=kept)
+        self.memory = self._memory()
         self.static = -agree(-meter.allocated() - away(model, self.memory))
         self.host = HostProfile()
         self.engine: FastEngine | None = None
@@ -130,6 +133,19 @@ class Planner:
             torch.OutOfMemoryError: the heaviest micro-batch fits with no plan.
         """
         self.host = self._profile()
+        planned = self._plan(work)
+        if self.probe is None:
+            return planned
+        # Only now layers are where a pass finds them; sizes and times follow the products that it leaves in bf16.
+        self.products = self.probe(planned.engine)
+        self.memory = self._memory()
+        return self._plan(work)
+
+    def _memory(self) -> ModelMemory:
+        return ModelMemory.of(self.model, self.state_bytes, products=self.products, kept=self.kept)
+
+    def _plan(self, work: Work) -> Planned:
+        """``plan`` with the products that are known."""
         beside = 0
         for left in reversed(range(TRIES)):
             plan = self._choose(work, beside)

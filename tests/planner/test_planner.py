@@ -11,11 +11,12 @@ import torch
 
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.engine.products import Products
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.planner import TRIES, Planner, Work, more_beside, possible_at_once
 from qwen_lit.planner.search import limit
-from tests.engine.test_engine import adapted, batch
+from tests.engine.test_engine import adapted, batch, four_bit
 
 BUDGET = 2 * GIB
 HOST = HostProfile(1.0, 2**40, 100, 2**40)
@@ -183,3 +184,21 @@ def test_any_number_of_micro_batches_may_be_computed_at_once_but_those_that_save
     for per_step in range(1, 40):
         passes = {math.ceil(per_step / one) for one in possible_at_once(per_step)}
         assert passes == {math.ceil(per_step / one) for one in range(1, per_step + 1)}
+
+
+def test_products_that_a_probe_leaves_in_bf16_are_planned_with_and_looked_for_once(model_folder):
+    asked, found = [], Products("fp8", frozenset({(0, 2)}))
+    gpu = FakeGpu(lambda engine: BUDGET // 2)
+    mine = Planner(
+        four_bit(model_folder),
+        gpu,
+        int,
+        nullcontext,
+        2,
+        products=Products("fp8"),
+        probe=lambda engine: asked.append(engine) or found,
+    )
+    planned = mine.plan(work_of())
+    assert gpu.tried == [*asked, planned.engine] and len(asked) == 1 and planned.engine.products == found
+    narrow = [group[0].passes.narrow for layer in mine.memory.layers for group in layer.groups]
+    assert narrow == [True, True, False, True] + [True] * 4
