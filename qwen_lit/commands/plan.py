@@ -342,5 +342,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "layers_held_in_bf16": len(policies.resident),
         "layers_streamed": len(policies.streamed),
         "head_on_host": policies.offload_head,
+        "graph_tokens": plan.graph_tokens,
         "host_memory_gib": round(plan.host / GIB, 2),
     }

@@ -60,6 +60,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             how += f", {plan['layers_offloaded']} layers offloaded" * (plan["layers_offloaded"] > 0)
             how += f", MLP in pieces of {plan['mlp_piece_tokens']}" * (plan["mlp_piece_tokens"] > 0)
             how += f", {plan['layers_packed']} keep gate and up in 8 bits" * (plan["layers_packed"] > 0)
+            how += f", CUDA graphs up to {plan['graph_tokens']} tokens" * (plan["graph_tokens"] > 0)
             how += f", {plan['host_memory_gib']:.1f} GiB of RAM" * (plan["host_memory_gib"] > 0)
             fits = how if plan["fits"] else "does not fit"
             out.append(f"{plan['budget_gib']:>7.2f} GiB  peak {plan['estimated_peak_gib']:>6.2f}  {fits}")

@@ -26,6 +26,7 @@ from qwen_lit.frozen.store import FrozenStore, disband, store_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
 from qwen_lit.model.base_files import check_base
+from qwen_lit.model.graphs import Graphs, graphs_of
 from qwen_lit.model.load import add_adapter, load_config
 from qwen_lit.model.loss import reference_loss
 from qwen_lit.model.neftune import add_noise
@@ -86,6 +87,8 @@ class AdaptedModel(L.LightningModule):
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.fast: FastEngine | None = None
         self.plan: Plan | None = None
+        self.graphs: Graphs | None = None
+        """What records micro-batches of few tokens; None where the plan has none."""
         self.products = ProductsInUse.of(settings.products, None)
         self.engine_description = ""
         self.choice: Choice | None = None
@@ -139,9 +142,11 @@ class AdaptedModel(L.LightningModule):
             add_noise(base.get_input_embeddings(), self.settings.neftune_noise_alpha)  # type: ignore[operator]
         then = stored(self.run.checkpoint)
         self.products = ProductsInUse.of(self.settings.products, then.get("products"))
-        choice = self.choice = choose_engine(self, self.trainer, self.data, then.get("micro_batches_at_once"))
+        before = then.get("micro_batches_at_once"), then.get("graph_tokens")
+        choice = self.choice = choose_engine(self, self.trainer, self.data, *before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
         self.products = choice.products or self.products
+        self.graphs = graphs_of(choice.fast, choice.plan)
         if choice.refused is not None:
             self.leave_products(choice.refused)
         if self.store is not None and (self.fast is None or self.store.placing is None):
@@ -170,6 +175,8 @@ class AdaptedModel(L.LightningModule):
 
     def release_memory(self) -> None:
         """Free what only training needs, for what comes after it; the next pass takes it again."""
+        if self.graphs is not None:
+            self.graphs.release()
         if self.fast is not None:
             self.fast.release()
         if self.store is not None:
@@ -207,6 +214,11 @@ class AdaptedModel(L.LightningModule):
     def micro_batches_at_once(self) -> int:
         """Micro-batches of an optimizer step that are computed in one forward and backward pass, as the plan says."""
         return 1 if self.plan is None else self.plan.micro_batches_at_once
+
+    @property
+    def graph_tokens(self) -> int:
+        """Tokens up to which a forward and backward pass is a CUDA graph, as the plan says; 0 for none."""
+        return 0 if self.plan is None else self.plan.graph_tokens
 
     @property
     def pads(self) -> bool:

@@ -66,7 +66,9 @@ class Trainable(Protocol):
         """Bytes of optimizer state for each trained parameter."""
 
 
-def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, before: int | None) -> Choice:
+def choose_engine(
+    module: Trainable, trainer: L.Trainer, data: QwenDataModule, before: int | None, graphs: int | None = None
+) -> Choice:
     """The engine that ``model.engine`` allows.
 
     Args:
@@ -74,6 +76,7 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
         trainer: all of its ranks call this.
         data: its rows are prepared.
         before: micro-batches that the resumed run has computed at once; None for a new run.
+        graphs: tokens up to which micro-batches of the resumed run were CUDA graphs; None for a new run.
 
     Raises:
         UserError: ``engine`` is fast, and the model or the device does not allow it; or ``products`` are in 8 bits,
@@ -108,9 +111,8 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
         engine = FastEngine(module.model, policies, products)
         if probe is not None:
             engine.products = probe(engine)
-        return Choice(
-            FALLBACK + packed_words(policies), engine, None, unused, None if probe is None else probe.products
-        )
+        found = None if probe is None else probe.products
+        return Choice(FALLBACK + packed_words(policies), engine, refused=unused, products=found)
     planner = Planner(
         module.model,
         Gpu(device),
@@ -123,6 +125,7 @@ def choose_engine(module: Trainable, trainer: L.Trainer, data: QwenDataModule, b
         products,
         kept,
         probe,
+        graphs=0 if without_graphs(module.settings, trainer) else graphs,
     )
     work = Work(
         data.most_tokens(possible_at_once(options_of(trainer).micro_batches_per_step)),
@@ -164,6 +167,26 @@ class Probe:
         if self.trainer.is_global_zero:
             log.info("products   %s", told(self.products))
         return self.products.products
+
+
+def without_graphs(settings: ModelSettings, trainer: L.Trainer) -> str | None:
+    """Why no micro-batch of a run is a CUDA graph, in words; None where some may be.
+
+    Args:
+        settings: the section ``model``.
+        trainer: of the run.
+    """
+    if settings.graphs == "off":
+        return "model.graphs is off"
+    if trainer.state.fn != "fit":
+        return "nothing is trained"
+    if trainer.world_size > 1:
+        return "DDP sums gradients by hooks, which a graph does not call"
+    if settings.neftune_noise_alpha > 0:
+        return "the noise of NEFTune depends on the tokens of a micro-batch"
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return "the loss is scaled for float16"
+    return None
 
 
 def _usable_products(products: Products, trainer: L.Trainer, device: torch.device) -> tuple[Products, str | None]:

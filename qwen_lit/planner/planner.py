@@ -17,12 +17,13 @@ from qwen_lit.engine.offload import UNPINNED
 from qwen_lit.engine.policy import KeptName
 from qwen_lit.engine.products import Products
 from qwen_lit.frozen.store import store_of
+from qwen_lit.planner.graphs import can_record, graph_bytes, graph_tokens
 from qwen_lit.planner.host import STEPS, HostProfile
 from qwen_lit.planner.measure import is_full
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.search import choose, measured_limit
-from qwen_lit.planner.speed import time_of
+from qwen_lit.planner.speed import Clock, time_of
 
 log = logging.getLogger(__name__)
 NEVER = 2**62
@@ -99,6 +100,7 @@ class Planner:
         products: Products | None = None,
         kept: KeptName = "bf16",
         probe: Callable[[FastEngine], Products] | None = None,
+        graphs: int | None = 0,
     ) -> None:
         """Reads the memory that is there.
 
@@ -115,7 +117,11 @@ class Planner:
             products: as of ``FastEngine``.
             kept: as of ``Policies``, in every plan.
             probe: the products to plan with, by an engine whose layers are placed; None where they are known.
+            graphs: tokens up to which micro-batches are CUDA graphs where they have room, as in the run that is
+                resumed, because what they are filled up to changes the order of sums; None for what the machine
+                gains by, 0 for none.
         """
+        self.graphs = graphs
         self.model, self.meter, self.agree, self.forward_context = model, meter, agree, forward_context
         self.only, self.processes, self.products, self.probe = only, processes, products, probe
         self.state_bytes, self.kept = state_bytes, kept
@@ -225,12 +231,36 @@ class Planner:
     def _choose(self, work: Work) -> Plan:
         """The fastest plan by arithmetic, with room for its engine."""
         self._release()
-        return self._best(work, self.only)
+        plan = self._best(work, self.only)
+        limit = self._graph_tokens(plan, work)
+        if not limit:
+            return plan
+        size = graph_bytes(self.memory, limit, plan.policies)
+        other = self._best(work, self.only, size)
+        same = other.micro_batches_at_once == plan.micro_batches_at_once
+        if not (other.fits and same and can_record(other.policies)):
+            return plan
+        return replace(other, graph_tokens=limit, graph_bytes=size)
 
-    def _best(self, work: Work, only: int | None) -> Plan:
-        """The fastest plan by arithmetic; ``only`` as of ``choose``."""
-        static = self.static + self.beside
+    def _best(self, work: Work, only: int | None, beside: int = 0) -> Plan:
+        """The fastest plan by arithmetic.
+
+        Args:
+            work: that it is for.
+            only: as of ``choose``.
+            beside: bytes that are taken beside it, and beside what measuring has found so.
+        """
+        static = self.static + self.beside + beside
         return choose(self.memory, static, self.budget, work.sizes, self.host, only, work.mean)
+
+    def _graph_tokens(self, plan: Plan, work: Work) -> int:
+        """Tokens up to which micro-batches of a plan are to be CUDA graphs; 0 for none."""
+        if self.graphs == 0 or not (plan.fits and can_record(plan.policies)):
+            return 0
+        if self.graphs is not None:
+            return self.graphs
+        count = plan.micro_batches_at_once
+        return graph_tokens(Clock(self.memory, self.host), work.sizes[count], work.mean * count)
 
     def _measure(self, plan: Plan, work: Work) -> int | None:
         """Bytes at the peak of the rank that takes most, optimizer states included; None where one has no room."""
@@ -243,6 +273,8 @@ class Planner:
                 self.engine = apply(plan, self.model, self.products)
                 # The optimizer's states are made at the first step, so they are not measured here.
                 peak = self.meter.peak(self.engine, heaviest) + self.memory.constants["optimizer states"]
+                # Graphs are recorded later, beside what the largest micro-batch takes.
+                peak += plan.graph_bytes
         except RuntimeError as error:
             # A rank on which it does not fit tells the others, which wait for it.
             if not is_full(error):
