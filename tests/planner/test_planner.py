@@ -214,7 +214,7 @@ def test_products_that_a_probe_leaves_in_bf16_are_planned_with_and_looked_for_on
     )
     planned = mine.plan(work_of())
     assert gpu.tried == [*asked, planned.engine] and len(asked) == 1 and planned.engine.products == found
-    narrow = [group[0].passes.narrow for layer in mine.memory.layers for group in layer.groups]
+    narrow = [group[0].passes.forward.narrow for layer in mine.memory.layers for group in layer.groups]
     assert narrow == [True, True, False, True] + [True] * 4
 
 
