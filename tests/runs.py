@@ -51,13 +51,19 @@ def no_space(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def forked(arguments: list[str], errors: str | Path = os.devnull, environment: dict[str, str] | None = None) -> int:
+def forked(
+    arguments: list[str],
+    errors: str | Path = os.devnull,
+    environment: dict[str, str] | None = None,
+    output: str | Path = os.devnull,
+) -> int:
     """Start a command in a child that shares this process's imports.
 
     Args:
         arguments: of the command line; ranks that the child starts are ``python -m qwen_lit`` with them.
         errors: the file for what it says on stderr.
         environment: variables that it has beside those of this process.
+        output: the file for what it says on stdout.
 
     Returns:
         Its pid.
@@ -68,8 +74,8 @@ def forked(arguments: list[str], errors: str | Path = os.devnull, environment: d
     if pid == 0:
         os.setpgid(0, 0)
         os.environ.update(environment or {})
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT, 0o644), 2)
+        for number, path in ((1, output), (2, errors)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), number)
         # Those of pytest take lines to itself.
         logging.getLogger().handlers.clear()
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
@@ -79,6 +85,7 @@ def forked(arguments: list[str], errors: str | Path = os.devnull, environment: d
         try:
             code = program.main(arguments)
         finally:
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
     return pid
