@@ -2,8 +2,9 @@
 ahead.
 
 Copies run on a stream of their own, one after the other. A layer's memory on the device is given up when the forward
-of the next layer with tensors on the host begins, and taken again when the backward of that next layer begins. The
-last such layer stays on the device, because backward begins with it.
+of the next layer with tensors on the host ends, and taken again when the backward of that next layer begins: until
+then its copies have the time of both, and at no time is more on the device than in backward. The last such layer
+stays on the device, because backward begins with it.
 """
 
 from collections.abc import Iterator
@@ -138,6 +139,7 @@ class _Layer:
         self.memories: dict[int, _Memory] = {}
         self.tape = _Tape(pool)
         self.here = True
+        self.sent: torch.cuda.Event | None = None
         self.arrived: torch.cuda.Event | None = None
 
     @torch.no_grad()
@@ -157,10 +159,15 @@ class _Layer:
         memory.readers += 1
         return memory, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
 
+    def end(self) -> None:
+        """Note that all which the layer saves was given to the side stream."""
+        if self.device.type == "cuda":
+            self.sent = side_stream(self.device).record_event()
+
     def leave(self) -> None:
         """Give up the memory on the device, once it is copied."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).wait_stream(side_stream(self.device))
+        if self.sent is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.sent)
         for memory in self.memories.values():
             memory.here = None
         self.here = False
@@ -228,8 +235,10 @@ class HostStore:
         Args:
             last: no other such layer follows in this batch, so this one stays.
         """
-        if self.last is not None:
-            self.last.leave()
-        self.last = _Layer(self.device, self.stay, self.pool, self.last, self.ahead, not last)
+        before = self.last
+        self.last = _Layer(self.device, self.stay, self.pool, before, self.ahead, not last)
         with saved_tensors_hooks(self.last.pack, self.last.unpack):
             yield
+        self.last.end()
+        if before is not None:
+            before.leave()

@@ -1,4 +1,5 @@
-"""Products of rows in 8 bits (``eight.py``): of e4m3 by torch, of integers by kernels that add what comes after.
+"""Products of rows in 8 bits (``eight.py``): of e4m3 by torch where it has them, else and of integers by kernels that
+add what comes after.
 
 Of rows a ``[m, k]`` with scales ``s_a`` and rows b ``[n, k]`` with scales ``s_b``::
 
@@ -9,6 +10,7 @@ Sums of integers are exact: 127² times 2¹⁷ numbers are within 32 bits.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -90,11 +92,13 @@ def _product(
     lift_stride,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
+    INTEGER: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    # a and b are bytes: integers, or e4m3.
     # Programs that run at one time share rows and columns, so that these come from the L2 cache.
     down, across = tl.cdiv(rows, M), tl.cdiv(columns, N)
     tile = tl.program_id(0)
@@ -105,11 +109,14 @@ def _product(
     lane = tl.arange(0, K)
     at_a = a + (row % rows)[:, None].to(tl.int64) * depth + lane[None, :]
     at_b = b + (column % columns)[None, :].to(tl.int64) * depth + lane[:, None]
-    sums = tl.zeros((M, N), tl.int32)
+    sums = tl.zeros((M, N), tl.int32 if INTEGER else tl.float32)
     for start in range(0, depth, K):
         left = tl.load(at_a, (start + lane < depth)[None, :], 0)
         right = tl.load(at_b, (start + lane < depth)[:, None], 0)
-        sums = tl.dot(left, right, sums, out_dtype=tl.int32)
+        if INTEGER:
+            sums = tl.dot(left, right, sums, out_dtype=tl.int32)
+        else:
+            sums = tl.dot(left.to(tl.float8e4nv, bitcast=True), right.to(tl.float8e4nv, bitcast=True), sums)
         at_a += K
         at_b += K
     y = _finished(
@@ -191,7 +198,7 @@ def _product_of_tiles(
 
 
 TILE = {"M": 128, "N": 128, "K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-"""Of ``_product``, on every card."""
+"""Of ``_product``, on every card and of both kinds."""
 COPIED_TILE = {"M": 128, "N": 256, "K": 128, "GROUP": 16, "num_warps": 8, "num_stages": 3}
 """Of ``_product_of_tiles``, on those with a tensor memory accelerator."""
 
@@ -218,7 +225,7 @@ def product(
         return product_reference(a, b, dtype, bias, low, lift)
     inside = low is not None and low.shape[1] <= MOST_RANK and a.values.dtype == torch.int8
     if a.values.dtype == torch.int8:
-        y = _integer_product(a, b, dtype, bias, low if inside else None, lift if inside else None)
+        y = _integer_product(a, b, dtype, _Added(bias, low, lift) if inside else _Added(bias))
     else:
         y = _fp8_product(a, b, dtype, bias)
     if low is not None and lift is not None and not inside:
@@ -227,44 +234,105 @@ def product(
 
 
 def _fp8_product(a: Narrow, b: Narrow, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-    if not a.values.is_cuda:
-        return product_reference(a, b, dtype, bias)
-    return torch._scaled_mm(
-        a.values,
-        b.values.t(),
-        scale_a=a.scale[:, None],
-        scale_b=b.scale[None, :],
-        bias=bias,
-        out_dtype=dtype,
-        use_fast_accum=True,
-    )
+    if a.values.is_cuda:
+        try:
+            return torch._scaled_mm(
+                a.values,
+                b.values.t(),
+                scale_a=a.scale[:, None],
+                scale_b=b.scale[None, :],
+                bias=bias,
+                out_dtype=dtype,
+                use_fast_accum=True,
+            )
+        # cuBLAS has no product of few long rows (pytorch/ao#4582), and on some cards none with a scale for each row.
+        except RuntimeError:
+            pass
+    return _product_by_pointers(a, b, dtype, _Added(bias))
 
 
-def _integer_product(
-    a: Narrow, b: Narrow, dtype: torch.dtype, bias: Tensor | None, low: Tensor | None, lift: Tensor | None
-) -> Tensor:
+@dataclass(frozen=True)
+class _Added:
+    """What is added to a product within its kernel."""
+
+    bias: Tensor | None
+    low: Tensor | None = None
+    lift: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Arguments of both kernels."""
+        return (self.bias, self.low, self.lift)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Rank and strides, arguments too."""
+        if self.low is None or self.lift is None:
+            return (0, 0, 0)
+        return (self.low.shape[1], self.low.stride(0), self.lift.stride(0))
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Of both kernels."""
+        rank = self.numbers[0]
+        return {
+            "HAS_BIAS": self.bias is not None,
+            "RANK": max(16, triton.next_power_of_2(rank)) if rank else 0,
+            # A fused multiply-add would round once where the reference rounds twice.
+            "enable_fp_fusion": False,
+        }
+
+
+def _integer_product(a: Narrow, b: Narrow, dtype: torch.dtype, added: _Added) -> Tensor:
+    if copies_tiles(a.values.device):
+        return _product_by_tiles(a, b, dtype, added)
+    return _product_by_pointers(a, b, dtype, added)
+
+
+def _product_by_pointers(a: Narrow, b: Narrow, dtype: torch.dtype, added: _Added) -> Tensor:
     (rows, depth), columns = a.values.shape, len(b.values)
     out = torch.empty(rows, columns, dtype=dtype, device=a.values.device)
-    rank = 0 if low is None else low.shape[1]
-    strides = (0 if low is None else low.stride(0), 0 if lift is None else lift.stride(0))
-    numbers = (a.scale, b.scale, bias, low, lift, rows, columns, depth, rank, *strides)
-    options = {
-        "HAS_BIAS": bias is not None,
-        "RANK": max(16, triton.next_power_of_2(rank)) if rank else 0,
-        # A fused multiply-add would round once where the reference rounds twice.
-        "enable_fp_fusion": False,
-    }
-    if not copies_tiles(a.values.device):
-        tiles = triton.cdiv(rows, TILE["M"]) * triton.cdiv(columns, TILE["N"])
-        _product[(tiles,)](a.values, b.values, out, *numbers, **options, **TILE)
-        return out
+    tiles = triton.cdiv(rows, TILE["M"]) * triton.cdiv(columns, TILE["N"])
+    _product[(tiles,)](
+        a.values.view(torch.int8),
+        b.values.view(torch.int8),
+        out,
+        a.scale,
+        b.scale,
+        *added.tensors,
+        rows,
+        columns,
+        depth,
+        *added.numbers,
+        INTEGER=a.values.dtype == torch.int8,
+        **added.options,
+        **TILE,
+    )
+    return out
+
+
+def _product_by_tiles(a: Narrow, b: Narrow, dtype: torch.dtype, added: _Added) -> Tensor:
+    (rows, depth), columns = a.values.shape, len(b.values)
+    out = torch.empty(rows, columns, dtype=dtype, device=a.values.device)
     m, n, k = (COPIED_TILE[one] for one in "MNK")
     described = [
         TensorDescriptor.from_tensor(matrix, block)
         for matrix, block in ((a.values, [m, k]), (b.values, [n, k]), (out, [m, n // 2]))
     ]
     programs = min(triton.cdiv(rows, m) * triton.cdiv(columns, n), multiprocessors(a.values.device))
-    _product_of_tiles[(programs,)](*described, *numbers, PROGRAMS=programs, **options, **COPIED_TILE)
+    _product_of_tiles[(programs,)](
+        *described,
+        a.scale,
+        b.scale,
+        *added.tensors,
+        rows,
+        columns,
+        depth,
+        *added.numbers,
+        PROGRAMS=programs,
+        **added.options,
+        **COPIED_TILE,
+    )
     return out
 
 

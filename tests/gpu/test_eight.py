@@ -115,6 +115,19 @@ def test_an_adapter_and_a_bias_are_added(kind, rank):
     assert (found.float() - wanted).norm() / wanted.norm() < 5e-3
 
 
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 16, 128), (67, 256, 896 if INTERPRETED else 18944)])
+def test_rows_that_torch_does_not_multiply_are_multiplied_by_a_kernel(rows, columns, depth, monkeypatch):
+    def refused(*given, **options):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED")
+
+    a, b, bias = quantize(random(rows, depth), Kind.FP8), quantize(random(columns, depth), Kind.FP8), random(columns)
+    wanted = product_reference(a, b, torch.float32, bias)
+    # By torch or by the kernel, as the device has it.
+    assert (product(a, b, LOW, bias).float() - wanted).norm() / wanted.norm() < 1e-2
+    monkeypatch.setattr(torch, "_scaled_mm", refused)
+    assert (product(a, b, LOW, bias).float() - wanted).norm() / wanted.norm() < 1e-2
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("turned", [False, True])

@@ -1,4 +1,4 @@
-"""Kernels of integers are compiled for cards that are not here."""
+"""Kernels of 8 bits are compiled for cards that are not here."""
 
 import pytest
 
@@ -29,16 +29,18 @@ def compiled(kernel, signature, constants, card, **options):
     return triton.compile(source, target=driver.GPUTarget("cuda", card, 32), options=options)
 
 
-@pytest.mark.parametrize("card", CARDS)
-def test_the_product_of_integers_uses_the_integer_instructions_of_every_card(card):
+@pytest.mark.parametrize(
+    ("card", "integer"), [*((card, True) for card in CARDS), *((card, False) for card in CARDS if card >= 89)]
+)
+def test_products_in_8_bits_use_the_instructions_of_every_card(card, integer):
     tile = dict(eight_product.TILE)
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     signature = {**POINTERS, **dict.fromkeys(NUMBERS, "i32")}
-    done = compiled(
-        eight_product._product, signature, {"HAS_BIAS": True, "RANK": eight_product.MOST_RANK, **tile}, card, **options
-    )
+    constants = {"HAS_BIAS": True, "RANK": eight_product.MOST_RANK, "INTEGER": integer, **tile}
+    done = compiled(eight_product._product, signature, constants, card, **options)
     found = done.asm["ptx"]
-    assert ("wgmma" if card == 90 else "mma.sync") in found and ".s32.s8.s8" in found
+    assert ("wgmma" if card == 90 else "mma.sync") in found
+    assert (".s32.s8.s8" if integer else ".e4m3.e4m3") in found
     # What cards of GeForce have for a program.
     assert done.metadata.shared <= 99 * 1024
 
