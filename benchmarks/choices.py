@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from small import Bench
 from torch import Tensor
 
-from qwen_lit.data.batches import Batch
+from qwen_lit.data.batches import Batch, prefix
+from qwen_lit.engine.footprint import layer_sizes
 from qwen_lit.engine.lora_linear import size_of, width_of
 from qwen_lit.engine.narrow import fitting
+from qwen_lit.engine.probe import damages, work_of, worst
 from qwen_lit.engine.products import Products, ProductsName
+from qwen_lit.model.probe import TOKENS
+from qwen_lit.model.products import LEFT
 
 Order = list[tuple[int, int]]
 """Numbers of the layer and of the group of linears in it, the product that hurts most first."""
-GROUPS = ("q|k|v", "o", "gate|up", "down")
 NAMES: tuple[ProductsName, ...] = get_args(ProductsName)
 PEERS = ("peft", "unsloth")
 EXACT = Products()
@@ -50,6 +54,20 @@ class Choice:
         if self.wide and self.name not in orders:
             raise SystemExit(f"{self}: which products are worst is not known; give --order, as probe writes it")
         return Products(self.name, frozenset(orders[self.name][: self.wide] if self.wide else ()))
+
+    def of_run(self, orders: dict[str, Order], bench: Bench, batch: Batch) -> Products:
+        """What the engine of a run is given that begins where the adapter stands.
+
+        Args:
+            orders: as of ``products``.
+            bench: with the model.
+            batch: that the run's probe looks at, on the CPU.
+        """
+        share = LEFT.get(self.name, 0.0)
+        if self.wide or not share:
+            return self.products(orders)
+        damage = damages(bench.engine, move_data_to_device(prefix(batch, TOKENS), bench.device), Products(self.name))
+        return Products(self.name, frozenset(worst(damage, work_of(layer_sizes(bench.model)), share)))
 
     def __str__(self) -> str:
         return f"{self.name}+{self.wide}" if self.wide else self.name

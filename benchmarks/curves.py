@@ -71,8 +71,8 @@ def curves(
                 continue
             try:
                 bench.begin(seed)
-                products = None if name == "peft" else Choice.of(name).products(orders)
                 batches = bench.rows.steps(seed, plan.steps, plan.per_step)
+                products = None if name == "peft" else Choice.of(name).of_run(orders, bench, batches[0])
                 losses, seconds = timed(train, bench, batches, products, plan.lr)
                 tell(name, seed, losses, seconds)
             except Exception as error:

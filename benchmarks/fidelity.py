@@ -2,7 +2,7 @@
 
     python benchmarks/fidelity.py pack MODEL OUT --rows FILE... [--original FOLDER]
     python benchmarks/fidelity.py gradients MODEL [--choices bf16,fp8,...] [--order PROBE.json] [--original FOLDER]
-    python benchmarks/fidelity.py probe MODEL [--choices fp8,int8] [--wide 0,4,8,16]
+    python benchmarks/fidelity.py probe MODEL [--choices fp8,int8] [--wide 0,4,8,16] [--shares 0,0.05,0.1,0.2]
     python benchmarks/fidelity.py curves MODEL [--choices ...,peft,unsloth] [--seeds 0,1,2] [--steps 500]
     python benchmarks/fidelity.py traps MODEL [--choices ...]
     python benchmarks/fidelity.py table RUNS.json...
@@ -83,6 +83,7 @@ def parsed() -> argparse.Namespace:
         one.add_argument("--adapter", type=Path, help="the trained point: read, or written where it is not there")
     parts.choices["probe"].add_argument("--wide", default="0,4,8,16,32,64", help="products left in bf16")
     parts.choices["probe"].add_argument("--by_work", action="store_true", help="order by what a product costs, too")
+    parts.choices["probe"].add_argument("--shares", default="", help="of multiplications, as a run would leave them")
     parts.choices["traps"].add_argument("--long", type=int, default=32_768, help="tokens of the long row")
     parts.choices["curves"].add_argument("--seeds", default="0,1,2")
     parts.choices["curves"].add_argument("--judged", type=int, default=64, help="held-out packs at most")
@@ -159,7 +160,8 @@ def run(given: argparse.Namespace) -> None:
         found = gradients(bench, choices, orders, batches, given.original or plain)
     elif given.part == "probe":
         counts = [int(one) for one in given.wide.split(",")]
-        found = probe(bench, [choice.name for choice in choices], batches, counts, given.by_work)
+        shares = [float(one) for one in given.shares.split(",") if one]
+        found = probe(bench, [choice.name for choice in choices], batches, counts, given.by_work, shares)
     else:
         found = traps(bench, choices, orders, given.long)
     write(given.json, found)

@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from choices import EXACT, GROUPS, Choice, Order, every_product, share_in_8_bits, train
+from choices import EXACT, Choice, Order, every_product, share_in_8_bits, timed, train
+from lightning.fabric.utilities import move_data_to_device
 from peft import PeftModel
 from small import Bench, Gradient, exact_copy, plain_loss, trained_of, unquantised_copy
 from torch import Tensor
 
 from qwen_lit.data.batches import Batch
+from qwen_lit.engine.footprint import layer_sizes
+from qwen_lit.engine.probe import damages, work_of, worst
 from qwen_lit.engine.products import Products
+from qwen_lit.model.products import GROUPS
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def gradients(
     print(HEAD)
     found = []
     for choice in choices:
-        products = choice.products(orders)
+        products = choice.of_run(orders, bench, batches[0])
         mine = [bench.gradient(batch, products) for batch in batches]
         found.append(_told(str(choice), list(zip(mine, exact, strict=True)), share_in_8_bits(bench, products)))
     peft = [Gradient.of(bench.peft_loss(batch), batch, bench.trained) for batch in batches]
@@ -162,7 +166,12 @@ def gradients(
 
 
 def probe(
-    bench: Bench, names: Sequence[str], batches: Sequence[Batch], counts: Sequence[int], by_work: bool
+    bench: Bench,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    counts: Sequence[int],
+    by_work: bool,
+    shares: Sequence[float] = (),
 ) -> list[dict[str, Any]]:
     """Find which products hurt a gradient most, one at a time in 8 bits, and how it heals as they are left in bf16.
 
@@ -173,22 +182,26 @@ def probe(
         counts: numbers of products that are left in bf16.
         by_work: the order is that of squared error for each multiplication, and not of error: what a product hurts
             beside what it would cost in bf16.
+        shares: of the forward's multiplications that are left in bf16 instead, by the order of the package's own
+            probe; it is quick, so none is tried alone.
     """
+    if shares:
+        return [quick_probe(bench, name, batches, shares) for name in names]
     every = every_product(bench)
-    wide = [bench.gradient(batch, EXACT) for batch in batches]
     exact = exact_gradients(exact_copy(bench), batches, bench.device)
     found = []
     for name in names:
         choice = Choice.of(name)
-        errors = {}
+        # Backward is in 8 bits in all of them, so that what differs is the forward of one product.
+        rest, errors = bench.gradient(batches[0], Products(choice.name, frozenset(every))), {}
         for one in every:
             alone = Products(choice.name, frozenset(every) - {one})
             mine = bench.gradient(batches[0], alone)
-            errors[one] = _error(mine.flat, wide[0].flat).item()
+            errors[one] = _error(mine.flat, rest.flat).item()
             cost = share_in_8_bits(bench, alone) or 1.0
             errors[one] = errors[one] if not by_work else errors[one] ** 2 / cost
         order = sorted(every, key=lambda one: -errors[one])
-        print(f"{name}: worst alone, against bf16: " + ", ".join(_product(one, errors[one]) for one in order[:12]))
+        print(f"{name}: worst alone, against none: " + ", ".join(_product(one, errors[one]) for one in order[:12]))
         print(HEAD)
         heals = []
         for count in sorted({min(count, len(every)) for count in counts}):
@@ -199,6 +212,34 @@ def probe(
         alone = [[*one, errors[one]] for one in order]
         found.append({"name": choice.name, "by_work": by_work, "order": order, "alone": alone, "heals": heals})
     return found
+
+
+def quick_probe(bench: Bench, name: str, batches: Sequence[Batch], shares: Sequence[float]) -> dict[str, Any]:
+    """How a gradient heals as the products that a run would find worst are left in bf16.
+
+    Args:
+        bench: at a trained point.
+        name: of the choice.
+        batches: the first of them is looked at; how it heals is a mean of all.
+        shares: of the forward's multiplications that stay in bf16.
+    """
+    choice = Choice.of(name)
+    exact = exact_gradients(exact_copy(bench), batches, bench.device)
+    work = work_of(layer_sizes(bench.model))
+    damage, seconds = timed(
+        damages, bench.engine, move_data_to_device(batches[0], bench.device), Products(choice.name)
+    )
+    order = worst(damage, work, 1.0)
+    print(f"{name}: found in {seconds:.1f} s: " + ", ".join(_product(one, damage[one]) for one in order[:12]))
+    print(HEAD)
+    heals = []
+    for share in shares:
+        products = Products(choice.name, frozenset(worst(damage, work, share)))
+        mine = [bench.gradient(batch, products) for batch in batches]
+        title, pairs = f"{name}, {share:.0%} left: {len(products.wide)}", list(zip(mine, exact, strict=True))
+        heals.append(_told(title, pairs, share_in_8_bits(bench, products)) | {"share": share})
+    alone = [[*one, damage[one]] for one in order]
+    return {"name": choice.name, "quick": True, "order": order, "alone": alone, "heals": heals}
 
 
 def _product(one: tuple[int, int], error: float) -> str:

@@ -41,7 +41,7 @@ def traps(bench: Bench, choices: Sequence[Choice], orders: dict[str, Order], lon
     def set_trap(title: str, one: Bench, batch: Batch) -> None:
         wide = one.gradient(batch, EXACT)
         for choice in choices:
-            found.append(_caught(title, str(choice), one.gradient(batch, choice.products(orders)), wide))
+            found.append(_caught(title, str(choice), one.gradient(batch, choice.of_run(orders, one, real)), wide))
         peft = Gradient.of(one.peft_loss(batch), batch, one.trained)
         found.append(_caught(title, "yardstick: PEFT, bf16", peft, wide))
 

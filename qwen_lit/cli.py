@@ -8,14 +8,17 @@ from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from yaml import YAMLError
 
+from qwen_lit import waiting
 from qwen_lit.callbacks.accepted import explained
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import AtomicCheckpointIO, last_checkpoint, step_of
 from qwen_lit.callbacks.config_file import ConfigFile
 from qwen_lit.callbacks.export import Export
+from qwen_lit.callbacks.link import LinkGuard
 from qwen_lit.callbacks.logger import RunLogger
 from qwen_lit.callbacks.metrics import Throughput
 from qwen_lit.callbacks.products import ProductsGuard
@@ -32,6 +35,7 @@ from qwen_lit.failures import exit_code
 from qwen_lit.front import main as main
 from qwen_lit.gpu import check_device, check_size
 from qwen_lit.keys import wrong_keys
+from qwen_lit.lightning_internals import launch
 from qwen_lit.logs import set_up_logging
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.load import count_parameters, load_tokenizer
@@ -76,7 +80,7 @@ class QwenCLI(LightningCLI):
         Raises:
             UserError: an option is wrong.
         """
-        self.command = command
+        self.command, self.given = command, tuple(args)
         super().__init__(
             QwenModule,
             QwenDataModule,
@@ -136,7 +140,7 @@ class QwenCLI(LightningCLI):
                 f"configuration: config.yaml cannot hold it ({explained(error)}); give such an argument of a class "
                 "as a number, a text or a list."
             ) from error
-        self.run = dataclasses.replace(self.start.run, config=config, yaml=yaml)
+        self.run = dataclasses.replace(self.start.run, config=config, given=self.given, yaml=yaml)
 
     def _name_targets(self) -> None:
         """Write the targets of LoRA into the run's configuration where it left them to the model's family."""
@@ -195,6 +199,11 @@ class QwenCLI(LightningCLI):
         for logger in trainer.loggers:
             if not isinstance(logger, RunLogger):
                 guard(logger)
+        for ranks in [waiting.started.pop()] if waiting.started else []:
+            if isinstance(trainer.strategy, DDPStrategy):
+                launch(trainer.strategy, ranks)
+            else:
+                ranks.dismiss()
         return trainer
 
     def callbacks(self) -> list[Any]:
@@ -202,7 +211,16 @@ class QwenCLI(LightningCLI):
         them."""
         run, throughput = self.run, Throughput(self.saver)
         report = RunReport(run, self.saver, self.exporter, throughput)
-        ours = [self.saver, self.exporter, self.samples, Resumed(run), throughput, report, ProductsGuard()]
+        ours = [
+            self.saver,
+            self.exporter,
+            self.samples,
+            Resumed(run),
+            throughput,
+            report,
+            ProductsGuard(),
+            LinkGuard(),
+        ]
         self.report, given = report, self.config.trainer
         bars = any("ProgressBar" in one.class_path for one in listed(given.callbacks))
         if given.enable_progress_bar is not False and not bars:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 GRACE = 20.0
 """Seconds in which a process may end by itself once another is gone."""
+REDUCTION: dict[str, Any] = {"bucket_cap_mb": 8, "gradient_as_bucket_view": True}
+"""Options of DDP. A bucket of gradients is reduced beside the backward of the layers below it. Only the last one is
+waited for, so buckets are small: three layers of a 7B with r=32. A gradient lies in its bucket, and nothing holds it
+twice."""
 
 
 def agree(trainer: L.Trainer, facts: dict[str, Any]) -> None:
@@ -103,8 +107,10 @@ def _watch_parent(parent: int) -> None:
 
 
 def reduce_trained_alone(module: torch.nn.Module) -> None:
-    """Keep DDP from frozen parameters and buffers: it would write the first rank's into what stands for a layer that
-    is away, which has no memory of its own.
+    """Keep DDP from frozen parameters and buffers, which every rank has read from the same files.
+
+    It would send the first rank's to all others before the first step, and write them into what stands for a layer
+    that is away, which has no memory of its own.
 
     Args:
         module: that DDP will wrap.

@@ -15,6 +15,7 @@ from qwen_lit import help
 from qwen_lit.imports import import_bitsandbytes
 from qwen_lit.keys import wrong_keys
 from qwen_lit.signals import Interrupted, handle_signals
+from qwen_lit.waiting import WAITS, environment_given, start_others
 
 BESIDE = {
     "chat": "qwen_lit.commands.chat",
@@ -52,9 +53,13 @@ def main(args: list[str] | None = None) -> int:
         args: of the command line, beginning with the command; None takes those of the process.
     """
     given = sys.argv[1:] if args is None else args
+    if WAITS in os.environ:
+        return _waited(given)
     code = answered(given)
     if code is not None:
         return code
+    if args is None:
+        start_others(given)
     if given[0] in BESIDE:
         with _interruptible():
             command = import_module(BESIDE[given[0]])
@@ -66,6 +71,19 @@ def main(args: list[str] | None = None) -> int:
     with _interruptible():
         import_bitsandbytes()
         from qwen_lit.cli import run
+    return run(given)
+
+
+def _waited(given: list[str]) -> int:
+    """Run a command as another rank than the first, once that one has come to train; load what it takes before."""
+    with _interruptible():
+        from qwen_lit.cli import run
+
+        environment = environment_given()
+    if environment is None:
+        return 0
+    os.environ.clear()
+    os.environ.update(environment)
     return run(given)
 
 

@@ -3,10 +3,14 @@
 A new version of Lightning is read here first.
 """
 
+import os
 from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.strategies import DDPStrategy
+
+from qwen_lit.waiting import WaitingRanks
 
 
 def validation_follows(trainer: L.Trainer) -> bool:
@@ -96,3 +100,27 @@ def mark_saved(callback: ModelCheckpoint, step: int) -> None:
 def seconds_of(timer: Timer) -> float | None:
     """After which a Timer ends the run; None where it does not."""
     return timer._duration
+
+
+def set_ddp_options(strategy: DDPStrategy, options: dict[str, Any]) -> None:
+    """Give options of torch's DDP to a strategy that the Trainer has made of its name, where it has none."""
+    strategy._ddp_kwargs = options | strategy._ddp_kwargs
+
+
+def launch(strategy: DDPStrategy, ranks: WaitingRanks) -> None:
+    """Let ranks that are there begin where Lightning would start them, in the environment that it would give them."""
+    launcher: Any = strategy.launcher
+    others = getattr(launcher, "num_processes", 0) - 1
+    if others != len(ranks.processes) or launcher.cluster_environment.creates_processes_externally:
+        ranks.dismiss()
+        return
+
+    def begin() -> None:
+        launcher._check_can_spawn_children()
+        around = launcher.cluster_environment
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = around.main_address, str(around.main_port)
+        os.environ["NODE_RANK"], os.environ["LOCAL_RANK"] = str(around.node_rank()), str(around.local_rank())
+        os.environ["WORLD_SIZE"] = str(launcher.num_processes * launcher.num_nodes)
+        launcher.procs = ranks.begin(os.environ)
+
+    launcher._call_children_scripts = begin

@@ -81,9 +81,11 @@ def loss_lines(history: dict[str, list[list[float]]], best: dict[str, Any] | Non
 
 def panel_lines(panel: dict[str, float], skipped: int) -> list[str]:
     """The panel of a run, in lines of at most 80 columns."""
-    use = f", {panel['flop_use']:.0%} of the card's peak" if "flop_use" in panel else ""
+    each = panel.get("tokens_per_second_per_card")
+    peak, each_card = ("card's", "") if each is None else ("cards'", f" ({each:,.0f} a card)")
+    use = f", {panel['flop_use']:.0%} of the {peak} peak" if "flop_use" in panel else ""
     lines = [
-        f"throughput   {panel['tokens_per_second']:,.0f} tokens/s, "
+        f"throughput   {panel['tokens_per_second']:,.0f} tokens/s{each_card}, "
         f"{panel['supervised_tokens_per_second']:,.0f} supervised, {panel['fill']:.1%} full",
         f"work         {panel['model_tflops']:.2f} TFLOP/s{use}, {panel['recompute_tflops']:.2f} recomputed",
         f"time         {panel['share_waiting_for_data']:.1%} waiting for data, {panel['share_saving']:.1%} saving, "

@@ -31,6 +31,8 @@ class Run:
     one; None where there is none."""
     config: dict[str, Any] = field(default_factory=dict)
     """The whole configuration as plain values: for a command that uses an adapter, the one it was trained with."""
+    given: tuple[str, ...] = ()
+    """What followed the command on the command line."""
     yaml: str = ""
     """The configuration of ``fit`` as config.yaml holds it, without the options of any other command."""
     started: datetime = field(default_factory=lambda: datetime.now().astimezone())

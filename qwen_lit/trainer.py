@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
 
 from qwen_lit.callbacks.export import Export
 from qwen_lit.commands.export import export
@@ -14,7 +15,9 @@ from qwen_lit.commands.plan import plan
 from qwen_lit.commands.predict import answer_rows
 from qwen_lit.commands.verify_resume import verify_resume
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.distributed import REDUCTION
 from qwen_lit.hardware import product_dtype
+from qwen_lit.lightning_internals import set_ddp_options
 from qwen_lit.model.module import QwenModule
 from qwen_lit.run import Run
 
@@ -39,6 +42,8 @@ class QwenTrainer(Trainer):
         """
         self.micro_batches_per_step, self.clip_value = accumulate_grad_batches, gradient_clip_val
         super().__init__(**options)
+        if isinstance(self.strategy, DDPStrategy):
+            set_ddp_options(self.strategy, REDUCTION)
 
     def inspect(
         self,

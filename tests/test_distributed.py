@@ -120,6 +120,8 @@ def test_the_figures_of_two_ranks_are_of_both(two):
     # Both epochs were trained whole: of one rank's rows alone this would be another share.
     share = data["supervised_tokens"] / data["tokens_in_an_epoch"]
     assert panel["supervised_tokens_per_second"] / panel["tokens_per_second"] == pytest.approx(share, rel=1e-5)
+    assert panel["tokens_per_second_per_card"] == pytest.approx(panel["tokens_per_second"] / 2, rel=1e-5)
+    assert len(scalars(two)["train/tokens_per_second_per_card"]) == summary["steps"]
     assert [step for step, _ in summary["history"]["tokens_per_second"]] == list(range(1, summary["steps"] + 1))
 
 

@@ -339,6 +339,7 @@ def test_a_plan_is_told_as_the_planner_chose_it(plan, monkeypatch):
         "layers_held_in_bf16": 2,
         "layers_streamed": 0,
         "head_on_host": False,
+        "graph_tokens": 0,
         "host_memory_gib": 0.0,
         "fits": True,
     }

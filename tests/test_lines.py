@@ -21,7 +21,11 @@ def test_one_is_one_and_others_are_more():
         "share_saving",
         "share_validating",
     )
-    assert panel_lines(dict.fromkeys(names, 0.5), skipped=1)[-1] == "skipped      1 step"
+    panel = dict.fromkeys(names, 0.5) | {"tokens_per_second": 400, "flop_use": 0.5}
+    lines = panel_lines(panel, skipped=1)
+    assert lines[-1] == "skipped      1 step" and "400 tokens/s, " in lines[0] and "50% of the card's peak" in lines[1]
+    lines = panel_lines(panel | {"tokens_per_second_per_card": 100}, skipped=1)
+    assert "400 tokens/s (100 a card), " in lines[0] and "50% of the cards' peak" in lines[1]
 
 
 def test_a_prompt_is_read_as_turns_and_its_question_is_the_last_of_the_user():

@@ -287,6 +287,9 @@ def test_the_panel_counts_four_operations_a_frozen_parameter(model_folder):
     counts = Counts(1000, supervised=600, computed=1250, steps=2, waiting=0.1, saving=0.2, validating=1.0, seconds=2.0)
     panel = Throughput(flops=(2e9, 1e9), recomputed=0.5, peak=4e12).panel(counts)
     assert panel["tokens_per_second"] == 1000 and panel["fill"] == 0.8 and panel["model_tflops"] == 2.0
+    assert "tokens_per_second_per_card" not in panel
+    several = Throughput(flops=(2e9, 1e9), peak=4e12, cards=4).panel(counts)
+    assert several["tokens_per_second"] == 1000 and several["tokens_per_second_per_card"] == 250
     assert panel["flop_use"] == 0.5 and panel["recompute_tflops"] == 0.5 and panel["share_validating"] == 0.5
 
 

@@ -166,7 +166,10 @@ def test_a_run_that_goes_on_begins_at_its_step_and_one_without_end_shows_what_ha
     bar.began, bar.last, bar.first, bar.step, bar.total = 0.0, 120.0, 100, 102, 200
     bar.metrics = {"loss": "1.234"}
     assert re.fullmatch(r"step 102/200 \|█{15,} +\|  loss 1.234  1:38:00 left", bar._line(80))
-    bar.total = None
+    bar.metrics |= {"tok/s": "400"}
+    bar.each = " (100 a card)"
+    assert bar._line(80).endswith("loss 1.234  400 tok/s (100 a card)  1:38:00 left")
+    bar.metrics, bar.total = {"loss": "1.234"}, None
     assert bar._line(80) == "step 102  loss 1.234  0:02:00"
 
 

@@ -12,8 +12,10 @@ from qwen_lit.cli import main
 from qwen_lit.data.batches import join
 from qwen_lit.model import adapted as adapted_file
 from qwen_lit.model import module as module_file
+from qwen_lit.model.graphs import Graphs
 from qwen_lit.model.module import QwenModule
-from tests.runs import Gradients, Modes, adapter, scalars, trace
+from tests.model.test_recording import Recorder
+from tests.runs import Gradients, Modes, adapter, same, scalars, stopping, trace
 
 
 @pytest.fixture
@@ -79,12 +81,35 @@ def test_validation_counts_every_micro_batch_however_many_are_computed_at_once(c
 def test_a_run_that_goes_on_tells_the_planner_how_many_were_computed_at_once(command, tmp_path, monkeypatch):
     told = []
     plain = adapted_file.choose_engine
-    monkeypatch.setattr(adapted_file, "choose_engine", lambda *given: told.append(given[-1]) or plain(*given))
+    monkeypatch.setattr(adapted_file, "choose_engine", lambda *given: told.append(given[3:]) or plain(*given))
     monkeypatch.setattr(QwenModule, "micro_batches_at_once", property(lambda self: 2))
     out, short = tmp_path / "out", ["--data.num_workers", "0", "--data.val_size", "0", "--export.merge", "false"]
     assert main(command(out, *short, "--trainer.max_steps", "1")) == 0
     assert main(command(out, *short, "--trainer.max_steps", "2", "--ckpt_path", "last")) == 0
-    assert told == [None, 2]
+    assert told == [(None, None), (2, 0)]
+
+
+def test_a_run_by_graphs_learns_what_one_without_does_and_is_resumed_bit_for_bit(
+    command, tmp_path, monkeypatch, exact
+):
+    used: list[Recorder] = []
+
+    def graphs(engine, plan):
+        return Graphs(engine, 512, 100, lambda tokens: 1, lambda: used.append(Recorder()) or used[-1])
+
+    options = [*exact[:2], "--model.engine", "fast", "--trainer.max_steps", "4", "--data.num_workers", "0"]
+    options += ["--export.merge", "false", "--data.val_size", "0"]
+    plain, whole, parts = (tmp_path / name for name in ("plain", "whole", "parts"))
+    assert main(command(plain, *options)) == 0
+    monkeypatch.setattr(adapted_file, "graphs_of", graphs)
+    assert main(command(whole, *options)) == 0
+    # Most shapes come more than once, and some not.
+    assert used[0].runs
+    for line, other in zip(trace(plain), trace(whole), strict=True):
+        assert line["rows"] == other["rows"] and line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert main(command(parts, *options, *stopping(3))) == 143
+    assert main(command(parts, *options, "--ckpt_path", "last")) == 0
+    assert same(whole, parts)
 
 
 @pytest.mark.parametrize("engine", ["fast", "reference"])

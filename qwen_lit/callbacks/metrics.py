@@ -1,6 +1,7 @@
 """Throughput, where the time goes, and memory: counted on the host without waiting for the device.
 
-Each rank counts its own; at the logging interval they are added up.
+Each rank counts its own; at the logging interval they are added up. Tokens a second are the run's, of all its cards
+together; where there are several, those of a card stand beside them.
 """
 
 import time
@@ -66,6 +67,16 @@ def memory(trainer: L.Trainer) -> dict[str, float]:
     return dict(zip(("memory_gib", "peak_memory_gib"), (used / 2**30).tolist(), strict=True))
 
 
+def per_card(rate: float, cards: int) -> dict[str, float]:
+    """Tokens a second of a card on average, by their name; empty where one card makes all of them.
+
+    Args:
+        rate: tokens a second of the run.
+        cards: of the run.
+    """
+    return {"tokens_per_second_per_card": rate / cards} if cards > 1 else {}
+
+
 @dataclass(eq=False)
 class Throughput(Callback):
     """Logs throughput, time and memory at ``trainer.log_every_n_steps``, and keeps those of the whole run."""
@@ -83,10 +94,12 @@ class Throughput(Callback):
     """Operations a second of all cards."""
     first: int = 0
     """Steps that were made before this run."""
+    cards: int = 1
+    """Ranks of the run."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock; a resumed run counts from its own first step."""
-        self.started, self.first = time.perf_counter(), trainer.global_step
+        self.started, self.first, self.cards = time.perf_counter(), trainer.global_step, trainer.world_size
         self.counts, self.last = Counts(), Counts()
         module = cast(QwenModule, pl_module)
         data = data_of(trainer)
@@ -120,6 +133,8 @@ class Throughput(Callback):
             self.counts.computed += module.computed_tokens(one)
         step = trainer.global_step
         self.counts.steps = step - self.first
+        # A plan that is made anew in the run recomputes other layers.
+        self.recomputed = recomputed_share(module)
         if is_logged(trainer, step):
             for name, value in self.latest(trainer).items():
                 pl_module.log(f"train/{name}", value)
@@ -149,6 +164,7 @@ class Throughput(Callback):
         training = max(seconds - counts.validating, 1e-9)
         panel = {
             "tokens_per_second": counts.tokens / training,
+            **per_card(counts.tokens / training, self.cards),
             "supervised_tokens_per_second": counts.supervised / training,
             "fill": counts.tokens / max(1, counts.computed),
             "model_tflops": counts.tokens * self.flops[0] / training / 1e12,

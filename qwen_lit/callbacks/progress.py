@@ -17,6 +17,8 @@ from qwen_lit.screen import Bar, drawn, on_screen, printing_above
 
 log = logging.getLogger(__name__)
 SHOWN = {"train/loss": "loss", "val/loss": "val", "train/lr": "lr", "train/tokens_per_second": "tok/s"}
+EACH = "train/tokens_per_second_per_card"
+"""What stands beside the speed of a run of several cards."""
 SPARE = ("lr", "tok/s", "val")
 """What a narrow terminal leaves out, in this order."""
 
@@ -32,6 +34,8 @@ class RunProgress(ProgressBar):
         """Seconds when training began and at the last step; steps made before this run, and until now."""
         self.total: int | None = None
         self.metrics: dict[str, str] = {}
+        self.each = ""
+        """Speed of a card, in words; empty where there is one."""
         self.validated: tuple[int, int] | None = None
         """Batches of a validation under way: those done, and all."""
         self.bar: Bar | None = None
@@ -75,7 +79,7 @@ class RunProgress(ProgressBar):
             self.bar.draw()
         elif logged:
             of, left = (f" of {self.total}", f"{self._left()} left") if self.total else ("", "no known end")
-            shown = [f"{name} {value}" for name, value in self.metrics.items()]
+            shown = [f"{name} {value}" + self.each * (name == "tok/s") for name, value in self.metrics.items()]
             log.info("step %d%s  %s", step, of, "  ".join([*shown, left]))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -126,6 +130,7 @@ class RunProgress(ProgressBar):
         found = trainer.callback_metrics
         values = {short: float(found[name]) for name, short in SHOWN.items() if name in found}
         self.metrics = {name: f"{one:,.0f}" if name == "tok/s" else _number(one) for name, one in values.items()}
+        self.each = f" ({float(found[EACH]):,.0f} a card)" if EACH in found else ""
         if getattr(module, "skipped_in_a_row", 0):
             self.metrics["loss"] = "none, skipped"
 
@@ -138,7 +143,7 @@ class RunProgress(ProgressBar):
     def _line(self, width: int) -> str:
         parts = {name: f"{name} {value}" for name, value in self.metrics.items()}
         if "tok/s" in parts:
-            parts["tok/s"] = f"{self.metrics['tok/s']} tok/s"
+            parts["tok/s"] = f"{self.metrics['tok/s']} tok/s{self.each}"
         if self.validated is not None:
             parts["time"] = f"validating {self.validated[0]}/{self.validated[1]}"
         elif self.total is None:

@@ -15,12 +15,15 @@ from peft import PeftModel
 from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.callbacks.export import Export
+from qwen_lit.callbacks.metrics import per_card
 from qwen_lit.commands.plan_advice import advice
 from qwen_lit.commands.plan_reference import reference
 from qwen_lit.commands.plan_text import lines
 from qwen_lit.commands.plan_trial import NEVER, STEPS, StepTimer, products_told, trial
 from qwen_lit.data.datamodule import QwenDataModule
+from qwen_lit.distributed import gathered
 from qwen_lit.engine.engine import unsupported_reason
+from qwen_lit.engine.footprint import layer_sizes
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS, RESIDUAL_INITS
 from qwen_lit.export.kquants import gguf_bytes
@@ -32,6 +35,7 @@ from qwen_lit.model.coverage import coverage, left_out
 from qwen_lit.model.duration import check_limits, epoch_share, epoch_steps, total_steps
 from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.model.module import QwenModule
+from qwen_lit.model.probe import estimated
 from qwen_lit.planner.explain import explain
 from qwen_lit.planner.flops import measured_flops, token_flops
 from qwen_lit.planner.host import HostProfile
@@ -72,8 +76,9 @@ def plan(
     check_limits(trainer, data)
     on_gpu = trainer.strategy.root_device.type == "cuda"
     result = (measure if on_gpu else arithmetic)(trainer, module, data, exporter, explained)
-    for line in [json.dumps(result, indent=1)] if as_json else lines(result):
-        print(line)
+    # Every rank has come to the same.
+    if trainer.is_global_zero:
+        print("\n".join([json.dumps(result, indent=1)] if as_json else lines(result)))
     return 1 if not result["measured"] and not result["fits"] else 0
 
 
@@ -201,8 +206,9 @@ def arithmetic(
     planned = planned_memory(module, model, held)
     plans = []
     for size in [budget] if budget else [card * GIB for card in CARDS]:
-        # Without a cache, a base for which there is room is loaded as a whole.
-        whole = module.settings.base_cache is None and static + BESIDE <= size
+        # Without a cache, a base for which there is room is loaded as a whole, where one rank alone reads it.
+        alone = module.settings.base_cache is None and trainer.num_devices == 1
+        whole = alone and static + BESIDE <= size
         memory = replace(planned, blocks=()) if whole else planned
         plan = choose(memory, static, size, sizes, HostProfile(processes=trainer.num_devices), mean=mean)
         plans.append(as_dict(plan) | {"fits": plan.fits, "relative_time": round(time_of(plan, mean, memory), 3)})
@@ -211,7 +217,7 @@ def arithmetic(
                 memory, plan, static, sizes[plan.micro_batches_at_once], trainer.num_devices
             )
     result |= {"plans": plans, "fits": any(one["fits"] for one in plans)}
-    return result | {"advice": advice(memory, static, plan, sizes, mean, module, data, model, static_bytes)}
+    return result | {"advice": advice(trainer, memory, static, plan, sizes, mean, module, data, model, static_bytes)}
 
 
 def planned_memory(module: QwenModule, model: PeftModel, held: Mapping[str, Held]) -> ModelMemory:
@@ -222,7 +228,8 @@ def planned_memory(module: QwenModule, model: PeftModel, held: Mapping[str, Held
         model: of ``arithmetic_model``.
         held: how the base's weights will be held.
     """
-    memory = ModelMemory.of(model, module.state_bytes, held, module.products.products, module.settings.kept)
+    products = estimated(module.products, layer_sizes(model))
+    memory = ModelMemory.of(model, module.state_bytes, held, products, module.settings.kept)
     start = str(module.lora_config.init_lora_weights).lower()
     # A base that is quantised in its files is held as they are; one that the adapter's start changes, as it is then.
     streams = own_quantization(module.config) is None and not start.startswith(RESIDUAL_INITS)
@@ -280,8 +287,10 @@ def measure(
             result["checkpoint_mb"] = round(file.stat().st_size / 1e6, 1)
     timed = list(zip(timer.tokens, timer.seconds, strict=True))
     steady = sorted(tokens / seconds for tokens, seconds in timed[1:] or timed)
-    speed = steady[len(steady) // 2]
-    bound = limit / result["flops_per_token"]
+    cards = trainer.world_size
+    # Ranks wait for each other in each step, so their clocks agree, and their tokens add up.
+    speed = sum(gathered(trainer, steady[len(steady) // 2]))
+    bound = cards * limit / result["flops_per_token"]
     of_step = result["tokens_per_step"] / speed
     plan = module.plan
     result |= {
@@ -289,7 +298,9 @@ def measure(
         "device": torch.cuda.get_device_name(device),
         "engine": module.engine_description,
         "measured_peak_gib": round(timer.peak / GIB, 2),
+        "cards": cards,
         "tokens_per_second": round(speed),
+        **{name: round(rate) for name, rate in per_card(speed, cards).items()},
         "card_tflops": round(limit / 1e12),
         "limit_tokens_per_second": round(bound),
         "share_of_limit": round(speed / bound, 3),
@@ -309,7 +320,7 @@ def measure(
     else:
         memory = planned_memory(module, model, held)
         result |= as_dict(plan)
-        result["advice"] = advice(memory, static, plan, sizes, mean, module, data, model, static_bytes)
+        result["advice"] = advice(trainer, memory, static, plan, sizes, mean, module, data, model, static_bytes)
         if explained:
             result["explained"] = explain(memory, plan, static, sizes[plan.micro_batches_at_once], trainer.num_devices)
     return result
@@ -331,5 +342,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "layers_held_in_bf16": len(policies.resident),
         "layers_streamed": len(policies.streamed),
         "head_on_host": policies.offload_head,
+        "graph_tokens": plan.graph_tokens,
         "host_memory_gib": round(plan.host / GIB, 2),
     }

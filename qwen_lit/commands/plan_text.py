@@ -1,9 +1,11 @@
 """What plan has found, in lines of at most 80 columns."""
 
+import re
 import textwrap
 from datetime import timedelta
 from typing import Any
 
+from qwen_lit.commands.plan_advice import COMMAND
 from qwen_lit.lines import plural
 from qwen_lit.model.products import in_words
 from qwen_lit.planner.explain import table_lines
@@ -36,8 +38,8 @@ def lines(result: dict[str, Any]) -> list[str]:
             out.append(f"memory      {_estimate(result)}, measured {result['measured_peak_gib']:.2f}")
             out += _loops(result)
         out += [
-            f"speed       {result['tokens_per_second']:,} tokens/s, {result['share_of_limit']:.0%} of the "
-            f"{result['limit_tokens_per_second']:,} this card can do",
+            f"speed       {speed_of(result)}, {result['share_of_limit']:.0%} of the "
+            f"{result['limit_tokens_per_second']:,} {cards_of(result)} can do",
             f"time        an epoch {_time(result['epoch_seconds'])}, the run {_time(result['run_seconds'])}, "
             f"a validation {_time(result['validation_seconds'])}",
             f"checkpoint  {result['checkpoint_mb']} MB, training waits {result['checkpoint_stall_seconds']:.3f} s",
@@ -58,6 +60,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             how += f", {plan['layers_offloaded']} layers offloaded" * (plan["layers_offloaded"] > 0)
             how += f", MLP in pieces of {plan['mlp_piece_tokens']}" * (plan["mlp_piece_tokens"] > 0)
             how += f", {plan['layers_packed']} keep gate and up in 8 bits" * (plan["layers_packed"] > 0)
+            how += f", CUDA graphs up to {plan['graph_tokens']} tokens" * (plan["graph_tokens"] > 0)
             how += f", {plan['host_memory_gib']:.1f} GiB of RAM" * (plan["host_memory_gib"] > 0)
             fits = how if plan["fits"] else "does not fit"
             out.append(f"{plan['budget_gib']:>7.2f} GiB  peak {plan['estimated_peak_gib']:>6.2f}  {fits}")
@@ -75,8 +78,21 @@ def lines(result: dict[str, Any]) -> list[str]:
     out.append(f"export      about {result['export_ram_gib']} GiB of RAM")
     out += result["advice"]
     tables = [one["explained"] for one in (result, *result.get("plans", [])) if "explained" in one]
-    wrapped = [part for line in out for part in textwrap.wrap(line, 80, subsequent_indent=" " * 12)]
+    wrapped = [part for line in out for part in _wrapped(line)]
     return wrapped + [line for table in tables for line in table_lines(table)]
+
+
+def _wrapped(line: str) -> list[str]:
+    """A line in parts of at most 80 columns; those of a command can be typed as they are."""
+    if not line.startswith(COMMAND):
+        return textwrap.wrap(line, 80, subsequent_indent=" " * 12)
+    parts, words = [line.split(" ", 1)[0]], re.split(r" (?=--)", line.split(" ", 1)[1])
+    for word in words:
+        if len(f"{parts[-1]} {word}") > 78 and parts[-1].strip():
+            parts.append(f"   {word}")
+        else:
+            parts[-1] += f" {word}"
+    return [f"{part} \\" for part in parts[:-1]] + parts[-1:]
 
 
 def _estimate(result: dict[str, Any]) -> str:
@@ -93,6 +109,17 @@ def _host(result: dict[str, Any]) -> str:
     there += ["the embedding"] * result["embedding_on_cpu"] + ["lm_head"] * result["head_on_host"]
     there += ["what layers keep until backward"] * (result["layers_offloaded"] > 0 or result["inputs_offloaded"])
     return f"{result['host_memory_gib']:.2f} GiB of RAM: {', '.join(there)}"
+
+
+def speed_of(result: dict[str, Any]) -> str:
+    """Tokens a second of the run, and those of a card where there are several."""
+    each = result.get("tokens_per_second_per_card")
+    return f"{result['tokens_per_second']:,} tokens/s" + ("" if each is None else f" ({each:,} a card)")
+
+
+def cards_of(result: dict[str, Any]) -> str:
+    """The card of the run, or its cards."""
+    return "this card" if result["cards"] == 1 else f"these {result['cards']} cards"
 
 
 def _products(found: dict[str, Any]) -> str:

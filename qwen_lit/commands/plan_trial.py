@@ -83,7 +83,8 @@ def products_told(module: QwenModule, found: Fidelity | None) -> dict[str, Any]:
         module: whose products are asked for in 8 bits.
         found: of its gradient; None where that was not compared.
     """
-    told = {"told": module.products.told, "floor": floor_of(module.settings)}
+    told: dict[str, Any] = {"told": module.products.told, "floor": floor_of(module.settings)}
+    told |= {"left_in_bf16": [list(one) for one in module.products.wide or ()]}
     return told if found is None else told | asdict(found)
 
 

@@ -30,10 +30,12 @@ from qwen_lit.engine.offload import HostBlocks, HostStore
 from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.engine.products import Passes, Products
 from qwen_lit.engine.qkv import qkv_rope
+from qwen_lit.engine.waits import Waits
 from qwen_lit.families.layer import Layer
 from qwen_lit.families.table import FAMILIES, family_of
 from qwen_lit.frozen.store import store_of
 from qwen_lit.kernels.attention import attention
+from qwen_lit.kernels.dropout import Seed
 from qwen_lit.kernels.eight import Narrow
 from qwen_lit.kernels.kinds import Kind
 from qwen_lit.kernels.launch import HAS_TRITON
@@ -157,9 +159,14 @@ class FastEngine:
         self.fitted: dict[tuple[int, int, Passes], Passes] = {}
         self.arena = Arena()
         self.store = store_of(base)
+        self.waits = Waits(base.get_submodule(family.norm).weight.device)
+        """How long the device waits for what is on the host; the one of the streamed layers too."""
+        if self.store is not None:
+            self.store.waits = self.waits
         self.trained: list[Tensor] = [p for name, p in model.named_parameters() if ".lora_" in name]
         self.compute: dict[int, Tensor] = {}
         self.resident: dict[int, Tensor] = {}
+        self.leaves: dict[int, Tensor] = {}
         self.recomputing = False
         for number in sorted(self.policies.resident):
             self.resident |= self._dequantized(number)
@@ -205,6 +212,9 @@ class FastEngine:
             name: read_linear(module, training, self.compute, self.resident, self.arena.workspace, arrive)
             for name, module in linears_of(self.decoder.layers[number], layer).items()
         }
+        for linear in found.values() if self.leaves else ():
+            if linear.a is not None and linear.b is not None:
+                linear.a, linear.b = self.leaves[id(linear.a)], self.leaves[id(linear.b)]
         # What is not trained is computed as it will be served: in the dtype of the model.
         for place, group in enumerate(layer.groups if training else ()):
             mine = [found[one.name] for one in group]
@@ -223,28 +233,52 @@ class FastEngine:
             self.fitted[key] = fitting(asked, [size_of(linear) for linear in group])
         return self.fitted[key]
 
-    def loss_sum(self, batch: Any) -> Tensor:
+    def _embedded(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream before the first layer, and cos and sin of each token's position."""
+        residual = self.decoder.embed_tokens(batch["input_ids"]).flatten(0, 1)
+        cos, sin = self.decoder.rotary_emb(residual, batch["position_ids"].flatten()[None])
+        half = cos.shape[-1] // 2
+        return residual, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    @contextmanager
+    def derived_by(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """Have gradients flow to other tensors than the model's parameters, which share their memory.
+
+        Args:
+            leaves: one for each of ``trained``.
+        """
+        self.leaves = {id(one): leaf for one, leaf in zip(self.trained, leaves, strict=True)}
+        try:
+            yield
+        finally:
+            self.leaves = {}
+
+    @staticmethod
+    def draw() -> int:
+        """A seed of a micro-batch's dropout, below 2**30, by the host's generator, which a checkpoint restores; every
+        mask of the micro-batch derives from it."""
+        return int(torch.randint(2**30, (), device="cpu"))
+
+    def loss_sum(self, batch: Any, seed: Seed | None = None) -> Tensor:
         """Summed negative log-likelihood of the batch's supervised tokens, a float32 scalar in nats.
 
         Args:
             batch: ``qwen_lit.data.batches.Batch`` on the model's device.
+            seed: of its dropout; drawn where it is not given.
         """
         base: Any = self.model.base_model.model
         decoder = self.decoder
-        ids = batch["input_ids"]
-        residual = decoder.embed_tokens(ids).flatten(0, 1)
-        positions = batch["position_ids"].flatten()
-        cos, sin = decoder.rotary_emb(residual, positions[None])
-        half = cos.shape[-1] // 2
-        cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        residual, cos, sin = self._embedded(batch)
         training = self.model.training and torch.is_grad_enabled()
-        # One draw from the host's generator, which a checkpoint restores; every mask of the batch derives from it.
-        seed = int(torch.randint(2**30, (), device="cpu")) if training else 0
+        first: int | Seed = (self.draw() if training else 0) if seed is None else seed
         delta: Tensor | None = None
         columns_back = 0
         policies = self.policies.layers
         on_host = self.policies.on_host if training else ()
-        store = HostStore(residual.device, [cos, sin], fetches_ahead(len(residual), policies), self.arena.host)
+        ahead = fetches_ahead(len(residual), policies)
+        # With leaves of its own a pass may be recorded, and a recorded pass waits for nothing outside of it.
+        beside = (residual.device, [cos, sin], ahead, self.arena.host, self.waits)
+        store = None if self.leaves else HostStore(*beside)
         self._cast_adapters(residual.dtype)
         if self.store is not None:
             self.store.begin(turns=training)
@@ -260,11 +294,11 @@ class FastEngine:
                 rows = batch["target_index"] if block is decoder.layers[-1] else None
                 if rows is not None:
                     head.begin()
-                seeds = seed + 4 * number
+                seeds = first + 4 * number
                 packs = training and self.policies.packs(number)
                 arguments = (residual, delta, block, layer, linears, cos, sin, batch, seeds, rows, columns_back, packs)
                 columns_back = backward_columns([linears[one.name] for one in layer.groups[-1]])
-                with store.layer(last=number == on_host[-1]) if number in on_host else nullcontext():
+                with store.layer(number == on_host[-1]) if store and number in on_host else nullcontext():
                     if recompute:
                         # Recomputation stops at the last tensor that is saved: before down_proj where that has no
                         # adapter.
@@ -309,7 +343,7 @@ class FastEngine:
         cos: Tensor,
         sin: Tensor,
         batch: Any,
-        seed: int,
+        seed: int | Seed,
         rows: Tensor | None,
         columns_back: int,
         packs: bool,
@@ -349,6 +383,7 @@ class FastEngine:
         in_pieces = 0 < piece < len(out)
         residual, x, in_eight = _normed(norm, residual, out, third, backward_columns(second), in_pieces)
         if in_pieces:
+            assert not isinstance(seed, Seed)
             return residual, mlp_in_pieces(x, linears, seed + 2, piece, True, self.recomputing)
         return residual, mlp(x, linears, seed + 2, padded=True, narrow=in_eight, packs=packs)
 

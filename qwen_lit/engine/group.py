@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from qwen_lit.engine.lora_linear import LoraLinear, augmented_weight, full_weight, lora_columns, parts_of, width_of
 from qwen_lit.engine.narrow import narrow_weight
-from qwen_lit.kernels.dropout import dropped
+from qwen_lit.kernels.dropout import Seed, dropped
 from qwen_lit.kernels.eight import Narrow, quantize
 from qwen_lit.kernels.eight_product import product
 
@@ -53,7 +53,7 @@ def _stacked(linears: list[LoraLinear], dtype: torch.dtype) -> Tensor:
 class Group:
     """Linears of one input with their adapters, and the products of both passes."""
 
-    def __init__(self, linears: list[LoraLinear], seed: int, padded: bool, merged: bool = False) -> None:
+    def __init__(self, linears: list[LoraLinear], seed: int | Seed, padded: bool, merged: bool = False) -> None:
         """Reads nothing of the tensors.
 
         Args:

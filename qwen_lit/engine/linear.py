@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from qwen_lit.engine.group import Group, with_lora_columns
 from qwen_lit.engine.lora_linear import LoraLinear, full_weight
-from qwen_lit.kernels.dropout import dropped
+from qwen_lit.kernels.dropout import Seed, dropped
 from qwen_lit.kernels.eight import Narrow
 from qwen_lit.kernels.footprint import LinearSize, Op, Saved, columns_of, masks, narrow_gradient, rank_of
 
 
-def group_reference(x: Tensor, linears: list[LoraLinear], seed: int) -> tuple[Tensor, ...]:
+def group_reference(x: Tensor, linears: list[LoraLinear], seed: int | Seed) -> tuple[Tensor, ...]:
     """The reference of ``group_linear``."""
     outputs = []
     for linear in linears:
@@ -39,7 +39,7 @@ class _GroupLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         linears: list[LoraLinear],
-        seed: int,
+        seed: int | Seed,
         padded: bool,
         grad_padded: bool,
         skip_output: bool,
@@ -74,7 +74,7 @@ def as_trained(found: list[Tensor], linears: list[LoraLinear]) -> list[Tensor]:
 def group_linear(
     x: Tensor,
     linears: list[LoraLinear],
-    seed: int = 0,
+    seed: int | Seed = 0,
     padded: bool = False,
     grad_padded: bool = False,
     skip_output: bool = False,

@@ -22,6 +22,7 @@ from qwen_lit.engine.linear import (
     trained,
 )
 from qwen_lit.engine.lora_linear import LoraLinear
+from qwen_lit.kernels.dropout import Seed
 from qwen_lit.kernels.eight import Narrow, absent
 from qwen_lit.kernels.footprint import (
     LayerSize,
@@ -44,7 +45,7 @@ from qwen_lit.kernels.swiglu import (
 )
 
 
-def gate_up_reference(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int) -> Tensor:
+def gate_up_reference(x: Tensor, gate: LoraLinear, up: LoraLinear, seed: int | Seed) -> Tensor:
     """The reference of ``gate_up``."""
     return swiglu_reference(*group_reference(x, [gate, up], seed))
 
@@ -58,7 +59,7 @@ class _GateUp(torch.autograd.Function):
         x: Tensor,
         gate: LoraLinear,
         up: LoraLinear,
-        seed: int,
+        seed: int | Seed,
         padded: bool,
         narrow: Narrow | None,
         kind: Kind,
@@ -126,7 +127,7 @@ def gate_up(
     x: Tensor,
     gate: LoraLinear,
     up: LoraLinear,
-    seed: int = 0,
+    seed: int | Seed = 0,
     padded: bool = False,
     narrow: Narrow | None = None,
     kind: Kind = Kind.WIDE,
@@ -156,7 +157,7 @@ def gate_up(
 def mlp(
     x: Tensor,
     linears: dict[str, LoraLinear],
-    seed: int,
+    seed: int | Seed,
     padded: bool = False,
     skip_output: bool = False,
     narrow: Narrow | None = None,

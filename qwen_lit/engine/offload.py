@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from qwen_lit.engine.waits import Waits
+
 BLOCK = 2**26
 """Bytes of a pinned block; all are of one size, so that they serve tensors of every size."""
 
@@ -134,8 +136,10 @@ class _Layer:
         before: "_Layer | None",
         ahead: bool,
         moves: bool,
+        waits: Waits,
     ) -> None:
         self.device, self.stay, self.before, self.ahead, self.moves = device, stay, before, ahead, moves
+        self.waits = waits
         self.memories: dict[int, _Memory] = {}
         self.tape = _Tape(pool)
         self.here = True
@@ -167,7 +171,8 @@ class _Layer:
     def leave(self) -> None:
         """Give up the memory on the device, once it is copied."""
         if self.sent is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.sent)
+            with self.waits.waiting():
+                torch.cuda.current_stream(self.device).wait_event(self.sent)
         for memory in self.memories.values():
             memory.here = None
         self.here = False
@@ -192,7 +197,9 @@ class _Layer:
             return packed
         self.fetch()
         if self.arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.arrived)
+            with self.waits.waiting():
+                torch.cuda.current_stream(self.device).wait_event(self.arrived)
+            self.arrived = None
         if self.before is not None and self.ahead:
             self.before.fetch()
         if not self.moves:
@@ -211,7 +218,12 @@ class HostStore:
     """The layers of one batch whose saved tensors wait in host memory; backward may run once."""
 
     def __init__(
-        self, device: torch.device, stay: list[Tensor], ahead: bool = True, pool: HostBlocks | None = None
+        self,
+        device: torch.device,
+        stay: list[Tensor],
+        ahead: bool = True,
+        pool: HostBlocks | None = None,
+        waits: Waits | None = None,
     ) -> None:
         """Keeps what it is given; tensors are moved in ``layer``.
 
@@ -220,9 +232,11 @@ class HostStore:
             stay: tensors that layers share, which are not.
             ahead: a layer's tensors come back while the one above it computes, and not only when they are needed.
             pool: of the pinned memory that they wait in; one of its own where it is not given.
+            waits: that notes how long the device waits for them; nothing does where it is not given.
         """
         self.device, self.stay, self.ahead = device, {tensor.untyped_storage().data_ptr() for tensor in stay}, ahead
         self.pool = HostBlocks() if pool is None else pool
+        self.waits = Waits(device) if waits is None else waits
         self.last: _Layer | None = None
         if device.type == "cuda":
             # Where an earlier backward broke off, memory that it gave up may still be written to.
@@ -236,7 +250,7 @@ class HostStore:
             last: no other such layer follows in this batch, so this one stays.
         """
         before = self.last
-        self.last = _Layer(self.device, self.stay, self.pool, before, self.ahead, not last)
+        self.last = _Layer(self.device, self.stay, self.pool, before, self.ahead, not last, self.waits)
         with saved_tensors_hooks(self.last.pack, self.last.unpack):
             yield
         self.last.end()

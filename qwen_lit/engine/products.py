@@ -9,9 +9,11 @@ from typing import Literal
 
 from qwen_lit.kernels.kinds import WIDE, Kind, Passes
 
-__all__ = ["NAMED", "WIDE", "Kind", "Passes", "Products", "ProductsName"]
+__all__ = ["NAMED", "WIDE", "Kind", "Passes", "Product", "Products", "ProductsName"]
 
 ProductsName = Literal["bf16", "fp8_backward", "mixed8", "int8", "fp8"]
+Product = tuple[int, int]
+"""Numbers of the layer and of the group of linears in it: 0 is q, k and v; 1 o; 2 gate and up; 3 down."""
 
 
 NAMED: dict[ProductsName, Passes] = {
@@ -29,9 +31,8 @@ class Products:
     """How the products of every layer are computed."""
 
     name: ProductsName = "bf16"
-    wide: frozenset[tuple[int, int]] = field(default_factory=frozenset)
-    """The products that stay in bf16 all the same: numbers of the layer and of the group of linears in it (0: q, k and
-    v; 1: o; 2: gate and up; 3: down)."""
+    wide: frozenset[Product] = field(default_factory=frozenset)
+    """The products whose forward stays in bf16 all the same."""
 
     def of(self, layer: int, group: int) -> Passes:
         """The kinds of the products of one group of linears.
@@ -40,7 +41,8 @@ class Products:
             layer: its number.
             group: its number in the layer.
         """
-        return WIDE if (layer, group) in self.wide else NAMED[self.name]
+        passes = NAMED[self.name]
+        return Passes(Kind.WIDE, passes.backward) if (layer, group) in self.wide else passes
 
     @property
     def narrow(self) -> bool:

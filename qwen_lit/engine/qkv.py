@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen_lit.engine.group import Group
 from qwen_lit.engine.linear import as_trained, group_reference, input_saves, input_scratch, trained
 from qwen_lit.engine.lora_linear import LoraLinear
+from qwen_lit.kernels.dropout import Seed
 from qwen_lit.kernels.eight import Narrow
 from qwen_lit.kernels.footprint import LayerSize, Op, Saved, backward_columns_of, rank_of
 from qwen_lit.kernels.rope import rope, rope_backward, rope_reference
@@ -22,7 +23,7 @@ Norm = tuple[Tensor | None, float]
 
 
 def qkv_rope_reference(
-    x: Tensor, linears: list[LoraLinear], size: int, cos: Tensor, sin: Tensor, norms: list[Norm], seed: int
+    x: Tensor, linears: list[LoraLinear], size: int, cos: Tensor, sin: Tensor, norms: list[Norm], seed: int | Seed
 ) -> tuple[Tensor, ...]:
     """The reference of ``qkv_rope``."""
     q, k, v = (one.view(x.shape[0], -1, size) for one in group_reference(x, linears, seed))
@@ -42,7 +43,7 @@ class _QkvRope(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         norms: list[Norm],
-        seed: int,
+        seed: int | Seed,
         padded: bool,
         narrow: Narrow | None,
         *parameters: Tensor,
@@ -91,7 +92,7 @@ def qkv_rope(
     cos: Tensor,
     sin: Tensor,
     norms: list[Norm],
-    seed: int = 0,
+    seed: int | Seed = 0,
     padded: bool = False,
     narrow: Narrow | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,6 +49,8 @@ class Ranks:
     """This one's number."""
     first: int = 0
     """Number of the first one on this machine."""
+    several: bool = False
+    """Whether each machine has more than one."""
 
     def of_first(self, value: Any) -> Any:
         """What the first rank of this machine gives; every rank calls it as often as the others."""

@@ -12,7 +12,7 @@ from qwen_lit.frozen.assemble import Skeleton, assemble
 from qwen_lit.frozen.cache import ALONE, Ranks, blocks_in_memory, cache_folder, cached_blocks, key_of
 from qwen_lit.frozen.host import Blocks
 from qwen_lit.frozen.quantize import quantized_layers
-from qwen_lit.hardware import product_dtype
+from qwen_lit.hardware import host_memory, product_dtype
 from qwen_lit.model.base import fingerprint
 from qwen_lit.model.delta_rule import choose_delta_rule
 from qwen_lit.model.documents import keep_apart
@@ -83,10 +83,12 @@ def _blocks(
     tells = ranks.rank == ranks.first
     level = logging.WARNING if tells else logging.DEBUG
     found = None if cache is None else cached_blocks(cache_folder(cache), name, layouts, key, made, level)
-    size = skeleton.rest + sum(layout.size for layout in layouts)
-    state = (found is not None, size + BESIDE <= _room(device, room))
-    there, fits = (all(one) for one in zip(*ranks.gathered(state), strict=True))
-    if there or fits:
+    held = sum(layout.size for layout in layouts)
+    # One rank reads and quantises for its machine, where that has memory to spare for it.
+    once = ranks.several and 2 * held <= host_memory()
+    state = (found is not None, skeleton.rest + held + BESIDE <= _room(device, room), once)
+    there, fits, once = (all(one) for one in zip(*ranks.gathered(state), strict=True))
+    if there or (fits and not once):
         return found if there else None
     log.log(logging.INFO if tells else logging.DEBUG, "the quantised base is held in host memory")
     return blocks_in_memory(layouts, key, made, ranks)

@@ -7,7 +7,7 @@ scales gets an error, so that what computes with them cannot pass unseen.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -89,6 +89,8 @@ class FrozenStore:
         """Of the streamed layers, where there are any."""
         self.placing: tuple[frozenset[int], int] | None = None
         """What ``place`` was given last."""
+        self.waits: Any = None
+        """``Waits`` of the engine that computes with the layers; None where none does."""
         self.hooks: list[Any] = []
         for layer in layers:
             layer.unbind(device)
@@ -180,7 +182,10 @@ class FrozenStore:
     def arrive(self, number: int) -> None:
         """Have a streamed layer's weights on the device for what is computed next."""
         assert self.ring is not None
-        slot = self.ring.arrive(number)
+        if number == self.ring.current:
+            return
+        with nullcontext() if self.waits is None else self.waits.waiting():
+            slot = self.ring.arrive(number)
         if slot is not None:
             self.layers[number].bind(slot.memory)
 

@@ -10,6 +10,8 @@ Backward draws ``m`` again from the same seed, so no mask is saved.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,15 +21,47 @@ BLOCK = 512
 """Columns of one program; eight of them share one draw, sixteen bits each."""
 
 
-def dropped_reference(x: Tensor, p: float, seed: int) -> Tensor:
+@dataclass(frozen=True)
+class Seed:
+    """A seed of which a part is on the device, read when the mask is drawn: a replayed CUDA graph draws by what stands
+    there then."""
+
+    on_device: Tensor
+    """int64 ``[1]``, below 2**30."""
+    offset: int = 0
+    """What is added to it."""
+
+    def __add__(self, more: int) -> Seed:
+        return Seed(self.on_device, self.offset + more)
+
+    def __int__(self) -> int:
+        return int(self.on_device) + self.offset
+
+
+def dropped_reference(x: Tensor, p: float, seed: int | Seed) -> Tensor:
     """The reference of ``dropped``. Its numbers differ from the kernel's, and are the same for the same seed."""
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(int(seed))
     keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
     return x * keep.to(x.dtype) / (1 - p)
 
 
 @jit
-def _dropout(x, out, add, width, stride, threshold, scale, seed, HAS_ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _dropout(
+    x,
+    out,
+    add,
+    width,
+    stride,
+    threshold,
+    scale,
+    seed,
+    on_device,
+    HAS_ADD: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if ON_DEVICE:
+        seed += tl.load(on_device)
     row, block = tl.program_id(0), tl.program_id(1)
     lane = (row * tl.num_programs(1) + block) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     # Seven rounds of Philox pass the tests of its authors (Salmon et al., 2011, table 2).
@@ -44,7 +78,7 @@ def _dropout(x, out, add, width, stride, threshold, scale, seed, HAS_ADD: tl.con
     tl.store(out + place, value, inside)
 
 
-def dropped(x: Tensor, p: float, seed: int, add: Tensor | None = None) -> Tensor:
+def dropped(x: Tensor, p: float, seed: int | Seed, add: Tensor | None = None) -> Tensor:
     """``dropout(x) + add`` by a mask that is a function of the seed and the position alone.
 
     Args:
@@ -61,6 +95,7 @@ def dropped(x: Tensor, p: float, seed: int, add: Tensor | None = None) -> Tensor
         return masked if add is None else masked + add
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if add is None else add
     threshold = min(round(p * 2**16), 2**16 - 1)
+    number, on_device = (seed.offset, seed.on_device) if isinstance(seed, Seed) else (seed, None)
     _dropout[(x.shape[0], triton.cdiv(x.shape[1], BLOCK))](
         x,
         out,
@@ -69,8 +104,10 @@ def dropped(x: Tensor, p: float, seed: int, add: Tensor | None = None) -> Tensor
         x.stride(0),
         threshold,
         1 / (1 - threshold / 2**16),
-        seed,
+        number,
+        on_device,
         HAS_ADD=add is not None,
+        ON_DEVICE=on_device is not None,
         BLOCK=BLOCK,
         num_warps=2,
     )

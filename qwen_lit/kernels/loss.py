@@ -6,7 +6,8 @@ For one row with logits ``z = h Wᵀ`` and target ``t``::
     gradient  dz_j = exp(z_j) / Σ_k exp(z_k) - [j = t],   dh = dz W
 
 The sum over the vocabulary is taken online (Milakov and Gimelshein, 2018, algorithm 3). As the loss is a sum, backward
-multiplies the saved ``dh`` by its own gradient, a scalar.
+multiplies the saved ``dh`` by its own gradient, a scalar. A row whose target is ``IGNORED`` has neither loss nor
+gradient.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch.nn.functional import cross_entropy
 from qwen_lit.kernels.footprint import Op, Saved
 from qwen_lit.kernels.launch import jit, launches, tl
 
+IGNORED = -100
+"""Target of a row that fills up a micro-batch: what torch's cross_entropy ignores."""
+
 
 def head_loss_reference(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """The reference of ``head_loss``: all logits at once."""
@@ -31,6 +35,7 @@ def _rows(logits, targets, losses, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * width
     target = tl.load(targets + row)
+    counts = target >= 0
     at = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -43,13 +48,14 @@ def _rows(logits, targets, losses, width, BLOCK: tl.constexpr):
         top = higher
     most = tl.max(top)
     norm = most + tl.log(tl.sum(tl.where(top == float("-inf"), 0.0, total * tl.exp(top - most))))
-    tl.store(losses + row, norm - tl.load(base + target).to(tl.float32))
+    loss = norm - tl.load(base + target, counts, 0.0).to(tl.float32)
+    tl.store(losses + row, tl.where(counts, loss, 0.0))
     tl.debug_barrier()
     for start in range(0, width, BLOCK):
         inside = start + at < width
         value = tl.load(base + start + at, inside, float("-inf")).to(tl.float32)
         grad = tl.exp(value - norm) - tl.where(start + at == target, 1.0, 0.0)
-        tl.store(base + start + at, grad, inside)
+        tl.store(base + start + at, tl.where(counts, grad, 0.0), inside)
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
@@ -60,11 +66,12 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
         return losses.sum()
     logits32 = logits.float()
     norm = torch.logsumexp(logits32, -1, keepdim=True)
-    loss = (norm - logits32.gather(1, targets[:, None])).sum()
+    counts, place = targets[:, None] >= 0, targets[:, None].clamp(min=0)
+    losses = torch.where(counts, norm - logits32.gather(1, place), 0.0)
     grad = torch.exp(logits32 - norm)
-    grad[torch.arange(len(targets)), targets] -= 1
-    logits.copy_(grad)
-    return loss
+    grad[torch.arange(len(targets)), place[:, 0]] -= 1
+    logits.copy_(torch.where(counts, grad, 0.0))
+    return losses.sum()
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -97,7 +104,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = 2048) 
     Args:
         hidden: ``[n, width]``, normed hidden states of the supervised positions.
         head: ``[vocab, width]``, frozen, in the dtype of ``hidden``.
-        targets: int64 ``[n]``.
+        targets: int64 ``[n]``, or ``IGNORED``.
         chunk: rows of logits that exist at a time.
 
     Returns:

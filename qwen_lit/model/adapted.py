@@ -26,6 +26,7 @@ from qwen_lit.frozen.store import FrozenStore, disband, store_of
 from qwen_lit.hub import fetch, is_folder
 from qwen_lit.model.adapter_state import check_same, put, trained_parameters
 from qwen_lit.model.base_files import check_base
+from qwen_lit.model.graphs import Graphs, graphs_of
 from qwen_lit.model.load import add_adapter, load_config
 from qwen_lit.model.loss import reference_loss
 from qwen_lit.model.neftune import add_noise
@@ -37,8 +38,9 @@ from qwen_lit.model.settings import ModelSettings
 from qwen_lit.model.targets import settle_targets
 from qwen_lit.model.trained import find_adapter, weights
 from qwen_lit.names import expanded
-from qwen_lit.planner.choice import choose_engine
+from qwen_lit.planner.choice import Choice, choose_engine, described
 from qwen_lit.planner.plan import Plan, parse_bytes
+from qwen_lit.planner.planner import Planned
 from qwen_lit.planner.settle import hold_all, reads_base
 from qwen_lit.quantization import Held, check_trained_whole, loaded_weights, planned_weights, usable
 from qwen_lit.run import Run
@@ -85,8 +87,12 @@ class AdaptedModel(L.LightningModule):
         self.initial_adapter: tempfile.TemporaryDirectory[str] | None = None
         self.fast: FastEngine | None = None
         self.plan: Plan | None = None
+        self.graphs: Graphs | None = None
+        """What records micro-batches of few tokens; None where the plan has none."""
         self.products = ProductsInUse.of(settings.products, None)
         self.engine_description = ""
+        self.choice: Choice | None = None
+        """How the engine was chosen; None before the model is loaded."""
 
     def teardown(self, stage: str) -> None:
         """Leave nothing on the device, as Lightning has moved all else to the CPU."""
@@ -116,17 +122,19 @@ class AdaptedModel(L.LightningModule):
         if self.model is not None:
             return
         trainer, device = self.trainer, self.trainer.strategy.root_device
-        ranks = Ranks(partial(gathered, trainer), trainer.global_rank, trainer.global_rank - trainer.local_rank)
+        first = trainer.global_rank - trainer.local_rank
+        ranks = Ranks(partial(gathered, trainer), trainer.global_rank, first, trainer.num_devices > 1)
         base = self.load_base(device, ranks)
         self.quantized = loaded_weights(base)
         if reason := reads_base(self.lora_config):
             hold_all(base, f"model.lora_config has {reason}")
-        if str(self.lora_config.init_lora_weights).lower().startswith(RESIDUAL_INITS):
+        start = str(self.lora_config.init_lora_weights).lower()
+        if start.startswith(RESIDUAL_INITS):
             disband(base)
         self.model = add_adapter(base, self.lora_config, self.settings.gradient_checkpointing)
         if self.init_adapter is not None:
             put(self, weights(self.init_adapter))
-        if str(self.lora_config.init_lora_weights).lower().startswith(("pissa", "olora")):
+        if start.startswith(("pissa", "olora")):
             # These change the base; the exported adapter is the difference from where it started.
             self.initial_adapter = tempfile.TemporaryDirectory(prefix="qwen_lit_")
             self.model.save_pretrained(self.initial_adapter.name, save_embedding_layers=False)
@@ -134,14 +142,26 @@ class AdaptedModel(L.LightningModule):
             add_noise(base.get_input_embeddings(), self.settings.neftune_noise_alpha)  # type: ignore[operator]
         then = stored(self.run.checkpoint)
         self.products = ProductsInUse.of(self.settings.products, then.get("products"))
-        choice = choose_engine(self, self.trainer, self.data, then.get("micro_batches_at_once"))
+        before = then.get("micro_batches_at_once"), then.get("graph_tokens")
+        choice = self.choice = choose_engine(self, self.trainer, self.data, *before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
+        self.products = choice.products or self.products
+        self.graphs = graphs_of(choice.fast, choice.plan)
         if choice.refused is not None:
             self.leave_products(choice.refused)
         if self.store is not None and (self.fast is None or self.store.placing is None):
             hold_all(base, f"the engine is {choice.description}, which streams nothing")
-        if self.store is not None:
+        if not start.startswith(RESIDUAL_INITS):
+            # Those change the base by a decomposition, of which ranks may round the last bits otherwise.
             reduce_trained_alone(self)
+
+    def use(self, planned: Planned) -> None:
+        """Go on with another plan, which computes the same.
+
+        Args:
+            planned: of ``Planner.again``.
+        """
+        self.fast, self.plan, self.engine_description = planned.engine, planned.plan, described(planned)
 
     def held_weights(self, device: torch.device) -> dict[str, Held]:
         """How the base's quantised weights are held, by name; before it is loaded, how they would be.
@@ -155,6 +175,8 @@ class AdaptedModel(L.LightningModule):
 
     def release_memory(self) -> None:
         """Free what only training needs, for what comes after it; the next pass takes it again."""
+        if self.graphs is not None:
+            self.graphs.release()
         if self.fast is not None:
             self.fast.release()
         if self.store is not None:
@@ -192,6 +214,11 @@ class AdaptedModel(L.LightningModule):
     def micro_batches_at_once(self) -> int:
         """Micro-batches of an optimizer step that are computed in one forward and backward pass, as the plan says."""
         return 1 if self.plan is None else self.plan.micro_batches_at_once
+
+    @property
+    def graph_tokens(self) -> int:
+        """Tokens up to which a forward and backward pass is a CUDA graph, as the plan says; 0 for none."""
+        return 0 if self.plan is None else self.plan.graph_tokens
 
     @property
     def pads(self) -> bool:

@@ -126,24 +126,42 @@ class QwenModule(AdaptedModel):
         ranks, at_once, losses = self.trainer.world_size, self.micro_batches_at_once, []
         counted = sum(batch["targets"].numel() for batch in step)
         tokens = torch.tensor(counted, dtype=torch.float32, device=self.device)
-        if ranks > 1:
-            torch.distributed.all_reduce(tokens)
-        # DDP takes the mean of the ranks' gradients, where their sum is wanted.
-        share = ranks / tokens.clamp(min=1)
+        # The first backward is the first to need the sum, so a rank computes while the others come to this step.
+        counting = torch.distributed.all_reduce(tokens, async_op=True) if ranks > 1 else None
+
+        def share() -> Tensor:
+            if counting is not None:
+                counting.wait()
+            # DDP takes the mean of the ranks' gradients, where their sum is wanted.
+            return ranks / tokens.clamp(min=1)
+
         for at in range(0, len(step), at_once):
-            last = at + at_once >= len(step)
-            strategy = cast(Any, self.trainer.strategy)
-            with nullcontext() if last or ranks == 1 else strategy.block_backward_sync():
-                loss = self.loss_sum(join(step[at : at + at_once]))
-                with full_precision(self.device):
-                    self.manual_backward(loss * share)
-            losses.append(loss.detach())
+            losses.append(self._add_gradients(join(step[at : at + at_once]), share, at + at_once >= len(step)))
         self.sums = StepSums(number, losses, at_once, tokens)
         with full_precision(self.device):
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
         return torch.stack(losses).sum() / tokens.clamp(min=1)
+
+    def _add_gradients(self, batch: Batch, share: Callable[[], Tensor], last: bool) -> Tensor:
+        """Add the gradient of one forward pass to that of the step; returns its summed loss.
+
+        Args:
+            batch: of the pass.
+            share: gives what the loss is multiplied by, a scalar; it may wait for other ranks.
+            last: no other pass of the step follows, so that ranks add their gradients up.
+        """
+        if self.graphs is not None:
+            self.graphs.attach()
+            if self.graphs.take(batch):
+                return self.graphs.add_gradients(batch, share())
+        strategy = cast(Any, self.trainer.strategy)
+        with nullcontext() if last or self.trainer.world_size == 1 else strategy.block_backward_sync():
+            loss = self.loss_sum(batch)
+            with full_precision(self.device):
+                self.manual_backward(loss * share())
+        return loss.detach()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Look whether the step may be made, log it and clip its gradient, which is not scaled any more.

@@ -61,6 +61,7 @@ KEYS = {
     "model.max_skipped_steps": FREE,
     "model.memory_budget": FREE,
     "model.base_cache": FREE,
+    "model.graphs": FREE,
     "model": WARN,
     # The rows of a step; the data's own digest is compared as well.
     "data.batch_size": REFUSE,
@@ -127,12 +128,17 @@ class Configured(Protocol):
     def micro_batches_at_once(self) -> int:
         """Micro-batches of an optimizer step that are computed in one forward and backward pass."""
 
+    @property
+    def graph_tokens(self) -> int:
+        """Tokens up to which a forward and backward pass is a CUDA graph; 0 for none."""
+
 
 def settings(module: Configured) -> dict[str, Any]:
     """The configuration of a module as plain values.
 
     ``frozen`` is what the adapter and the optimizer are made by, ``micro_batches_at_once`` how many of a step are
-    computed together, ``config`` the whole configuration, ``base`` the fingerprint of the base's files.
+    computed together, ``graph_tokens`` up to how many tokens they are CUDA graphs,
+    ``config`` the whole configuration, ``base`` the fingerprint of the base's files.
     """
     lora = module.lora_config.to_dict()
     targets = lora["target_modules"]
@@ -143,6 +149,7 @@ def settings(module: Configured) -> dict[str, Any]:
     return {
         "frozen": frozen,
         "micro_batches_at_once": module.micro_batches_at_once,
+        "graph_tokens": module.graph_tokens,
         "config": module.run.config,
         "base": fingerprint(module.name, module.settings.hub),
     }

@@ -13,6 +13,7 @@ from qwen_lit.model.optim import OptimizerClass, OptimizerName
 from qwen_lit.model.schedules import ScheduleName, schedule
 
 EngineName = Literal["auto", "fast", "reference"]
+GraphsName = Literal["auto", "off"]
 
 
 @dataclass
@@ -57,8 +58,9 @@ class ModelSettings:
     is fast on CUDA where the model and the adapter allow it, and else reference."""
     products: ProductsName = "bf16"
     """how products with frozen 4-bit weights are computed by the fast engine: bf16; fp8_backward, in 8 bits for the
-    gradient alone; mixed8, int8 forward and fp8 for the gradient; int8 in both passes, for cards without fp8 too; fp8
-    in both. 8 bits are faster and less exact; docs/products.md has both in figures."""
+    gradient alone; mixed8, fp8 for the gradient and int8 forward, but for the products that a probe of the run's rows
+    finds worst at the start, whose forward stays in bf16; int8 in both passes, for cards without fp8 too; fp8 in
+    both. 8 bits are faster and less exact; docs/products.md has both in figures."""
     products_check_every: int = 200
     """optimizer steps between two checks of products in 8 bits, each by the gradient of one micro-batch, which is also
     computed in bf16; the first step is checked too, and 0 checks none."""
@@ -71,6 +73,10 @@ class ModelSettings:
     """how the fast engine keeps the MLP's gate and up for backward: int8 takes half of bf16's memory, a third of all
     that a layer keeps, so that fewer layers are computed again; their gradient is off by about 0.7 %, the forward pass
     is exact. Recomputed layers keep bf16."""
+    graphs: GraphsName = "auto"
+    """auto launches micro-batches of few tokens, for which a GPU waits longer than it computes, as CUDA graphs: on one
+    card, where the plan leaves everything on it and has memory for them. Each is filled up to one of few sizes. off
+    launches every kernel by itself."""
     base_cache: str | None = "auto"
     """folder that keeps the base quantised, so that later runs start from there: 3.4 GB for a 7B; layers that a card
     has no room for are streamed from that file. auto is ~/.cache/qwen_lit/bases for runs on a GPU, null keeps none."""

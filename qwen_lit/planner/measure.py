@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +18,10 @@ from qwen_lit.frozen.ring import Ring, Slot
 from qwen_lit.frozen.store import FrozenStore
 from qwen_lit.hardware import host_memory
 from qwen_lit.planner.flops import measured_flops
-from qwen_lit.planner.host import HostProfile
+from qwen_lit.planner.host import STEPS, HostProfile, rounded
+from qwen_lit.planner.link import LONG_WINDOW, WINDOW, LinkTimer, rate_of
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.speed import COSTS
-
-COPIED = 2**26
-"""Bytes that are copied to time the link."""
-
-STEPS = 8
-"""The share of the layers is rounded down to a multiple of 1/8, so that two runs on one machine plan alike."""
 
 PRODUCT = 4096
 """Rows and columns of the product that times the device."""
@@ -35,80 +30,96 @@ TIMES = 4
 """Runs of what is timed, of which the shortest counts; the first one compiles, allocates and wakes the device."""
 
 
-def measure_host(engine: FastEngine, memory: ModelMemory, batch: Batch, processes: int) -> HostProfile:
-    """Time copies, a product, and the launching of a micro-batch, where there is memory for that.
+def measure_host(
+    engine: FastEngine, memory: ModelMemory, batch: Batch, processes: int, meet: Callable[[], None] = lambda: None
+) -> HostProfile:
+    """Time a product, the launching of a micro-batch, and copies, where there is memory for that.
 
     Args:
         engine: on a CUDA device; it recomputes nothing. All layers of its store get streamed, and where there is no
             memory beside embedding and lm_head, these wait on the host.
         memory: of its model.
         batch: of few tokens, on that device.
-        processes: on this machine, which share its memory.
+        processes: on this machine, which share its memory and the way to it.
+        meet: returns when all ranks have called it; each calls it once, whatever becomes of its measurements.
     """
+    left = [meet]
+
+    def once() -> None:
+        for one in [left.pop()] if left else []:
+            one()
+
     # Half of the memory stays free: the export, the loader's workers and the page cache live there too.
     pinnable = host_memory() // 2 // processes
     for short in (False, True):
         try:
             if short:
                 place_ends(engine.model.get_base_model(), True, True)
-            share, launch, link, blocks = _speeds(engine, memory, batch)
+            found = _speeds(engine, memory, batch, once)
             break
         except RuntimeError as error:
             if not is_full(error):
                 raise
     else:
+        once()
         # With a share of 0, no layer is planned to be offloaded.
         return HostProfile(memory=pinnable, processes=processes)
-    share = min(1.0, int(share * STEPS) / STEPS)
-    return HostProfile(share, pinnable, int(launch), rounded(link), rounded(blocks), processes)
+    share, link, blocks = min(1.0, int(found.share * STEPS) / STEPS), rounded(found.link), rounded(found.blocks)
+    return HostProfile(share, pinnable, int(found.launch), link, blocks, processes, int(found.rate))
 
 
-def rounded(rate: float) -> int:
-    """A rate rounded down to one of the eight steps between two powers of two, so that two runs on one machine plan
-    alike."""
-    step = 2 ** max(0, int(rate).bit_length() - 4)
-    return int(rate) // step * step
+class Speeds(NamedTuple):
+    """What of a ``HostProfile`` is measured, not rounded yet."""
+
+    share: float
+    launch: float
+    link: float
+    blocks: float
+    rate: float
 
 
-def _speeds(engine: FastEngine, memory: ModelMemory, batch: Batch) -> tuple[float, float, float, float]:
-    """``share``, ``launch``, ``link`` and ``blocks`` of a ``HostProfile``, not rounded yet."""
+def _speeds(engine: FastEngine, memory: ModelMemory, batch: Batch, meet: Callable[[], None]) -> Speeds:
+    """Time the device alone, and then, together with the other ranks, the link."""
     device, store = batch["input_ids"].device, engine.store
-    there = torch.empty(COPIED, dtype=torch.uint8, device=device)
-    here = torch.empty(COPIED, dtype=torch.uint8, device="cpu", pin_memory=True)
-    out = _seconds(lambda: here.copy_(there, non_blocking=True), device)
-    back = _seconds(lambda: there.copy_(here, non_blocking=True), device)
+    link = LinkTimer(device)
     with torch.random.fork_rng([device]):
         operations = measured_flops(device, PRODUCT)
-    link = blocks = COPIED / back / operations * 1e9
     if store is not None:
         store.place(range(len(store.layers)))
-        blocks = sum(store.sizes) / pass_seconds(store) / operations * 1e9
+        # It may read the layers' file, where there is memory to keep it.
+        pass_seconds(store)
     with nullcontext() if store is None else without_copies(store):
         launch = _seconds(lambda: measure_peak(engine, batch), device)
+    meet()
+    out, back = link.rates()
+    blocks = back if store is None else rate_of(lambda: _pass(store), WINDOW)
     # Products in a run take longer than in a burst: the share is on the safe side by that. Backward takes the input's
     # gradient alone, and so as long as forward.
     forward = 2 * memory.products / operations
-    share = forward / COSTS.products / (memory.saved * out / COPIED)
-    return share, launch / (2 * forward * len(memory.layers)), link, blocks
+    share = forward / COSTS.products / (memory.saved / out)
+    launch /= 2 * forward * len(memory.layers)
+    return Speeds(share, launch, back / operations * 1e9, blocks / operations * 1e9, min(out, back))
 
 
-def pass_seconds(store: FrozenStore, passes: int = 2) -> float:
+def pass_seconds(store: FrozenStore) -> float:
     """Seconds in which all streamed layers of a store come to the device, one after the other.
 
     Args:
         store: with streamed layers.
-        passes: of which the last is timed; the first may read their file, where there is memory to keep it.
     """
-    took = 0.0
-    for _ in range(passes):
-        store.begin(turns=False)
-        started = time.perf_counter()
-        for number in store.streamed:
-            store.arrive(number)
-        if store.device.type == "cuda":
-            torch.cuda.synchronize(store.device)
-        took = time.perf_counter() - started
-    return took
+    started = time.perf_counter()
+    _pass(store)
+    return time.perf_counter() - started
+
+
+def _pass(store: FrozenStore) -> int:
+    """Have all streamed layers of a store come to the device; returns their bytes."""
+    store.begin(turns=False)
+    for number in store.streamed:
+        store.arrive(number)
+    if store.device.type == "cuda":
+        torch.cuda.synchronize(store.device)
+    return sum(store.sizes[number] for number in store.streamed)
 
 
 class NoCopies:
@@ -219,16 +230,32 @@ class Gpu:
         """Give unused memory back to the device."""
         torch.cuda.empty_cache()
 
-    def profile(self, model: PeftModel, memory: ModelMemory, processes: int) -> HostProfile:
+    def profile(self, model: PeftModel, memory: ModelMemory, processes: int, meet: Callable[[], None]) -> HostProfile:
         """Measure the machine as ``measure_host`` does, with an engine of its own."""
         # Lightning makes new tensors on the device while it builds a model.
         with torch.device("cpu"):
             few = collate([(np.zeros(FEW), np.array([[0, FEW]]))], 0)
         engine = FastEngine(model)
         try:
-            return measure_host(engine, memory, move_data_to_device(few, self.device), processes)
+            return measure_host(engine, memory, move_data_to_device(few, self.device), processes, meet)
         finally:
             engine.arena.workspace.clear()
+
+    def rate(self, meet: Callable[[], None]) -> int:
+        """Bytes a second over the link, of the slower of its directions; 0 where there is no memory to measure it.
+
+        Args:
+            meet: as of ``measure_host``.
+        """
+        try:
+            timer = LinkTimer(self.device)
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
+            meet()
+            return 0
+        meet()
+        return int(min(timer.rates(LONG_WINDOW)))
 
     def peak(self, engine: FastEngine, batch: Batch) -> int:
         """Measure the peak of a batch on the CPU as ``measure_peak`` does."""

@@ -37,6 +37,8 @@ class MemoryConstants:
     """Share of a budget that is left free beside a measured peak, which has no estimate's error in it."""
     cublas: int = 2**26
     """Bytes of cuBLAS's workspaces: on Hopper torch gives 32 MiB to each of the threads of forward and backward."""
+    graphs: int = 2**28
+    """Bytes that CUDA graphs take beside activations: descriptions of their kernels, and cuBLAS's workspaces."""
     fragments: float = 0.06
     """Share of the activations that lies unused between them and is lost to weights held dequantised: the rows
     "limited to 40 GiB" and "limited to 24 GiB", which hold some."""

@@ -27,6 +27,10 @@ class Plan:
     """Whether the estimate is within the budget; False only for the smallest plan there is."""
     host: int = 0
     """Bytes of the host's memory that wait for the device, of all processes on the machine."""
+    graph_tokens: int = 0
+    """Tokens up to which a micro-batch is a CUDA graph; 0 for none."""
+    graph_bytes: int = 0
+    """Bytes that the graphs may take; they are in the estimate."""
 
     def __str__(self) -> str:
         policies, resident = self.policies, len(self.policies.resident)
@@ -37,6 +41,7 @@ class Plan:
         moved += [f", MLP in pieces of {policies.mlp_piece} tokens"] * (policies.mlp_piece > 0)
         moved += [f", {policies.offloaded} layers' activations offloaded"] * (policies.offloaded > 0)
         moved += [f", {resident} layers' weights held in bf16"] * (resident > 0)
+        moved += [f", micro-batches of up to {self.graph_tokens} tokens as CUDA graphs"] * (self.graph_tokens > 0)
         return (
             f"{plural(self.micro_batches_at_once, 'micro-batch')} at once, {policies.recomputed} layers recomputed"
             f"{''.join(moved)}{packed_words(policies)}"

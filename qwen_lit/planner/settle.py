@@ -44,7 +44,7 @@ def settle(base: Any, tokens: int, adapter: Path | None = None) -> None:
     room = free_bytes(store.device) - cache_bytes(base.config, tokens) - BESIDE
     store.place(streamed_in(store.sizes, room))
     if store.streamed:
-        count, seconds = len(store.streamed), pass_seconds(store, 1)
+        count, seconds = len(store.streamed), pass_seconds(store)
         log.info("%d of %d layers are streamed; about %.2g s a token", count, len(store.layers), seconds)
 
 

@@ -1,6 +1,7 @@
 """What plan prints where there is no GPU to measure on."""
 
 import json
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from qwen_lit.callbacks.checkpoint import RunCheckpoint
 from qwen_lit.callbacks.checkpoint_io import step_files
 from qwen_lit.cli import main
 from qwen_lit.commands.plan import arithmetic, kept_bytes
-from qwen_lit.commands.plan_text import _products
+from qwen_lit.commands.plan_text import _products, cards_of, speed_of
 from qwen_lit.commands.plan_trial import StepTimer, products_told, trial
 from qwen_lit.families.table import family_of
 from qwen_lit.quantization import Held
@@ -206,6 +207,25 @@ def test_a_vision_tower_in_the_files_is_counted_where_the_merged_model_is_writte
     assert stored_bytes(model_folder) == (model_folder / "model.safetensors").stat().st_size
     (folder / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 77}, "weight_map": {}}')
     assert stored_bytes(folder) == 77
+
+
+def test_the_advice_to_pack_is_a_command_that_is_typed_as_it_is(command, tmp_path, capsys):
+    given = [*command(tmp_path / "out")[1:], "--data.packing", "false"]
+    assert main(["plan", *given, "--memory_budget", "1GiB"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("qwen-lit fit"))
+    end = next(number for number in range(at, len(lines)) if not lines[number].endswith("\\"))
+    words = shlex.split("\n".join(lines[at : end + 1]).replace("\\\n", " "))
+    assert words[:2] == ["qwen-lit", "fit"] and [words[words.index("--output_dir") + 1]] == [str(tmp_path / "out")]
+    assert words[-6:-2] == ["--data.packing", "true", "--data.batch_size", "1"] and words.count("--data.packing") == 1
+    assert "--memory_budget" not in words
+
+
+def test_a_plan_on_several_cards_tells_the_speed_of_all_and_of_one():
+    one = {"tokens_per_second": 100, "limit_tokens_per_second": 200, "cards": 1}
+    two = one | {"cards": 2, "tokens_per_second_per_card": 50}
+    assert (speed_of(one), cards_of(one)) == ("100 tokens/s", "this card")
+    assert (speed_of(two), cards_of(two)) == ("100 tokens/s (50 a card)", "these 2 cards")
 
 
 def test_the_file_that_keeps_the_base_counts_as_disk():

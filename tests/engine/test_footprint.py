@@ -148,11 +148,15 @@ def test_they_are_so_beside_products_in_8_bits(products, targets, folders, monke
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("targets", [QKVO, ALL, ["v_proj", "down_proj"]], ids=len)
-@pytest.mark.parametrize("products", ["fp8_backward", "fp8", "int8"])
+@pytest.mark.parametrize("products", ["fp8_backward", "fp8", "int8", "mixed8"])
 def test_products_in_8_bits_too(products, targets, dropout, folders, monkeypatch):
     model, one, chosen = narrow(folders["qwen3"], targets, dropout), batch_of(LENGTHS), Products(products)
+    if products == "mixed8":
+        # Each group is in bf16 beside others that are not.
+        chosen = Products(products, frozenset({(0, 0), (0, 3), (1, 2), (2, 1), (2, 3)}))
     memory, recorder = ModelMemory.of(model, 0, products=chosen), Recorder(monkeypatch, model)
-    assert all(group[0].passes == chosen.of(0, 0) for layer in memory.layers for group in layer.groups)
+    found = [[group[0].passes for group in layer.groups] for layer in memory.layers]
+    assert found == [[chosen.of(number, group) for group in range(4)] for number in range(3)]
     FastEngine(model, None, chosen).loss_sum(one)
     wanted = told(memory, sum(LENGTHS), len(one["targets"]))
     assert [size for _, size in recorder.found] == [size for _, size in wanted], list(

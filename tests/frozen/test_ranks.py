@@ -189,8 +189,23 @@ def test_a_writer_that_is_killed_leaves_the_file_to_one_of_those_who_wait(folder
 def test_a_rank_that_has_the_file_alone_does_as_the_others(folder, tmp_path, monkeypatch, room):
     monkeypatch.setattr(loading, "_room", lambda device, given: room)
     skeleton = loading._skeleton(folder, HELD, CPU)
-    ranks = Ranks(lambda mine: [mine, (False, room > 0)])
+    ranks = Ranks(lambda mine: [mine, (False, room > 0, False)])
     found = loading._blocks(skeleton, folder, CPU, str(tmp_path), None, ranks)
     assert list(tmp_path.glob("*.safetensors"))
     assert (found is None) == (room > 0)
     assert found is None or found.path is None
+
+
+@pytest.mark.parametrize(
+    ("several", "memory", "once"), [(True, 2**40, True), (True, 1000, False), (False, 2**40, False)]
+)
+def test_without_a_cache_one_rank_of_a_machine_reads_for_the_others_where_it_has_the_memory(
+    folder, monkeypatch, several, memory, once
+):
+    monkeypatch.setattr(loading, "_room", lambda device, given: 2**40)
+    monkeypatch.setattr(loading, "host_memory", lambda: memory)
+    asked = []
+    monkeypatch.setattr(loading, "blocks_in_memory", lambda *given: asked.append(given[-1]) or "blocks")
+    ranks = Ranks(lambda mine: [mine, mine], several=several)
+    found = loading._blocks(loading._skeleton(folder, HELD, CPU), folder, CPU, None, None, ranks)
+    assert found == ("blocks" if once else None) and asked == [ranks] * once

@@ -190,7 +190,7 @@ def test_chat_streams_what_does_not_fit_and_answers_as_if_it_did(run, monkeypatc
     assert store is None
     monkeypatch.setattr(settling, "free_bytes", lambda device: 0)
     # No pass is timed, so that every layer is away when the adapter is put on the base.
-    monkeypatch.setattr(settling, "pass_seconds", lambda store, passes: 1.0)
+    monkeypatch.setattr(settling, "pass_seconds", lambda store: 1.0)
     store, found = answer()
     assert store.streamed == (0, 1) and found == wanted
 

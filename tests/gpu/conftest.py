@@ -5,7 +5,8 @@ import torch
 from qwen_lit.kernels.launch import INTERPRETED
 
 # Kernels run in Triton's interpreter too; whole models are too large for it.
-LEFT = [] if torch.cuda.is_available() else ["test_engine.py", "test_fit.py"] if INTERPRETED else ["test_*.py"]
+MODELS = ["test_engine.py", "test_fit.py", "test_graphs.py"]
+LEFT = [] if torch.cuda.is_available() else MODELS if INTERPRETED else ["test_*.py"]
 collect_ignore_glob = LEFT
 
 

@@ -19,7 +19,8 @@ from qwen_lit.engine.policy import Policies
 from qwen_lit.kernels import attention
 from qwen_lit.model.load import add_adapter, load_base
 from qwen_lit.model.optim import OPTIMIZERS
-from qwen_lit.planner.measure import STEPS, is_full, measure_host, measure_peak
+from qwen_lit.planner.host import STEPS
+from qwen_lit.planner.measure import is_full, measure_host, measure_peak
 from qwen_lit.planner.memory import MEMORY, ModelMemory
 from qwen_lit.planner.plan import GIB
 from qwen_lit.planner.planner import apply
@@ -237,6 +238,7 @@ def test_the_machine_is_measured_alike_twice(folder):
     one, two = (measure_host(FastEngine(model), ModelMemory.of(model, 2), batch([16]), 1) for _ in range(2))
     assert 0 <= one.share <= 1 and one.share * STEPS == int(one.share * STEPS)
     assert abs(one.share - two.share) <= 1 / STEPS and GIB < one.memory < 2**62
+    assert one.rate > GIB and 0.5 < one.rate / two.rate < 2
     assert 0 < one.launch < 1_000_000 and 0.5 < one.launch / two.launch < 2
 
 

@@ -8,9 +8,9 @@ from qwen_lit.engine.lora_linear import LoraLinear, full_weight, lora_columns
 from qwen_lit.engine.mlp import gate_up, gate_up_reference, mlp, mlp_in_pieces
 from qwen_lit.engine.qkv import qkv_rope, qkv_rope_reference
 from qwen_lit.kernels.attention import attention, attention_reference
-from qwen_lit.kernels.dropout import dropped
+from qwen_lit.kernels.dropout import Seed, dropped
 from qwen_lit.kernels.launch import INTERPRETED
-from qwen_lit.kernels.loss import head_loss, head_loss_reference
+from qwen_lit.kernels.loss import IGNORED, head_loss, head_loss_reference
 from qwen_lit.kernels.nf4 import can_dequantize, dequantize, dequantize_reference
 from qwen_lit.kernels.norm import add_norm
 from qwen_lit.kernels.rope import rope, rope_backward, rope_reference
@@ -345,6 +345,29 @@ def test_the_dropout_mask_is_a_function_of_seed_and_place_and_keeps_its_share():
     assert abs(float((one == 0).float().mean()) - 0.1) < 0.005
     added = torch.ones_like(x)
     assert torch.equal(dropped(x, 0.1, 5, add=added), one + 1)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 16, 2**30 - 1])
+@pytest.mark.parametrize("offset", [0, 1, 2, 48, 111])
+def test_a_seed_on_the_device_draws_the_bits_of_the_number(number, offset):
+    x, on_device = torch.ones(3, 700, device=DEVICE), torch.tensor([number], device=DEVICE)
+    seed = Seed(on_device)
+    assert torch.equal(dropped(x, 0.1, seed + offset), dropped(x, 0.1, number + offset))
+    on_device += 1
+    assert torch.equal(dropped(x, 0.1, seed + offset), dropped(x, 0.1, number + 1 + offset))
+
+
+def test_a_target_that_is_ignored_has_neither_loss_nor_gradient_by_the_kernel():
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 64, device=DEVICE).to(LOW).requires_grad_()
+    head = torch.randn(301, 64, device=DEVICE).to(LOW)
+    targets = torch.tensor([3, IGNORED, 300, 0, IGNORED, 7, IGNORED], device=DEVICE)
+    counts = targets >= 0
+    loss, wanted = head_loss(hidden, head, targets, 4), head_loss(hidden[counts], head, targets[counts], 4)
+    close(loss[None], wanted[None], LOW)
+    (found,), (only,) = (torch.autograd.grad(one, hidden) for one in (loss, wanted))
+    close(found, only, LOW)
+    assert not found[~counts].any() and found[counts].any(1).all()
 
 
 @pytest.mark.parametrize(("rows", "width", "count"), [(5, 64, 9), (301, 1536, 1), (77, 3584, TOKENS)])

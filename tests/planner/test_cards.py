@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2Config
 
 from qwen_lit.commands.plan import static_bytes
-from qwen_lit.commands.plan_advice import advice
+from qwen_lit.commands.plan_advice import Packed, advice
 from qwen_lit.engine.policy import Policies
 from qwen_lit.model.load import empty_model
 from qwen_lit.planner.memory import ModelMemory
@@ -100,13 +100,38 @@ def test_keeping_gate_and_up_in_8_bits_takes_a_third_of_what_layers_keep_and_sav
     assert narrow - wide == packed.layer(3).saved - memory.layer(3).saved + 2 * 2 * 18944
 
 
+TRAINER = SimpleNamespace(micro_batches_per_step=8, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("size", "per_step", "mean", "batch_size", "accumulate", "rows"),
+    [
+        (1, 8, 146, 1, 1, 28),  # Even one micro-batch has more than the 16 rows of a step of two ranks.
+        (8, 2, 8 * 256, 2, 1, 32),  # Eight rows of 256 tokens fill one of 2048.
+        (2, 16, 2 * 512, 2, 4, 64),
+        (1, 8, 2048, 1, 8, 16),
+    ],
+)
+def test_packing_is_advised_with_the_rows_of_a_step_that_it_changes(
+    size, per_step, mean, batch_size, accumulate, rows
+):
+    data = SimpleNamespace(settings=SimpleNamespace(batch_size=size, max_length=2048))
+    found = Packed.of(data, mean, per_step, 2)
+    assert (found.batch_size, found.accumulate, found.rows) == (batch_size, accumulate, rows)
+    assert found.rows_before == size * per_step * 2 and found.tokens == batch_size * 2048
+    said, typed = found.told(mean, 0.5, ["--config", "a b.yaml", "--data.batch_size=9", "--json", "true", "--x", "-1"])
+    assert f"50% faster; a step has about {rows} rows instead of {found.rows_before}:" in said
+    keys = f"--data.packing true --data.batch_size {batch_size} --trainer.accumulate_grad_batches {accumulate}"
+    assert typed == f"qwen-lit fit --config 'a b.yaml' --x -1 {keys}"
+
+
 def test_the_advice_names_the_card_on_which_nothing_is_streamed():
     memory, static = shape("7B")
     plan = choose(memory, static, 8 * GIB, SIZES)
     lora = SimpleNamespace(r=32)
     module = SimpleNamespace(lora_config=lora, state_bytes=2, quantization_config=None, config=SimpleNamespace())
     data = SimpleNamespace(settings=SimpleNamespace(packing=True), train_rows=rows_of([2048] * 8))
-    lines = advice(memory, static, plan, SIZES, 2048, module, data, torch.nn.Linear(1, 1), static_bytes)
+    lines = advice(TRAINER, memory, static, plan, SIZES, 2048, module, data, torch.nn.Linear(1, 1), static_bytes)
     told = re.search(r"faster: with ([\d.]+) GiB no layer is streamed, about \d+% faster", "\n".join(lines))
     size = float(told[1])
     assert 16 < size < 48

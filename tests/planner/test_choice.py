@@ -78,7 +78,9 @@ def test_a_plan_is_measured_where_it_trains_alone_and_told_with_its_peak(chosen)
 
 def test_states_of_the_optimizer_and_processes_of_the_machine_are_those_of_the_run(chosen, monkeypatch):
     asked = []
-    monkeypatch.setattr(FakeGpu, "profile", lambda self, _, memory, count: asked.append((memory, count)) or self.host)
+    monkeypatch.setattr(
+        FakeGpu, "profile", lambda self, _, memory, count, meet: asked.append((memory, count)) or self.host
+    )
     chosen(processes=4, optimizer="adamw")
     chosen(processes=2, optimizer="paged_adamw_8bit")
     assert [(memory.state_bytes, count) for memory, count in asked] == [(8, 4), (2, 2)]

@@ -9,8 +9,9 @@ from qwen_lit.engine.ends import waits
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.hardware import host_memory
 from qwen_lit.planner import measure as probe
-from qwen_lit.planner.host import HostProfile
-from qwen_lit.planner.measure import is_full, measure_host, rounded
+from qwen_lit.planner.host import HostProfile, rounded
+from qwen_lit.planner.link import rate_of
+from qwen_lit.planner.measure import Speeds, is_full, measure_host
 from tests.engine.test_engine import adapted
 
 
@@ -67,23 +68,41 @@ def test_a_device_too_full_to_be_measured_is_planned_for_as_any(monkeypatch, gro
         raise torch.OutOfMemoryError("full")
 
     engine = FastEngine(adapted("qwen2"))
+    met = []
     monkeypatch.setattr(probe, "_speeds", full)
-    assert measure_host(engine, None, None, 2) == HostProfile(memory=1250, processes=2)
-    monkeypatch.setattr(probe, "_speeds", lambda *_: (0.3, 900.7, 79_999.0, 15.9))
-    assert measure_host(engine, None, None, 1) == HostProfile(0.25, 2500, 900, 73_728, 15)
+    assert measure_host(engine, None, None, 2, lambda: met.append("full")) == HostProfile(memory=1250, processes=2)
+    monkeypatch.setattr(probe, "_speeds", lambda *given: given[-1]() or Speeds(0.3, 900.7, 79_999.0, 15.9, 5.5))
+    found = measure_host(engine, None, None, 1, lambda: met.append("room"))
+    assert found == HostProfile(0.25, 2500, 900, 73_728, 15, rate=5)
+    # Others wait for a rank that cannot measure too, and for none twice.
+    assert met == ["full", "room"]
 
 
 def test_a_device_too_full_for_the_ends_is_measured_without_them(monkeypatch, group):
     engine = FastEngine(adapted("qwen2"))
     head = engine.model.get_base_model().get_output_embeddings()
 
-    def speeds(*_):
+    def speeds(*given):
+        given[-1]()
         if not waits(head):
             raise torch.OutOfMemoryError("full")
-        return 1.0, 1.0, 16.0, 16.0
+        return Speeds(1.0, 1.0, 16.0, 16.0, 1.0)
 
+    met = []
     monkeypatch.setattr(probe, "_speeds", speeds)
-    assert measure_host(engine, None, None, 1) == HostProfile(1.0, 2500, 1, 16, 16)
+    assert measure_host(engine, None, None, 1, lambda: met.append(1)) == HostProfile(1.0, 2500, 1, 16, 16, rate=1)
+    assert met == [1]
+
+
+def test_a_rate_is_that_of_all_copies_in_a_window_and_of_one_at_least(monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 4.0, 0.0, 8.0])
+    monkeypatch.setattr("qwen_lit.planner.link.time.perf_counter", lambda: next(clock))
+    assert rate_of(lambda: 100, 3.0) == 300 / 4 and rate_of(lambda: 100, 3.0) == 100 / 8
+
+
+def test_a_slower_link_brings_less_of_everything():
+    host = HostProfile(0.75, 5, 6, 1024, 512, 2, 1000)
+    assert host.at(0.5) == HostProfile(0.375, 5, 6, 512, 256, 2, 500)
 
 
 def test_rates_are_rounded_to_eight_steps_between_two_powers_of_two():

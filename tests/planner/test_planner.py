@@ -11,14 +11,15 @@ import torch
 
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
+from qwen_lit.engine.products import Products
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.plan import GIB, Plan
-from qwen_lit.planner.planner import TRIES, Planner, Work, more_beside, possible_at_once
+from qwen_lit.planner.planner import TRIES, Planner, Work, more_beside, possible_at_once, same_bits
 from qwen_lit.planner.search import limit
-from tests.engine.test_engine import adapted, batch
+from tests.engine.test_engine import adapted, batch, four_bit
 
 BUDGET = 2 * GIB
-HOST = HostProfile(1.0, 2**40, 100, 2**40)
+HOST = HostProfile(1.0, 2**40, 100, 2**40, rate=10**9)
 COUNTS = tuple(possible_at_once(8))
 
 
@@ -30,6 +31,8 @@ class FakeGpu:
     host: HostProfile = HOST
     free_bytes: int = BUDGET
     tried: list[FastEngine] = field(default_factory=list)
+    link: int = 10**9
+    """Bytes a second, when it is measured anew."""
 
     def free(self):
         return self.free_bytes
@@ -40,8 +43,13 @@ class FakeGpu:
     def empty_cache(self):
         pass
 
-    def profile(self, model, memory, processes):
+    def profile(self, model, memory, processes, meet):
+        meet()
         return self.host
+
+    def rate(self, meet):
+        meet()
+        return self.link
 
     def peak(self, engine, one):
         self.tried.append(engine)
@@ -109,9 +117,8 @@ def test_the_last_plan_that_is_tried_is_the_smallest_and_fits_where_its_peak_doe
     assert not planner(gpu).plan(work_of(20_000)).plan.fits and len(gpu.tried) <= TRIES
 
 
-@pytest.mark.parametrize("failure", ["device", "host", "slow link"])
-def test_ranks_that_measure_differently_train_the_same_plan(failure):
-    """Two ranks as two threads; a rank that asks the other more or less often than it is asked waits in vain."""
+def least_of_two():
+    """What two threads agree on: the smaller of their values."""
     meet, told = threading.Barrier(2, timeout=300), {}
 
     def least(value):
@@ -120,6 +127,14 @@ def test_ranks_that_measure_differently_train_the_same_plan(failure):
         found = min(told.values())
         meet.wait()
         return found
+
+    return least
+
+
+@pytest.mark.parametrize("failure", ["device", "host", "slow link"])
+def test_ranks_that_measure_differently_train_the_same_plan(failure):
+    """Two ranks as two threads; a rank that asks the other more or less often than it is asked waits in vain."""
+    least = least_of_two()
 
     def rank(number):
         def peak_of(engine):
@@ -130,7 +145,7 @@ def test_ranks_that_measure_differently_train_the_same_plan(failure):
             return 0
 
         share = 0.0 if number == 1 and failure == "slow link" else 1.0
-        gpu = FakeGpu(peak_of, HostProfile(share, 2**40, 100, 2**40))
+        gpu = FakeGpu(peak_of, HostProfile(share, 2**40, 100, 2**40, rate=10**9))
         return planner(gpu, least).plan(work_of(150_000)), len(gpu.tried)
 
     with ThreadPoolExecutor(2) as pool:
@@ -183,3 +198,86 @@ def test_any_number_of_micro_batches_may_be_computed_at_once_but_those_that_save
     for per_step in range(1, 40):
         passes = {math.ceil(per_step / one) for one in possible_at_once(per_step)}
         assert passes == {math.ceil(per_step / one) for one in range(1, per_step + 1)}
+
+
+def test_products_that_a_probe_leaves_in_bf16_are_planned_with_and_looked_for_once(model_folder):
+    asked, found = [], Products("fp8", frozenset({(0, 2)}))
+    gpu = FakeGpu(lambda engine: BUDGET // 2)
+    mine = Planner(
+        four_bit(model_folder),
+        gpu,
+        int,
+        nullcontext,
+        2,
+        products=Products("fp8"),
+        probe=lambda engine: asked.append(engine) or found,
+    )
+    planned = mine.plan(work_of())
+    assert gpu.tried == [*asked, planned.engine] and len(asked) == 1 and planned.engine.products == found
+    narrow = [group[0].passes.narrow for layer in mine.memory.layers for group in layer.groups]
+    assert narrow == [True, True, False, True] + [True] * 4
+
+
+def offloading(gpu, agree=int):
+    """A planner and its plan, in which layers' activations wait on the host."""
+    made = planner(gpu, agree)
+    found = made.plan(work_of(150_000))
+    assert found.plan.policies.offloaded == 2
+    return made, found
+
+
+def bits(engine):
+    """The loss and the gradients of a micro-batch."""
+    torch.manual_seed(3)
+    engine.model.zero_grad()
+    loss = engine.loss_sum(batch(True))
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in engine.trained)]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.01])
+def test_a_link_that_is_slower_than_planned_gets_a_plan_that_computes_the_same_bits(share):
+    gpu = FakeGpu(lambda engine: 0, link=int(share * 10**9))
+    made, before = offloading(gpu)
+    wanted = bits(before.engine)
+    after = made.again(work_of(150_000), before)
+    assert after.plan.policies.offloaded < before.plan.policies.offloaded and gpu.tried[-1] is after.engine
+    assert after.plan.policies.recomputed > before.plan.policies.recomputed and same_bits(after.plan, before.plan)
+    assert all(torch.equal(one, other) for one, other in zip(bits(after.engine), wanted, strict=True))
+    # It is what the slower link is planned for from here on.
+    assert made.host.rate == gpu.link and made.again(work_of(150_000), after) is after
+
+
+def test_a_link_as_fast_as_planned_or_one_that_cannot_be_measured_leaves_the_plan():
+    gpu = FakeGpu(lambda engine: 0)
+    made, before = offloading(gpu)
+    for gpu.link in (10**9, int(0.95 * 10**9), 0):
+        assert made.again(work_of(150_000), before) is before and len(gpu.tried) == 1
+
+
+def test_where_the_other_plan_takes_too_much_the_first_one_goes_on():
+    gpu = FakeGpu(lambda engine: 0 if engine.policies.offloaded == 2 else 2 * BUDGET, link=10**8)
+    made, before = offloading(gpu)
+    wanted = bits(before.engine)
+    after = made.again(work_of(150_000), before)
+    assert after.plan is before.plan and len(gpu.tried) == 2
+    assert all(torch.equal(one, other) for one, other in zip(bits(after.engine), wanted, strict=True))
+
+
+def test_the_slowest_link_of_all_ranks_is_planned_for_on_each():
+    least = least_of_two()
+
+    def rank(number):
+        made, before = offloading(FakeGpu(lambda engine: 0, link=10**9 // (1 + 3 * number)), least)
+        return made.again(work_of(150_000), before).plan
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(rank, range(2))
+    assert one == other and one.policies.offloaded < 2
+
+
+def test_a_slow_link_is_waited_for_by_arithmetic_and_a_fast_one_is_not():
+    made, found = offloading(FakeGpu(lambda engine: 0))
+    assert made.waiting(work_of(150_000), found.plan) == 0
+    made.host = HostProfile(1.0, 2**40, 100, 2**6)
+    assert 0.1 < made.waiting(work_of(150_000), found.plan) < 1

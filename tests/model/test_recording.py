@@ -1,0 +1,174 @@
+"""Micro-batches as graphs, where a recording that replays by running again stands for CUDA's: what goes in and comes
+out, and when what is recorded."""
+
+import pytest
+import torch
+
+from qwen_lit.engine.engine import FastEngine
+from qwen_lit.engine.products import Products
+from qwen_lit.kernels.dropout import Seed
+from qwen_lit.model import graphs
+from qwen_lit.model.graphs import SEEN, Graphs
+from tests.engine.test_engine import ALL, adapted
+from tests.engine.test_shapes import batch
+
+SHARE = torch.tensor(1 / 64)
+LENGTHS = [(70, 33, 1, 90), (251,), (3, 100, 99), (60, 1, 60, 30), (80, 80, 80)]
+
+
+class Recorder:
+    """Replays by running again; writes down what was recorded."""
+
+    def __init__(self):
+        self.runs, self.taken = [], 0
+
+    def record(self, run):
+        self.runs.append(run)
+        self.taken += 10
+        losses = torch.zeros(())
+
+        def replay():
+            # As a graph's, the loss is overwritten by the next replay.
+            return losses.copy_(run())
+
+        return replay
+
+
+class Fails(Recorder):
+    def record(self, run):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+def made(model, recorder=Recorder, room=100, need=lambda tokens: 10, limit=512):
+    return Graphs(FastEngine(model), limit, room, need, recorder)
+
+
+def unrecorded(model, batches, draws):
+    """Losses and gradients of the same micro-batches as they come, by their own size."""
+    engine, losses = FastEngine(model), []
+    model.zero_grad()
+    for one, seed in zip(batches, draws, strict=True):
+        loss = engine.loss_sum(one, Seed(torch.tensor([seed])))
+        (loss * SHARE).backward()
+        losses.append(loss.detach())
+    return losses, [p.grad for p in engine.trained]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_accumulated_gradients_and_losses_are_those_of_every_micro_batch_by_itself(dropout):
+    model = adapted("qwen2", lora_dropout=dropout, target_modules=ALL)
+    batches = [batch(lengths, number) for number, lengths in enumerate(LENGTHS)]
+    torch.manual_seed(7)
+    draws = [FastEngine.draw() for _ in batches]
+    wanted = unrecorded(model, batches, draws)
+    mine = made(model)
+    model.zero_grad()
+    torch.manual_seed(7)
+    losses = [mine.add_gradients(one, SHARE) for one in batches]
+    assert len(mine.recording.runs) == 1
+    found = [one.grad for one in mine.engine.trained]
+    for left, right in zip([*wanted[0], *wanted[1]], [*losses, *found], strict=True):
+        assert torch.allclose(left, right, rtol=1e-4, atol=1e-5 * float(left.abs().max()))
+
+
+def test_when_a_shape_is_recorded_changes_no_bit(monkeypatch):
+    model, one, results = adapted("qwen2", lora_dropout=0.3), batch((70, 33)), []
+    for seen in (0, 2, 10):
+        monkeypatch.setattr(graphs, "SEEN", seen)
+        mine = made(model)
+        model.zero_grad()
+        torch.manual_seed(3)
+        losses = [mine.add_gradients(one, SHARE) for _ in range(4)]
+        assert len(mine.recording.runs) == (seen < 4)
+        results.append([*losses, *(p.grad.clone() for p in mine.engine.trained)])
+    assert all(torch.equal(*pair) for found in results[1:] for pair in zip(found, results[0], strict=True))
+
+
+def test_replays_draw_other_dropout_and_the_same_from_the_same_state():
+    mine, one = made(adapted("qwen2", lora_dropout=0.3)), batch((70, 33))
+    for _ in range(SEEN + 1):
+        mine.add_gradients(one, SHARE)
+    state = torch.get_rng_state()
+    first, second = (float(mine.add_gradients(one, SHARE)) for _ in range(2))
+    torch.set_rng_state(state)
+    assert first != second and [float(mine.add_gradients(one, SHARE)) for _ in range(2)] == [first, second]
+
+
+def test_gradients_join_those_that_are_there_and_start_anew_after_a_step():
+    model = adapted("qwen2")
+    mine, one = made(model), batch((70, 33))
+    (FastEngine(model).loss_sum(one) * SHARE).backward()
+    alone = [p.grad.clone() for p in mine.engine.trained]
+    mine.add_gradients(one, SHARE)
+    (FastEngine(model).loss_sum(one) * SHARE).backward()
+    for p, first in zip(mine.engine.trained, alone, strict=True):
+        assert torch.allclose(p.grad, 3 * first, rtol=1e-4, atol=1e-5 * float(first.abs().max()))
+        p.grad = None
+    mine.add_gradients(one, SHARE)
+    for p, first in zip(mine.engine.trained, alone, strict=True):
+        assert torch.allclose(p.grad, first, rtol=1e-4, atol=1e-5 * float(first.abs().max()))
+
+
+def test_a_step_of_the_optimizer_shows_in_the_next_replay():
+    model = adapted("qwen2")
+    mine, one = made(model), batch((70, 33))
+    optimizer = torch.optim.SGD(mine.engine.trained, 0.5)
+    losses = []
+    for _ in range(SEEN + 4):
+        losses.append(float(mine.add_gradients(one, SHARE)))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(mine.recording.runs) == 1 and losses == sorted(losses, reverse=True) and losses[-1] < losses[SEEN]
+
+
+def test_what_is_larger_than_the_limit_is_left_to_the_engine():
+    mine = made(adapted("qwen2"), limit=512)
+    assert mine.take(batch((500, 12))) and not mine.take(batch((500, 13)))
+
+
+def test_what_cannot_be_recorded_goes_on_with_one_line(caplog):
+    mine, ones = made(adapted("qwen2"), Fails), [batch((70, 33)), batch((300, 33))]
+    losses = [float(mine.add_gradients(one, SHARE)) for _ in range(SEEN + 3) for one in ones]
+    assert len(set(losses)) == 2
+    assert [one.message for one in caplog.records] == [
+        "no more CUDA graphs are recorded (RuntimeError: operation not permitted when stream is capturing); training "
+        "goes on"
+    ]
+
+
+def test_no_more_is_recorded_than_there_is_room_for(monkeypatch):
+    small, large = batch((70, 33)), batch((300, 33))
+
+    def recorded(first, second, **options):
+        mine = made(adapted("qwen2"), **options)
+        for one in [first, second] * (SEEN + 1):
+            mine.add_gradients(one, SHARE)
+        return [one.inputs.shape.tokens for one in mine.known.values() if one.replay is not None]
+
+    by_tokens = {"need": lambda tokens: tokens}
+    assert recorded(small, large, room=600, **by_tokens) == [256, 512]
+    # A smaller one uses the memory of a larger one, which finds no room beside the smaller.
+    assert recorded(large, small, room=512, **by_tokens) == [512, 256]
+    assert recorded(small, large, room=265, **by_tokens) == [256]
+    assert recorded(small, large, room=100, **by_tokens) == []
+    monkeypatch.setattr(graphs, "MOST", 1)
+    assert recorded(small, large) == [256]
+
+
+def test_a_weight_that_has_moved_or_other_products_record_anew():
+    mine, one = made(adapted("qwen2")), batch((70, 33))
+    for _ in range(SEEN + 1):
+        mine.add_gradients(one, SHARE)
+    first = mine.recording
+    mine.add_gradients(one, SHARE)
+    assert mine.recording is first and len(first.runs) == 1
+    moved = mine.engine.trained[0]
+    moved.data = moved.data.clone()
+    mine.add_gradients(one, SHARE)
+    second = mine.recording
+    assert second is not first and not second.runs
+    mine.engine.products = Products("int8")
+    mine.add_gradients(one, SHARE)
+    assert mine.recording is not second
+    mine.release()
+    assert not mine.known
