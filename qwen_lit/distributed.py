@@ -1,18 +1,22 @@
 """What several processes of one run have to agree on, and how none outlives the others."""
 
+from __future__ import annotations
+
 import logging
 import os
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from qwen_lit.errors import UserError
 from qwen_lit.signals import INTERRUPTS
+
+if TYPE_CHECKING:
+    import lightning as L
 
 log = logging.getLogger(__name__)
 GRACE = 20.0

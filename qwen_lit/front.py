@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from qwen_lit import help
+from qwen_lit.imports import import_bitsandbytes
 from qwen_lit.keys import wrong_keys
 from qwen_lit.signals import Interrupted, handle_signals
 from qwen_lit.waiting import WAITS, environment_given, start_others
@@ -68,6 +69,7 @@ def main(args: list[str] | None = None) -> int:
         except Interrupted as stop:
             return stop.exit_code
     with _interruptible():
+        import_bitsandbytes()
         from qwen_lit.cli import run
     return run(given)
 

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import logging
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -49,18 +51,43 @@ def no_space(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def forked(arguments: list[str]) -> int:
-    """Start a command in a child that shares this process's imports; returns its pid."""
-    from qwen_lit.cli import main
+def forked(
+    arguments: list[str],
+    errors: str | Path = os.devnull,
+    environment: dict[str, str] | None = None,
+    output: str | Path = os.devnull,
+) -> int:
+    """Start a command in a child that shares this process's imports.
+
+    Args:
+        arguments: of the command line; ranks that the child starts are ``python -m qwen_lit`` with them.
+        errors: the file for what it says on stderr.
+        environment: variables that it has beside those of this process.
+        output: the file for what it says on stdout.
+
+    Returns:
+        Its pid.
+    """
+    import qwen_lit.__main__ as program
 
     pid = os.fork()
     if pid == 0:
         os.setpgid(0, 0)
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
+        os.environ.update(environment or {})
+        for number, path in ((1, output), (2, errors)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), number)
+        # Those of pytest take lines to itself.
+        logging.getLogger().handlers.clear()
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
+        sys.argv, sys.modules["__main__"] = ["qwen_lit", *arguments], program
         torch.set_num_threads(1)
-        os._exit(main(arguments))
+        code = 1
+        try:
+            code = program.main(arguments)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     return pid
 
 

@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -17,7 +19,7 @@ import torch
 
 from qwen_lit.callbacks.checkpoint_io import last_checkpoint
 from qwen_lit.cli import main
-from tests.runs import SLOW, adapter, doing, same, scalars, trace
+from tests.runs import SLOW, adapter, doing, forked, same, scalars, trace
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 ALIKE = ["--model.lora_config.lora_dropout", "0", "--data.num_workers", "0"]
@@ -26,29 +28,37 @@ HANG = 900
 PADDED = ["--data.packing", "false", "--data.batch_size", "2", "--data.max_length", "128"]
 
 
-def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "qwen_lit", *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )
+class Started(NamedTuple):
+    """A first rank, which shares this process's imports; those that it starts are processes from the beginning."""
+
+    pid: int
+    errors: Path
 
 
-def finish(process: subprocess.Popen[str], seconds: float = HANG) -> tuple[int, str]:
-    try:
-        text = process.communicate(timeout=seconds)[1]
-    finally:
-        process.kill()
-    return process.returncode, text
+def start(command: list[str], **environment: str) -> Started:
+    handle, errors = tempfile.mkstemp(suffix=".txt")
+    os.close(handle)
+    return Started(forked(command, errors, {"OMP_NUM_THREADS": "1"} | environment), Path(errors))
+
+
+def finish(process: Started, seconds: float = HANG) -> tuple[int, str]:
+    """Its exit code, negative for a signal, and what all ranks said on stderr."""
+    ends = time.monotonic() + seconds
+    while not (found := os.waitpid(process.pid, os.WNOHANG))[0]:
+        if time.monotonic() > ends:
+            os.kill(process.pid, signal.SIGKILL)
+            raise AssertionError(process.errors.read_text())
+        time.sleep(0.05)
+    text = process.errors.read_text()
+    process.errors.unlink()
+    return os.waitstatus_to_exitcode(found[1]), text
 
 
 def run(command: list[str]) -> tuple[int, str]:
     return finish(start(command))
 
 
-def children(process: subprocess.Popen[str]) -> list[int]:
+def children(process: Started) -> list[int]:
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(one) for one in path.read_text().split()]
 

@@ -109,6 +109,18 @@ def test_nothing_heavy_is_imported_to_answer(words):
     assert not HEAVY & set(done.stderr.split())
 
 
+def test_what_no_command_uses_is_not_imported_and_torch_compile_is_left_as_it_is():
+    asked = ["plan", "--model.model_name_or_path", "nowhere/at/all"]
+    script = (
+        f"import os, sys; from qwen_lit.front import main; main({asked});"
+        "print(*sys.modules, os.environ.get('TORCHDYNAMO_DISABLE'), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    *loaded, variable = done.stderr.split()
+    assert "qwen_lit.cli" in loaded and "bitsandbytes" in loaded and variable == "None"
+    assert not {"torch._inductor.compile_fx", "networkx", "tensorboard"} & set(loaded)
+
+
 def test_ctrl_c_while_libraries_are_loaded_ends_the_process_without_a_traceback(monkeypatch):
     found = []
 

@@ -23,7 +23,7 @@ from qwen_lit.hardware import cpu_has_bf16
 from qwen_lit.model.schedules import schedule
 from qwen_lit.planner.flops import peak_flops, token_flops
 from qwen_lit.report import chart, number, page, scale
-from tests.runs import begun, lengths, stopping, trace
+from tests.runs import begun, ended, forked, lengths, stopping, trace
 
 
 @pytest.fixture(scope="module")
@@ -299,14 +299,12 @@ def test_a_card_is_known_by_the_longest_name_that_fits():
 
 
 def test_a_log_file_gets_lines_without_control_codes(command, tmp_path):
-    import subprocess
-    import sys
-
     bar = ["--trainer.enable_progress_bar", "true", "--trainer.max_steps", "2"]
-    done = subprocess.run([sys.executable, "-m", "qwen_lit", *command(tmp_path / "out", *bar)], capture_output=True)
-    assert done.returncode == 0
-    assert re.search(rb"step 2 of 2  loss \d+\.\d+  lr ", done.stderr)
-    assert b"\x1b" not in done.stderr + done.stdout and b"\r" not in done.stderr + done.stdout
+    errors, output = tmp_path / "errors.txt", tmp_path / "output.txt"
+    assert ended(forked(command(tmp_path / "out", *bar), errors, output=output)) == 0
+    said = errors.read_bytes()
+    assert re.search(rb"step 2 of 2  loss \d+\.\d+  lr ", said)
+    assert not set(b"\x1b\r") & set(said + output.read_bytes())
 
 
 def test_early_stopping_and_a_profiler_work_from_the_configuration(command, tmp_path):

@@ -1,7 +1,8 @@
 """TensorBoard that never ends a run: one curve across resumes, and a full disk is a warning.
 
 Its steps are those of the log and of the checkpoints: 1 is the first optimizer step. Lightning counts from 0.
-TensorBoard sorts its cards by name: training, validation, verdict.
+TensorBoard sorts its cards by name: training, validation, verdict. Its library is imported where something is written:
+commands that write nothing do without its 150 modules.
 """
 
 import contextlib
@@ -12,8 +13,6 @@ from typing import Any
 
 from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from torch.utils.tensorboard.summary import hparams
 
 from qwen_lit.callbacks.facts import COMPARED
 from qwen_lit.run import Run
@@ -82,6 +81,9 @@ class RunLogger(TensorBoardLogger):
         columns = {name: str(one).lower() if isinstance(one, bool) else one for name, one in columns.items()}
         self.hparams.update(params)
         if columns and not self.silent:
+            from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+            from torch.utils.tensorboard.summary import hparams
+
             with self._guarded():
                 table, begun, _ = hparams(columns, dict.fromkeys(MEASURED, 0.0))
                 held = table.value[0].metadata.plugin_data
@@ -96,6 +98,8 @@ class RunLogger(TensorBoardLogger):
     def end_hyperparams(self) -> None:
         """Say in that table that the run is done."""
         if not self.silent:
+            from torch.utils.tensorboard.summary import hparams
+
             with self._guarded():
                 self._write(hparams({}, {})[2])
 

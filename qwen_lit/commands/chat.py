@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_lit.errors import UserError, shortened
+from qwen_lit.imports import import_bitsandbytes
 from qwen_lit.names import expanded
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def started(given: argparse.Namespace) -> tuple[Chat, str]:
     if not os.path.isdir(expanded(given.path)):
         raise UserError(f"chat: no such folder: {given.path}; give the output folder of a run.")
     print(f"loading {given.path} ...", file=sys.stderr, flush=True)
+    import_bitsandbytes()
     import torch
 
     from qwen_lit.commands.chat_model import choose, load

@@ -1,0 +1,24 @@
+"""Libraries that import more than is used of them."""
+
+import os
+from importlib import import_module
+
+UNCOMPILED = "TORCHDYNAMO_DISABLE"
+"""The variable of torch under which ``torch.compile`` gives a function back as it is."""
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes without torch.compile, for which it would load all of inductor: 540 modules.
+
+    It compiles plain functions that stand in for kernels. Its kernels for CUDA call none of them, and those for the
+    CPU one, for rows of odd length: that one is then called as it is written. What others compile stays compiled.
+    """
+    given = os.environ.get(UNCOMPILED)
+    os.environ[UNCOMPILED] = "1"
+    try:
+        import_module("bitsandbytes")
+    finally:
+        if given is None:
+            del os.environ[UNCOMPILED]
+        else:
+            os.environ[UNCOMPILED] = given
