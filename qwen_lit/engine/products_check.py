@@ -19,8 +19,10 @@ FEW, COLUMNS = 67, 256
 """Tokens and outputs of those."""
 MOST_ERROR = {Kind.FP8: 0.06, Kind.INT8: 0.03}
 """Relative to the product in bf16: half as much again as each makes of numbers from a normal distribution."""
-TIMES = 20
-"""Runs of which the fastest counts; some are not disturbed where another process uses the device too."""
+TOGETHER = 8
+"""Products that are timed as one, so that the device works while the host launches."""
+TIMES = 8
+"""Runs of which the fastest counts; one of them is hardly disturbed where another process uses the device too."""
 
 
 def refusal(passes: Passes, device: torch.device) -> str | None:
@@ -86,9 +88,10 @@ def _slow(kind: Kind, device: torch.device) -> str | None:
 
 
 def _seconds(function: Callable[[], Tensor], device: torch.device) -> float:
-    """Of one call, what it launches included."""
+    """Of ``TOGETHER`` calls."""
     torch.cuda.synchronize(device)
     began = time.perf_counter()
-    function()
+    for _ in range(TOGETHER):
+        function()
     torch.cuda.synchronize(device)
     return time.perf_counter() - began

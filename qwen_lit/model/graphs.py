@@ -62,9 +62,7 @@ class CudaRecorder:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 loss = run()
         except Exception:
-            # Where recording broke off, torch leaves its allocator as if it went on.
-            with suppress(Exception):
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+            _end_broken_recording(self.pool)
             raise
         self.taken += max(0, torch.cuda.memory_reserved() - before)
 
@@ -73,6 +71,21 @@ class CudaRecorder:
             return loss
 
         return replay
+
+
+def _end_broken_recording(pool: Any) -> None:
+    """Where recording broke off, torch leaves its allocator and the device's generator as if it went on.
+
+    Args:
+        pool: that was recorded into.
+    """
+    device = torch.cuda.current_device()
+    with suppress(Exception):
+        torch._C._cuda_endAllocateToPool(device, pool)
+    with suppress(Exception):
+        used, other = torch.cuda.default_generators[device], torch.Generator(f"cuda:{device}")
+        other.set_state(used.get_state())
+        used.graphsafe_set_state(other.graphsafe_get_state())
 
 
 @dataclass

@@ -144,8 +144,10 @@ def test_what_waits_for_the_device_is_launched_instead_and_the_device_goes_on(fo
     assert mine.refused and not replayed(mine) and max(losses) == pytest.approx(min(losses), rel=1e-3)
     assert caplog.text.count("no more CUDA graphs are recorded") == 1
     # Memory is given out and taken back as ever.
-    before = torch.cuda.memory_allocated()
-    assert float(torch.ones(2**22, device=DEVICE).sum()) == 2**22 and torch.cuda.memory_allocated() == before
+    before, drawn = torch.cuda.memory_allocated(), torch.rand(2**22, device=DEVICE)
+    assert 0.4 < float(drawn.mean()) < 0.6
+    del drawn
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_graphs_take_no_more_than_was_planned(folder):
