@@ -157,7 +157,8 @@ def test_graphs_take_no_more_than_was_planned(folder):
     for lengths in ((2000,), (1000, 1), (300,), (500, 400), (1500, 100)):
         for _ in range(SEEN + 1):
             mine.add_gradients(batch(lengths), share())
-    assert len(replayed(mine)) == 5 and 0 < mine.recording.taken <= room, (mine.recording.taken, room)
+    # 1,001 and 900 tokens have one shape.
+    assert len(replayed(mine)) == 4 and 0 < mine.recording.taken <= room, (mine.recording.taken, room)
     mine.release()
     torch.cuda.empty_cache()
     assert not replayed(mine)
