@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen_lit.data.batches import Batch, prefix
 from qwen_lit.engine.footprint import layer_sizes
-from qwen_lit.engine.lora_linear import size_of, width_of
+from qwen_lit.engine.lora_linear import size_of
 from qwen_lit.engine.narrow import fitting
 from qwen_lit.engine.probe import damages, work_of, worst
 from qwen_lit.engine.products import Products, ProductsName
@@ -84,7 +84,7 @@ def share_in_8_bits(bench: Bench, products: Products) -> float:
     for layer, group in every_product(bench):
         linears = bench.engine._linears(layer, False)
         mine = [linears[one.name] for one in bench.engine.layers[layer].groups[group]]
-        work = sum(width_of(one) * one.out for one in mine)
+        work = sum(one.width * one.out for one in mine)
         whole += 2 * work
         passes = fitting(products.of(layer, group), [size_of(one) for one in mine])
         narrow += work * (passes.forward.narrow + passes.backward.narrow)

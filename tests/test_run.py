@@ -168,7 +168,9 @@ def test_all_that_a_run_has_written_is_named_by_it(done):
 def test_the_command_line_makes_one_run_and_gives_it_to_whoever_writes(command, done):
     cli = QwenCLI("validate", [*command(done)[1:], "--ckpt_path", "best"])
     run = cli.run
-    assert run == Run(done, done / "checkpoints" / "best.ckpt", run.config, run.yaml, run.started, run.clock)
+    assert run.given == tuple(command(done)[1:]) + ("--ckpt_path", "best")
+    told = {"config": run.config, "yaml": run.yaml, "given": run.given, "started": run.started, "clock": run.clock}
+    assert run == Run(done, done / "checkpoints" / "best.ckpt", **told)
     having = [one for one in (cli.model, *cli.trainer.callbacks) if isinstance(getattr(one, "run", None), Run)]
     assert len(having) >= 5 and all(one.run is run for one in having)
     # An adapter is used with what it was trained with.

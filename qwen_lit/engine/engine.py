@@ -153,6 +153,7 @@ class FastEngine:
         base: Any = model.base_model.model
         family = family_of(base.config)
         self.decoder, self.layers = base.get_submodule(family.decoder), family.layers(base.config)
+        self.modules = [linears_of(*pair) for pair in zip(self.decoder.layers, self.layers, strict=True)]
         self.policies = Policies.keep_all(len(self.layers)) if policies is None else policies
         self.products = Products() if products is None else products
         self.scales = ScaleStore()
@@ -187,7 +188,7 @@ class FastEngine:
         for group in groups:
             mine = [linears[one.name] for one in group]
             for part in parts_of(mine, group is groups[0]):
-                if part[0].quant_state is not None:
+                if part[0].quantized:
                     dtype = part[0].quant_state.dtype
                     found[id(part[0].weight)] = augmented_weight(part, dtype, lora_columns(mine), held=True)
         return found
@@ -202,15 +203,29 @@ class FastEngine:
             # Copies made in validation's inference mode could not be used in training.
             with torch.inference_mode(False):
                 self.compute = {id(one): torch.empty_like(one, dtype=dtype, requires_grad=False) for one in wanted}
+                self._stack(dtype)
         with torch.no_grad():
             torch._foreach_copy_([self.compute[id(one)] for one in wanted], wanted)
+
+    def _stack(self, dtype: torch.dtype) -> None:
+        """Let the copies of a group's A lie one below the other, so that a product reads them as one matrix."""
+        for modules, layer in zip(self.modules, self.layers, strict=True):
+            for group in layer.groups:
+                every = [read_linear(modules[one.name], False).a for one in group]
+                mine = [a for a in every if a is not None and id(a) in self.compute]
+                if len(mine) > 1:
+                    whole = torch.empty(
+                        sum(len(a) for a in mine), mine[0].shape[1], dtype=dtype, device=mine[0].device
+                    )
+                    parts = whole.split([len(a) for a in mine])
+                    self.compute |= {id(a): part for a, part in zip(mine, parts, strict=True)}
 
     def _linears(self, number: int, training: bool) -> dict[str, LoraLinear]:
         """The linears of a layer, with the copies that the engine keeps for them."""
         arrive, layer = None if self.store is None else self.store.arrival(number), self.layers[number]
         found = {
             name: read_linear(module, training, self.compute, self.resident, self.arena.workspace, arrive)
-            for name, module in linears_of(self.decoder.layers[number], layer).items()
+            for name, module in self.modules[number].items()
         }
         for linear in found.values() if self.leaves else ():
             if linear.a is not None and linear.b is not None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qwen_lit.engine.lora_linear import LoraLinear, augmented_weight, full_weight, lora_columns, parts_of, width_of
+from qwen_lit.engine.lora_linear import LoraLinear, augmented_weight, full_weight, lora_columns, parts_of
 from qwen_lit.engine.narrow import narrow_weight
 from qwen_lit.kernels.dropout import Seed, dropped
 from qwen_lit.kernels.eight import Narrow, quantize
@@ -47,7 +47,7 @@ def _bias(part: list[LoraLinear], dtype: torch.dtype) -> Tensor | None:
 def _stacked(linears: list[LoraLinear], dtype: torch.dtype) -> Tensor:
     """The linears' A ``[r of all, in]``: one product reads their input once."""
     parts = [linear.pair(dtype)[0] for linear in linears if linear.rank]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else below(parts)
 
 
 class Group:
@@ -64,13 +64,13 @@ class Group:
         """
         self.linears, self.seed, self.padded = linears, seed, padded
         self.parts = parts_of(linears, merged)
-        self.width = width_of(linears[0])
+        self.width = linears[0].width
         self.rank = sum(linear.rank for linear in linears)
         self.extra = lora_columns(linears)
         self.dropout = next((linear.dropout for linear in linears if linear.rank), 0.0)
         self.passes = linears[0].passes
         # A plain weight is used where it stands, so there is no augmented copy of it.
-        self.is_augmented = self.rank > 0 and all(linear.quant_state is not None for linear in linears)
+        self.is_augmented = self.rank > 0 and all(linear.quantized for linear in linears)
 
     def down_projection(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The input with the LoRA columns on its right, where products take them from there, and ``xa = D(x) Aᵀ``.
@@ -273,6 +273,22 @@ def beside(parts: list[Tensor]) -> Tensor:
     ):
         return first.as_strided((len(first), columns), (first.stride(0), 1))
     return torch.cat(parts, 1)
+
+
+def below(parts: list[Tensor]) -> Tensor:
+    """Contiguous matrices of one width one below the other; where they lie so in memory, nothing is copied.
+
+    Args:
+        parts: ``[rows of each, columns]``.
+    """
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end:
+            return torch.cat(parts)
+        end += part.numel() * part.element_size()
+    if first.untyped_storage().data_ptr() != parts[-1].untyped_storage().data_ptr():
+        return torch.cat(parts)
+    return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
 
 
 def with_lora_columns(x: Tensor, extra: int) -> Tensor | None:

@@ -74,6 +74,21 @@ class LoraLinear:
     """In what its products are computed; all linears of a group have the same."""
     scales: Any = None
     """``narrow.ScaleStore`` of the engine, where a product is in 8 bits."""
+    quantized: bool = field(init=False)
+    """Whether the weight is in 4 bits."""
+    out: int = field(init=False)
+    """Width of the output."""
+    width: int = field(init=False)
+    """Width of the input."""
+    rank: int = field(init=False)
+    """0 without an adapter."""
+
+    def __post_init__(self) -> None:
+        """Read the sizes once: they are asked for a hundred times in a pass over a layer."""
+        state = self.quant_state
+        self.quantized = state is not None
+        self.out, self.width = map(int, self.weight.shape if state is None else state.shape)
+        self.rank = 0 if self.a is None else self.a.shape[0]
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in the dtype of the products."""
@@ -86,16 +101,6 @@ class LoraLinear:
     def quant_state(self) -> Any:
         """bitsandbytes' quantisation state; None for a plain weight."""
         return getattr(self.weight, "quant_state", None)
-
-    @property
-    def rank(self) -> int:
-        """0 without an adapter."""
-        return 0 if self.a is None else self.a.shape[0]
-
-    @property
-    def out(self) -> int:
-        """Width of the output."""
-        return int((self.weight if self.quant_state is None else self.quant_state).shape[0])
 
 
 def read_linear(
@@ -143,8 +148,8 @@ def size_of(linear: LoraLinear, quantized: bool | None = None) -> LinearSize:
         linear: of a model, which may be on the meta device.
         quantized: whether it will be held in 4 bits; as it is, where this is not given.
     """
-    held = linear.quant_state is not None if quantized is None else quantized
-    return LinearSize(width_of(linear), linear.out, linear.rank, linear.dropout, held)
+    held = linear.quantized if quantized is None else quantized
+    return LinearSize(linear.width, linear.out, linear.rank, linear.dropout, held)
 
 
 def lora_columns(linears: list[LoraLinear]) -> int:
@@ -162,15 +167,10 @@ def backward_columns(linears: list[LoraLinear]) -> int:
     return 0 if linears[0].passes.backward.narrow else lora_columns(linears)
 
 
-def width_of(linear: LoraLinear) -> int:
-    """Width of the input."""
-    return int((linear.weight if linear.quant_state is None else linear.quant_state).shape[1])
-
-
 def parts_of(linears: list[LoraLinear], merged: bool) -> list[list[LoraLinear]]:
     """Which linears share an augmented weight: all of them where ``merged`` is true and every weight is in 4 bits;
     else each linear has its own."""
-    if merged and all(linear.quant_state is not None for linear in linears):
+    if merged and all(linear.quantized for linear in linears):
         return [linears]
     return [[linear] for linear in linears]
 
@@ -187,7 +187,7 @@ def augmented_weight(part: list[LoraLinear], dtype: torch.dtype, extra: int, hel
     kept = part[0].resident
     if kept is not None and kept.dtype == dtype:
         return kept
-    device, width = part[0].weight.device, width_of(part[0])
+    device, width = part[0].weight.device, part[0].width
     shape = (sum(linear.out for linear in part) + extra, width + extra)
     whole = torch.empty(shape, dtype=dtype, device=device) if held else part[0].workspace.get(shape, dtype, device)
     start = 0
@@ -210,7 +210,7 @@ def augmented_weight(part: list[LoraLinear], dtype: torch.dtype, extra: int, hel
 def full_weight(part: list[LoraLinear], dtype: torch.dtype) -> Tensor:
     """The weights ``[out of all, in]`` in ``dtype``; for 4-bit ones in the workspace, which the next call
     overwrites."""
-    if part[0].quant_state is None:
+    if not part[0].quantized:
         (linear,) = part
         return linear.weight if linear.weight.dtype == dtype else linear.weight.to(dtype)
-    return augmented_weight(part, dtype, 0)[: sum(linear.out for linear in part), : width_of(part[0])]
+    return augmented_weight(part, dtype, 0)[: sum(linear.out for linear in part), : part[0].width]

@@ -12,7 +12,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 from torch import Tensor
 
-from qwen_lit.engine.lora_linear import LoraLinear, width_of
+from qwen_lit.engine.lora_linear import LoraLinear
 from qwen_lit.kernels.eight import BLOCK, DTYPES, LEAST, TOP, Narrow, transformed
 from qwen_lit.kernels.footprint import LinearSize
 from qwen_lit.kernels.kinds import WIDE, Kind, Passes
@@ -59,7 +59,7 @@ class ScaleStore:
 def _of_fp8(linears: list[LoraLinear], turned: bool) -> WeightScales:
     tops = [_scales(linear.quant_state).max() for linear in linears]
     most = torch.stack(tops).max().float().clamp_min(LEAST)
-    rows = width_of(linears[0]) if turned else sum(linear.out for linear in linears)
+    rows = linears[0].width if turned else sum(linear.out for linear in linears)
     return WeightScales((TOP[Kind.FP8] / most).view(1), (most / TOP[Kind.FP8]).expand(rows).contiguous())
 
 
@@ -108,7 +108,7 @@ def narrow_weight(linears: list[LoraLinear], kind: Kind, turned: bool) -> Narrow
         turned: ``[in, out of all]`` for the product of backward; otherwise ``[out of all, in]``.
     """
     first, outs = linears[0], [linear.out for linear in linears]
-    shape = (width_of(first), sum(outs)) if turned else (sum(outs), width_of(first))
+    shape = (first.width, sum(outs)) if turned else (sum(outs), first.width)
     whole = first.workspace.get(shape, DTYPES[kind], first.weight.device)
     parts = whole.split(outs, 1) if turned else whole.split(outs)
     # All of a layer's weights come at once.

@@ -109,12 +109,18 @@ class _Tape:
 class _Memory:
     """One allocation that saved tensors share, and its copy on the host."""
 
-    def __init__(self, tensor: Tensor, tape: _Tape) -> None:
-        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-        self.here: Tensor | None = whole
-        self.readers, self.size = 0, whole.numel()
+    def __init__(self, tensor: Tensor) -> None:
+        self.here: Tensor | None = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
+            tensor.untyped_storage()
+        )
+        self.readers, self.size = 0, self.here.numel()
+        self.pieces: list[Tensor] = []
+
+    def send(self, tape: _Tape) -> None:
+        """Copy it to the host."""
+        assert self.here is not None
         self.pieces = tape.place(self.size)
-        for piece, part in zip(self.pieces, whole.split([one.numel() for one in self.pieces]), strict=True):
+        for piece, part in zip(self.pieces, self.here.split([one.numel() for one in self.pieces]), strict=True):
             piece.copy_(part, non_blocking=True)
 
     def fetch(self, here: Tensor) -> None:
@@ -157,16 +163,19 @@ class _Layer:
             # It is wrapped, so that its use is seen here: the layer before has to come back then.
             return (tensor.detach(),)
         if address not in self.memories:
-            with beside(self.device):
-                self.memories[address] = _Memory(tensor, self.tape)
+            self.memories[address] = _Memory(tensor)
         memory = self.memories[address]
         memory.readers += 1
         return memory, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
 
-    def end(self) -> None:
-        """Note that all which the layer saves was given to the side stream."""
-        if self.device.type == "cuda":
-            self.sent = side_stream(self.device).record_event()
+    def send(self) -> None:
+        """Begin to copy to the host all that the layer has saved; at once, as each turn to the side stream takes the
+        host as long as two launches."""
+        with beside(self.device):
+            for memory in self.memories.values():
+                memory.send(self.tape)
+            if self.device.type == "cuda":
+                self.sent = torch.cuda.current_stream(self.device).record_event()
 
     def leave(self) -> None:
         """Give up the memory on the device, once it is copied."""
@@ -253,6 +262,6 @@ class HostStore:
         self.last = _Layer(self.device, self.stay, self.pool, before, self.ahead, not last, self.waits)
         with saved_tensors_hooks(self.last.pack, self.last.unpack):
             yield
-        self.last.end()
+        self.last.send()
         if before is not None:
             before.leave()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_lit.kernels.launch import jit, launches, tl, triton
+from qwen_lit.kernels.launch import cdiv, jit, launches, tl
 
 BLOCK = 512
 """Columns of one program; eight of them share one draw, sixteen bits each."""
@@ -96,7 +96,7 @@ def dropped(x: Tensor, p: float, seed: int | Seed, add: Tensor | None = None) ->
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if add is None else add
     threshold = min(round(p * 2**16), 2**16 - 1)
     number, on_device = (seed.offset, seed.on_device) if isinstance(seed, Seed) else (seed, None)
-    _dropout[(x.shape[0], triton.cdiv(x.shape[1], BLOCK))](
+    _dropout[(x.shape[0], cdiv(x.shape[1], BLOCK))](
         x,
         out,
         add,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qwen_lit.kernels.kinds import Kind
-from qwen_lit.kernels.launch import jit, launches, tl, triton
+from qwen_lit.kernels.launch import cdiv, jit, launches, power_of_2, tl
 
 BLOCK = 128
 """Numbers of a row that are transformed together."""
@@ -196,11 +196,11 @@ def quantize(x: Tensor, kind: Kind) -> Narrow:
     rows, width = x.shape
     out, scale = empty_narrow(x, width, kind)
     if kind is Kind.FP8:
-        block = min(triton.next_power_of_2(width), MOST_COLUMNS)
+        block = min(power_of_2(width), MOST_COLUMNS)
         _quantize[(rows,)](x, out, scale, width, x.stride(0), TOP=TOP[kind], LEAST=LEAST, BLOCK=block, num_warps=8)
     else:
         lines, blocks = TRANSFORMED_TILE if width <= MOST_COLUMNS else WIDE_TRANSFORMED_TILE
-        _quantize_transformed[(min(triton.cdiv(rows, lines), TRANSFORMED_PROGRAMS),)](
+        _quantize_transformed[(min(cdiv(rows, lines), TRANSFORMED_PROGRAMS),)](
             x,
             out,
             scale,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qwen_lit.kernels.eight import Narrow
-from qwen_lit.kernels.launch import TensorDescriptor, jit, launches, tl, triton
+from qwen_lit.kernels.launch import TensorDescriptor, cdiv, jit, launches, power_of_2, tl
 
 MOST_RANK = 32
 """Columns of ``low`` up to which they are added within the product of integers; more do not fit beside its tiles."""
@@ -277,7 +277,7 @@ class _Added:
         rank = self.numbers[0]
         return {
             "HAS_BIAS": self.bias is not None,
-            "RANK": max(16, triton.next_power_of_2(rank)) if rank else 0,
+            "RANK": max(16, power_of_2(rank)) if rank else 0,
             # A fused multiply-add would round once where the reference rounds twice.
             "enable_fp_fusion": False,
         }
@@ -292,7 +292,7 @@ def _integer_product(a: Narrow, b: Narrow, dtype: torch.dtype, added: _Added) ->
 def _product_by_pointers(a: Narrow, b: Narrow, dtype: torch.dtype, added: _Added) -> Tensor:
     (rows, depth), columns = a.values.shape, len(b.values)
     out = torch.empty(rows, columns, dtype=dtype, device=a.values.device)
-    tiles = triton.cdiv(rows, TILE["M"]) * triton.cdiv(columns, TILE["N"])
+    tiles = cdiv(rows, TILE["M"]) * cdiv(columns, TILE["N"])
     _product[(tiles,)](
         a.values.view(torch.int8),
         b.values.view(torch.int8),
@@ -319,7 +319,7 @@ def _product_by_tiles(a: Narrow, b: Narrow, dtype: torch.dtype, added: _Added) -
         TensorDescriptor.from_tensor(matrix, block)
         for matrix, block in ((a.values, [m, k]), (b.values, [n, k]), (out, [m, n // 2]))
     ]
-    programs = min(triton.cdiv(rows, m) * triton.cdiv(columns, n), multiprocessors(a.values.device))
+    programs = min(cdiv(rows, m) * cdiv(columns, n), multiprocessors(a.values.device))
     _product_of_tiles[(programs,)](
         *described,
         a.scale,

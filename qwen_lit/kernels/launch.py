@@ -19,7 +19,7 @@ try:
 except ImportError:
     TensorDescriptor = None
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "TensorDescriptor", "launches", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "TensorDescriptor", "cdiv", "launches", "power_of_2", "tl", "triton"]
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run in Triton's interpreter, on the CPU, slowly: to test them where there is no CUDA device."""
 
@@ -27,6 +27,16 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 def launches(*tensors: torch.Tensor | None) -> bool:
     """Whether kernels are launched: Triton is installed, and every tensor that is given is on CUDA."""
     return INTERPRETED or (HAS_TRITON and all(tensor is None or tensor.is_cuda for tensor in tensors))
+
+
+def cdiv(number: int, size: int) -> int:
+    """How many pieces of a size a number has, the last one whole or not; triton.cdiv takes as long as a launch."""
+    return -(-number // size)
+
+
+def power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a number, for the same reason."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def jit(function: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor
 
-from qwen_lit.kernels.launch import jit, launches, tl, triton
+from qwen_lit.kernels.launch import cdiv, jit, launches, tl
 
 ROWS = 64
 """Quantisation blocks of one program."""
@@ -105,7 +105,7 @@ def dequantize(packed: Tensor, state: Any, out: Tensor, inverse: Tensor | None =
     blocks = state.shape.numel() // state.blocksize
     scales, size = scales_of(state)
     across = blocks if out.is_contiguous() else out.shape[1] // state.blocksize
-    _dequantize[(triton.cdiv(blocks, ROWS),)](
+    _dequantize[(cdiv(blocks, ROWS),)](
         packed.view(torch.uint8),
         *scales,
         state.code,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen_lit.kernels.eight import BLOCK, hadamard, narrowed, rounded, transformed
 from qwen_lit.kernels.kinds import Kind
-from qwen_lit.kernels.launch import jit, tl, triton
+from qwen_lit.kernels.launch import cdiv, jit, tl
 from qwen_lit.kernels.nf4 import block_scales, dequantize_reference, scales_of
 
 
@@ -102,7 +102,7 @@ def narrow(packed: Tensor, state: Any, kind: Kind, turned: bool, inverse: Tensor
     scales, size = scales_of(state)
     per = max(1, BLOCK // state.blocksize)
     low = torch.float16 if not out.is_cuda else torch.bfloat16
-    _narrow[(triton.cdiv(rows, BLOCK), triton.cdiv(across, per))](
+    _narrow[(cdiv(rows, BLOCK), cdiv(across, per))](
         packed.view(torch.uint8),
         *scales,
         state.code,

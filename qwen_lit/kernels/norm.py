@@ -20,7 +20,7 @@ from torch import Tensor
 from qwen_lit.kernels.eight import LEAST, TOP, Narrow, absent, empty_narrow, quantize, store_narrow
 from qwen_lit.kernels.footprint import LinearSize, Op, Saved, eight_bits, forward_columns_of, rank_of
 from qwen_lit.kernels.kinds import Kind
-from qwen_lit.kernels.launch import jit, launches, tl, triton
+from qwen_lit.kernels.launch import jit, launches, power_of_2, tl
 
 
 def add_norm_reference(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ class _AddNorm(torch.autograd.Function):
                 NARROW=fused,
                 TOP=TOP[Kind.FP8],
                 LEAST=LEAST,
-                BLOCK=triton.next_power_of_2(width),
+                BLOCK=power_of_2(width),
                 num_warps=8,
             )
         else:
@@ -180,7 +180,7 @@ class _AddNorm(torch.autograd.Function):
                 0 if d_total is None else d_total.stride(0),
                 out.stride(0),
                 HAS_TOTAL=d_total is not None,
-                BLOCK=triton.next_power_of_2(width),
+                BLOCK=power_of_2(width),
                 num_warps=8,
             )
         else:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qwen_lit.kernels.launch import jit, launches, tl, triton
+from qwen_lit.kernels.launch import cdiv, jit, launches, tl
 from qwen_lit.kernels.swiglu import swiglu_backward_, swiglu_reference
 
 BLOCK = 128
@@ -171,7 +171,7 @@ def swiglu_packed(both: Tensor, width: int) -> tuple[Tensor, Packed]:
         return swiglu_reference(both[:, :width], both[:, width : 2 * width]), pack_reference(both, width)
     out = torch.empty(len(both), width, dtype=both.dtype, device=both.device)
     codes, scales = found = empty_packed(both, width)
-    _forward[(len(both), triton.cdiv(width, BLOCK * BLOCKS))](
+    _forward[(len(both), cdiv(width, BLOCK * BLOCKS))](
         both,
         out,
         codes,
@@ -206,7 +206,7 @@ def swiglu_packed_backward(kept: Packed, grad: Tensor, extra: int = 0) -> Tensor
         both[:, : 2 * width] = wide
         return both
     codes, scales = kept
-    _backward[(tokens, triton.cdiv(width, BLOCK * BLOCKS))](
+    _backward[(tokens, cdiv(width, BLOCK * BLOCKS))](
         codes,
         scales.view(torch.int16),
         grad.contiguous(),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen_lit.kernels.launch import jit, launches, tl, triton
+from qwen_lit.kernels.launch import jit, launches, power_of_2, tl
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -88,7 +88,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: flo
         sign,
         HAS_NORM=weight is not None,
         HALF=size // 2,
-        HEADS=triton.next_power_of_2(heads),
+        HEADS=power_of_2(heads),
         num_warps=4,
     )
 

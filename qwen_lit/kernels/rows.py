@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from qwen_lit.kernels.launch import HAS_TRITON, INTERPRETED, jit, tl, triton
+from qwen_lit.kernels.launch import HAS_TRITON, INTERPRETED, cdiv, jit, tl
 
 BLOCK = 1024
 
@@ -45,5 +45,5 @@ def host_rows(table: Tensor, ids: Tensor) -> Tensor:
     """
     width = table.shape[1]
     out = torch.empty(len(ids), width, dtype=table.dtype, device=ids.device)
-    _rows[(len(ids), triton.cdiv(width, BLOCK))](table, ids, out, width, BLOCK=BLOCK)
+    _rows[(len(ids), cdiv(width, BLOCK))](table, ids, out, width, BLOCK=BLOCK)
     return out

@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 
 from qwen_lit.kernels.eight import LEAST, TOP, Narrow, empty_narrow, narrowed, quantize, store_narrow
 from qwen_lit.kernels.kinds import Kind
-from qwen_lit.kernels.launch import jit, launches, tl, triton
+from qwen_lit.kernels.launch import cdiv, jit, launches, power_of_2, tl
 
 BLOCK = 2048
 
@@ -145,7 +145,7 @@ def swiglu(both: Tensor, width: int) -> Tensor:
     if not launches(both):
         return swiglu_reference(both[:, :width], both[:, width : 2 * width])
     out = torch.empty(both.shape[0], width, dtype=both.dtype, device=both.device)
-    _forward[(both.shape[0], triton.cdiv(width, BLOCK))](both, out, width, both.stride(0), BLOCK=BLOCK, num_warps=8)
+    _forward[(both.shape[0], cdiv(width, BLOCK))](both, out, width, both.stride(0), BLOCK=BLOCK, num_warps=8)
     return out
 
 
@@ -159,9 +159,7 @@ def swiglu_backward_(both: Tensor, grad: Tensor) -> None:
     width = grad.shape[1]
     if launches(both):
         grad = grad.contiguous()
-        _backward[(both.shape[0], triton.cdiv(width, BLOCK))](
-            both, grad, width, both.stride(0), BLOCK=BLOCK, num_warps=8
-        )
+        _backward[(both.shape[0], cdiv(width, BLOCK))](both, grad, width, both.stride(0), BLOCK=BLOCK, num_warps=8)
         return
     gate, up = both[:, :width], both[:, width : 2 * width]
     dtype = torch.promote_types(both.dtype, torch.float32)
@@ -190,7 +188,7 @@ def swiglu_narrow(both: Tensor, width: int, kind: Kind, wide: bool) -> tuple[Ten
         return out if wide else None, quantize(out, kind)
     result = torch.empty(len(both), width, dtype=both.dtype, device=both.device) if wide else None
     narrow = empty_narrow(both, width, kind)
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     _forward_narrow[(len(both),)](
         both,
         result,

@@ -19,8 +19,8 @@ FLOORS: dict[ProductsName, float] = {"fp8_backward": 0.98, "mixed8": 0.95, "int8
 
 LEFT: dict[ProductsName, float] = {"mixed8": 0.25}
 """Share of the forward's multiplications that stay in bf16 all the same, by ``model.products``: those of the products
-that a probe finds worst. As shipped a quarter adds 5 % to a step's time on an H200, and takes a fifth off the gradient's
-error on a 135M model (20.4 to 16.0 %), whose held-out loss is then nearer to bf16's than another seed's."""
+that a probe finds worst. As shipped a quarter adds 5 % to a step's time on an H200, and takes a fifth off the
+gradient's error on a 135M model (20.4 to 16.0 %), whose held-out loss is then nearer to bf16's than another seed's."""
 GROUPS = ("q|k|v", "o", "gate|up", "down")
 """The groups of linears of a layer in words."""
 
