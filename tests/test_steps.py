@@ -105,6 +105,8 @@ def test_a_run_by_graphs_learns_what_one_without_does_and_is_resumed_bit_for_bit
     assert main(command(whole, *options)) == 0
     # Most shapes come more than once, and some not.
     assert used[0].runs
+    panels = [json.loads((out / "summary.json").read_text())["throughput"] for out in (plain, whole)]
+    assert panels[0]["fill"] == 1 and 0.1 < panels[1]["fill"] < 1
     for line, other in zip(trace(plain), trace(whole), strict=True):
         assert line["rows"] == other["rows"] and line["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert main(command(parts, *options, *stopping(3))) == 143

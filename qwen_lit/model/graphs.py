@@ -138,6 +138,11 @@ class Graphs:
         """Whether a micro-batch is within the limit."""
         return tokens_of(batch["input_ids"].numel()) <= self.limit
 
+    def computed(self, tokens: int) -> int:
+        """Tokens that are computed for a micro-batch of so many: those of its shape, or, beyond the limit, its own."""
+        filled = tokens_of(tokens)
+        return filled if filled <= self.limit else tokens
+
     def add_gradients(self, batch: Batch, share: Tensor) -> Tensor:
         """Add the gradients of ``share`` times a micro-batch's summed loss to those of the trained parameters.
 

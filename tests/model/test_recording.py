@@ -124,6 +124,7 @@ def test_a_step_of_the_optimizer_shows_in_the_next_replay():
 def test_what_is_larger_than_the_limit_is_left_to_the_engine():
     mine = made(adapted("qwen2"), limit=512)
     assert mine.take(batch((500, 12))) and not mine.take(batch((500, 13)))
+    assert [mine.computed(tokens) for tokens in (1, 256, 257, 513)] == [256, 256, 512, 513]
 
 
 def test_what_cannot_be_recorded_goes_on_with_one_line(caplog):
