@@ -156,6 +156,21 @@ def test_no_more_is_recorded_than_there_is_room_for(monkeypatch):
     assert recorded(small, large) == [256]
 
 
+def test_a_workspace_that_recordings_use_is_not_taken_once_more_after_a_validation():
+    mine, one = made(adapted("qwen2")), batch((70, 33))
+    workspace, size = mine.engine.arena.workspace, ((4,), torch.float32, torch.device("cpu"))
+    before = workspace.get(*size)
+    for _ in range(SEEN + 1):
+        mine.add_gradients(one, SHARE)
+    workspace.get((4,), torch.int8, torch.device("cpu"))
+    workspace.clear()
+    assert [one.dtype for one in workspace.buffers.values()] == [torch.float32]
+    assert workspace.get(*size).data_ptr() == before.data_ptr()
+    mine.release()
+    workspace.clear()
+    assert not workspace.buffers
+
+
 def test_a_weight_that_has_moved_or_other_products_record_anew():
     mine, one = made(adapted("qwen2")), batch((70, 33))
     for _ in range(SEEN + 1):
