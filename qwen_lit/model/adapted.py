@@ -143,7 +143,10 @@ class AdaptedModel(L.LightningModule):
             add_noise(base.get_input_embeddings(), self.settings.neftune_noise_alpha)  # type: ignore[operator]
         then = stored(self.run.checkpoint)
         self.products = ProductsInUse.of(self.settings.products, then.get("products"))
-        before = then.get("micro_batches_at_once"), then.get("graph_tokens")
+        # Where model.graphs has been changed, what it was before says nothing of how many tokens it is for.
+        asked, asks = then.get("config", {}).get("model", {}), self.settings.graphs
+        graphs = then.get("graph_tokens") if asked.get("graphs", asks) == asks else None
+        before = then.get("micro_batches_at_once"), graphs
         choice = self.choice = choose_engine(self, self.trainer, self.data, *before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
         self.products = choice.products or self.products
