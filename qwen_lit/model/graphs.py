@@ -129,6 +129,8 @@ class Graphs:
 
     def release(self) -> None:
         """Give up all graphs and their memory; shapes are recorded again when they come again."""
+        self.sums: list[Tensor] = []
+        """Memory of the gradients, one tensor for each dtype."""
         self.gradients: list[Tensor] = []
         self.known: dict[Shape, Recording] = {}
         self.recording = self.recorder()
@@ -182,7 +184,7 @@ class Graphs:
 
     def attach(self) -> None:
         """Have the trained parameters' gradients be those that graphs add to, with what they hold."""
-        self.gradients = self.gradients or [torch.zeros_like(one) for one in self.engine.trained]
+        self.gradients = self.gradients or self._gradients()
         pairs = [
             (one, mine) for one, mine in zip(self.engine.trained, self.gradients, strict=True) if one.grad is not mine
         ]
@@ -192,6 +194,26 @@ class Graphs:
             if one.grad is not None:
                 mine.copy_(one.grad)
             one.grad = mine
+
+    def _gradients(self) -> list[Tensor]:
+        """Memory for the gradient of each trained parameter; those of one dtype lie in one tensor of ``sums``."""
+        trained = self.engine.trained
+        kinds = list(dict.fromkeys((one.dtype, one.device) for one in trained))
+        sizes = [sum(one.numel() for one in trained if (one.dtype, one.device) == kind) for kind in kinds]
+        self.sums = [torch.zeros(size, dtype=kind[0], device=kind[1]) for size, kind in zip(sizes, kinds, strict=True)]
+        left = dict(zip(kinds, self.sums, strict=True))
+        found = []
+        for one in trained:
+            kind = one.dtype, one.device
+            mine, left[kind] = left[kind][: one.numel()], left[kind][one.numel() :]
+            found.append(mine.view(one.shape))
+        return found
+
+    def reduce(self) -> None:
+        """Give each rank the mean of all ranks' gradients, as DDP does beside a backward that a graph is not."""
+        for one in self.sums:
+            torch.distributed.all_reduce(one)
+            one /= torch.distributed.get_world_size()
 
     def _may_record(self, shape: Shape) -> bool:
         """Whether there is room for one more graph."""

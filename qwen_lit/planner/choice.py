@@ -180,8 +180,6 @@ def without_graphs(settings: ModelSettings, trainer: L.Trainer) -> str | None:
         return "model.graphs is off"
     if trainer.state.fn != "fit":
         return "nothing is trained"
-    if trainer.world_size > 1:
-        return "DDP sums gradients by hooks, which a graph does not call"
     if settings.neftune_noise_alpha > 0:
         return "the noise of NEFTune depends on the tokens of a micro-batch"
     if getattr(trainer.precision_plugin, "scaler", None) is not None:

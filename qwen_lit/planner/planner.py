@@ -232,7 +232,8 @@ class Planner:
         """The fastest plan by arithmetic, with room for its engine."""
         self._release()
         plan = self._best(work, self.only)
-        limit = self._graph_tokens(plan, work)
+        # Ranks add their gradients up by hand where they have graphs, so all of them have or none.
+        limit = self.agree(self._graph_tokens(plan, work))
         if not limit:
             return plan
         size = graph_bytes(self.memory, limit, plan.policies)
