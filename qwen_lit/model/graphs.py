@@ -135,10 +135,16 @@ class Graphs:
         self.known: dict[Shape, Recording] = {}
         self.recording = self.recorder()
         self.state = self._state()
+        self.engine.arena.workspace.held = {}
 
     def take(self, batch: Batch) -> bool:
         """Whether a micro-batch is within the limit."""
         return tokens_of(batch["input_ids"].numel()) <= self.limit
+
+    def computed(self, tokens: int) -> int:
+        """Tokens that are computed for a micro-batch of so many: those of its shape, or, beyond the limit, its own."""
+        filled = tokens_of(tokens)
+        return filled if filled <= self.limit else tokens
 
     def add_gradients(self, batch: Batch, share: Tensor) -> Tensor:
         """Add the gradients of ``share`` times a micro-batch's summed loss to those of the trained parameters.
@@ -227,8 +233,9 @@ class Graphs:
             reason = (str(error).splitlines() or [""])[0]
             log.warning("no more CUDA graphs are recorded (%s: %s); training goes on", type(error).__name__, reason)
             return
-        engine = self.engine
-        one.keeps = [*engine.arena.workspace.buffers.values(), *engine.compute.values(), *engine.resident.values()]
+        engine, workspace = self.engine, self.engine.arena.workspace
+        workspace.held = dict(workspace.buffers)
+        one.keeps = [*workspace.buffers.values(), *engine.compute.values(), *engine.resident.values()]
         seconds, tokens, taken = time.perf_counter() - began, one.inputs.shape.tokens, self.recording.taken / 2**30
         log.debug("recorded %d tokens in %.2f s; all graphs take %.2f GiB", tokens, seconds, taken)
 

@@ -272,8 +272,8 @@ class Planner:
         try:
             with self.forward_context():
                 self.engine = apply(plan, self.model, self.products)
-                # The optimizer's states are made at the first step, so they are not measured here.
-                peak = self.meter.peak(self.engine, heaviest) + self.memory.constants["optimizer states"]
+                # The optimizer's states are made at the first step, so they are not measured here; some have none.
+                peak = self.meter.peak(self.engine, heaviest) + self.memory.constants.get("optimizer states", 0)
                 # Graphs are recorded later, beside what the largest micro-batch takes.
                 peak += plan.graph_bytes
         except RuntimeError as error:
@@ -288,14 +288,15 @@ class Planner:
 
 
 def same_bits(one: Plan, other: Plan) -> bool:
-    """Whether two plans of one run train the same: dropout masks and the order of sums depend on some of it."""
-    ones, others = one.policies, other.policies
-    return (one.micro_batches_at_once, ones.mlp_piece, ones.kept, ones.loss_chunk) == (
-        other.micro_batches_at_once,
-        others.mlp_piece,
-        others.kept,
-        others.loss_chunk,
-    )
+    """Whether two plans of one run train the same: dropout masks and the order of sums depend on some of it, and what
+    is kept in 8 bits on which layers are recomputed."""
+
+    def decisive(plan: Plan) -> tuple[object, ...]:
+        policies = plan.policies
+        packed = [policies.packs(number) for number in range(len(policies.layers))]
+        return plan.micro_batches_at_once, policies.mlp_piece, policies.loss_chunk, packed
+
+    return decisive(one) == decisive(other)
 
 
 def more_beside(beside: int, plan: Plan, peak: int | None) -> int:

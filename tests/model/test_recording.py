@@ -131,6 +131,7 @@ def test_a_step_of_the_optimizer_shows_in_the_next_replay():
 def test_what_is_larger_than_the_limit_is_left_to_the_engine():
     mine = made(adapted("qwen2"), limit=512)
     assert mine.take(batch((500, 12))) and not mine.take(batch((500, 13)))
+    assert [mine.computed(tokens) for tokens in (1, 256, 257, 513)] == [256, 256, 512, 513]
 
 
 def test_what_cannot_be_recorded_goes_on_with_one_line(caplog):
@@ -160,6 +161,21 @@ def test_no_more_is_recorded_than_there_is_room_for(monkeypatch):
     assert recorded(small, large, room=100, **by_tokens) == []
     monkeypatch.setattr(graphs, "MOST", 1)
     assert recorded(small, large) == [256]
+
+
+def test_a_workspace_that_recordings_use_is_not_taken_once_more_after_a_validation():
+    mine, one = made(adapted("qwen2")), batch((70, 33))
+    workspace, size = mine.engine.arena.workspace, ((4,), torch.float32, torch.device("cpu"))
+    before = workspace.get(*size)
+    for _ in range(SEEN + 1):
+        mine.add_gradients(one, SHARE)
+    workspace.get((4,), torch.int8, torch.device("cpu"))
+    workspace.clear()
+    assert [one.dtype for one in workspace.buffers.values()] == [torch.float32]
+    assert workspace.get(*size).data_ptr() == before.data_ptr()
+    mine.release()
+    workspace.clear()
+    assert not workspace.buffers
 
 
 def test_a_weight_that_has_moved_or_other_products_record_anew():
