@@ -101,6 +101,7 @@ class Planner:
         kept: KeptName = "bf16",
         probe: Callable[[FastEngine], Products] | None = None,
         graphs: int | None = 0,
+        reserved: int = 0,
     ) -> None:
         """Reads the memory that is there.
 
@@ -120,13 +121,14 @@ class Planner:
             graphs: tokens up to which micro-batches are CUDA graphs where they have room, as in the run that is
                 resumed, because what they are filled up to changes the order of sums; None for what the machine
                 gains by, 0 for none.
+            reserved: bytes that the run takes on the device later, beside its plan.
         """
         self.graphs = graphs
         self.model, self.meter, self.agree, self.forward_context = model, meter, agree, forward_context
         self.only, self.processes, self.products, self.probe = only, processes, products, probe
         self.state_bytes, self.kept = state_bytes, kept
         free = meter.free()
-        self.budget = agree(min(budget or free, free))
+        self.budget = agree(min(budget or free, free)) - reserved
         self.memory = self._memory()
         self.static = -agree(-meter.allocated() - away(model, self.memory))
         self.host = HostProfile()

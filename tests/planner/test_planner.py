@@ -12,6 +12,7 @@ import torch
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
 from qwen_lit.engine.products import Products
+from qwen_lit.planner.choice import bucket_bytes
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.planner import TRIES, Planner, Work, more_beside, possible_at_once, same_bits
@@ -64,6 +65,14 @@ def work_of(tokens=50_000, asked=None):
 
 def planner(gpu, agree=int, only=None, budget=None):
     return Planner(adapted("qwen2"), gpu, agree, nullcontext, 2, budget, only)
+
+
+def test_what_ranks_add_gradients_up_in_is_left_free():
+    model = adapted("qwen2")
+    size = bucket_bytes(model)
+    assert size == 4 * sum(one.numel() for one in FastEngine(model).trained) > 0
+    found = Planner(model, FakeGpu(lambda engine: 0), int, nullcontext, 2, reserved=size)
+    assert found.budget == BUDGET - size and found.plan(work_of()).plan.budget == BUDGET - size
 
 
 def full(engine):
