@@ -22,8 +22,9 @@ from random_base import NF4
 
 from qwen_lit.data.batches import Batch, collate
 from qwen_lit.data.packing import best_fit
-from qwen_lit.engine.engine import FastEngine, unsupported_reason
+from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.products import Products
+from qwen_lit.engine.supported import unsupported_reason
 from qwen_lit.frozen.loading import load_frozen
 from qwen_lit.model.load import add_adapter
 from qwen_lit.model.optim import OPTIMIZERS

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qwen_lit.data.batches import Batch, padded
-from qwen_lit.engine.engine import FastEngine, unsupported_reason
+from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.products import Products
+from qwen_lit.engine.supported import unsupported_reason
 from qwen_lit.families.table import family_of
 from qwen_lit.model.documents import keep_apart
 from qwen_lit.model.load import add_adapter, freeze, load_base, read_model

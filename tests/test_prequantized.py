@@ -17,7 +17,8 @@ from transformers import (
 
 from qwen_lit.cli import main
 from qwen_lit.commands.chat_model import choose, load
-from qwen_lit.engine.engine import FastEngine, unsupported_reason
+from qwen_lit.engine.engine import FastEngine
+from qwen_lit.engine.supported import unsupported_reason
 from qwen_lit.export.folder import BaseModel
 from qwen_lit.export.verdict import _Weights
 from qwen_lit.families.table import family_of

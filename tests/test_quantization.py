@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qwen_lit.cli import main
 from qwen_lit.commands.plan import static_bytes
-from qwen_lit.engine.engine import unsupported_reason
+from qwen_lit.engine.supported import unsupported_reason
 from qwen_lit.export import merge_adapter
 from qwen_lit.model.load import load_base
 from qwen_lit.quantization import described, loaded_weights, planned_weights, usable

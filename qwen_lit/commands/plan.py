@@ -22,8 +22,8 @@ from qwen_lit.commands.plan_text import lines
 from qwen_lit.commands.plan_trial import NEVER, STEPS, StepTimer, products_told, trial
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import gathered
-from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.engine.footprint import layer_sizes
+from qwen_lit.engine.supported import unsupported_reason
 from qwen_lit.errors import UserError
 from qwen_lit.export.adapter import CHUNK_ELEMENTS, RESIDUAL_INITS
 from qwen_lit.export.kquants import gguf_bytes

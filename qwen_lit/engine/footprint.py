@@ -7,13 +7,13 @@ from typing import Any
 
 from peft import PeftModel
 
-from qwen_lit.engine.engine import linears_of
 from qwen_lit.engine.linear import group_linear_op
 from qwen_lit.engine.lora_linear import read_linear, size_of
 from qwen_lit.engine.mlp import mlp_in_pieces_op, mlp_ops
 from qwen_lit.engine.narrow import fitting
 from qwen_lit.engine.products import Products
 from qwen_lit.engine.qkv import qkv_rope_op
+from qwen_lit.engine.supported import linears_of
 from qwen_lit.families.table import family_of
 from qwen_lit.kernels.attention import attention_op
 from qwen_lit.kernels.footprint import LayerSize, Op, Saved, backward_columns_of, rank_of

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from qwen_lit.data.batches import Batch
-from qwen_lit.engine.engine import FastEngine, linears_of
+from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.shapes import Inputs, Shape, shape_of, tokens_of
+from qwen_lit.engine.supported import linears_of
 from qwen_lit.kernels.dropout import Seed
 from qwen_lit.model.precision import full_precision
 from qwen_lit.planner.graphs import graph_bytes

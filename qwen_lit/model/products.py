@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
-from qwen_lit.engine.engine import unsupported_reason
 from qwen_lit.engine.products import NAMED, Product, Products, ProductsName
+from qwen_lit.engine.supported import unsupported_reason
 from qwen_lit.errors import UserError
 from qwen_lit.model.load import empty_model, put_adapter
 from qwen_lit.model.settings import ModelSettings

@@ -12,10 +12,11 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.distributed import gathered, least
-from qwen_lit.engine.engine import FastEngine, unsupported_reason
+from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.policy import Policies, Policy
 from qwen_lit.engine.products import NAMED, Products
 from qwen_lit.engine.products_check import refusal
+from qwen_lit.engine.supported import unsupported_reason
 from qwen_lit.errors import UserError
 from qwen_lit.families.table import family_of
 from qwen_lit.model.probe import probed, told

@@ -5,22 +5,21 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from peft import PeftModel
 
 from qwen_lit.data.batches import Batch
-from qwen_lit.engine.ends import place_ends, waits
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
 from qwen_lit.engine.policy import KeptName
 from qwen_lit.engine.products import Products
-from qwen_lit.frozen.store import store_of
 from qwen_lit.planner.graphs import can_record, graph_bytes, graph_tokens
 from qwen_lit.planner.host import STEPS, HostProfile
 from qwen_lit.planner.measure import is_full
 from qwen_lit.planner.memory import ModelMemory
+from qwen_lit.planner.placing import apply, away
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.search import choose, measured_limit
 from qwen_lit.planner.speed import Clock, time_of
@@ -312,41 +311,6 @@ def more_beside(beside: int, plan: Plan, peak: int | None) -> int:
     if peak is None:
         return max(2 * beside, plan.budget // 32)
     return beside + max(peak - plan.estimate, GIB // 16)
-
-
-def apply(plan: Plan, model: PeftModel, products: Products | None = None) -> FastEngine:
-    """The engine of a plan; moves what the plan moves to the host, and back what it does not.
-
-    Args:
-        plan: as chosen.
-        model: on the device.
-        products: as of ``FastEngine``.
-
-    Raises:
-        torch.OutOfMemoryError: the device has no room for what is to be on it.
-    """
-    base: Any = model.base_model.model
-    policies, store = plan.policies, store_of(base)
-    before = waits(base.get_input_embeddings()), waits(base.get_output_embeddings())
-    # What leaves makes room for what comes.
-    place_ends(base, *(one or other for one, other in zip(before, policies.ends_on_host, strict=True)))
-    if store is not None:
-        store.place(policies.streamed)
-    place_ends(base, *policies.ends_on_host)
-    return FastEngine(model, policies, products)
-
-
-def away(model: PeftModel, memory: ModelMemory) -> int:
-    """Bytes that the device would take more if all that may wait on the host were on it.
-
-    Args:
-        model: on the device.
-        memory: of it.
-    """
-    base: Any = model.base_model.model
-    store = store_of(base)
-    ends = memory.embedding * waits(base.get_input_embeddings()) + memory.head * waits(base.get_output_embeddings())
-    return ends + (0 if store is None else store.away)
 
 
 def possible_at_once(per_step: int) -> list[int]:

@@ -12,8 +12,9 @@ from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM, Qwen
 
 from qwen_lit.cli import main
 from qwen_lit.data.batches import collate, padded
-from qwen_lit.engine.engine import FastEngine, linears_of, unsupported_reason
+from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.policy import Policies, Policy
+from qwen_lit.engine.supported import linears_of, unsupported_reason
 from qwen_lit.families.table import family_of
 from qwen_lit.kernels.dropout import dropped
 from qwen_lit.model.load import load_base

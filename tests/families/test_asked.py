@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwen_lit.cli import main
 from qwen_lit.commands.plan import reference_because
 from qwen_lit.config import LoraSection
-from qwen_lit.engine.engine import unsupported_reason
+from qwen_lit.engine.supported import unsupported_reason
 from qwen_lit.families.table import FAMILIES
 from qwen_lit.model.settings import ModelSettings
 from qwen_lit.quantization import Held

@@ -22,8 +22,8 @@ from qwen_lit.model.optim import OPTIMIZERS
 from qwen_lit.planner.host import STEPS
 from qwen_lit.planner.measure import is_full, measure_host, measure_peak
 from qwen_lit.planner.memory import MEMORY, ModelMemory
+from qwen_lit.planner.placing import apply
 from qwen_lit.planner.plan import GIB
-from qwen_lit.planner.planner import apply
 from qwen_lit.planner.search import HostProfile, choose, limit
 from tests.engine.test_engine import fifty_steps
 

@@ -39,7 +39,7 @@ class Rows:
 @pytest.fixture
 def chosen(model_folder, monkeypatch):
     """The choice for a CUDA device on which every plan fits, by the settings of a module."""
-    monkeypatch.setattr("qwen_lit.engine.engine.HAS_TRITON", True)
+    monkeypatch.setattr("qwen_lit.engine.supported.HAS_TRITON", True)
 
     def run(before=None, command="fit", processes=1, device="cuda", **settings):
         gpu, rows = FakeGpu(lambda engine: 0), Rows()

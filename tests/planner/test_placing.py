@@ -14,8 +14,9 @@ from qwen_lit.model.load import load_base
 from qwen_lit.planner import planner as planning
 from qwen_lit.planner.measure import pass_seconds, without_copies
 from qwen_lit.planner.memory import ModelMemory
+from qwen_lit.planner.placing import apply, away
 from qwen_lit.planner.plan import Plan
-from qwen_lit.planner.planner import Planner, apply, away
+from qwen_lit.planner.planner import Planner
 from tests.engine.test_engine import batch
 from tests.frozen.stores import CPU, snapshot
 from tests.planner.test_planner import FakeGpu
