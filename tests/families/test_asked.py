@@ -45,7 +45,7 @@ def test_the_fast_engine_takes_the_mixers_it_has(adapted, monkeypatch, mixer):
 
 
 def test_the_fast_engine_takes_known_families_alone(adapted, monkeypatch):
-    monkeypatch.setattr("qwen_lit.engine.engine.FAMILIES", {"qwen3": FAMILIES["qwen3"]})
+    monkeypatch.setattr("qwen_lit.engine.supported.FAMILIES", {"qwen3": FAMILIES["qwen3"]})
     assert unsupported_reason(adapted, CPU) == "model_type qwen2 is not qwen3"
 
 

@@ -11,7 +11,7 @@ from qwen_lit.engine.ends import waits
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.policy import Policies
 from qwen_lit.model.load import load_base
-from qwen_lit.planner import planner as planning
+from qwen_lit.planner import placing as planning
 from qwen_lit.planner.measure import pass_seconds, without_copies
 from qwen_lit.planner.memory import ModelMemory
 from qwen_lit.planner.placing import apply, away
