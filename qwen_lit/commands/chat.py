@@ -89,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
         help="let it think first, or not (default: as trained)",
     )
     parser.add_argument(
-        "--json", action="store_true", help='converse in JSON lines: {"ask": TEXT} in, {"piece": TEXT} and {"end": …} out'
+        "--json",
+        action="store_true",
+        help='converse in JSON lines: {"ask": TEXT} in, {"piece": TEXT} and {"end": …} out',
     )
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="most tokens of an answer (1024)")

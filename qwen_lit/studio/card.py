@@ -32,4 +32,6 @@ def cards() -> list[Card]:
 def read(output: str) -> list[Card]:
     """The cards in what the driver's tool prints; a line of another form is none."""
     lines = [[part.strip() for part in line.rsplit(",", 2)] for line in output.splitlines()]
-    return [Card(one[0], int(one[1]), int(one[2])) for one in lines if len(one) == 3 and all(map(str.isdigit, one[1:]))]
+    return [
+        Card(one[0], int(one[1]), int(one[2])) for one in lines if len(one) == 3 and all(map(str.isdigit, one[1:]))
+    ]

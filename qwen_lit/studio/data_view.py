@@ -57,7 +57,9 @@ def source_list(view: View) -> None:
     for one in view.draft.sources:
         with ui.row().classes("w-full items-center no-wrap"):
             ui.label(view.studio.folders.shown(Path(one.path))).classes("grow").props("data-testid=source")
-            weight = ui.number(view.t("data.weight"), min=0.01, step=0.5, on_change=view.keep).bind_value(one, "weight")
+            weight = ui.number(view.t("data.weight"), min=0.01, step=0.5, on_change=view.keep).bind_value(
+                one, "weight"
+            )
             weight.classes("w-24")
             ui.button(icon="close", on_click=lambda one=one: remove(view, one)).props(
                 f'flat dense round aria-label="{view.t("remove")}"'
@@ -147,7 +149,9 @@ class Audit:
             ui.toggle({one: t(f"filter.{one}") for one in FILTERS}, value=self.filter, on_change=self.choose).props(
                 "no-caps dense data-testid=filters"
             )
-            ui.input(t("search"), value=self.search, on_change=self.look).props("dense debounce=300 data-testid=search")
+            ui.input(t("search"), value=self.search, on_change=self.look).props(
+                "dense debounce=300 data-testid=search"
+            )
         self.paged()
 
     def choose(self, event: Any) -> None:
@@ -181,7 +185,9 @@ class Audit:
             with ui.row().classes("w-full items-center justify-between"):
                 ui.label(f"{row.place} {row.note}").classes("text-caption")
                 if row.pieces:
-                    ui.label(self.view.t("data.tokens", tokens=row.tokens, trained=row.trained)).classes("text-caption")
+                    ui.label(self.view.t("data.tokens", tokens=row.tokens, trained=row.trained)).classes(
+                        "text-caption"
+                    )
                 ui.button(self.view.t("edit"), on_click=told(lambda: self.edit(row))).props("flat dense no-caps")
             with ui.element("div").classes("marked"):
                 for text, trained in row.pieces:

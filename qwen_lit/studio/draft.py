@@ -137,4 +137,8 @@ def _sources(value: object) -> list[Source]:
     if not isinstance(value, list):
         return []
     found = [one for one in value if isinstance(one, dict) and isinstance(one.get("path"), str)]
-    return [Source(one["path"], float(one.get("weight", 1.0))) for one in found]
+    return [Source(one["path"], _weight(one.get("weight"))) for one in found]
+
+
+def _weight(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 1.0

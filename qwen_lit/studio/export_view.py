@@ -107,7 +107,7 @@ class Exporting:
         if running or running != self.running:
             self.running = running
             self.job = jobs[0] if jobs else None
-            self.curves = await background.io_bound(self.view.studio.curves.of, self.run.logs)
+            self.curves = await background.io_bound(self.view.studio.curves.of, self.run.logs) or {}
             self.shown.refresh()
 
     def _shown(self) -> None:

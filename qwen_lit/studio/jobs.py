@@ -106,7 +106,7 @@ class Jobs:
         (folder / "job.json").write_text(json.dumps(about), encoding="utf-8")
         command = [sys.executable, "-m", "qwen_lit", *arguments]
         # By the variable a process is told from another one that has got its number.
-        environment = {**os.environ, "QWEN_LIT_STUDIO_JOB": str(folder), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "QWEN_LIT_STUDIO_JOB": str(folder), "PYTHONPATH": _path()}
         with (folder / "log").open("wb") as log, (folder / "out").open("wb") as out:
             subprocess.Popen(
                 ["sh", "-c", KEEPER, "sh", str(folder), str(self.workdir), *command],
@@ -139,6 +139,12 @@ class Jobs:
                 continue
             return path
         raise RuntimeError(f"no folder for a job can be made in {self.folder}")
+
+
+def _path() -> str:
+    """Where Python finds this package from any folder, also where it is not installed."""
+    given = [os.path.abspath(one) for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+    return os.pathsep.join([str(Path(__file__).resolve().parents[2]), *given])
 
 
 def _number(path: Path) -> int | None:

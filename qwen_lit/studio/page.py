@@ -32,6 +32,7 @@ def build(studio: Studio) -> None:
         language = preferred(request.cookies.get("language"), request.headers.get("accept-language", ""))
         view = View(studio, language)
         ui.add_css(CSS)
+        ui.colors(primary="#3f51b5")
         dark = ui.dark_mode(value={"dark": True, "light": False}.get(request.cookies.get("shade", "")))
         with ui.header().classes("items-center justify-between py-1"):
             ui.label("qwen-lit studio").classes("text-lg font-medium")
@@ -65,14 +66,12 @@ def tabs(view: View, shown: str) -> None:
         # A reload shows it again.
         ui.run_javascript(f"history.replaceState(null, '', '/?tab={event.value}')")
 
-    bar = ui.tabs(value=shown, on_change=choose).classes("w-full").props("dense mobile-arrows outside-arrows no-caps")
+    bar = ui.tabs(on_change=choose).classes("w-full").props("dense mobile-arrows outside-arrows no-caps")
     with bar:
         for name, icon in ICONS.items():
             ui.tab(name, label=view.t(f"tab.{name}"), icon=icon).props(f"data-testid=tab_{name}")
     place = ui.column().classes("w-full")
-    with place:
-        VIEWS[shown](view)
-
+    bar.set_value(shown)
 
 
 def remember(name: str, value: str, reload: bool = False) -> None:

@@ -92,7 +92,7 @@ class Plan:
 
     async def look_at_cards(self) -> None:
         """Name the cards of this machine; without one, nothing can be measured."""
-        found: list[Card] = await run.io_bound(cards)
+        found: list[Card] = await run.io_bound(cards) or []
         with self.card_row:
             ui.icon("memory")
             for one in found:

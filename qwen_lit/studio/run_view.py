@@ -90,8 +90,9 @@ class Runs:
 
     def fit(self) -> None:
         """Start a run as the fields say."""
-        arguments, folder = self.view.studio.fit(self.view.draft), self.view.studio.folders.inside(
-            self.view.draft.output_dir
+        arguments, folder = (
+            self.view.studio.fit(self.view.draft),
+            self.view.studio.folders.inside(self.view.draft.output_dir),
         )
         self.view.start(arguments, folder)
         self.look_at(Run(folder))
@@ -121,9 +122,9 @@ class Runs:
             return
         job, curves = self.view.studio.running(run), self.view.studio.curves
         state = "running" if job else runs.state(run)
-        found = await background.io_bound(curves.of, run.logs)
+        found = await background.io_bound(curves.of, run.logs) or {}
         others = {
-            one: await background.io_bound(curves.of, Run(self.view.studio.folders.inside(one)).logs)
+            one: await background.io_bound(curves.of, Run(self.view.studio.folders.inside(one)).logs) or {}
             for one in self.beside
             if one != str(run.output_dir)
         }
@@ -204,10 +205,10 @@ def graph(title: str) -> ui.echart:
     """An empty graph over optimizer steps; what it names is drawn and never markup."""
     return ui.echart(
         {
-            "title": {"text": title, "textStyle": {"fontSize": 13, "color": "#888"}},
+            "title": {"text": title, "left": "left", "textStyle": {"fontSize": 13, "color": "#888"}},
             "tooltip": {"trigger": "axis", "renderMode": "richText"},
-            "legend": {"top": 22, "type": "scroll", "textStyle": {"color": "#888"}},
-            "grid": {"left": 8, "right": 16, "top": 56, "bottom": 8, "containLabel": True},
+            "legend": {"top": 0, "right": 0, "left": "45%", "type": "scroll", "textStyle": {"color": "#888"}},
+            "grid": {"left": 8, "right": 16, "top": 36, "bottom": 8, "containLabel": True},
             "xAxis": {"type": "value", "minInterval": 1},
             "yAxis": {"type": "value", "scale": True},
             "animation": False,

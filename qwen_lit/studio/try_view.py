@@ -107,9 +107,9 @@ class Try:
                         command_line(self.view, ["chat", str(path)])
                         told_of = ui.label().classes("text-caption")
                         said = ui.column().classes("w-full")
-                        ui.button(
-                            self.view.t("try.save"), on_click=told(lambda kind=kind: self.save(kind))
-                        ).props("flat dense no-caps")
+                        ui.button(self.view.t("try.save"), on_click=told(lambda kind=kind: self.save(kind))).props(
+                            "flat dense no-caps"
+                        )
                         self.columns[kind] = (told_of, said)
 
     async def ask(self) -> None:

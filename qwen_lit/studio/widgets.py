@@ -136,7 +136,9 @@ def model_field(view: View) -> None:
 def job_status(view: View, job: Job) -> None:
     """Whether a job runs, its command, and the end of its log."""
     code = job.code
-    words = view.t("job.running") if job.alive else view.t("job.done") if code == 0 else view.t("job.failed", code=code)
+    words = (
+        view.t("job.running") if job.alive else view.t("job.done") if code == 0 else view.t("job.failed", code=code)
+    )
     with ui.row().classes("items-center"):
         if job.alive:
             ui.spinner(size="1.2em")
