@@ -1,6 +1,5 @@
 """The view of the data: files, their mixture, the audit, and rows with what is trained of them marked."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ LARGEST = 2_000_000_000
 def data_view(view: View) -> None:
     """Build it."""
     with card(view.t("data.files")):
-        sources = ui.refreshable(functools.partial(source_list, view))
+        sources = ui.refreshable(lambda: source_list(view))
         ui.upload(
             label=view.t("data.drop"),
             auto_upload=True,
