@@ -172,7 +172,7 @@ class Runs:
                 ui.button(t("run.go_on"), icon="play_arrow", on_click=told(self.go_on)).props(
                     "outline data-testid=go_on"
                 )
-        jobs = self.view.studio.jobs.of_run(run.output_dir)
+        jobs = [one for one in self.view.studio.jobs.of_run(run.output_dir) if one.kind == "fit"]
         if jobs:
             job_status(self.view, jobs[0])
             log_of(jobs[0])
@@ -205,10 +205,10 @@ def graph(title: str) -> ui.echart:
     """An empty graph over optimizer steps; what it names is drawn and never markup."""
     return ui.echart(
         {
-            "title": {"text": title, "left": "left", "textStyle": {"fontSize": 13, "color": "#888"}},
+            "title": {"text": title, "left": 0, "top": 0, "textStyle": {"fontSize": 13, "color": "#888"}},
             "tooltip": {"trigger": "axis", "renderMode": "richText"},
             "legend": {"top": 0, "right": 0, "left": "45%", "type": "scroll", "textStyle": {"color": "#888"}},
-            "grid": {"left": 8, "right": 16, "top": 36, "bottom": 8, "containLabel": True},
+            "grid": {"left": 8, "right": 16, "top": 48, "bottom": 8, "containLabel": True},
             "xAxis": {"type": "value", "minInterval": 1},
             "yAxis": {"type": "value", "scale": True},
             "animation": False,

@@ -19,6 +19,7 @@ body { overflow-wrap: anywhere; }
 .trained { background: rgba(46, 160, 67, .28); border-radius: 3px; }
 .mono { font-family: ui-monospace, monospace; font-size: .8rem; white-space: pre-wrap; }
 .log { max-height: 18rem; overflow: auto; width: 100%; background: rgba(128, 128, 128, .1); padding: .5rem; }
+.tail { display: flex; flex-direction: column-reverse; }
 .nicegui-content { padding: .5rem; max-width: 1400px; margin: 0 auto; }
 .q-tab-panel { padding: .5rem 0; }
 """
@@ -148,5 +149,5 @@ def job_status(view: View, job: Job) -> None:
 
 def log_of(job: Job) -> None:
     """The end of what a job has said."""
-    with ui.element("div").classes("log"):
+    with ui.element("div").classes("log tail"):
         ui.label(job.output()[-20_000:]).classes("mono").props(f"data-testid=log_{job.kind}")
