@@ -48,7 +48,7 @@ def parts(of_card: dict[str, Any]) -> dict[str, float]:
         of_card: one of ``budgets``.
     """
     explained = of_card.get("explained")
-    table = explained.get("parts", {}) if isinstance(explained, dict) else {}
+    table = explained["parts_bytes"] if isinstance(explained, dict) else {}
     found = {str(name): value / GIB for name, value in table.items() if value > 0}
     left = of_card["budget_gib"] - sum(found.values())
     return {**found, "": left} if found and left > 0 else found

@@ -21,6 +21,8 @@ GRAPHS = {
     "memory": ("train/memory_gib", "train/peak_memory_gib"),
 }
 """Curves by graph."""
+AXIS = {"splitLine": {"lineStyle": {"color": "rgba(128,128,128,.25)"}}, "axisLabel": {"color": "#888"}}
+"""Seen on light and on dark."""
 
 
 def run_view(view: View) -> None:
@@ -209,8 +211,8 @@ def graph(title: str) -> ui.echart:
             "tooltip": {"trigger": "axis", "renderMode": "richText"},
             "legend": {"top": 0, "right": 0, "left": "45%", "type": "scroll", "textStyle": {"color": "#888"}},
             "grid": {"left": 8, "right": 16, "top": 48, "bottom": 8, "containLabel": True},
-            "xAxis": {"type": "value", "minInterval": 1},
-            "yAxis": {"type": "value", "scale": True},
+            "xAxis": {"type": "value", "minInterval": 1, **AXIS},
+            "yAxis": {"type": "value", "scale": True, **AXIS},
             "animation": False,
             "series": [],
         }

@@ -85,7 +85,10 @@ def opened(browser, width=1280):
     page = context.new_page()
     page.set_default_timeout(20_000)
     page.elsewhere = []
-    page.on("request", lambda one: "//127.0.0.1:" in one.url or one.url[:5] in ("data:", "blob:") or page.elsewhere.append(one.url))
+    page.on(
+        "request",
+        lambda one: "//127.0.0.1:" in one.url or one.url[:5] in ("data:", "blob:") or page.elsewhere.append(one.url),
+    )
     return page
 
 
@@ -158,9 +161,10 @@ def test_from_a_dropped_file_to_a_model_that_is_tried_and_exported(place, server
         page.locator(f"[data-testid=answer_{kind}].answered").wait_for()
     page.get_by_test_id("tab_export").click()
     page.get_by_test_id("export").click()
+    # It takes its time, in which the pictures are taken.
+    shots(browser, server, tmp_path)
     status(page, "export")
     page.get_by_test_id("verdict_table").wait_for()
-    shots(browser, server, tmp_path)
     assert page.evaluate("window.hacked") is None
     assert page.elsewhere == []
 

@@ -86,11 +86,27 @@ def test_a_half_written_audit_is_none(tmp_path):
     assert Audited.read(tmp_path / "x") is None and Audited.read(tmp_path / "y") is None
 
 
-def test_the_parts_of_a_plan_fill_its_budget():
-    explained = {"parts": {"weights": 2**30, "nothing": 0}}
-    plan = read_plan(json.dumps({"plans": [{"budget_gib": 4.0, "explained": explained}]}))
-    assert parts(budgets(plan)[0]) == {"weights": 1.0, "": 3.0}
-    assert read_plan("error") is None and budgets({"steps": 3}) == []
+def test_the_parts_of_a_plan_fill_its_budget(place, model_folder, capsys):
+    options = {
+        "model.model_name_or_path": model_folder,
+        "data.dataset_path": place / "rows.jsonl",
+        "data.on_bad_row": "skip",
+        "data.max_bad_share": 1,
+        "trainer.accelerator": "cpu",
+        "memory_budget": "4GiB",
+        "json": "true",
+        "explain": "true",
+    }
+    assert main(["plan", *(f"--{key}={value}" for key, value in options.items())]) == 0
+    (of_card,) = budgets(read_plan(capsys.readouterr().out))
+    found = parts(of_card)
+    assert found["weights"] > 0 and "optimizer states" in found
+    assert sum(found.values()) == pytest.approx(4.0)
+    assert sum(found.values()) - found[""] == pytest.approx(of_card["estimated_peak_gib"], abs=0.01)
+
+
+def test_what_is_no_plan_has_no_parts():
+    assert read_plan("error") is None and budgets({"steps": 3}) == [] and parts({"budget_gib": 4.0}) == {}
 
 
 def test_cards_are_what_the_driver_lists():
