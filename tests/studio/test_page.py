@@ -175,7 +175,7 @@ def shots(browser, server, folder):
         page = opened(browser, width)
         page.context.add_cookies([{"name": "language", "value": language, "url": server.address}])
         wide, chinese = width > 390, language == "zh"
-        for tab in ("data", "plan", "run", "try", "export") if wide != chinese else ("run", "data"):
+        for tab in ("data", "plan", "run", "try", "export") if wide != chinese else ("run",):
             goto(page, server, tab)
             page.wait_for_timeout(1200 if tab == "run" else 400)
             page.screenshot(path=folder / f"{tab}-{language}-{width}.png", full_page=True)
