@@ -22,6 +22,7 @@ BESIDE = {
     "configs": "qwen_lit.shipped",
     "convert": "qwen_lit.convert",
     "data": "qwen_lit.data.split",
+    "studio": "qwen_lit.studio.command",
 }
 """Commands that are no method of the Trainer: the module whose ``main`` takes the arguments."""
 LIBRARIES = {"lightning": "trainer", "peft": "model.lora_config", "transformers": "model.quantization_config"}
@@ -42,6 +43,9 @@ MEANT = {
     "estimate": "plan",
     "config": "configs",
     "init": "configs",
+    "webui": "studio",
+    "web": "studio",
+    "ui": "studio",
 }
 """What other trainers call a command."""
 

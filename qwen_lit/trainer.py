@@ -52,6 +52,7 @@ class QwenTrainer(Trainer):
         rows: int = 3,
         row: str | None = None,
         html: str | None = None,
+        json: str | None = None,
     ) -> int:
         """Audit the whole dataset and show rows as they will be trained; needs no GPU and loads no weights.
 
@@ -61,8 +62,9 @@ class QwenTrainer(Trainer):
             rows: number of rows to show.
             row: show this one, as path:line.
             html: also write the audit and the rows to this file.
+            json: also write the audit and every row, with what of it is trained, to this file, a JSON object a line.
         """
-        return inspect(datamodule, model.name, self.micro_batches_per_step, rows, row, html)
+        return inspect(datamodule, model.name, self.micro_batches_per_step, rows, row, html, json)
 
     def plan(
         self,

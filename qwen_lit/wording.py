@@ -26,6 +26,7 @@ COMMANDS = {
         "Write the adapter and the merged model again; trains nothing.",
         "qwen-lit export --config configs/qwen7b.yaml --ckpt_path last",
     ),
+    "studio": ("Open a local page for all of this.", "qwen-lit studio --folder ."),
     "verify_resume": (
         "Show that a run that is killed and resumed equals one that was left alone.",
         "qwen-lit verify-resume --config configs/qwen7b.yaml",

@@ -56,7 +56,7 @@ def distributions(module):
 
 
 USED = imported("qwen_lit")
-OURS = DECLARED | EXTRAS["gguf"] | EXTRAS["modelscope"] | EXTRAS["fla"]
+OURS = DECLARED | EXTRAS["gguf"] | EXTRAS["modelscope"] | EXTRAS["fla"] | EXTRAS["studio"]
 
 
 def test_every_library_that_is_imported_is_declared():

@@ -44,7 +44,7 @@ ELSEWHERE = (
 """Programs beside this one, which a test cannot call or calls by itself."""
 
 
-BESIDE = ("chat", "configs", "convert", "data")
+BESIDE = ("chat", "configs", "convert", "data", "studio")
 """Commands with a parser of their own."""
 
 

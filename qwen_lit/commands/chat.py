@@ -50,6 +50,8 @@ def main(args: list[str]) -> int:
     try:
         if given.prompt is not None:
             return 0 if answered(chat, given.prompt) else 1
+        if given.json:
+            return converse_in_lines(chat, described)
         print(described, file=sys.stdout if sys.stdin.isatty() else sys.stderr)
         if sys.stdin.isatty():
             print("/help lists the commands; Ctrl-C stops an answer, twice leaves")
@@ -85,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="let it think first, or not (default: as trained)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help='converse in JSON lines: {"ask": TEXT} in, {"piece": TEXT} and {"end": …} out',
     )
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="most tokens of an answer (1024)")
@@ -136,6 +143,15 @@ def started(given: argparse.Namespace) -> tuple[Chat, str]:
         thinking += ", as trained"
     held = choice.held or str(model.dtype).removeprefix("torch.")
     return chat, f"{choice}, {held}, on {device}, thinking: {thinking}"
+
+
+def converse_in_lines(chat: Chat, described: str) -> int:
+    """A conversation with a program; its first line tells of the model."""
+    from qwen_lit.commands.chat_lines import converse, tell
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    tell(ready=described, thinks=chat.can_think)
+    return converse(chat)
 
 
 def converse(chat: Chat) -> int:

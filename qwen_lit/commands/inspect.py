@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_lit.data.audit import Audit, audit, find_rows, report_lines, row_outcome, spread_rows, text_report, text_row
+from qwen_lit.data.audit_json import write_audit
 from qwen_lit.data.audit_page import html_report
 from qwen_lit.data.datamodule import QwenDataModule
 from qwen_lit.data.rows import Rows
@@ -15,7 +16,13 @@ ON_THE_PAGE = 100
 
 
 def inspect(
-    data: QwenDataModule, model_name: str, accumulate: int, shown: int, row: str | None, html: str | None
+    data: QwenDataModule,
+    model_name: str,
+    accumulate: int,
+    shown: int,
+    row: str | None,
+    html: str | None,
+    json: str | None = None,
 ) -> int:
     """Print the audit and some rows; returns the exit code, 1 where something is wrong with the data.
 
@@ -26,9 +33,10 @@ def inspect(
         shown: number of rows to show.
         row: show this one instead, as path:line.
         html: also write the audit and the rows to this file.
+        json: also write the audit and every row to this file, a JSON object a line.
 
     Raises:
-        UserError: there is no such row, or the page cannot be written.
+        UserError: there is no such row, or a file cannot be written.
     """
     data.prepare_data(refuse_faulty=False)
     try:
@@ -49,6 +57,11 @@ def inspect(
     if html is not None:
         on_page = spread_rows(rows, max(shown, ON_THE_PAGE)) if numbers is None else numbers
         write_page(Path(html), result, rows, on_page, model_name, data)
+    if json is not None:
+        try:
+            write_audit(Path(json), result, data)
+        except OSError as error:
+            raise UserError(f"--json: cannot write {json} ({error.strerror or error}).") from error
     return 1 if result.problems else 0
 
 
