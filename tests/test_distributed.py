@@ -19,7 +19,7 @@ import torch
 
 from qwen_lit.callbacks.checkpoint_io import last_checkpoint
 from qwen_lit.cli import main
-from tests.runs import SLOW, adapter, doing, forked, same, scalars, trace
+from tests.runs import SLOW, WORKERS, adapter, doing, forked, same, scalars, trace
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 ALIKE = ["--model.lora_config.lora_dropout", "0", "--data.num_workers", "0"]
@@ -72,6 +72,12 @@ def until(condition, seconds: float = HANG) -> None:
 
 def steps_done(out: Path) -> int:
     return len(trace(out)) if (out / "trace.jsonl").is_file() else 0
+
+
+@pytest.fixture(scope="module")
+def command(command):
+    """The shared one, with two workers."""
+    return lambda out, *options: command(out, *WORKERS, *options)
 
 
 @pytest.fixture(scope="module")

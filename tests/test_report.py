@@ -96,7 +96,9 @@ def test_tensorboard_counts_the_steps_of_the_log_and_shows_what_each_was_made_wi
     only_on_a_gpu = {"train/flop_use", "train/memory_gib", "train/peak_memory_gib"}
     only_in_8_bits = {"train/products_cosine", "train/products_error"}
     with_several_cards = {"train/tokens_per_second_per_card"}
-    assert of_table - only_on_a_gpu - only_in_8_bits - with_several_cards == {tag for tag in found if tag.startswith("train/")}
+    assert of_table - only_on_a_gpu - only_in_8_bits - with_several_cards == {
+        tag for tag in found if tag.startswith("train/")
+    }
 
 
 def test_a_run_shorter_than_the_interval_shows_the_loss_of_its_last_step_everywhere(command, tmp_path, caplog):

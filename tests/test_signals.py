@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from qwen_lit.cli import main
-from tests.runs import SLOW, adapter, ended, forked, same, trace, wait_for
+from tests.runs import SLOW, WORKERS, adapter, ended, forked, same, trace, wait_for
+
+
+@pytest.fixture(scope="module")
+def command(command):
+    """The shared one, with two workers."""
+    return lambda out, *options: command(out, *WORKERS, *options)
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once(command, tmp_path):
