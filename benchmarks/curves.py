@@ -100,11 +100,11 @@ def unsloth(bench: Bench, folder: Path, seeds: Sequence[int], plan: Plan) -> Ite
     """
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
-        base: Any = load_base(folder, NF4, bench.device)
-        base.save_pretrained(work / "base")
-        del base
-        for file in folder.glob("*token*"):
-            shutil.copy(file, work / "base")
+        shutil.copytree(folder, work / "base")
+        if "quantization_config" not in json.loads((folder / "config.json").read_text()):
+            base: Any = load_base(folder, NF4, bench.device)
+            base.save_pretrained(work / "base")
+            del base
         for seed in seeds:
             bench.begin(seed)
             batches = [padded(one, 0) for one in bench.rows.steps(seed, plan.steps, plan.per_step)]

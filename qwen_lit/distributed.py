@@ -23,8 +23,8 @@ GRACE = 20.0
 """Seconds in which a process may end by itself once another is gone."""
 REDUCTION: dict[str, Any] = {"bucket_cap_mb": 8, "gradient_as_bucket_view": True}
 """Options of DDP. A bucket of gradients is reduced beside the backward of the layers below it. Only the last one is
-waited for, so buckets are small: three layers of a 7B with r=32. A gradient lies in its bucket, and nothing holds it
-twice."""
+waited for, so buckets are small: three layers of a 7B with r=32. A gradient that was reduced lies in its bucket; until
+then, what the earlier micro-batches of a step have added up lies beside it."""
 
 
 def agree(trainer: L.Trainer, facts: dict[str, Any]) -> None:

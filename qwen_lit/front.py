@@ -77,6 +77,7 @@ def main(args: list[str] | None = None) -> int:
 def _waited(given: list[str]) -> int:
     """Run a command as another rank than the first, once that one has come to train; load what it takes before."""
     with _interruptible():
+        import_bitsandbytes()
         from qwen_lit.cli import run
 
         environment = environment_given()

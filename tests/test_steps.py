@@ -78,7 +78,7 @@ def test_validation_counts_every_micro_batch_however_many_are_computed_at_once(c
         assert found[1] == held_out and found[0] == pytest.approx(first[0], rel=1e-6)
 
 
-def test_a_run_that_goes_on_tells_the_planner_how_many_were_computed_at_once(command, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_tells_the_planner_how_many_were_computed_at_once(command, tmp_path, monkeypatch, caplog):
     told = []
     plain = adapted_file.choose_engine
     monkeypatch.setattr(adapted_file, "choose_engine", lambda *given: told.append(given[3:]) or plain(*given))
@@ -86,7 +86,11 @@ def test_a_run_that_goes_on_tells_the_planner_how_many_were_computed_at_once(com
     out, short = tmp_path / "out", ["--data.num_workers", "0", "--data.val_size", "0", "--export.merge", "false"]
     assert main(command(out, *short, "--trainer.max_steps", "1")) == 0
     assert main(command(out, *short, "--trainer.max_steps", "2", "--ckpt_path", "last")) == 0
-    assert told == [(None, None), (2, 0)]
+    with caplog.at_level("WARNING"):
+        changed = [*short, "--trainer.max_steps", "3", "--ckpt_path", "last", "--model.graphs", "off"]
+        assert main(command(out, *changed)) == 0
+    assert told == [(None, None), (2, 0), (2, None)]
+    assert "model.graphs was auto until here, and is off from here on" in caplog.messages
 
 
 def test_a_run_by_graphs_learns_what_one_without_does_and_is_resumed_bit_for_bit(
@@ -105,6 +109,8 @@ def test_a_run_by_graphs_learns_what_one_without_does_and_is_resumed_bit_for_bit
     assert main(command(whole, *options)) == 0
     # Most shapes come more than once, and some not.
     assert used[0].runs
+    panels = [json.loads((out / "summary.json").read_text())["throughput"] for out in (plain, whole)]
+    assert panels[0]["fill"] == 1 and 0.1 < panels[1]["fill"] < 1
     for line, other in zip(trace(plain), trace(whole), strict=True):
         assert line["rows"] == other["rows"] and line["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert main(command(parts, *options, *stopping(3))) == 143

@@ -1,11 +1,13 @@
 """The other ranks of a machine load beside the first one, and begin with it or end without a word."""
 
 import json
+import os
 import sys
 
 import pytest
 
-from qwen_lit.waiting import WaitingRanks, own_command, ranks_of
+from qwen_lit import front
+from qwen_lit.waiting import WAITS, WaitingRanks, own_command, ranks_of
 
 DDP = ["--trainer.strategy", "ddp"]
 
@@ -57,6 +59,15 @@ def test_a_rank_that_the_run_has_no_use_for_ends(tmp_path):
     ranks = waiting(tmp_path, 1)
     ranks.dismiss()
     assert ranks.processes[0].wait(60) == 0 and json.loads((tmp_path / "1").read_text()) is None
+
+
+def test_a_rank_that_waits_imports_as_the_first_one_does(monkeypatch):
+    read, write = os.pipe()
+    os.close(write)
+    called = []
+    monkeypatch.setenv(WAITS, str(read))
+    monkeypatch.setattr(front, "import_bitsandbytes", lambda: called.append("without inductor"))
+    assert front.main(["fit"]) == 0 and called
 
 
 def test_a_rank_runs_the_command_of_the_first_one():

@@ -28,7 +28,7 @@ class Counts:
     tokens: int = 0
     supervised: int = 0
     computed: int = 0
-    """Tokens that were computed, padding included."""
+    """Tokens that were computed, with all that pads or fills micro-batches up."""
     steps: int = 0
     waiting: float = 0.0
     """Seconds in the data loader."""
@@ -130,7 +130,7 @@ class Throughput(Callback):
         for one in batch:
             self.counts.tokens += one["tokens"]
             self.counts.supervised += one["targets"].numel()
-            self.counts.computed += module.computed_tokens(one)
+        self.counts.computed += module.computed_tokens(batch)
         step = trainer.global_step
         self.counts.steps = step - self.first
         # A plan that is made anew in the run recomputes other layers.

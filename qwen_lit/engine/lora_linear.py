@@ -27,6 +27,8 @@ class Workspace:
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        """Of the buffers, those that recordings use: their memory stays taken, so others would only stand beside."""
 
     def get(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A matrix that the next call may overwrite."""
@@ -42,8 +44,8 @@ class Workspace:
         return buffer[:count].view(shape)
 
     def clear(self) -> None:
-        """Give the buffers up."""
-        self.buffers.clear()
+        """Give the buffers up, but for those that are held."""
+        self.buffers = dict(self.held)
 
 
 @dataclass

@@ -39,7 +39,9 @@ class Waits:
     def take(self) -> float:
         """Seconds that were waited since the last call, where the device is past both events; the others are left for
         the next one."""
-        done = [pair for pair in self.pairs if pair[1].query()]
-        self.pairs = [pair for pair in self.pairs if pair not in done]
+        done, left = list[tuple[Any, Any]](), list[tuple[Any, Any]]()
+        for pair in self.pairs:
+            (done if pair[1].query() else left).append(pair)
+        self.pairs = left
         self.unused += [event for pair in done for event in pair]
         return sum(before.elapsed_time(after) for before, after in done) / 1000

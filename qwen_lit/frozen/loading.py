@@ -40,7 +40,7 @@ def load_frozen(
         quantization: of its linears, as ``usable`` returns it; None for none.
         device: where it computes.
         cache: folder of quantised bases; ``auto`` is that of the user, for CUDA devices; None keeps none, and a base
-            goes through host memory only where the device has no room for it.
+            goes through host memory only where the device has no room for it, or several ranks of a machine share it.
         room: bytes of the device that may be used; None for all that is free.
         ranks: that all call this.
 

@@ -1,6 +1,7 @@
 """A frozen Qwen base with a LoRA adapter: how it is found, loaded, moved and stored, whatever is done with it."""
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -142,7 +143,10 @@ class AdaptedModel(L.LightningModule):
             add_noise(base.get_input_embeddings(), self.settings.neftune_noise_alpha)  # type: ignore[operator]
         then = stored(self.run.checkpoint)
         self.products = ProductsInUse.of(self.settings.products, then.get("products"))
-        before = then.get("micro_batches_at_once"), then.get("graph_tokens")
+        # Where model.graphs has been changed, what it was before says nothing of how many tokens it is for.
+        asked, asks = then.get("config", {}).get("model", {}), self.settings.graphs
+        graphs = then.get("graph_tokens") if asked.get("graphs", asks) == asks else None
+        before = then.get("micro_batches_at_once"), graphs
         choice = self.choice = choose_engine(self, self.trainer, self.data, *before)
         self.fast, self.plan, self.engine_description = choice.fast, choice.plan, choice.description
         self.products = choice.products or self.products
@@ -225,9 +229,13 @@ class AdaptedModel(L.LightningModule):
         """Whether each document is computed in a padded row of its own: on PEFT's path, where they are not packed."""
         return self.fast is None and not self.data.settings.packing
 
-    def computed_tokens(self, batch: Batch) -> int:
-        """Tokens that are computed for a micro-batch, those of its padding included."""
-        return (len(batch["cu_seqlens"]) - 1) * batch["max_seqlen"] if self.pads else batch["input_ids"].numel()
+    def computed_tokens(self, step: Sequence[Batch]) -> int:
+        """Tokens that are computed for an optimizer step's micro-batches, with all that pads or fills them up."""
+        if self.pads:
+            return sum((len(one["cu_seqlens"]) - 1) * one["max_seqlen"] for one in step)
+        sizes, at_once = [one["input_ids"].numel() for one in step], self.micro_batches_at_once
+        passes = [sum(sizes[at : at + at_once]) for at in range(0, len(sizes), at_once)]
+        return sum(passes if self.graphs is None else map(self.graphs.computed, passes))
 
     @property
     def store(self) -> FrozenStore | None:

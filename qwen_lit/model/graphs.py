@@ -129,14 +129,22 @@ class Graphs:
 
     def release(self) -> None:
         """Give up all graphs and their memory; shapes are recorded again when they come again."""
+        self.sums: list[Tensor] = []
+        """Memory of the gradients, one tensor for each dtype."""
         self.gradients: list[Tensor] = []
         self.known: dict[Shape, Recording] = {}
         self.recording = self.recorder()
         self.state = self._state()
+        self.engine.arena.workspace.held = {}
 
     def take(self, batch: Batch) -> bool:
         """Whether a micro-batch is within the limit."""
         return tokens_of(batch["input_ids"].numel()) <= self.limit
+
+    def computed(self, tokens: int) -> int:
+        """Tokens that are computed for a micro-batch of so many: those of its shape, or, beyond the limit, its own."""
+        filled = tokens_of(tokens)
+        return filled if filled <= self.limit else tokens
 
     def add_gradients(self, batch: Batch, share: Tensor) -> Tensor:
         """Add the gradients of ``share`` times a micro-batch's summed loss to those of the trained parameters.
@@ -176,7 +184,7 @@ class Graphs:
 
     def attach(self) -> None:
         """Have the trained parameters' gradients be those that graphs add to, with what they hold."""
-        self.gradients = self.gradients or [torch.zeros_like(one) for one in self.engine.trained]
+        self.gradients = self.gradients or self._gradients()
         pairs = [
             (one, mine) for one, mine in zip(self.engine.trained, self.gradients, strict=True) if one.grad is not mine
         ]
@@ -186,6 +194,26 @@ class Graphs:
             if one.grad is not None:
                 mine.copy_(one.grad)
             one.grad = mine
+
+    def _gradients(self) -> list[Tensor]:
+        """Memory for the gradient of each trained parameter; those of one dtype lie in one tensor of ``sums``."""
+        trained = self.engine.trained
+        kinds = list(dict.fromkeys((one.dtype, one.device) for one in trained))
+        sizes = [sum(one.numel() for one in trained if (one.dtype, one.device) == kind) for kind in kinds]
+        self.sums = [torch.zeros(size, dtype=kind[0], device=kind[1]) for size, kind in zip(sizes, kinds, strict=True)]
+        left = dict(zip(kinds, self.sums, strict=True))
+        found = []
+        for one in trained:
+            kind = one.dtype, one.device
+            mine, left[kind] = left[kind][: one.numel()], left[kind][one.numel() :]
+            found.append(mine.view(one.shape))
+        return found
+
+    def reduce(self) -> None:
+        """Give each rank the mean of all ranks' gradients, as DDP does beside a backward that a graph is not."""
+        for one in self.sums:
+            torch.distributed.all_reduce(one)
+            one /= torch.distributed.get_world_size()
 
     def _may_record(self, shape: Shape) -> bool:
         """Whether there is room for one more graph."""
@@ -205,8 +233,9 @@ class Graphs:
             reason = (str(error).splitlines() or [""])[0]
             log.warning("no more CUDA graphs are recorded (%s: %s); training goes on", type(error).__name__, reason)
             return
-        engine = self.engine
-        one.keeps = [*engine.arena.workspace.buffers.values(), *engine.compute.values(), *engine.resident.values()]
+        engine, workspace = self.engine, self.engine.arena.workspace
+        workspace.held = dict(workspace.buffers)
+        one.keeps = [*workspace.buffers.values(), *engine.compute.values(), *engine.resident.values()]
         seconds, tokens, taken = time.perf_counter() - began, one.inputs.shape.tokens, self.recording.taken / 2**30
         log.debug("recorded %d tokens in %.2f s; all graphs take %.2f GiB", tokens, seconds, taken)
 

@@ -152,12 +152,25 @@ class QwenModule(AdaptedModel):
             share: gives what the loss is multiplied by, a scalar; it may wait for other ranks.
             last: no other pass of the step follows, so that ranks add their gradients up.
         """
-        if self.graphs is not None:
-            self.graphs.attach()
-            if self.graphs.take(batch):
-                return self.graphs.add_gradients(batch, share())
-        strategy = cast(Any, self.trainer.strategy)
-        with nullcontext() if last or self.trainer.world_size == 1 else strategy.block_backward_sync():
+        graphs, several = self.graphs, self.trainer.world_size > 1
+        if graphs is None:
+            return self._add_by_autograd(batch, share, several and not last)
+        graphs.attach()
+        taken = graphs.take(batch)
+        loss = graphs.add_gradients(batch, share()) if taken else self._add_by_autograd(batch, share, several)
+        if several and last:
+            graphs.reduce()
+        return loss
+
+    def _add_by_autograd(self, batch: Batch, share: Callable[[], Tensor], alone: bool) -> Tensor:
+        """``_add_gradients`` of a pass that is launched kernel by kernel.
+
+        Args:
+            batch: as of ``_add_gradients``.
+            share: as of ``_add_gradients``.
+            alone: DDP leaves this rank's gradients as they are.
+        """
+        with cast(Any, self.trainer.strategy).block_backward_sync() if alone else nullcontext():
             loss = self.loss_sum(batch)
             with full_precision(self.device):
                 self.manual_backward(loss * share())

@@ -54,7 +54,8 @@ class ProductsInUse:
         """
         if not then or then["asked"] != asked:
             return cls(asked, asked)
-        wide = None if then["wide"] is None else tuple((layer, group) for layer, group in then["wide"])
+        found = then.get("wide")
+        wide = None if found is None else tuple((layer, group) for layer, group in found)
         return cls(**{**then, "checked": tuple(then["checked"]) if then["checked"] else None, "wide": wide})
 
     @property

@@ -61,7 +61,6 @@ KEYS = {
     "model.max_skipped_steps": FREE,
     "model.memory_budget": FREE,
     "model.base_cache": FREE,
-    "model.graphs": FREE,
     "model": WARN,
     # The rows of a step; the data's own digest is compared as well.
     "data.batch_size": REFUSE,

@@ -74,9 +74,9 @@ class ModelSettings:
     that a layer keeps, so that fewer layers are computed again; their gradient is off by about 0.7 %, the forward pass
     is exact. Recomputed layers keep bf16."""
     graphs: GraphsName = "auto"
-    """auto launches micro-batches of few tokens, for which a GPU waits longer than it computes, as CUDA graphs: on one
-    card, where the plan leaves everything on it and has memory for them. Each is filled up to one of few sizes. off
-    launches every kernel by itself."""
+    """auto launches micro-batches of few tokens, for which a GPU waits longer than it computes, as CUDA graphs, where
+    the plan leaves everything on the card and has memory for them. Each is filled up to one of few sizes. off launches
+    every kernel by itself."""
     base_cache: str | None = "auto"
     """folder that keeps the base quantised, so that later runs start from there: 3.4 GB for a 7B; layers that a card
     has no room for are streamed from that file. auto is ~/.cache/qwen_lit/bases for runs on a GPU, null keeps none."""

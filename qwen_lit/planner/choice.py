@@ -126,6 +126,7 @@ def choose_engine(
         kept,
         probe,
         graphs=0 if without_graphs(module.settings, trainer) else graphs,
+        reserved=bucket_bytes(module.model) if trainer.world_size > 1 else 0,
     )
     work = Work(
         data.most_tokens(possible_at_once(options_of(trainer).micro_batches_per_step)),
@@ -135,6 +136,11 @@ def choose_engine(
     planned = planner.plan(work) if trainer.state.fn == "fit" else planner.plan_unmeasured(work)
     found = None if probe is None else probe.products
     return Choice(described(planned), planned.engine, planned.plan, planner, work, unused, found)
+
+
+def bucket_bytes(model: torch.nn.Module) -> int:
+    """Bytes that several ranks add gradients up in, float32: DDP's buckets, beside those of accumulated passes."""
+    return 4 * sum(one.numel() for one in model.parameters() if one.requires_grad)
 
 
 def described(planned: Planned) -> str:
@@ -180,8 +186,6 @@ def without_graphs(settings: ModelSettings, trainer: L.Trainer) -> str | None:
         return "model.graphs is off"
     if trainer.state.fn != "fit":
         return "nothing is trained"
-    if trainer.world_size > 1:
-        return "DDP sums gradients by hooks, which a graph does not call"
     if settings.neftune_noise_alpha > 0:
         return "the noise of NEFTune depends on the tokens of a micro-batch"
     if getattr(trainer.precision_plugin, "scaler", None) is not None:

@@ -101,6 +101,7 @@ class Planner:
         kept: KeptName = "bf16",
         probe: Callable[[FastEngine], Products] | None = None,
         graphs: int | None = 0,
+        reserved: int = 0,
     ) -> None:
         """Reads the memory that is there.
 
@@ -120,13 +121,14 @@ class Planner:
             graphs: tokens up to which micro-batches are CUDA graphs where they have room, as in the run that is
                 resumed, because what they are filled up to changes the order of sums; None for what the machine
                 gains by, 0 for none.
+            reserved: bytes that the run takes on the device later, beside its plan.
         """
         self.graphs = graphs
         self.model, self.meter, self.agree, self.forward_context = model, meter, agree, forward_context
         self.only, self.processes, self.products, self.probe = only, processes, products, probe
         self.state_bytes, self.kept = state_bytes, kept
         free = meter.free()
-        self.budget = agree(min(budget or free, free))
+        self.budget = agree(min(budget or free, free)) - reserved
         self.memory = self._memory()
         self.static = -agree(-meter.allocated() - away(model, self.memory))
         self.host = HostProfile()
@@ -232,7 +234,8 @@ class Planner:
         """The fastest plan by arithmetic, with room for its engine."""
         self._release()
         plan = self._best(work, self.only)
-        limit = self._graph_tokens(plan, work)
+        # Ranks add their gradients up by hand where they have graphs, so all of them have or none.
+        limit = self.agree(self._graph_tokens(plan, work))
         if not limit:
             return plan
         size = graph_bytes(self.memory, limit, plan.policies)
@@ -271,8 +274,8 @@ class Planner:
         try:
             with self.forward_context():
                 self.engine = apply(plan, self.model, self.products)
-                # The optimizer's states are made at the first step, so they are not measured here.
-                peak = self.meter.peak(self.engine, heaviest) + self.memory.constants["optimizer states"]
+                # The optimizer's states are made at the first step, so they are not measured here; some have none.
+                peak = self.meter.peak(self.engine, heaviest) + self.memory.constants.get("optimizer states", 0)
                 # Graphs are recorded later, beside what the largest micro-batch takes.
                 peak += plan.graph_bytes
         except RuntimeError as error:
@@ -287,14 +290,15 @@ class Planner:
 
 
 def same_bits(one: Plan, other: Plan) -> bool:
-    """Whether two plans of one run train the same: dropout masks and the order of sums depend on some of it."""
-    ones, others = one.policies, other.policies
-    return (one.micro_batches_at_once, ones.mlp_piece, ones.kept, ones.loss_chunk) == (
-        other.micro_batches_at_once,
-        others.mlp_piece,
-        others.kept,
-        others.loss_chunk,
-    )
+    """Whether two plans of one run train the same: dropout masks and the order of sums depend on some of it, and what
+    is kept in 8 bits on which layers are recomputed."""
+
+    def decisive(plan: Plan) -> tuple[object, ...]:
+        policies = plan.policies
+        packed = [policies.packs(number) for number in range(len(policies.layers))]
+        return plan.micro_batches_at_once, policies.mlp_piece, policies.loss_chunk, packed
+
+    return decisive(one) == decisive(other)
 
 
 def more_beside(beside: int, plan: Plan, peak: int | None) -> int:

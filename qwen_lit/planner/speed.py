@@ -38,9 +38,9 @@ class Costs:
     products: float = 0.72
     """Share of a token's time that the products of frozen weights take at a large product's speed: 26.1 GFLOP at 702
     TFLOP/s of the 51.3 microseconds in the row "q,k,v,o, dropout 0"."""
-    narrow: Mapping[Kind, float] = field(default_factory=lambda: {Kind.WIDE: 1.0, Kind.FP8: 0.55, Kind.INT8: 0.7})
+    narrow: Mapping[Kind, float] = field(default_factory=lambda: {Kind.WIDE: 1.0, Kind.FP8: 0.55, Kind.INT8: 0.66})
     """Time of a product of each kind over that of one in bf16, what makes its operands included: the table
-    "Products in 8 bits"; of integers by their products' and their transform's own times there."""
+    "Products in 8 bits"."""
     recompute_launches: float = 0.5
     """Share of a micro-batch's launches on the host that recomputing all layers adds: forward launches half as much as
     backward."""

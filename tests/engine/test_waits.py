@@ -23,6 +23,9 @@ class Mark:
     def __init__(self, at, passed=True):
         self.at, self.passed = at, passed
 
+    def __eq__(self, other):
+        raise AssertionError("there are thousands of marks between two looks, too many to search them for each other")
+
     def query(self):
         return self.passed
 

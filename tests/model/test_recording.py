@@ -1,16 +1,23 @@
 """Micro-batches as graphs, where a recording that replays by running again stands for CUDA's: what goes in and comes
 out, and when what is recorded."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.products import Products
 from qwen_lit.kernels.dropout import Seed
 from qwen_lit.model import graphs
 from qwen_lit.model.graphs import SEEN, Graphs
+from qwen_lit.model.module import QwenModule
 from tests.engine.test_engine import ALL, adapted
 from tests.engine.test_shapes import batch
+from tests.frozen.test_ranks import child
+from tests.runs import ended
 
 SHARE = torch.tensor(1 / 64)
 LENGTHS = [(70, 33, 1, 90), (251,), (3, 100, 99), (60, 1, 60, 30), (80, 80, 80)]
@@ -124,6 +131,7 @@ def test_a_step_of_the_optimizer_shows_in_the_next_replay():
 def test_what_is_larger_than_the_limit_is_left_to_the_engine():
     mine = made(adapted("qwen2"), limit=512)
     assert mine.take(batch((500, 12))) and not mine.take(batch((500, 13)))
+    assert [mine.computed(tokens) for tokens in (1, 256, 257, 513)] == [256, 256, 512, 513]
 
 
 def test_what_cannot_be_recorded_goes_on_with_one_line(caplog):
@@ -155,6 +163,21 @@ def test_no_more_is_recorded_than_there_is_room_for(monkeypatch):
     assert recorded(small, large) == [256]
 
 
+def test_a_workspace_that_recordings_use_is_not_taken_once_more_after_a_validation():
+    mine, one = made(adapted("qwen2")), batch((70, 33))
+    workspace, size = mine.engine.arena.workspace, ((4,), torch.float32, torch.device("cpu"))
+    before = workspace.get(*size)
+    for _ in range(SEEN + 1):
+        mine.add_gradients(one, SHARE)
+    workspace.get((4,), torch.int8, torch.device("cpu"))
+    workspace.clear()
+    assert [one.dtype for one in workspace.buffers.values()] == [torch.float32]
+    assert workspace.get(*size).data_ptr() == before.data_ptr()
+    mine.release()
+    workspace.clear()
+    assert not workspace.buffers
+
+
 def test_a_weight_that_has_moved_or_other_products_record_anew():
     mine, one = made(adapted("qwen2")), batch((70, 33))
     for _ in range(SEEN + 1):
@@ -172,3 +195,39 @@ def test_a_weight_that_has_moved_or_other_products_record_anew():
     assert mine.recording is not second
     mine.release()
     assert not mine.known
+
+
+OF_RANKS = [[(70, 33), (300, 33)], [(20,), (251, 300), (1, 90)]]
+"""Rows of each rank's passes, of which those of more than 256 tokens are not graphs."""
+
+
+def rank(number, folder):
+    """One of two ranks: its gradients of a step are left in ``folder``."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=number, world_size=2)
+    model = adapted("qwen2")
+    strategy = SimpleNamespace(block_backward_sync=DistributedDataParallel(model).no_sync)
+    mine, engine = made(model, limit=256), FastEngine(model)
+    module = SimpleNamespace(graphs=mine, trainer=SimpleNamespace(world_size=2, strategy=strategy))
+    module.device, module.loss_sum, module.manual_backward = (
+        torch.device("cpu"),
+        engine.loss_sum,
+        torch.Tensor.backward,
+    )
+    module._add_by_autograd = lambda *given: QwenModule._add_by_autograd(module, *given)
+    passes = OF_RANKS[number]
+    for place, lengths in enumerate(passes):
+        QwenModule._add_gradients(module, batch(lengths), lambda: 2 * SHARE, place + 1 == len(passes))
+    torch.save([p.grad for p in mine.engine.trained], folder / f"{number}.pt")
+    dist.barrier()
+
+
+def test_ranks_have_the_sum_of_all_their_gradients_after_the_last_pass(tmp_path):
+    model = adapted("qwen2")
+    engine = FastEngine(model)
+    for lengths in sum(OF_RANKS, []):
+        (engine.loss_sum(batch(lengths)) * SHARE).backward()
+    assert [ended(pid) for pid in [child(rank, number, tmp_path) for number in range(2)]] == [0, 0]
+    found = [torch.load(tmp_path / f"{number}.pt") for number in range(2)]
+    for p, one, other in zip(engine.trained, *found, strict=True):
+        assert torch.equal(one, other)
+        assert torch.allclose(one, p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()))

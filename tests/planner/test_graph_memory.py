@@ -96,15 +96,13 @@ def test_a_resumed_run_has_graphs_up_to_what_it_had():
 
 
 def test_what_cannot_be_recorded_says_why():
-    def why(command="fit", ranks=1, scaler=None, **settings):
-        trainer = SimpleNamespace(
-            state=SimpleNamespace(fn=command), world_size=ranks, precision_plugin=SimpleNamespace(scaler=scaler)
-        )
+    def why(command="fit", scaler=None, **settings):
+        trainer = SimpleNamespace(state=SimpleNamespace(fn=command), precision_plugin=SimpleNamespace(scaler=scaler))
         given = SimpleNamespace(**{"graphs": "auto", "neftune_noise_alpha": 0.0, **settings})
         return without_graphs(given, trainer)
 
     assert why() is None and ModelSettings.graphs == "auto"
     assert why(graphs="off") == "model.graphs is off"
-    assert "hooks" in why(ranks=2) and "NEFTune" in why(neftune_noise_alpha=5.0)
+    assert "NEFTune" in why(neftune_noise_alpha=5.0)
     assert "float16" in why(scaler=object()) and why("validate") == "nothing is trained"
     assert planned(0, budget=4 * GIB).plan.graph_bytes == 0

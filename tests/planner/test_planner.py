@@ -12,6 +12,7 @@ import torch
 from qwen_lit.engine.engine import FastEngine
 from qwen_lit.engine.offload import UNPINNED
 from qwen_lit.engine.products import Products
+from qwen_lit.planner.choice import bucket_bytes
 from qwen_lit.planner.host import HostProfile
 from qwen_lit.planner.plan import GIB, Plan
 from qwen_lit.planner.planner import TRIES, Planner, Work, more_beside, possible_at_once, same_bits
@@ -66,6 +67,14 @@ def planner(gpu, agree=int, only=None, budget=None):
     return Planner(adapted("qwen2"), gpu, agree, nullcontext, 2, budget, only)
 
 
+def test_what_ranks_add_gradients_up_in_is_left_free():
+    model = adapted("qwen2")
+    size = bucket_bytes(model)
+    assert size == 4 * sum(one.numel() for one in FastEngine(model).trained) > 0
+    found = Planner(model, FakeGpu(lambda engine: 0), int, nullcontext, 2, reserved=size)
+    assert found.budget == BUDGET - size and found.plan(work_of()).plan.budget == BUDGET - size
+
+
 def full(engine):
     raise torch.OutOfMemoryError("full")
 
@@ -77,6 +86,11 @@ def test_a_plan_that_is_within_the_budget_is_the_one_that_is_trained():
     # What the optimizer will hold is added to the measured peak.
     assert BUDGET // 2 < found.peak < BUDGET // 2 + 2**20
     assert found.engine.policies == found.plan.policies
+
+
+def test_an_optimizer_without_states_adds_nothing_to_the_peak():
+    made = Planner(adapted("qwen2"), FakeGpu(lambda engine: BUDGET // 2), int, nullcontext, 0)
+    assert made.plan(work_of()).peak == BUDGET // 2
 
 
 def test_a_plan_that_takes_too_much_is_made_anew():
@@ -218,11 +232,11 @@ def test_products_that_a_probe_leaves_in_bf16_are_planned_with_and_looked_for_on
     assert narrow == [True, True, False, True] + [True] * 4
 
 
-def offloading(gpu, agree=int):
+def offloading(gpu, agree=int, kept="bf16", tokens=150_000):
     """A planner and its plan, in which layers' activations wait on the host."""
-    made = planner(gpu, agree)
-    found = made.plan(work_of(150_000))
-    assert found.plan.policies.offloaded == 2
+    made = Planner(adapted("qwen2"), gpu, agree, nullcontext, 2, kept=kept)
+    found = made.plan(work_of(tokens))
+    assert found.plan.policies.offloaded >= 2
     return made, found
 
 
@@ -253,6 +267,15 @@ def test_a_link_as_fast_as_planned_or_one_that_cannot_be_measured_leaves_the_pla
     made, before = offloading(gpu)
     for gpu.link in (10**9, int(0.95 * 10**9), 0):
         assert made.again(work_of(150_000), before) is before and len(gpu.tried) == 1
+
+
+def test_a_plan_in_which_other_layers_keep_8_bits_is_not_gone_on_with():
+    gpu = FakeGpu(lambda engine: 0, link=10**8)
+    made, before = offloading(gpu, kept="int8", tokens=200_000)
+    after = made.again(work_of(200_000), before)
+    assert after is before and before.plan.policies.packed == 3 and len(gpu.tried) == 1
+    # The plan for the slower link recomputes one of them, which then keeps bf16.
+    assert made.plan_unmeasured(work_of(200_000)).plan.policies.packed < 3
 
 
 def test_where_the_other_plan_takes_too_much_the_first_one_goes_on():
