@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,10 @@ def arguments(model_folder, dataset, tmp_path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def command(model_folder, tmp_path_factory):
-    """A fit with dropout, accumulation 3, two workers, an odd number of packed batches, and validation."""
+    """A fit with dropout, accumulation 3, an odd number of packed batches, and validation.
+
+    Batches are built in the run's own process; a module that is about workers asks for ``WORKERS`` besides.
+    """
     said = [{"instruction": f"Say {n} " * (1 + n % 5), "output": f"It is {n}. " * (1 + n % 7)} for n in range(59)]
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in said))
@@ -172,8 +176,6 @@ def command(model_folder, tmp_path_factory):
             "true",
             "--data.max_length",
             "352",
-            "--data.num_workers",
-            "2",
             "--trainer.accelerator",
             "cpu",
             "--trainer.max_epochs",
@@ -208,14 +210,20 @@ def whole(command, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture
-def stopped(command, tmp_path) -> Path:
-    """A run with checkpoints at steps 3 and 4."""
+@pytest.fixture(scope="session")
+def stopped_once(command, tmp_path_factory) -> Path:
+    """A run with checkpoints at steps 3 and 4, of which each test gets a copy."""
     from qwen_lit.callbacks.checkpoint_io import step_files
     from qwen_lit.cli import main
     from tests.runs import stopping
 
-    out = tmp_path / "out"
+    out = tmp_path_factory.mktemp("stopped") / "out"
     assert main(command(out, *stopping(4))) == 143
     assert [path.name for path in step_files(out / "checkpoints")] == ["step=00000004.ckpt", "step=00000003.ckpt"]
     return out
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path) -> Path:
+    """A run with checkpoints at steps 3 and 4, the test's own."""
+    return shutil.copytree(stopped_once, tmp_path / "out")

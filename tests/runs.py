@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 
 from qwen_lit.data.batches import padded
 
+WORKERS = ["--data.num_workers", "2"]
+"""Two processes of each loader build its batches."""
+
 
 class StopAt(L.Callback):
     """Sends this process a signal while a step is under way."""

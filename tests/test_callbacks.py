@@ -148,7 +148,7 @@ class LogsItsOwn(shipped.Callback):
         pl_module.log("own", 1.0)
 
 
-def test_a_model_checkpoint_links_removes_and_is_gone_on_from_and_exported(command, tmp_path, model_folder):
+def test_a_model_checkpoint_links_removes_and_is_gone_on_from_and_exported(command, whole, tmp_path):
     out = tmp_path / "out"
     mine = callback(
         "ModelCheckpoint", monitor="val/loss", mode="max", save_top_k=1, save_last="link", filename="at-{step}"
@@ -159,8 +159,6 @@ def test_a_model_checkpoint_links_removes_and_is_gone_on_from_and_exported(comma
     assert (folder / "last.ckpt").resolve() == (folder / "at-step=5.ckpt").resolve()
     assert json.loads((folder / "at-step=5.json").read_text())["step"] == 5
 
-    whole = tmp_path / "whole"
-    assert main(command(whole)) == 0
     for path in (out / "trace.jsonl", folder / "at-step=5.json"):
         path.rename(path.with_suffix(".kept"))
     assert main(command(out, "--ckpt_path", str(folder / "last.ckpt"))) == 0
@@ -174,12 +172,11 @@ def test_a_model_checkpoint_links_removes_and_is_gone_on_from_and_exported(comma
     assert all(torch.equal(tensor, kept[name]) for name, tensor in written.items())
 
 
-def test_a_model_checkpoint_beside_the_run_s_own_changes_nothing_and_keeps_its_files(command, tmp_path):
-    alone, beside = tmp_path / "alone", tmp_path / "beside"
+def test_a_model_checkpoint_beside_the_run_s_own_changes_nothing_and_keeps_its_files(command, whole, tmp_path):
+    beside = tmp_path / "beside"
     mine = callback("ModelCheckpoint", every_n_train_steps=2, save_top_k=-1, filename="{step}", save_last="true")
-    assert main(command(alone)) == 0
     assert main(command(beside, *mine)) == 0
-    assert same(alone, beside)
+    assert same(whole, beside)
     names = sorted(path.name for path in (beside / "model_checkpoints").glob("*.ckpt"))
     assert names == ["last.ckpt", *(f"step={n}.ckpt" for n in (10, 2, 4, 6, 8))]
 
@@ -251,10 +248,10 @@ def test_a_run_that_early_stopping_has_ended_stays_ended_until_its_patience_is_r
 
     def patient(patience: int) -> list[str]:
         monitor = callback("EarlyStopping", monitor="val/loss", min_delta=100, patience=patience)
-        return command(out, "--trainer.max_epochs", "9", *monitor)
+        return command(out, "--trainer.max_epochs", "9", "--trainer.profiler", "simple", *monitor)
 
     assert main(patient(1)) == 0
-    assert len(trace(out)) == 10
+    assert len(trace(out)) == json.loads((out / "summary.json").read_text())["steps"] == 10
     kept = adapter(out)
     assert main([*patient(1), "--ckpt_path", "last"]) == 0
     assert len(trace(out)) == 10 and all(torch.equal(one, kept[name]) for name, one in adapter(out).items())

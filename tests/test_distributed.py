@@ -19,7 +19,7 @@ import torch
 
 from qwen_lit.callbacks.checkpoint_io import last_checkpoint
 from qwen_lit.cli import main
-from tests.runs import SLOW, adapter, doing, forked, same, scalars, trace
+from tests.runs import SLOW, WORKERS, adapter, doing, forked, same, scalars, trace
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 ALIKE = ["--model.lora_config.lora_dropout", "0", "--data.num_workers", "0"]
@@ -75,6 +75,12 @@ def steps_done(out: Path) -> int:
 
 
 @pytest.fixture(scope="module")
+def command(command):
+    """The shared one, with two workers."""
+    return lambda out, *options: command(out, *WORKERS, *options)
+
+
+@pytest.fixture(scope="module")
 def two(command, tmp_path_factory) -> Path:
     """Two ranks with dropout, and two workers each, never stopped."""
     out = tmp_path_factory.mktemp("two") / "out"
@@ -125,22 +131,41 @@ def test_the_figures_of_two_ranks_are_of_both(two):
     assert [step for step, _ in summary["history"]["tokens_per_second"]] == list(range(1, summary["steps"] + 1))
 
 
-@pytest.mark.parametrize("asked", ["the other rank", "both"])
-def test_a_signal_to_any_rank_stops_all_and_the_resumed_run_is_the_whole_one(command, two, tmp_path, asked):
+def test_a_signal_to_any_rank_stops_all_and_the_run_that_torchrun_resumes_is_the_whole_one(command, two, tmp_path):
     out = tmp_path / "out"
-    process = start(command(out, *TWO, *SLOW))
-    until(lambda: steps_done(out) >= 1)
-    others = children(process)[:1]
-    for pid in others if asked == "the other rank" else [process.pid, *others]:
-        os.kill(pid, signal.SIGTERM)
-    code, text = finish(process)
-    assert code == 143, text
-    assert 1 <= steps_done(out) < len(trace(two))
-    if asked == "the other rank":
-        return
-    code, text = run(command(out, *TWO, "--ckpt_path", "last"))
-    assert code == 0, text
+    for asked in ("the other rank", "both"):
+        before = steps_done(out)
+        process = start(command(out, *TWO, *SLOW, "--ckpt_path", "last"))
+        until(lambda done=before: steps_done(out) > done)
+        others = children(process)[:1]
+        for pid in others if asked == "the other rank" else [process.pid, *others]:
+            os.kill(pid, signal.SIGTERM)
+        code, text = finish(process)
+        assert code == 143, text
+        assert before < steps_done(out) < len(trace(two))
+    code, told = torchrun(command(out, *TWO, "--ckpt_path", "last"))
+    assert code == 0, told
     assert same(two, out)
+
+
+def torchrun(command: list[str]) -> tuple[int, str]:
+    """Two ranks by PyTorch's own launcher: its exit code, and what it and they said."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    started = subprocess.Popen(
+        [*launcher, "qwen_lit", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+    )
+    try:
+        told, _ = started.communicate(timeout=HANG)
+    except subprocess.TimeoutExpired:
+        for rank in psutil.Process(started.pid).children(recursive=True):
+            # It tells what each of its threads waits for.
+            rank.send_signal(signal.SIGABRT)
+        told, _ = started.communicate(timeout=60)
+    return started.returncode, told
 
 
 def test_another_number_of_ranks_is_refused(command, two, tmp_path, capsys):
@@ -188,27 +213,6 @@ def test_machines_with_different_rows_are_refused_on_both(command, tmp_path):
         assert code == 2, text
         assert "the ranks of this run would train different things" in text
         assert "data.dataset_path: " in text and "on rank 1" in text
-
-
-def test_torchrun_starts_the_ranks_as_well(command, two, tmp_path):
-    out = tmp_path / "out"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    started = subprocess.Popen(
-        [*launcher, "qwen_lit", *command(out, *TWO)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
-    )
-    try:
-        told, _ = started.communicate(timeout=HANG)
-    except subprocess.TimeoutExpired:
-        for rank in psutil.Process(started.pid).children(recursive=True):
-            # It tells what each of its threads waits for.
-            rank.send_signal(signal.SIGABRT)
-        told, _ = started.communicate(timeout=60)
-    assert started.returncode == 0, told
-    assert same(two, out)
 
 
 def runs(process):

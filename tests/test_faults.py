@@ -11,7 +11,7 @@ from qwen_lit.callbacks import checkpoint_io as store
 from qwen_lit.callbacks.checkpoint_io import last_checkpoint, step_files
 from qwen_lit.cli import main
 from qwen_lit.errors import UserError
-from tests.runs import adapter, doing, no_space, same, trace
+from tests.runs import WORKERS, adapter, doing, no_space, same, trace
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -63,16 +63,16 @@ def test_an_index_that_names_a_file_outside_the_model_folder_is_refused(command,
 def test_killed_workers_end_the_run_which_then_resumes(command, whole, tmp_path, capsys):
     out = tmp_path / "out"
     # As the second epoch begins: later its last batches can all be there already.
-    assert main(command(out, *doing(6, "kill_workers"))) == 1
+    assert main(command(out, *WORKERS, *doing(6, "kill_workers"))) == 1
     assert "resume it with --ckpt_path last" in capsys.readouterr().err
     kept = int(last_checkpoint(out / "checkpoints").stem[-8:])
     (out / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in trace(out)[:kept]))
-    assert main(command(out, "--ckpt_path", "last")) == 0
+    assert main(command(out, *WORKERS, "--ckpt_path", "last")) == 0
     assert same(whole, out)
 
 
 def test_a_data_file_that_vanishes_does_not_disturb_the_run_under_way(command, whole, tmp_path, capsys):
-    out, arguments = tmp_path / "out", command(tmp_path / "out")
+    out, arguments = tmp_path / "out", command(tmp_path / "out", *WORKERS)
     copy = tmp_path / "rows.jsonl"
     copy.write_text(Path(arguments[arguments.index("--data.dataset_path") + 1]).read_text())
     assert main([*arguments, "--data.dataset_path", str(copy), *doing(2, "remove_file", str(copy))]) == 0

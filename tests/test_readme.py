@@ -97,10 +97,10 @@ def test_every_command_of_the_documentation_is_one_that_works(command, capsys, t
         assert "model_name_or_path" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
-def test_the_commands_of_a_readme_train_a_model_one_after_the_other(path, model_folder, tmp_path, capsys):
+def test_the_commands_of_both_readmes_train_a_model_one_after_the_other(model_folder, tmp_path, capsys):
     rows = tmp_path / "my.jsonl"
-    rows.write_text("".join(blocks(path, "json")), encoding="utf-8")
+    (written,) = {"".join(blocks(path, "json")) for path in READMES}
+    rows.write_text(written, encoding="utf-8")
     out = tmp_path / "out"
     toy = [
         "--model.model_name_or_path",
@@ -120,15 +120,17 @@ def test_the_commands_of_a_readme_train_a_model_one_after_the_other(path, model_
         "--data.cache_dir",
         str(tmp_path / "cache"),
     ]
-    ours = [shlex.split(line) for line in commands_of(path) if line.startswith("python -m qwen_lit")]
-    assert [words[3] for words in ours] == ["inspect", "plan", "fit", "chat"]
+    ours, other = (
+        [shlex.split(line) for line in commands_of(path) if line.startswith("python -m qwen_lit")] for path in READMES
+    )
+    assert ours == other and [words[3] for words in ours] == ["inspect", "plan", "fit", "chat"]
     for words in ours[:3]:
         assert main([str(rows) if word == "my.jsonl" else word for word in words[3:]] + toy) == 0
     assert "⟦Hello!<|im_end|>⟧" in capsys.readouterr().out
-    text = path.read_text(encoding="utf-8")
-    for left in (*out.iterdir(),):
-        if not left.name.startswith(".") and left.name != "hparams.yaml":
-            assert f"`{left.name}" in text or f"`{left.name}/" in text, left.name
+    for text in (path.read_text(encoding="utf-8") for path in READMES):
+        for left in (*out.iterdir(),):
+            if not left.name.startswith(".") and left.name != "hparams.yaml":
+                assert f"`{left.name}" in text or f"`{left.name}/" in text, left.name
 
 
 @pytest.mark.parametrize("path", [DOCS / "chat.md", DOCS / "chat.zh.md"], ids=lambda path: path.name)

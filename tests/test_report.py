@@ -310,21 +310,6 @@ def test_a_log_file_gets_lines_without_control_codes(command, tmp_path):
     assert not set(b"\x1b\r") & set(said + output.read_bytes())
 
 
-def test_early_stopping_and_a_profiler_work_from_the_configuration(command, tmp_path):
-    stopper = [
-        "--trainer.callbacks+=EarlyStopping",
-        "--trainer.callbacks.monitor=val/loss",
-        "--trainer.callbacks.min_delta=100",
-        "--trainer.callbacks.patience=1",
-        "--trainer.max_epochs",
-        "9",
-        "--trainer.profiler=simple",
-    ]
-    out = tmp_path / "out"
-    assert main(command(out, *stopper)) == 0
-    assert json.loads((out / "summary.json").read_text())["steps"] == 10
-
-
 def test_the_summary_has_times_machine_and_paths_as_fields(run):
     summary = json.loads((run / "summary.json").read_text())
     started, ended = (datetime.fromisoformat(summary[name]) for name in ("started", "ended"))

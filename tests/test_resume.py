@@ -1,20 +1,30 @@
 """A run that is stopped and resumed is the run that was not: losses, rows and adapter, bit for bit on the CPU."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qwen_lit.callbacks import checkpoint as checkpoint_module
 from qwen_lit.cli import main
-from tests.runs import adapter, same, scalars, stopping, trace
+from qwen_lit.commands import verify_resume
+from tests.runs import WORKERS, adapter, forked, same, scalars, stopping, trace
 
 STEPS = 10
 ANSWERING = ["--samples.rows", "2"]
 """Sampling draws no number of the run's."""
 STEADY = ["--model.lr_scheduler", "constant", "--model.warmup_ratio", "0"]
 """The schedule does not end with a shorter run."""
+
+
+@pytest.fixture(scope="module")
+def command(command):
+    """The shared one, with two workers."""
+    return lambda out, *options: command(out, *WORKERS, *options)
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +42,22 @@ def steady(command, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def stopped_at_2(command, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    assert main(command(out, *stopping(2))) == 143
+    return out
+
+
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_a_stop_at_any_step_leaves_no_trace_in_the_result(command, whole, tmp_path, step):
     out = tmp_path / "out"
     assert main(command(out, *stopping(step))) == 143
-    assert len(trace(out)) == step
+    # The fifth step is the last of its epoch, and the stop comes before its validation, which is made up for.
+    assert len(trace(out)) == step and ("val/loss" in scalars(out)) == (step > 5)
     assert main(command(out, "--ckpt_path", "last")) == 0
     assert same(whole, out)
+    assert scalars(out)["val/loss"] == scalars(whole)["val/loss"] and len(scalars(out)["val/loss"]) == 2
     best = [torch.load(one / "checkpoints" / "best.ckpt", weights_only=True) for one in (whole, out)]
     assert best[0]["global_step"] == best[1]["global_step"]
 
@@ -70,11 +89,12 @@ def test_a_run_that_max_steps_has_ended_goes_on_with_the_very_next_row(command, 
 
 
 @pytest.mark.parametrize("lost", ["rng", "position"])
-def test_without_the_generators_or_the_position_the_result_is_another(command, whole, tmp_path, lost, monkeypatch):
+def test_without_the_generators_or_the_position_the_result_is_another(
+    command, whole, stopped_at_2, tmp_path, lost, monkeypatch
+):
     from qwen_lit.data.batches import ResumableLoader
 
-    out = tmp_path / "out"
-    assert main(command(out, *stopping(2))) == 143
+    out = shutil.copytree(stopped_at_2, tmp_path / "out")
     if lost == "rng":
         monkeypatch.setattr(checkpoint_module, "_set_rng", lambda state: torch.manual_seed(0))
     else:
@@ -83,20 +103,10 @@ def test_without_the_generators_or_the_position_the_result_is_another(command, w
     assert not same(whole, out)
 
 
-def test_a_validation_that_a_stop_has_cut_off_is_made_up_for(command, whole, tmp_path):
-    out = tmp_path / "out"
-    assert main(command(out, *stopping(5))) == 143
-    # The fifth step is the last of its epoch, and the stop comes before its validation.
-    assert "val/loss" not in scalars(out)
-    assert main(command(out, "--ckpt_path", "last")) == 0
-    assert scalars(out)["val/loss"] == scalars(whole)["val/loss"] and len(scalars(out)["val/loss"]) == 2
-
-
 def test_tensorboard_shows_each_step_once_across_resumes(command, whole, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out = tmp_path / "out"
-    assert main(command(out)) == 0
+    out = shutil.copytree(whole, tmp_path / "out")
     for path in (out / "checkpoints").glob("step=00000010.*"):
         path.unlink()
     newest = sorted((out / "checkpoints").glob("step=*.ckpt"))[-1]
@@ -118,28 +128,43 @@ def test_a_finished_run_goes_on_when_it_is_given_more_epochs(command, steady, tm
     assert same(steady, short)
 
 
-def test_a_changed_learning_rate_is_taken_and_told(command, tmp_path, caplog):
-    out = tmp_path / "out"
-    assert main(command(out, *stopping(2))) == 143
+def test_a_changed_learning_rate_is_taken_and_told(command, stopped_at_2, tmp_path, caplog):
+    out = shutil.copytree(stopped_at_2, tmp_path / "out")
     state = torch.load(out / "checkpoints" / "step=00000002.ckpt", weights_only=True)["state_dict"]
-    assert main(command(out, "--ckpt_path", "last", "--model.learning_rate", "1e-30")) == 0
+    changed = ["--model.learning_rate", "1e-30", "--trainer.max_steps", "4"]
+    assert main(command(out, "--ckpt_path", "last", *changed)) == 0
     assert "model.learning_rate was 0.0002 until here, and is 1e-30 from here on" in caplog.text
     kept = {name.removeprefix("model.").replace(".default", ""): tensor for name, tensor in state.items()}
     assert all(torch.equal(tensor, kept[name]) for name, tensor in adapter(out).items())
 
 
-def test_verify_resume_says_that_a_killed_run_is_the_same_run(command, tmp_path, capfd):
+class Started(subprocess.Popen):
+    """The first is a process from its beginning; the others share this one's imports."""
+
+    all: list[subprocess.Popen]
+
+    def _execute_child(self, command, *options):
+        assert command[:3] == [sys.executable, "-m", "qwen_lit"]
+        if self.all:
+            self.pid, self._child_created = forked(command[3:]), True
+        else:
+            super()._execute_child(command, *options)
+        self.all.append(self)
+
+
+def test_verify_resume_says_that_a_killed_run_is_the_same_run(command, tmp_path, capfd, monkeypatch):
     arguments = command(tmp_path / "out")
     eight = ["--model.engine", "fast", "--model.products", "fp8", "--model.products_check_every", "1"]
+    monkeypatch.setattr(Started, "all", [], raising=False)
+    monkeypatch.setattr(verify_resume, "subprocess", SimpleNamespace(Popen=Started))
     assert main(["verify-resume", *arguments[1:], *eight, "--steps", "4"]) == 0
+    assert len(Started.all) == 3
     assert "a resumed run is the same run" in capfd.readouterr().out
     assert len(trace(tmp_path / "out" / "verify_resume" / "whole")) == 4
 
 
 def test_verify_resume_says_when_it_is_another_run(command, whole, tmp_path):
-    from qwen_lit.commands.verify_resume import compare
-
     other = tmp_path / "other"
     assert main(command(other, "--seed_everything", "7")) == 0
-    verdict = compare(whole, other, 5)
+    verdict = verify_resume.compare(whole, other, 5)
     assert not verdict.good and not verdict.same_rows and "ANOTHER" in str(verdict)

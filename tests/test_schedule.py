@@ -9,7 +9,7 @@ import torch
 
 from qwen_lit.cli import main
 from qwen_lit.model.schedules import schedule
-from tests.runs import begun, same, trace
+from tests.runs import WORKERS, begun, same, trace
 
 
 def lines(caplog) -> str:
@@ -94,10 +94,8 @@ def test_overfitting_sees_the_same_batches_in_every_epoch(command, tmp_path):
     assert len(rows) == 3 and rows[0] == rows[1] == rows[2]
 
 
-def test_a_run_in_slots_of_time_is_the_run_that_was_left_alone(command, tmp_path, caplog):
-    whole, slots = tmp_path / "whole", tmp_path / "slots"
-    assert main(command(whole)) == 0
-    made, many = 0, []
+def test_a_run_in_slots_of_time_is_the_run_that_was_left_alone(command, whole, tmp_path, caplog):
+    slots, made, many = tmp_path / "slots", 0, []
     while made < 10:
         stop = [
             "--trainer.callbacks+=tests.runs.Do",
@@ -105,7 +103,7 @@ def test_a_run_in_slots_of_time_is_the_run_that_was_left_alone(command, tmp_path
             "--trainer.callbacks.name=use_up_the_time",
         ]
         options = ["--trainer.max_time", "01:00:00:00", "--ckpt_path", "last", *stop]
-        assert main(command(slots, *options)) == 0
+        assert main(command(slots, *WORKERS, *options)) == 0
         many.append(len(trace(slots)) - made)
         made = len(trace(slots))
     assert many == [3, 3, 3, 1]

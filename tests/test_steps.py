@@ -177,15 +177,17 @@ def test_a_scaled_fp16_loss_is_unscaled_before_it_is_judged_and_an_overflow_is_s
 ):
     plain, scaled = tmp_path / "plain", tmp_path / "scaled"
     options = [*exact, "--trainer.max_steps", "2"]
-    assert main(command(plain, *options)) == 0
+    if scale == 2.0**10:
+        assert main(command(plain, *options)) == 0
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
     monkeypatch.setattr(
         cli, "compute_in_float32", lambda trainer: setattr(trainer.strategy, "precision_plugin", plugin)
     )
     assert main(command(scaled, *options)) == 0
-    left, right = scalars(plain), scalars(scaled)
+    right = scalars(scaled)
     if scale == 2.0**10:
+        left = scalars(plain)
         assert right["train/skipped_steps"] == [0, 0] and scaler.get_scale() == scale
         assert left["train/loss"] == pytest.approx(right["train/loss"], rel=1e-2)
         assert left["train/grad_norm"] == pytest.approx(right["train/grad_norm"], rel=5e-2)
