@@ -57,7 +57,7 @@ def main(args: list[str]) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound.
+    """A socket that is bound, at which a browser that comes before the page is loaded waits.
 
     Raises:
         UserError: it cannot be.
@@ -67,6 +67,7 @@ def listen(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
+        found.listen()
     except (OSError, OverflowError) as error:
         found.close()
         raise UserError(f"--port: cannot listen on {host}:{port} ({error}); give another, or 0.") from error
