@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from small import Bench
 from torch import Tensor
 
-from qwen_lit.data.batches import Batch, prefix
-from qwen_lit.engine.footprint import layer_sizes
+from qwen_lit.data.batches import Batch
 from qwen_lit.engine.lora_linear import size_of
 from qwen_lit.engine.narrow import fitting
-from qwen_lit.engine.probe import damages, work_of, worst
 from qwen_lit.engine.products import Products, ProductsName
-from qwen_lit.model.probe import TOKENS
-from qwen_lit.model.products import LEFT
+from qwen_lit.model.probe import probed
+from qwen_lit.model.products import ProductsInUse
 
 Order = list[tuple[int, int]]
 """Numbers of the layer and of the group of linears in it, the product that hurts most first."""
@@ -63,11 +60,9 @@ class Choice:
             bench: with the model.
             batch: that the run's probe looks at, on the CPU.
         """
-        share = LEFT.get(self.name, 0.0)
-        if self.wide or not share:
+        if self.wide:
             return self.products(orders)
-        damage = damages(bench.engine, move_data_to_device(prefix(batch, TOKENS), bench.device), Products(self.name))
-        return Products(self.name, frozenset(worst(damage, work_of(layer_sizes(bench.model)), share)))
+        return probed(ProductsInUse.of(self.name, None), bench.engine, batch, lambda mine: mine).products
 
     def __str__(self) -> str:
         return f"{self.name}+{self.wide}" if self.wide else self.name

@@ -10,8 +10,9 @@ UNCOMPILED = "TORCHDYNAMO_DISABLE"
 def import_bitsandbytes() -> None:
     """Import bitsandbytes without torch.compile, for which it would load all of inductor: 540 modules.
 
-    It compiles plain functions that stand in for kernels. Its kernels for CUDA call none of them, and those for the
-    CPU one, for rows of odd length: that one is then called as it is written. What others compile stays compiled.
+    It compiles plain functions that stand in for kernels, all of which CUDA has. On the CPU those that have none, such
+    as rows of odd length and the update of its optimizers, are then called as they are written. What others compile
+    stays compiled.
     """
     given = os.environ.get(UNCOMPILED)
     os.environ[UNCOMPILED] = "1"

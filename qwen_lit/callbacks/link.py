@@ -14,7 +14,7 @@ from qwen_lit.planner.planner import Planned
 
 log = logging.getLogger(__name__)
 STEPS = 10
-"""Optimizer steps over which waiting is added up; twice as many after each look that has changed nothing."""
+"""Optimizer steps over which waiting is added up; twice as many after each measurement that has changed nothing."""
 SHARE = 0.05
 """Share of a step's time, beyond what the plan expects, for which the device may wait for copies."""
 PARTS = 10**6

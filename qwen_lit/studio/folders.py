@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen_lit.errors import UserError, shortened
 from qwen_lit.names import HUB_NAME, expanded
+from qwen_lit.run import is_model
 
 HOME = ".qwen_lit_studio"
 """In the first folder: what the page keeps of itself."""
@@ -77,7 +78,7 @@ class Folders:
         if HUB_NAME.match(name) and not (self.roots[0] / name).exists():
             return name
         path = self.inside(name)
-        if not (path / "config.json").is_file():
+        if not is_model(path):
             raise UserError(f"no model in {shortened(given)}; give a folder with config.json, or a name of the hub.")
         return str(path)
 
@@ -104,8 +105,7 @@ class Folders:
 
     def models(self) -> list[str]:
         """Folders that hold a model with a tokenizer."""
-        needed = ("config.json", "tokenizer_config.json")
-        return [str(one) for one in self.walk() if all((one / name).is_file() for name in needed)]
+        return [str(one) for one in self.walk() if is_model(one) and (one / "tokenizer_config.json").is_file()]
 
     def free_file(self, name: str, folder: str = "uploads") -> Path:
         """A path for a new file: the name without its folders, numbered where there is one.
