@@ -12,7 +12,10 @@ from pathlib import Path
 
 from qwen_lit.run import read_object
 
-KEEPER = 'cd "$2" || exit 2; folder=$1; shift 2; "$@" & echo $! > "$folder/pid"; wait $!; echo $? > "$folder/code"'
+KEEPER = (
+    'cd "$2" || exit 2; folder=$1; shift 2; echo $$ > "$folder/keeper"; '
+    '"$@" & echo $! > "$folder/pid"; wait $!; echo $? > "$folder/code"'
+)
 """Runs a command, and writes its number and its exit code; a shell does it, as it outlives the page with it."""
 TAIL = 200_000
 """Bytes of an output that are shown."""
@@ -64,7 +67,9 @@ class Job:
         if pid is None:
             # The keeper has not come to it yet.
             return time.time() - self.folder.stat().st_mtime < 10
-        return str(self.folder).encode() in _environment(pid)
+        # The keeper is there until it has written the code.
+        both = (pid, _number(self.folder / "keeper"))
+        return any(one is not None and str(self.folder).encode() in _environment(one) for one in both)
 
     def stop(self) -> None:
         """Ask it to stop: while it trains, it finishes the step and saves."""
